@@ -1,0 +1,124 @@
+"""The MMDiT block of SD3 (arXiv 2403.03206, figure 2b): one set of weights per stream, one attention over all streams.
+
+Every stream is modulated by the conditioning vector c (adaLN: shift, scale and gate of each residual branch). SD3.5-medium adds a
+second attention of the image stream over itself; the last block's text stream only offers keys and values ("pre-only").
+
+Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.attention import attention
+from mmdit.embeddings import rotate
+
+EPS = 1e-6  # of every normalisation in SD3
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+class Modulation(nn.Linear):
+    """silu(c) (B, D) or (B, S, D) to `num` modulations, each (B, 1 or S, D): one matrix product for all of them."""
+
+    def __init__(self, dim: int, num: int) -> None:
+        super().__init__(dim, num * dim)
+        self.num = num
+
+    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:
+        out = super().forward(silu_c)
+        return (out if out.ndim == 3 else out[:, None]).chunk(self.num, dim=-1)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values of one stream, RMS-normalised per head where asked; and the way back out of the heads."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str | None, out: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = (nn.RMSNorm(dim // num_heads, eps=EPS) if qk_norm else None for _ in range(2))
+        self.out = nn.Linear(dim, dim) if out else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D) to q, k, v, each (B, H, S, d)."""
+        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.num_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    """Two linear layers with the tanh form of GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Stream(nn.Module):
+    """What one stream owns in one block: its modulations, its projections into and out of the joint attention, its MLP.
+
+    dual: a second attention of the stream over itself. pre_only: the stream is read by the others and ends here.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: str | None, dual: bool = False, pre_only: bool = False
+    ) -> None:
+        super().__init__()
+        self.pre_only = pre_only
+        self.modulation = Modulation(dim, 2 if pre_only else 9 if dual else 6)
+        self.attn = QKV(dim, num_heads, qk_norm, out=not pre_only)
+        self.attn2 = QKV(dim, num_heads, qk_norm) if dual else None
+        self.mlp = None if pre_only else MLP(dim, int(dim * mlp_ratio))
+
+    def attend(self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D)."""
+        assert self.attn.out is not None and self.mlp is not None
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp, *second = mods
+        y = x + gate * self.attn.out(heads)
+        if self.attn2 is not None:
+            shift2, scale2, gate2 = second
+            own = attention(*self.attn2(modulate(x, shift2, scale2), rotary))
+            y = y + gate2 * self.attn2.out(own)
+        return y + gate_mlp * self.mlp(modulate(y, shift_mlp, scale_mlp))
+
+
+class JointBlock(nn.ModuleDict):
+    """A dict of streams, attending to one another in one attention over all their tokens, in the dict's order."""
+
+    def forward(
+        self,
+        xs: Sequence[Tensor],
+        silu_c: Tensor,
+        mask: Tensor | None = None,
+        rotaries: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    ) -> list[Tensor]:
+        """One tensor (B, S_i, D) a stream in and out; a pre-only stream is not among those that come out.
+
+        silu_c: silu of the conditioning, (B, D). mask: boolean, broadcastable to (B, H, sum S, sum S), True = may see.
+        rotaries: one rotary embedding or None a stream.
+        """
+        streams: list[Stream] = list(self.values())  # type: ignore[arg-type]
+        rotaries = rotaries or [None] * len(streams)
+        mods = [stream.modulation(silu_c) for stream in streams]
+        qkv = [s.attn(modulate(x, m[0], m[1]), r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
+        heads = attention(q, k, v, mask).split([x.shape[1] for x in xs], dim=1)
+        return [
+            s.attend(x, h, m, r)
+            for s, x, h, m, r in zip(streams, xs, heads, mods, rotaries, strict=True)
+            if not s.pre_only
+        ]

@@ -1,0 +1,109 @@
+"""Shapes of the models: one documented dataclass and the published presets.
+
+Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model cards. Width is `num_heads * head_dim`; SD3 scales
+a model by its depth d alone: d blocks, d heads of 64.
+"""
+
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Everything that fixes the tensors and the mathematics of an `MMDiT`."""
+
+    in_channels: int = 16
+    """Channels of the latent (or 3 for pixels)."""
+    patch_size: int = 2
+    """Side of the square patch that becomes one token, in latent pixels."""
+    depth: int = 24
+    """Number of joint blocks."""
+    num_heads: int = 24
+    """Attention heads; the width is num_heads * head_dim."""
+    head_dim: int = 64
+    """Width of one head."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the model's width."""
+    context_dim: int = 4096
+    """Width of the text tokens that come in."""
+    pooled_dim: int = 2048
+    """Width of the text vector that joins the time embedding."""
+    qk_norm: Literal["rms_norm"] | None = None
+    """RMS-normalise queries and keys per head, with a learnt scale (SD3.5; needed for long bf16 training)."""
+    dual_attention_layers: tuple[int, ...] = ()
+    """Blocks whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Image positions: SD3's table added to the patches, or 2-D rotary embedding of queries and keys."""
+    sample_size: int = 128
+    """Side of the latent that training is centred on, in latent pixels; fixes the spacing of the position table."""
+    pos_embed_max_size: int = 192
+    """Side of the position table, in tokens: the largest height or width that can be sampled."""
+
+    def __post_init__(self) -> None:
+        # TOML and JSON have lists only; a frozen config wants a tuple.
+        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        for name in ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "context_dim", "pooled_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected a positive number")
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}, expected None or 'rms_norm'")
+        if self.positions not in ("sincos", "rope"):
+            raise ValueError(f"positions is {self.positions!r}, expected 'sincos' or 'rope'")
+        if self.positions == "rope" and self.head_dim % 4:
+            raise ValueError(f"head_dim is {self.head_dim}, 2-D rotary positions need a multiple of 4")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
+        if self.sample_size < self.patch_size:
+            raise ValueError(f"sample_size {self.sample_size} is smaller than one patch ({self.patch_size})")
+        if self.pos_embed_max_size < self.sample_size // self.patch_size:
+            raise ValueError(
+                f"pos_embed_max_size {self.pos_embed_max_size} is smaller than sample_size / patch_size "
+                f"= {self.sample_size // self.patch_size} tokens"
+            )
+        wrong = [i for i in self.dual_attention_layers if not 0 <= i < self.depth]
+        if wrong:
+            raise ValueError(f"dual_attention_layers names blocks {wrong}, but there are blocks 0 to {self.depth - 1}")
+
+    @property
+    def width(self) -> int:
+        """Width of both streams."""
+        return self.num_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values, for JSON."""
+        return asdict(self)
+
+
+_PRESETS = {
+    "sd3-medium": dict(depth=24, num_heads=24),
+    "sd3.5-medium": dict(
+        depth=24, num_heads=24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), pos_embed_max_size=384
+    ),
+    "sd3.5-large": dict(depth=38, num_heads=38, qk_norm="rms_norm"),
+    "tiny": dict(
+        depth=4, num_heads=4, context_dim=256, pooled_dim=256, qk_norm="rms_norm", sample_size=8, pos_embed_max_size=32
+    ),
+    "small": dict(
+        depth=12, num_heads=6, context_dim=384, pooled_dim=384, qk_norm="rms_norm", sample_size=32, pos_embed_max_size=64
+    ),
+    "base": dict(
+        depth=16, num_heads=16, context_dim=1024, pooled_dim=1024, qk_norm="rms_norm", sample_size=32, pos_embed_max_size=96
+    ),
+}
+
+
+def preset(name: str) -> MMDiTConfig:
+    """The config of a published or ready-made size, by name (see `preset_names`). Raises ValueError for another name."""
+    if name not in _PRESETS:
+        near = get_close_matches(name, _PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no preset {name!r}{hint} (there are {', '.join(_PRESETS)})")
+    return MMDiTConfig(**_PRESETS[name])
+
+
+def preset_names() -> list[str]:
+    """Names that `preset` takes."""
+    return list(_PRESETS)

@@ -1,0 +1,35 @@
+"""How a command ends on bad input: one line on stderr and exit status 2, no traceback."""
+
+import os
+import sys
+import traceback
+
+DEBUG = "MMDIT_DEBUG"
+"""Environment variable that asks for tracebacks; `mmdit --debug` sets it."""
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error tells of bad input, or of a lack of files or memory, and not of a mistake in the program."""
+    return isinstance(error, ValueError | OSError) or _out_of_memory(error)
+
+
+def line(error: BaseException) -> str:
+    """The error in one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif _out_of_memory(error):
+        text = "out of GPU memory: lower training.batch_size or raise training.grad_accumulation"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def complain(text: str, error: BaseException | None = None) -> None:
+    """Print "mmdit: error: ..." to stderr, after the traceback where that is asked for."""
+    if error is not None and os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"mmdit: error: {text}", file=sys.stderr, flush=True)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch

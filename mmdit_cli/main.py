@@ -1,0 +1,98 @@
+"""The `mmdit` command: its options, its subcommands, and the way it ends on bad input.
+
+mmdit train demo                                  mmdit evaluate RUN
+mmdit sample RUN "a red circle" --out out.png     mmdit autoencoder train --data FOLDER --out FOLDER
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mmdit_cli import autoencoder, errors
+from mmdit_cli.evaluate import evaluate
+from mmdit_cli.sample import sample
+from mmdit_cli.train import train
+
+
+class _Group(TyperGroup):
+    """Ends expected errors, the parser's own too, with one line and status 2."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no error but the help page
+            raise
+        if hasattr(error, "format_message"):  # a usage error of the parser, with the context of its subcommand
+            place = getattr(getattr(error, "ctx", None), "command_path", "mmdit")
+            text = errors.line(ValueError(error.format_message())).rstrip(".")
+            errors.complain(f"{text}; see `{place} --help`")
+        elif errors.is_expected(error):
+            errors.complain(errors.line(error), error)
+        else:
+            raise
+        sys.exit(2)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command()(sample)
+app.command()(evaluate)
+app.add_typer(autoencoder.app, name="autoencoder")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"mmdit {version('mmdit')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, as MMDIT_DEBUG=1 does.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train a text-to-image MMDiT from scratch on captioned images, sample it and score it."""
+    if debug:
+        os.environ[errors.DEBUG] = "1"
+
+
+def main() -> None:
+    """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.complain("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

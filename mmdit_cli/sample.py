@@ -1,0 +1,87 @@
+"""`mmdit sample`: prompts to pictures, from a run folder."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmdit import TextToImage
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture a prompt.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
+        "out.png"
+    ),
+    solver: Annotated[str | None, typer.Option(metavar="NAME", help="ODE solver: euler, heun, midpoint, ...")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the noise; prompt i takes seed + i.")] = 0,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")
+    ] = None,
+) -> None:
+    """Draw pictures for prompts; what is not said, the run's config says.
+
+    [bold]Examples[/bold]
+
+      mmdit sample runs/demo "a red circle left of a blue square"
+
+      mmdit sample runs/demo "a red circle" "two green stars" --out two.png
+
+      mmdit sample runs/demo "a star" --solver heun --steps 20 --guidance 4 --seed 1
+
+      mmdit sample runs/demo "a red circle" --checkpoint 600 --size 64x96
+    """
+    height, width = parse_size(size) if size is not None else (None, None)
+    files = out_files(out, len(prompts))
+
+    import mmdit
+
+    pipe = mmdit.TextToImage.load(run)
+    if checkpoint is not None:
+        load_checkpoint_into(pipe, run, checkpoint)
+    pictures = pipe(prompts, num_steps=steps, solver=solver, guidance=guidance, height=height, width=width, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file, picture, prompt in zip(files, pictures, prompts, strict=True):
+        picture.save(file)
+        print(f"{file}  {picture.height}x{picture.width}  {prompt}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "64x96" to (64, 96), "64" to (64, 64): height, width in pixels. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", text.strip())
+    sides = [int(side) for side in match.groups() if side is not None] if match else []
+    if not sides or min(sides) < 1:
+        raise ValueError(f'--size is "{text}", expected HEIGHTxWIDTH in pixels, such as 64x96')
+    return sides[0], sides[-1]
+
+
+def out_files(out: Path, count: int) -> list[Path]:
+    """Where each of `count` pictures goes: out.png, or out-0.png, out-1.png, ... ValueError if no picture ends so."""
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f'--out is "{out}", expected the name of a picture, such as {out.with_suffix(".png").name}')
+    if count == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+
+
+def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
+    """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if there is none."""
+    from mmdit.weights_io import assign_weights
+    from training.checkpoint import list_checkpoints, load_checkpoint
+
+    known = {folder.name: folder for folder in list_checkpoints(run)}
+    wanted = f"step-{int(name):08d}" if name.isdecimal() else name
+    if wanted not in known:
+        raise ValueError(f'{run} has no checkpoint "{name}"; it has {", ".join(known) or "none"}')
+    _, weights = load_checkpoint(known[wanted])
+    assign_weights(pipe.model, weights.get("ema", weights["model"]), str(known[wanted]))

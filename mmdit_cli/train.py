@@ -1,0 +1,69 @@
+"""`mmdit train`: a new run from a preset or a TOML file, or an old one continued."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG KEY=VALUE",
+            help="A preset's name or a TOML file, then settings such as training.num_steps=20000.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help='Images: a folder, .tar shards (file, folder or glob), or "shapes" for drawn ones.'
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder to write; default: runs/ and the run's name.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run where it stopped.")] = None,
+) -> None:
+    """Train a model; Ctrl-C saves, --resume goes on.
+
+    [bold]Examples[/bold]
+
+      mmdit train demo
+
+      mmdit train my.toml --data my_images/ training.num_steps=20000
+
+      mmdit train latent --data "shards/*.tar" --out runs/mine optimizer.lr=2e-4
+
+      mmdit train --resume runs/mine
+
+    All keys with their meanings: docs/config.md. Presets: demo, latent, pixels-tiny.
+    """
+    config_name, settings = split_words(words or [])
+    if resume is not None and out is not None:
+        raise ValueError("--resume names the run folder already; leave out --out")
+    if resume is None and config_name is None:
+        raise ValueError("which config? name a preset or a TOML file (mmdit train demo), or --resume RUN")
+    if data is not None:
+        settings.append(f"data.source={data}")
+    if out is not None or (resume is not None and config_name is not None):
+        settings.append(f"training.out={out or resume}")
+
+    import training
+    from training.config import load_config
+
+    if config_name is not None:
+        config = load_config(config_name, settings)
+        training.train(config, resume=resume is not None)
+    else:
+        training.resume(resume, settings)
+
+
+def split_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """The config's name (or None) and the key=value settings. Raises ValueError for a second name."""
+    settings = [word for word in words if "=" in word and not Path(word).is_file()]
+    names = [word for word in words if word not in settings]
+    if len(names) > 1:
+        raise ValueError(f'"{names[1]}" is no setting; expected key=value after the config "{names[0]}"')
+    return (names[0] if names else None), settings

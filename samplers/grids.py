@@ -1,0 +1,53 @@
+"""Time grids: the times a sampler visits, a decreasing float64 tensor (num_steps + 1,) within [0, 1]."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from samplers.names import lookup
+from samplers.schedules import Schedule
+
+T = TypeVar("T", float, Tensor)
+
+
+def uniform(num_steps: int) -> Tensor:
+    """t_i = 1 - i / num_steps."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def shift_time(t: T, shift: float) -> T:
+    """t' = s t / (1 + (s - 1) t), which lowers the log-SNR of a rectified flow by 2 log s (SD3 paper, eq. 23)."""
+    if not shift > 0:
+        raise ValueError(f"shift = {shift}: give a positive number; 1 changes nothing, above 1 favours noise")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(num_tokens: int, base_tokens: int) -> float:
+    """The shift sqrt(m / n) that gives m tokens the uncertainty that n tokens had (SD3 paper, sec. 5.3.2)."""
+    if num_tokens < 1 or base_tokens < 1:
+        raise ValueError(f"tokens {num_tokens} and {base_tokens}: both are counts of at least 1")
+    return (num_tokens / base_tokens) ** 0.5
+
+
+GRIDS: dict[str, Callable[[int, Schedule], Tensor]] = {
+    "uniform": lambda num_steps, schedule: uniform(num_steps),
+}
+
+
+def make_grid(grid: str | Tensor | Sequence[float], num_steps: int, schedule: Schedule) -> Tensor:
+    """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; float64 on the CPU."""
+    if isinstance(grid, str):
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1")
+        return lookup("grid", grid, GRIDS)(num_steps, schedule)
+    ts = torch.as_tensor(grid)
+    if ts.ndim != 1 or len(ts) < 2 or not ts.is_floating_point():
+        raise ValueError(
+            f"grid is {ts.dtype} of shape {tuple(ts.shape)}: give at least two floating times, (num_steps + 1,)"
+        )
+    ts = ts.detach().to("cpu", torch.float64)
+    if not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
+        raise ValueError(f"grid runs {ts[0]:g} ... {ts[-1]:g}: its times must decrease strictly and lie in [0, 1]")
+    return ts

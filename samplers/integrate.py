@@ -1,0 +1,127 @@
+"""The one loop: a solver's step, repeated over a time grid; with the count of network evaluations and the callback.
+
+Nothing in the loop waits for the accelerator: times are Python floats, and the test for NaN is read once, at the end.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from samplers.field import DerivedField, Field, Prediction
+from samplers.grids import make_grid
+from samplers.noise import Brownian, Diffusion, Generators
+from samplers.schedules import Time
+from samplers.solvers import Solver, make_solver
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x at the last time; ts (num_steps + 1,), the times visited; num_evals, network evaluations per sample.
+
+    trajectory (num_steps + 1, B, ...): the states at `ts`, where they were asked for.
+    """
+
+    x: Tensor
+    ts: Tensor
+    num_evals: int
+    trajectory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is given after each step: step `index` of `num_steps` went from x_t at t to x_next at t_next.
+
+    `prediction` is the one made at (x_t, t): its views, such as the data estimate, cost no further network evaluation.
+    """
+
+    index: int
+    num_steps: int
+    t: float
+    t_next: float
+    x_t: Tensor
+    x_next: Tensor
+    prediction: Prediction
+    num_evals: int
+
+    @property
+    def x_0(self) -> Tensor:
+        """The data estimate at (x_t, t)."""
+        return self.prediction.x_0
+
+
+Callback = Callable[[Progress], object]
+
+
+@torch.no_grad()
+def sample(
+    field: Field,
+    x: Tensor,
+    solver: str | Solver = "heun",
+    num_steps: int = 20,
+    grid: str | Tensor | Sequence[float] = "uniform",
+    diffusion: str | Diffusion | None = None,
+    generator: Generators = None,
+    callback: Callback | None = None,
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """Solve the probability-flow ODE dx = v dt, or an SDE with its marginals (see noise.py), from noise to data.
+
+    x (B, ...): the state at grid[0]; sigma(1) eps for pure noise. solver: one of `solver_names()`, or a Solver.
+    grid: a name with `num_steps` steps, or one's own decreasing times in [0, 1], which then say the number of steps.
+    diffusion: None for the ODE; "kl", "sigma", "sin2", "constant" or w(t) for an SDE solver, which draws its noise from
+    `generator`: one for the batch, or a list with one per sample. callback: called with a `Progress` after each step.
+    Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or not len(x):
+        raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a floating tensor (B, ...) with B >= 1")
+    method = make_solver(solver, field.schedule, diffusion)
+    ts = make_grid(grid, num_steps, field.schedule)
+    noise = Brownian(x, generator) if method.stochastic else None
+    return integrate(field, x, method, ts, noise, callback, trajectory)
+
+
+def integrate(
+    field: Field,
+    x: Tensor,
+    solver: Solver,
+    ts: Tensor,
+    noise: Brownian | None = None,
+    callback: Callback | None = None,
+    trajectory: bool = False,
+) -> Solution:
+    """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
+    num_evals = 0
+
+    def counted(x_t: Tensor, t: Time) -> Prediction:
+        nonlocal num_evals
+        prediction = field.predict(x_t, t)
+        num_evals += prediction.num_evals
+        return prediction
+
+    counting = DerivedField(counted, field.schedule, field.prediction)
+    times, states, sums, state = ts.tolist(), [x], [], None
+    for index, (t, t_next) in enumerate(pairwise(times)):
+        step = solver.step(counting, x, t, t_next, state, noise)
+        if callback is not None:
+            callback(Progress(index, len(times) - 1, t, t_next, x, step.x, step.prediction, num_evals))
+        x, state = step.x, step.state
+        sums.append(x.detach().sum(dtype=torch.float32))
+        if trajectory:
+            states.append(x)
+    _check_finite(sums, times)
+    return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
+
+
+def _check_finite(sums: list[Tensor], times: list[float]) -> None:
+    """One look, after the loop, at the sums of all states: NaN and inf spread from the step where they appear."""
+    finite = torch.stack(sums).isfinite().tolist()
+    if not all(finite):
+        step = finite.index(False)
+        raise ValueError(
+            f"NaN or inf after step {step + 1} of {len(finite)}, from t = {times[step]:g} to {times[step + 1]:g}: "
+            "look at the network's output there, or give x in float32"
+        )

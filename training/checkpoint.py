@@ -1,0 +1,110 @@
+"""Checkpoints: a folder a step, complete or absent, verified when read.
+
+`checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json` with the step, the
+seed and the SHA-256 of each file. It is written aside and renamed, so a kill at any moment leaves the one before whole. Every
+random draw of a run is a function of (seed, step), so step and seed are the whole state of RNG and data cursor.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.weights_io import read_json, read_weights, save_weights, write_json
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint folder whose files are missing, cut or changed."""
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(run: Path, state: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+    """Write one checkpoint and remove all but the newest `keep`; returns its folder."""
+    folder = run / "checkpoints" / f"step-{state['step']:08d}"
+    aside = folder.with_name(f".{folder.name}.part")
+    for leftover in folder.parent.glob(".step-*.part"):
+        shutil.rmtree(leftover)
+    for name, tensors in weights.items():
+        save_weights(tensors, aside / f"{name}.safetensors")
+    files = {path.name: _sha256(path) for path in sorted(aside.glob("*.safetensors"))}
+    write_json(aside / "state.json", {**state, "files": files})
+    for path in aside.iterdir():
+        _fsync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    _fsync(folder.parent)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """State and weights of a checkpoint. Raises CorruptCheckpoint that says which file is bad, and how."""
+    try:
+        state = read_json(folder / "state.json")
+        for name, digest in state["files"].items():
+            if _sha256(folder / name) != digest:
+                raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
+        return state, {Path(name).stem: read_weights(folder / name) for name in state["files"]}
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{folder.name} is incomplete: {error}") from error
+    except CorruptCheckpoint:
+        raise
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{folder.name}: {error}") from error
+
+
+def load_latest(run: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The newest whole checkpoint of a run; each one passed over is named through `log`. Raises FileNotFoundError if none is."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            return load_checkpoint(folder)
+        except CorruptCheckpoint as error:
+            log(f"warning: checkpoint passed over, falling back to the one before: {error}")
+    raise FileNotFoundError(f"{run} holds no whole checkpoint to resume from; train afresh into another folder")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: `<parameter>/<key>`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took. Raises CorruptCheckpoint for a name or shape that the model does not have."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        p = parameters.get(parameter)
+        if p is None or (value.ndim and value.shape != p.shape):
+            raise CorruptCheckpoint(f"the optimiser's {name} does not fit the model")
+        # The step count of the fused optimiser lives beside its parameter, in float32.
+        optimizer.state[p][key] = value.to(p.device, copy=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,404 @@
+"""What a training run is made of: frozen dataclasses, one section each, every field with one line of meaning and unit.
+
+A config comes from a preset (`training/presets.py`) or a TOML file with the same section names, and overrides on top:
+
+    config = load_config("my.toml", ["training.num_steps=20000", "optimizer.lr=3e-4"])
+
+A file may begin with `preset = "demo"` and then say only what differs. `python -m training.config FILE` writes the page
+of all keys, docs/config.md, from the fields below.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from training import settings
+from training.settings import (
+    BelowOne,
+    ConfigError,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    Range,
+    Settings,
+    suggestion,
+    to_dict,
+    to_toml,
+)
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SamplingConfig",
+    "TextConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "apply_overrides",
+    "describe",
+    "load_config",
+    "to_dict",
+    "to_toml",
+]
+
+MODE_S_MAX = 2 / (math.pi - 2)
+"""Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Images and captions."""
+
+    section: ClassVar[str] = "data"
+
+    source: str = "shapes"
+    """Where pictures come from: "shapes" (drawn), a folder of images with captions, or .tar shards (folder or glob)."""
+    num_samples: Count = 20_000
+    """Pictures that are drawn when the source is "shapes"; other sources give all they have."""
+    image_size: Count | tuple[Count, Count] | None = None
+    """Pixels that every image is fitted to: a side, or [height, width]; "none" takes the commonest size of the data."""
+    held_out: BelowOne = 0.02
+    """Fraction of the samples kept from training, for the validation loss; chosen by a hash of each sample's key."""
+    num_workers: CountOrZero = 0
+    """Processes that read images beside the trainer; the order of samples does not depend on it."""
+    cache_latents: bool = True
+    """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The MMDiT trunk; what follows from the data (channels, sizes) and the text encoder, the trainer fills in."""
+
+    section: ClassVar[str] = "model"
+
+    depth: Count = 12
+    """Number of joint blocks."""
+    num_heads: Count = 6
+    """Attention heads; the width is num_heads * head_dim."""
+    head_dim: Count = 64
+    """Width of one head."""
+    mlp_ratio: Positive = 4.0
+    """Hidden width of the MLPs over the model's width."""
+    patch_size: Count = 2
+    """Side of the square patch that becomes one token, in latent pixels (image pixels without an autoencoder)."""
+    qk_norm: Literal["rms_norm"] | None = "rms_norm"
+    """RMS-normalise queries and keys per head (SD3.5), or "none" (SD3)."""
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Image positions: SD3's table added to the patches, or 2-D rotary embedding of queries and keys."""
+    pos_embed_max_size: Count = 64
+    """Side of the position table, in tokens: the largest height or width that can be sampled."""
+    dual_attention_layers: tuple[CountOrZero, ...] = ()
+    """Blocks, from 0, whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
+
+    def check(self) -> None:
+        if self.positions == "rope" and self.head_dim % 4:
+            raise ConfigError(f"model.head_dim is {self.head_dim}, rotary positions need a multiple of 4")
+        if self.positions == "sincos" and self.num_heads * self.head_dim % 4:
+            width = self.num_heads * self.head_dim
+            raise ConfigError(f"model.num_heads * model.head_dim is {width}, sin-cos positions need a multiple of 4")
+        wrong = [block for block in self.dual_attention_layers if block >= self.depth]
+        if wrong:
+            raise ConfigError(
+                f"model.dual_attention_layers names blocks {wrong}, but model.depth gives 0 to {self.depth - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig(Settings):
+    """The tokenizer made from the captions and the text encoder that is trained with the model."""
+
+    section: ClassVar[str] = "text"
+
+    vocab_size: Annotated[int, Range(258)] = 4096
+    """Most tokens of the tokenizer; 256 bytes and two special tokens are always there."""
+    max_length: Annotated[int, Range(2)] = 64
+    """Tokens a caption, the end token counted; longer captions are cut."""
+    width: Count = 256
+    """Width of a text token, and of the pooled text vector."""
+    depth: CountOrZero = 2
+    """Transformer layers over the text before the joint blocks."""
+    num_heads: Count = 4
+    """Attention heads of those layers."""
+
+    def check(self) -> None:
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
+                f"text.width is {self.width}, expected a multiple of 2 * text.num_heads = {2 * self.num_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Settings):
+    """Flow matching: which times are trained, and how often a caption is dropped."""
+
+    section: ClassVar[str] = "objective"
+
+    time_density: Literal["uniform", "logit-normal", "mode", "cosmap"] = "logit-normal"
+    """Density of the training times t in [0, 1] (t = 1 is noise)."""
+    m: float = 0.0
+    """Location of the logit-normal density: above 0 trains more on noise, below 0 more on data."""
+    s: float = 1.0
+    """Scale of the logit-normal density (> 0), or of the mode density (in [-1, 1.75], 0 is uniform)."""
+    stratified: bool = True
+    """Draw a batch's times one from each of batch_size equal slices of probability: the same density, less variance."""
+    shift: Positive = 1.0
+    """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): over 1 is more noise."""
+    caption_dropout: Fraction = 0.1
+    """Chance that a sample is trained without its caption, which classifier-free guidance needs."""
+
+    def check(self) -> None:
+        if self.time_density == "logit-normal" and self.s <= 0:
+            raise ConfigError(f"objective.s is {self.s}, the logit-normal density needs a number > 0")
+        if self.time_density == "mode" and not -1 <= self.s <= MODE_S_MAX:
+            raise ConfigError(f"objective.s is {self.s}, the mode density needs a number in [-1, {MODE_S_MAX:.4g}]")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """AdamW and the learning rate over the run."""
+
+    section: ClassVar[str] = "optimizer"
+
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    """Decay of the first and of the second moment of the gradient, per step."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay of matrices; norms, biases and embedding tables have none."""
+    grad_clip: NotNegative = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    warmup_steps: CountOrZero = 100
+    """Steps in which the learning rate rises from 0 to lr."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate from the end of warm-up to the end of the run."""
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of a "cosine" or "linear" schedule, as a fraction of lr."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Settings):
+    """The loop: how long, how much at a time, what is written when."""
+
+    section: ClassVar[str] = "training"
+
+    num_steps: Count = 100_000
+    """Optimizer steps of the whole run."""
+    batch_size: Count = 64
+    """Samples a step."""
+    grad_accumulation: Count = 1
+    """Parts in which a batch is computed, to save memory; the batch stays batch_size samples."""
+    ema_decay: BelowOne = 0.999
+    """Decay per step of the averaged weights that are sampled and scored; 0 keeps no average."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes CUDA if present."""
+    log_every: Count = 10
+    """Steps from one line in metrics.jsonl to the next."""
+    validate_every: CountOrZero = 1000
+    """Steps from one validation loss to the next; 0 validates at the end alone."""
+    sample_every: CountOrZero = 1000
+    """Steps from one sample grid to the next; 0 samples at the end alone."""
+    checkpoint_every: CountOrZero = 1000
+    """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept; older ones are removed."""
+    out: str | None = None
+    """Folder of the run; "none" is runs/ and the run's name."""
+
+    def check(self) -> None:
+        if self.batch_size % self.grad_accumulation:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
+                f"{self.grad_accumulation}"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How pictures are made, in the run's grids and wherever its model is sampled without saying otherwise."""
+
+    section: ClassVar[str] = "sampling"
+
+    prompts: tuple[str, ...] = ()
+    """Captions of the sample grids; an empty list takes captions of held-out samples."""
+    solver: str = "euler"
+    """Name of the ODE solver, as in `samplers.solver_names()`."""
+    num_steps: Count = 28
+    """Steps of the solver; heun and midpoint evaluate the network twice a step."""
+    guidance: NotNegative = 4.0
+    """Scale of classifier-free guidance; 1 is none, 0 ignores the caption."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Times [low, high] between which guidance acts; outside it the captioned model is used alone."""
+    seed: CountOrZero = 0
+    """Seed of the noise that pictures start from."""
+
+    def check(self) -> None:
+        from samplers import solver_names
+
+        if self.solver not in solver_names():
+            hint = suggestion(self.solver, solver_names()) or f"; there are {', '.join(solver_names())}"
+            raise ConfigError(f'sampling.solver is "{self.solver}", which is no solver{hint}')
+        if self.interval[0] >= self.interval[1]:
+            raise ConfigError(f"sampling.interval is {list(self.interval)}, expected [low, high] with low < high")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """Validation loss on held-out samples, and the six-question score of the drawn world."""
+
+    section: ClassVar[str] = "evaluation"
+
+    validation_samples: Count = 256
+    """Held-out samples in a validation loss (fewer where there are fewer)."""
+    validation_times: Count = 8
+    """Evenly spaced fixed times t at which the validation loss is taken."""
+    prompts_per_question: CountOrZero = 50
+    """Prompts of each of ShapesEval's six questions; 0 does not score. Used when the source is "shapes"."""
+    batch_size: Count = 64
+    """Pictures sampled at a time."""
+    seed: CountOrZero = 0
+    """Seed of the prompts and of the noise."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """A whole run."""
+
+    name: str = "run"
+    """One word for the run; its folder is runs/NAME unless training.out says another."""
+    seed: CountOrZero = 0
+    """Seed of the initial weights, the order of the data, the times and the noise."""
+    autoencoder: str = "none"
+    """What makes the latents: "none" (pixels), "shapes" (the small one in the package), or an autoencoder's folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
+            raise ConfigError(f'name is "{self.name}", expected one word that can name a folder')
+        if not self.autoencoder:
+            raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.training.out) if self.training.out is not None else Path("runs") / self.name
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config of a preset's name, a TOML file or a run folder, with "section.key=value" overrides applied.
+
+    Raises ConfigError for a file that is not there or no TOML, an unknown key, a wrong type, a value out of range.
+    """
+    from training.presets import preset, preset_names
+
+    if str(source) in preset_names():  # a folder of the same name is written ./demo
+        return apply_overrides(preset(str(source)), overrides)
+    path = Path(source) / "config.toml" if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        near = get_close_matches(str(source), preset_names(), n=1)
+        hint = f'; did you mean the preset "{near[0]}"?' if near else f"; the presets are {', '.join(preset_names())}"
+        raise ConfigError(f'there is no config file "{path}"{hint}')
+    return apply_overrides(read_config(path), overrides)
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """The config in a TOML file, on top of the preset that it names, if any."""
+    from training.presets import preset
+
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    base = table.pop("preset", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: preset is {base!r}, expected a preset's name")
+    try:
+        default = TrainConfig() if base is None else preset(base)
+        return settings.merged(default, {"name": path.stem, **table})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The config with "section.key=value" assignments; values are TOML, or bare strings where that needs no quotes."""
+    return settings.overridden(config, overrides)
+
+
+def describe() -> str:
+    """The page of all keys (Markdown), from the fields' own words: docs/config.md."""
+    from training.presets import PRESETS
+
+    lines = [
+        "# Config keys",
+        "",
+        "<!-- Written by `make docs` from training/config.py and training/presets.py: change those, not this page. -->",
+        "",
+        "A config is a TOML file with the sections below, or a preset's name. A file may begin with",
+        '`preset = "demo"` and then say only what differs.',
+        "On the command line any key is set by `section.key=value`, for example",
+        "`mmdit train my.toml training.num_steps=20000 optimizer.lr=3e-4`; values are TOML, and strings need no quotes",
+        'there. TOML has no null: the string `"none"` stands for it.',
+        "A run folder keeps the config as used in `config.toml`.",
+        "",
+        "## Presets",
+        "",
+        *(f"- `{name}`: {' '.join((make.__doc__ or '').split())}" for name, make in PRESETS.items()),
+    ]
+    docs = settings.field_docs(TrainConfig)
+    hints: dict[str, Any] = {f.section: f for f in _sections()}
+    for section in ["", *hints]:
+        if section:
+            lines += ["", f"## [{section}]", "", " ".join((hints[section].__doc__ or "").split())]
+        else:
+            lines += ["", "## At the top", "", "Before any section."]
+        lines += ["", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for doc in docs:
+            where, _, key = doc.key.rpartition(".")
+            if where == section:
+                default = f"`{doc.default}`"
+                lines.append(f"| `{key}` | {_cell(doc.type)} | {_cell(default)} | {_cell(doc.meaning)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections() -> list[type[Settings]]:
+    return [
+        DataConfig,
+        ModelConfig,
+        TextConfig,
+        ObjectiveConfig,
+        OptimizerConfig,
+        TrainingConfig,
+        SamplingConfig,
+        EvaluationConfig,
+    ]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(describe(), encoding="utf-8") if len(sys.argv) > 1 else print(describe(), end="")

@@ -1,0 +1,100 @@
+"""How good a model is: the validation loss at fixed times, and ShapesEval's six questions for the drawn world.
+
+SD3 (arXiv 2403.03206, section 5.1) found the validation loss at evenly spaced times to go with human preference.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmdit.text_to_image import TextToImage
+from mmdit.weights_io import write_json
+from training.config import TrainConfig
+from training.data import open_source, split_by_key
+from training.feed import LatentFeed
+from training.objectives import FlowMatching
+from training.plots import caption_grid, loss_plot
+from training.run import RunFolder
+from training.seeds import generator_for
+from training.shapes_eval import ShapesEval
+from training.time_density import Uniform
+
+
+def fixed_times(n: int) -> list[float]:
+    """n evenly spaced times inside (0, 1): the middles of n equal intervals."""
+    return [(2 * i + 1) / (2 * n) for i in range(n)]
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> dict[str, float]:
+    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise."""
+    times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
+    objective = FlowMatching(Uniform())
+    sums = dict.fromkeys(times, 0.0)
+    for first in range(0, len(feed), size):
+        batch = feed.at(range(first, min(first + size, len(feed))))
+        for t in times:  # the same noise at every time: the curve over t is then smooth
+            loss = objective(model, batch, generator_for(config.evaluation.seed, first), t)
+            sums[t] += loss.total.item() * len(batch.latents)
+    losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
+    return {"validation_loss": float(np.mean(list(losses.values()))), **losses}
+
+
+def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
+    """The held-out samples of a run's data, encoded; None where nothing is held out."""
+    source = open_source(
+        config.data.source, config.data.image_size, pipe.step, num_samples=_num_samples(config), seed=config.seed
+    )
+    _, held_out = split_by_key(source, config.data.held_out)
+    indices = held_out[: config.evaluation.validation_samples]
+    if not len(indices):
+        return None
+    device = pipe.model.transformer.device
+    return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+
+
+def _num_samples(config: TrainConfig) -> int | None:
+    return config.data.num_samples if config.data.source == "shapes" else None
+
+
+def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:
+    """ShapesEval's answers by question and their mean; with the pictures and captions that were asked."""
+    judge = ShapesEval(pipe.size, config.evaluation.prompts_per_question, config.evaluation.seed)
+    captions = [prompt.caption for prompt in judge.prompts]
+    images = pipe(captions, seed=config.evaluation.seed, batch_size=config.evaluation.batch_size, **sampling)
+    return judge.score([np.asarray(image) for image in images]), images, captions
+
+
+def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
+    """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
+
+    `sampling` overrides the run's solver, num_steps or guidance. Raises FileNotFoundError where the folder is no run.
+    """
+    run = RunFolder.open(path)
+    config = run.config()
+    pipe = TextToImage.load(path)
+    pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
+    scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
+    feed = held_out_feed(config, pipe)
+    if feed is not None:
+        scores |= validation_loss(pipe.model, feed, config)
+    prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
+    if config.data.source.startswith("shapes") and config.evaluation.prompts_per_question:
+        start = time.perf_counter()
+        scores["shapes_eval"], images, captions = shapes_score(pipe, config)
+        scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
+        pick = np.linspace(0, len(images) - 1, 32).astype(int)  # some of each question
+        images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
+    else:
+        prompts = (prompts * 32)[:32]
+        images = pipe(prompts, seed=config.sampling.seed)
+    caption_grid(images, prompts, columns=8).save(run.path / "samples.png")
+    loss_plot(run, run.path / "loss.png")
+    write_json(run.path / "scores.json", scores)
+    return scores

@@ -1,0 +1,147 @@
+"""Image files of any kind -> uint8 RGB arrays of the model's size.
+
+`read_image` decodes one file: CMYK, palette, 16-bit, transparent (over white) and EXIF-rotated images come out as a
+viewer shows them, and whatever cannot be decoded is one exception, `BadImage`, that says why. `fit` brings an image to
+the size of the model.
+
+Shapes: H, W the height and width of the file's image, upright; h, w those of the model; sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 80_000_000
+"""Images that claim more pixels than this are refused before they are decoded."""
+
+ImageData: TypeAlias = bytes | str | PathLike[str]
+Size: TypeAlias = tuple[int, int]
+
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
+
+
+class BadImage(ValueError):
+    """An image that cannot be read; the message is the reason, fit for a log line."""
+
+
+def read_image(data: ImageData, max_pixels: int = MAX_PIXELS, at_least: Size | None = None) -> np.ndarray:
+    """Decode an image file, given as bytes or a path, to uint8 RGB (H, W, 3), upright, transparency over white.
+
+    `at_least=(h, w)` lets a JPEG be decoded at a half, a quarter or an eighth of its size, never below twice (h, w):
+    many times faster for photographs, and to be used only where `fit` follows. Raises `BadImage` for what is missing,
+    empty, truncated, corrupt, or larger than `max_pixels`.
+    """
+    with _reading(), _open(data, max_pixels) as image:
+        if at_least is not None:
+            height, width = reversed(at_least) if _orientation(image) in _SIDEWAYS else at_least
+            image.draft(None, (2 * width, 2 * height))
+        image.load()
+        return np.array(_rgb(_upright(image)))
+
+
+def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
+    """(H, W) of the upright image, from the file's header alone; raises `BadImage` as `read_image` does."""
+    with _reading(), _open(data, max_pixels) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def fit(image: np.ndarray, size: Size) -> np.ndarray:
+    """Scale uint8 (H, W, 3) to cover `size` = (h, w), antialiased (Lanczos), and crop the centre: uint8 (h, w, 3)."""
+    (height, width), (h, w) = image.shape[:2], size
+    if (height, width) == (h, w):
+        return image
+    scale = max(h / height, w / width)
+    crop_h, crop_w = min(height, h / scale), min(width, w / scale)
+    top, left = (height - crop_h) / 2, (width - crop_w) / 2
+    box = (left, top, min(width, left + crop_w), min(height, top + crop_h))
+    resized = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return np.array(resized)
+
+
+def fit_size(height: int, width: int, step: int) -> Size:
+    """(h, w): the multiples of `step`, at least one step, that are nearest to the given sides."""
+    if height < 1 or width < 1 or step < 1:
+        raise ValueError(f"image size {height}x{width} with step {step}: all three must be at least 1")
+    return max(1, int(height / step + 0.5)) * step, max(1, int(width / step + 0.5)) * step
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever a decoder raises becomes `BadImage`: Pillow's plugins raise OSError, SyntaxError, struct.error ..."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format, or its header is corrupt"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, OSError) else f"corrupt image: {text}"
+
+
+def _open(data: ImageData, max_pixels: int) -> Image.Image:
+    """Read the header, and refuse a decompression bomb by the size that it claims."""
+    if len(data) == 0 if isinstance(data, bytes) else Path(data).stat().st_size == 0:
+        raise BadImage("the file is empty (zero bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit that follows
+            image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise BadImage(
+            f"too large: the header claims {height}x{width} (height x width), the limit is {max_pixels} pixels"
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    with suppress(Exception):  # broken EXIF data does not make a bad image
+        return int(image.getexif().get(_ORIENTATION, 1))
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with suppress(Exception):  # as above
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow -> RGB; transparency is laid over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_gray_8bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _gray_8bit(gray: np.ndarray) -> np.ndarray:
+    """16-bit gray, or 32-bit integer or float gray, scaled (not clipped) to 8 bits.
+
+    Integers are of 16 bits unless some value needs more; floats are in [0, 1] unless some value exceeds 1, then 8 bits.
+    """
+    levels = (1, 255) if gray.dtype.kind == "f" else (2**16 - 1, 2**31 - 1)
+    gray = np.nan_to_num(gray.astype(np.float32))
+    top = levels[0] if gray.max(initial=0) <= levels[0] else levels[1]
+    return (gray * (255 / top)).clip(0, 255).round().astype(np.uint8)

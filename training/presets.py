@@ -1,0 +1,85 @@
+"""Ready-made configs: each is a function that says what it is for and returns a `TrainConfig`."""
+
+from collections.abc import Callable
+
+from training.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TextConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from training.settings import suggestion
+
+
+def demo() -> TrainConfig:
+    """64x64 pictures of the drawn world in about a quarter of an hour on two CPU cores."""
+    return TrainConfig(
+        name="demo",
+        autoencoder="shapes",
+        data=DataConfig(source="shapes", num_samples=20_000, image_size=64),
+        model=ModelConfig(depth=6, num_heads=6, head_dim=32, patch_size=2, pos_embed_max_size=16),
+        text=TextConfig(vocab_size=512, max_length=24, width=192, depth=2, num_heads=6),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=50, schedule="cosine", final_lr_fraction=0.02),
+        training=TrainingConfig(
+            num_steps=1500, batch_size=64, ema_decay=0.99, validate_every=300, sample_every=300, checkpoint_every=300
+        ),
+        sampling=SamplingConfig(solver="heun", num_steps=12, guidance=3.0),
+    )
+
+
+def latent() -> TrainConfig:
+    """Your own images (`--data`), 64 to 256 pixels, as latents of an autoencoder that you train first on them."""
+    return TrainConfig(
+        name="latent",
+        autoencoder="shapes",
+        data=DataConfig(num_workers=2),
+        model=ModelConfig(depth=12, num_heads=6, head_dim=64, patch_size=2, pos_embed_max_size=64),
+        text=TextConfig(vocab_size=4096, max_length=64, width=256, depth=2, num_heads=4),
+        optimizer=OptimizerConfig(lr=3e-4, warmup_steps=500, schedule="cosine", final_lr_fraction=0.05),
+        training=TrainingConfig(num_steps=50_000, batch_size=64, ema_decay=0.999),
+    )
+
+
+def pixels_tiny() -> TrainConfig:
+    """A few steps on 32x32 pixels without an autoencoder: shows in seconds that all works, and learns nothing."""
+    return TrainConfig(
+        name="pixels-tiny",
+        data=DataConfig(source="shapes", num_samples=64, image_size=32, held_out=0.125),
+        model=ModelConfig(depth=2, num_heads=2, head_dim=16, patch_size=8, pos_embed_max_size=8),
+        text=TextConfig(vocab_size=300, max_length=32, width=32, depth=1, num_heads=2),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+        training=TrainingConfig(
+            num_steps=6,
+            batch_size=8,
+            ema_decay=0.9,
+            compile="off",
+            log_every=1,
+            validate_every=3,
+            sample_every=3,
+            checkpoint_every=3,
+        ),
+        sampling=SamplingConfig(num_steps=2, guidance=2.0),
+        evaluation=EvaluationConfig(validation_samples=8, validation_times=2, prompts_per_question=1, batch_size=8),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "latent": latent, "pixels-tiny": pixels_tiny}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name (see `preset_names`). Raises ConfigError for another name."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f'there is no preset "{name}"{suggestion(name, PRESETS) or "; there are " + ", ".join(PRESETS)}'
+        )
+    return PRESETS[name]()
+
+
+def preset_names() -> list[str]:
+    """Names that `preset` takes."""
+    return list(PRESETS)

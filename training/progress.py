@@ -1,0 +1,59 @@
+"""What a person watches while a run goes on: a bar in a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Progress of `total` steps, from `start` on. `rate` is steps a second over the last moments."""
+
+    def __init__(self, title: str, total: int, start: int = 0) -> None:
+        self.title, self.total, self.done = title, total, start
+        self.rate = 0.0
+        self._values: dict[str, float] = {}
+        self._marks = [(time.perf_counter(), start)]
+        self._last_line = time.perf_counter()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[values]}"))
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, values="")
+        return self
+
+    def show(self, done: int, **values: float) -> None:
+        """Move to `done` steps, with numbers to show beside."""
+        now = time.perf_counter()
+        self.done = done
+        self._values |= values
+        self._marks = [*self._marks, (now, done)][-20:]
+        (then, before) = self._marks[0]
+        self.rate = (done - before) / max(1e-9, now - then)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, values=self._text())
+        elif now - self._last_line >= LINE_EVERY or done == self.total:
+            self._last_line = now
+            left = (self.total - done) / self.rate if self.rate else 0.0
+            print(f"{self.title} {done}/{self.total}  {self._text()}  {left / 60:.1f} min left", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        (self._bar.console.print if self._bar is not None else print)(text)
+
+    def _text(self) -> str:
+        names = {"images_per_second": "images/s"}
+        return "  ".join(f"{names.get(name, name)} {value:.4g}" for name, value in self._values.items())
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()

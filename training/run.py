@@ -1,0 +1,85 @@
+"""A run is a folder: config, checkpoints, metrics, samples, weights for use.
+
+    config.toml     the config as used          metrics.jsonl   one line a logged step
+    checkpoints/    to resume from              tensorboard/    the same numbers
+    pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
+    log.txt         what was printed            loss.png, scores.json, samples.png   at the end
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from training.config import TrainConfig, load_config, to_toml
+
+
+class RunFolder:
+    """Paths of a run, and the two files that grow: the log and the metrics."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._board: Any = None
+
+    @classmethod
+    def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
+        """A new run. Raises FileExistsError where the folder already holds something."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.toml").write_text(to_toml(config))
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """A run that exists. Raises FileNotFoundError where the folder is none."""
+        if not (Path(path) / "config.toml").exists():
+            raise FileNotFoundError(f"{path} is not a run folder: it has no config.toml")
+        return cls(path)
+
+    def config(self) -> TrainConfig:
+        """The config as used."""
+        return load_config(self.path / "config.toml", [])
+
+    def log(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        print(text, flush=True)
+        with (self.path / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def write_metrics(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl, and the same to tensorboard."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All lines of metrics.jsonl; a line that a kill cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the lines past `step`: a resumed run writes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None

@@ -1,0 +1,395 @@
+"""A procedural world of captioned pictures: coloured shapes, sizes, counts, positions and backgrounds.
+
+Three things stand apart here. `Facts` is what a caption states, and no more. `Scene` is a whole picture: it holds what
+the facts state and draws at random what they leave open. A caption is one of several wordings of the same facts.
+
+    draw_facts -> Facts -> caption_for -> caption -> parse_caption -> Facts
+                        -> scene_for -> Scene -> render -> image uint8 (H, W, 3)
+
+Captions are kept out of training by the facts they state, never by their wording, and "a left of b" is the same fact as
+"b right of a": a held-out caption is therefore new in every paraphrase (`content`, `is_held_out`).
+
+Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides. Distances
+on a wider or taller frame only grow, so that a scene is good at every image size.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (215, 30, 40),
+    "orange": (255, 128, 0),
+    "yellow": (255, 225, 30),
+    "green": (40, 160, 60),
+    "cyan": (40, 210, 230),
+    "blue": (20, 60, 230),
+    "purple": (120, 20, 180),
+    "pink": (255, 105, 180),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "beige": (230, 215, 180)}
+SIZES = {"small": 0.12, "medium": 0.165, "large": 0.21}  # radius of the circle around the shape, in shorter sides
+COUNTS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+SPLITS = ("train", "held-out", "all")
+
+GAP = 3.5 / 64  # least room between the circles around two objects
+BORDER = 1 / 64  # least room between an object and the frame
+RELATION_MARGIN = 0.2  # least distance of two centres along the axis that a relation names
+HELD_OUT_ONE_IN = 10  # contents
+
+KIND_PROBABILITIES = {"single": 0.35, "count": 0.2, "pair": 0.2, "relation": 0.25}
+RELATION_WORDINGS = {
+    "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} with {b} to its right"),
+    "right of": ("{a} right of {b}", "{a} to the right of {b}", "{a} with {b} to its left"),
+    "above": ("{a} above {b}", "{a} over {b}", "{a} with {b} below it"),
+    "below": ("{a} below {b}", "{a} under {b}", "{a} with {b} above it"),
+}
+BACKGROUND_WORDINGS = (" on a {} background", " on {}")
+ITEM_PATTERN = rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a caption says of one object (or of each of several equal ones); None is left open."""
+
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("shape", self.shape, SHAPES)
+        _one_of("colour", self.colour, COLOURS, optional=True)
+        _one_of("size", self.size, SIZES, optional=True)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caption states: one item, `count` times (1 to 4), or two, and perhaps the relation of first to second."""
+
+    items: tuple[Item, ...]
+    count: int = 1
+    relation: str | None = None
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("relation", self.relation, RELATIONS, optional=True)
+        _one_of("background", self.background, BACKGROUNDS, optional=True)
+        if len(self.items) not in (1, 2):
+            raise ValueError(f"facts hold one or two items, not {len(self.items)}")
+        if self.count != 1 and (self.count not in COUNTS or len(self.items) != 1):
+            raise ValueError(f"count must be 1, or 2 to 4 of one item, not {self.count} of {len(self.items)} items")
+        if self.relation is not None and len(self.items) != 2:
+            raise ValueError(f"the relation {self.relation!r} needs two items, not {len(self.items)}")
+        if self.count > 2 and self.items[0].size == "large":
+            raise ValueError(f"{self.count} large objects have no room: name at most 2, or a smaller size")
+
+    @property
+    def kind(self) -> str:
+        """One of "single", "count", "pair", "relation"."""
+        if len(self.items) == 1:
+            return "single" if self.count == 1 else "count"
+        return "pair" if self.relation is None else "relation"
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawn object; (x, y) is its centre in [0, 1], from the left and from the top."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    def __post_init__(self) -> None:
+        _one_of("shape", self.shape, SHAPES)
+        _one_of("colour", self.colour, COLOURS)
+        _one_of("size", self.size, SIZES)
+        if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
+            raise ValueError(f"an object's centre must lie in [0, 1] x [0, 1], not at ({self.x}, {self.y})")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole picture: a flat background and one to four objects that do not touch."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+    def __post_init__(self) -> None:
+        _one_of("background", self.background, BACKGROUNDS)
+
+
+class ShapesWorld:
+    """An endless, seeded source of captioned pictures.
+
+    `split` is "train" (no caption whose content is held out), "held-out" (only such) or "all".
+    Raises ValueError for a bad size, seed or split.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int] = 64, seed: int = 0, split: str = "train") -> None:
+        _one_of("split", split, SPLITS)
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
+        self.height, self.width = image_height_width(image_size)
+        self.seed, self.split = int(seed), split
+
+    def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, str, Scene]:
+        """Draw (image uint8 (H, W, 3), caption, scene)."""
+        facts = self._facts(rng)
+        caption, scene = caption_for(facts, rng), scene_for(facts, rng)
+        return render(scene, (self.height, self.width)), caption, scene
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, str, Scene]:
+        """The i-th sample, a pure function of (seed, split, i)."""
+        return self.sample(self._rng(i))
+
+    def caption(self, i: int) -> str:
+        """The caption of the i-th sample, without drawing its picture."""
+        rng = self._rng(i)
+        return caption_for(self._facts(rng), rng)
+
+    def _rng(self, i: int) -> np.random.Generator:
+        if i < 0:
+            raise IndexError(f"the world counts from 0 and has no end; there is no sample {i}")
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), i])
+
+    def _facts(self, rng: np.random.Generator) -> Facts:
+        while True:
+            facts = draw_facts(rng)
+            if self.split == "all" or is_held_out(facts) == (self.split == "held-out"):
+                return facts
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
+    """Draw what a caption shall state; `kind` is "single", "count", "pair", "relation" or (None) any of them."""
+    if kind is None:
+        kind = str(rng.choice(list(KIND_PROBABILITIES), p=list(KIND_PROBABILITIES.values())))
+    _one_of("kind", kind, KIND_PROBABILITIES)
+    background = _choice(rng, BACKGROUNDS) if rng.random() < 0.3 else None
+    if kind in ("single", "count"):
+        count = 1 if kind == "single" else int(rng.integers(2, 5))
+        colour = _choice(rng, COLOURS) if rng.random() < 0.7 else None
+        size = _choice(rng, _room_for(count)) if rng.random() < (0.3 if count == 1 else 0.15) else None
+        return Facts((Item(_choice(rng, SHAPES), colour, size),), count=count, background=background)
+    shapes = rng.permutation(SHAPES)[:2].tolist()
+    colours = [_choice(rng, COLOURS) for _ in shapes] if rng.random() < 0.7 else [None, None]
+    sizes = [_choice(rng, SIZES) if rng.random() < 0.15 else None for _ in shapes]
+    if kind == "relation" and background is not None:
+        sizes = [None, None]  # keeps the caption short
+    items = tuple(Item(*attributes) for attributes in zip(shapes, colours, sizes, strict=True))
+    return Facts(items, relation=_choice(rng, RELATIONS) if kind == "relation" else None, background=background)
+
+
+def content(facts: Facts) -> tuple:
+    """The stated facts in canonical form: equal for all wordings and for both directions of the same statement."""
+    items, relation = facts.items, facts.relation
+    if relation in ("right of", "below"):
+        items, relation = items[::-1], OPPOSITE[relation]
+    elif facts.kind == "pair":
+        items = tuple(sorted(items, key=repr))
+    described = tuple((item.shape, item.colour, item.size) for item in items)
+    return (facts.kind, facts.count, relation, facts.background, described)
+
+
+def is_held_out(facts: Facts) -> bool:
+    """Whether captions with this content are kept from training: a tenth of all contents, by their SHA-256."""
+    digest = hashlib.sha256(repr(content(facts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def caption_for(facts: Facts, rng: np.random.Generator) -> str:
+    """One of the wordings of the facts: lower case, at most 16 words when the facts come from `draw_facts`."""
+    if facts.kind == "count":
+        item = facts.items[0]
+        plural = item.shape + ("es" if item.shape == "cross" else "s")
+        text = " ".join(word for word in (COUNTS[facts.count], item.size, item.colour, plural) if word)
+    else:
+        phrases = [_with_article(" ".join(w for w in (i.size, i.colour, i.shape) if w)) for i in facts.items]
+        if facts.relation is not None:
+            text = _choice(rng, RELATION_WORDINGS[facts.relation]).format(a=phrases[0], b=phrases[1])
+        else:
+            text = " and ".join(phrases)
+    if facts.background is not None:
+        text += _choice(rng, BACKGROUND_WORDINGS).format(facts.background)
+    if facts.kind in ("single", "count") and rng.random() < 0.2:
+        there = "there is " if facts.kind == "single" else "there are "
+        text = _choice(rng, ("a picture of ", there)) + text
+    return text
+
+
+def parse_caption(caption: str) -> Facts:
+    """The facts that a caption states: the inverse of `caption_for`. Raises ValueError outside the grammar."""
+    text = re.sub(r"^(a picture of|there is|there are) ", "", " ".join(caption.lower().split()))
+    background = None
+    if match := re.fullmatch(rf"(.*) on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?", text):
+        text, background = match.groups()
+    facts = _parse_objects(text)
+    if facts is None:
+        raise ValueError(f"not a caption of the shapes world: {caption!r}; write 'a red circle above a star' or alike")
+    return replace(facts, background=background)
+
+
+def _parse_objects(text: str) -> Facts | None:
+    if match := re.fullmatch(f"({'|'.join(COUNTS.values())}) {ITEM_PATTERN}(?:(?<=cross)e)?s", text):
+        count = next(number for number, word in COUNTS.items() if word == match[1])
+        return Facts((Item(match[4], match[3], match[2]),), count=count)
+    if match := re.fullmatch(f"an? {ITEM_PATTERN}", text):
+        return Facts((Item(match[3], match[2], match[1]),))
+    wordings = [(None, "{a} and {b}")] + [(relation, w) for relation in RELATIONS for w in RELATION_WORDINGS[relation]]
+    for relation, wording in wordings:
+        if match := re.fullmatch(wording.format(a=f"an? {ITEM_PATTERN}", b=f"an? {ITEM_PATTERN}"), text):
+            return Facts((Item(match[3], match[2], match[1]), Item(match[6], match[5], match[4])), relation=relation)
+    return None
+
+
+# --- scenes ----------------------------------------------------------------------------------------------------------
+
+
+def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
+    """A picture of which the facts are true, showing only the objects they name; all that they leave open is random."""
+    num_objects = facts.count * len(facts.items)
+    looks = []
+    for item in facts.items:
+        colour = item.colour or _choice(rng, COLOURS)
+        size = item.size or _choice(rng, _room_for(num_objects))
+        looks += [(item.shape, colour, size)] * facts.count
+    background = facts.background or _choice(rng, BACKGROUNDS)
+    centres = _place(np.array([SIZES[size] for _, _, size in looks]), facts.relation, rng).tolist()
+    return Scene(background, tuple(Object(*look, *centre) for look, centre in zip(looks, centres, strict=True)))
+
+
+def _room_for(num_objects: int) -> tuple[str, ...]:
+    """The sizes of which this many objects fit a picture with room to spare."""
+    return tuple(SIZES) if num_objects <= 2 else ("small", "medium")
+
+
+def _place(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+    """Centres (n, 2) of objects that keep apart and off the frame and stand in `relation`: the first good random layout."""
+    num_objects, low = len(radii), radii[:, None] + BORDER
+    apart = radii[:, None] + radii + GAP
+    np.fill_diagonal(apart, 0.0)
+    for _ in range(1000):
+        centres = low + (1 - 2 * low) * rng.random((1 if num_objects == 1 else 64, num_objects, 2))
+        offsets = centres[:, None, :, :] - centres[:, :, None, :]  # offsets[k, i, j] leads from i to j
+        good = (np.hypot(offsets[..., 0], offsets[..., 1]) >= apart).all(axis=(1, 2))
+        if relation is not None:
+            good &= related(relation, offsets[:, 0, 1], RELATION_MARGIN, dominant=True)
+        if good.any():
+            return centres[good.argmax()]
+    raise AssertionError(f"no layout found for radii {radii} and relation {relation}")
+
+
+def related(relation: str, offset: np.ndarray, margin: float, dominant: bool = False) -> np.ndarray:
+    """Whether first stands in `relation` to second, by at least `margin`; `offset` (..., 2) leads from first to second.
+
+    With `dominant`, the distance along the named axis must also be the greater one.
+    """
+    axis = 0 if relation in ("left of", "right of") else 1
+    along = offset[..., axis] * (1 if relation in ("left of", "above") else -1)
+    good = along >= margin
+    return good & (along > np.abs(offset[..., 1 - axis])) if dominant else good
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, image_size: int | tuple[int, int]) -> np.ndarray:
+    """Draw a scene with antialiased edges: uint8 (H, W, 3); `image_size` is a side or (height, width)."""
+    height, width = image_height_width(image_size)
+    scale = 4  # drawn this much larger, then averaged over areas: the exact coverage of a pixel, without ringing
+    image = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[scene.background])
+    draw = ImageDraw.Draw(image)
+    for thing in scene.objects:
+        radius = SIZES[thing.size] * min(height, width) * scale
+        centre = (thing.x * width * scale, thing.y * height * scale)
+        for outline, filled in OUTLINES[thing.shape]():
+            corners = [(centre[0] + radius * x, centre[1] + radius * y) for x, y in outline]
+            fill = COLOURS[thing.colour] if filled else BACKGROUNDS[scene.background]
+            if len(corners) == 2:
+                draw.ellipse(corners, fill=fill)
+            else:
+                draw.polygon(corners, fill=fill)
+    return np.asarray(image.reduce(scale))
+
+
+Outline = list[tuple[float, float]]  # corners within the unit circle, centroid at 0; two corners: the box of an ellipse
+
+
+def _circle() -> list[tuple[Outline, bool]]:
+    return [([(-0.93, -0.93), (0.93, 0.93)], True)]
+
+
+def _ring() -> list[tuple[Outline, bool]]:
+    return [([(-1.0, -1.0), (1.0, 1.0)], True), ([(-0.55, -0.55), (0.55, 0.55)], False)]
+
+
+def _square() -> list[tuple[Outline, bool]]:
+    return [([(-0.7, -0.7), (0.7, -0.7), (0.7, 0.7), (-0.7, 0.7)], True)]
+
+
+def _triangle() -> list[tuple[Outline, bool]]:
+    return [([_polar(1.0, 90), _polar(1.0, 210), _polar(1.0, 330)], True)]
+
+
+def _star() -> list[tuple[Outline, bool]]:
+    return [([_polar(0.45 if i % 2 else 1.0, 90 + 36 * i) for i in range(10)], True)]
+
+
+def _cross() -> list[tuple[Outline, bool]]:
+    arm, end = 0.3, 0.95
+    quarter = [(arm, end), (arm, arm), (end, arm)]
+    turns = [quarter, [(y, -x) for x, y in quarter], [(-x, -y) for x, y in quarter], [(-y, x) for x, y in quarter]]
+    return [([corner for turn in turns for corner in turn], True)]
+
+
+def _polar(radius: float, degrees: float) -> tuple[float, float]:
+    return radius * math.cos(math.radians(degrees)), -radius * math.sin(math.radians(degrees))
+
+
+OUTLINES: dict[str, Callable[[], list[tuple[Outline, bool]]]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+}
+
+
+def image_height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a side or a pair; raises ValueError unless both are whole numbers from 16 to 4096."""
+    sides = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
+    good = isinstance(sides, tuple | list) and len(sides) == 2
+    if not good or not all(isinstance(s, int | np.integer) and 16 <= s <= 4096 for s in sides):
+        raise ValueError(f"image_size must be a side or (height, width), 16 to 4096 pixels each, not {image_size!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def _with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def _choice(rng: np.random.Generator, options: Any) -> str:
+    options = tuple(options)
+    return options[int(rng.integers(len(options)))]
+
+
+def _one_of(name: str, value: Any, allowed: Any, optional: bool = False) -> None:
+    if value not in allowed and not (optional and value is None):
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

@@ -1,0 +1,354 @@
+"""ShapesEval: GenEval's six questions (Ghosh et al. 2023, arXiv:2310.11513), asked of the shapes world.
+
+One object, two objects, counting, colours, position, colour attribution: as there, a detector looks at the generated
+picture and the question is answered from what it finds. Because the pictures are flat shapes, the detector is classical
+and exact: background by median, colours by projection on the line from background to colour, connected components, and
+template matching of each component's coverage after its position and area are normalised. It has no weights.
+
+Letters: H, W image sides; P template side; K number of templates.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from training.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    OPPOSITE,
+    SHAPES,
+    SIZES,
+    Facts,
+    Item,
+    Object,
+    Scene,
+    caption_for,
+    draw_facts,
+    image_height_width,
+    is_held_out,
+    related,
+    render,
+    scene_for,
+)
+
+QUESTIONS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
+POSITION_MARGIN = 0.1  # of the image between two centres; true pictures have at least twice that
+
+WORKING_SIDE = 64  # shorter side in pixels at which the detector looks at every picture; the thresholds below mean it
+SMOOTHING = 0.5  # pixels, sigma of the Gaussian that takes the worst off pixel noise
+MIN_AREA = 20  # pixels of coverage; the least object that the world draws covers over 70
+MIN_CONTRAST = 45  # RGB distance to the background from which a pixel can belong to an object
+MAX_COLOUR_ERROR = 75  # RGB distance up to which a colour is still called by the nearest name; the palette lies 88 apart
+MIN_OVERLAP = 0.88  # soft intersection over union with the best template
+MIN_LEAD = 0.03  # by which the best shape must overlap more than the second
+TEMPLATE_BLURS = (SMOOTHING, 0.9, 1.4)  # pixels; a model's pictures are a little soft
+TEMPLATE_SIDE, TEMPLATE_REACH = 24, 1.75  # samples a side, and half-width in radii of the disc of equal area
+
+
+@dataclass(frozen=True)
+class Found:
+    """One component of the picture; shape and colour are None where it is too malformed or odd to be named.
+
+    (x, y) is its centre in [0, 1], `area` the part of the picture that it covers, `confidence` the overlap with the best
+    template, 1 for a perfect one.
+    """
+
+    shape: str | None
+    colour: str | None
+    size: str | None
+    x: float
+    y: float
+    area: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What the detector sees in one picture."""
+
+    background: str | None
+    objects: tuple[Found, ...]
+
+
+# --- the detector ----------------------------------------------------------------------------------------------------
+
+
+def detect(image: Any) -> Detection:
+    """Find the objects in an image: uint8 (H, W, 3), or a PIL image. Raises ValueError for anything else."""
+    pixels = _at_working_size(image)
+    backdrop = np.median(pixels.reshape(-1, 3), axis=0)  # every scene is mostly background
+    regions = _regions(pixels, backdrop)
+    objects = (_found(pixels, backdrop, regions == i) for i in range(1, int(regions.max()) + 1))
+    return Detection(_nearest(backdrop, BACKGROUNDS), tuple(thing for thing in objects if thing is not None))
+
+
+def _at_working_size(image: Any) -> np.ndarray:
+    """float (H, W, 3), 0 to 255, slightly smoothed, with a shorter side of WORKING_SIDE pixels."""
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image must be uint8 of shape (height, width, 3), not {array.dtype} of {array.shape}")
+    height, width = image_height_width(array.shape[:2])
+    scale = WORKING_SIDE / min(height, width)
+    if scale != 1:
+        size = (round(width * scale), round(height * scale))
+        array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC))
+    return ndimage.gaussian_filter(array.astype(np.float32), (SMOOTHING, SMOOTHING, 0))
+
+
+def _regions(pixels: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
+    """Number the objects: int (H, W), 0 for background, each other number a connected region of one colour.
+
+    A pixel belongs to the colour whose segment from the background it lies nearest to. On the segment, because half-covered
+    edge pixels lie there: half red on white is close to pink, but not close to any mixture of pink and white.
+    """
+    direction = np.array(list(COLOURS.values()), dtype=np.float32) - backdrop
+    offset = pixels - backdrop
+    share = np.clip(offset @ (direction / (direction**2).sum(1, keepdims=True)).T, 0, 1)  # (H, W, colours)
+    distance = np.linalg.norm(offset[:, :, None] - share[..., None] * direction, axis=-1)
+    colour = distance.argmin(-1)
+    covered = np.take_along_axis(share, colour[..., None], -1)[..., 0] > 0.4
+    covered &= np.linalg.norm(offset, axis=-1) > MIN_CONTRAST
+    regions = np.zeros(colour.shape, dtype=int)
+    blobs, num_blobs = ndimage.label(covered)
+    for number, box in zip(range(1, num_blobs + 1), ndimage.find_objects(blobs), strict=True):
+        blob = blobs[box] == number
+        votes = np.bincount(colour[box][blob], minlength=len(COLOURS))
+        present = np.flatnonzero(votes >= max(MIN_AREA, 0.2 * votes.sum()))
+        if not len(present):
+            continue
+        if len(present) == 1:
+            regions[box][blob] = regions.max() + 1
+            continue
+        own = present[distance[box][..., present].argmin(-1)]  # two colours touch: part them
+        for one in present:
+            parts, _ = ndimage.label(blob & (own == one))
+            regions[box] = np.where(parts > 0, parts + regions.max(), regions[box])
+    return regions
+
+
+def _found(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> Found | None:
+    """Measure and name one region; None when it is too little to be an object."""
+    if region.sum() < MIN_AREA:
+        return None
+    tint, coverage = _coverage(pixels, backdrop, region)
+    y, x, area = _centroid(coverage)
+    shape, size, overlap = _classify(_normalised(coverage), area)
+    height, width = region.shape
+    return Found(
+        shape,
+        _nearest(tint, COLOURS),
+        size,
+        x=(x + 0.5) / width,
+        y=(y + 0.5) / height,
+        area=area / region.size,
+        confidence=overlap,
+    )
+
+
+def _coverage(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The colour (3,) of a region, and how much of each pixel in and around it has that colour, (H, W) in [0, 1]."""
+    offset = pixels - backdrop
+    contrast = np.linalg.norm(offset[region], axis=-1)
+    direction = np.median(offset[region][contrast >= np.quantile(contrast, 0.6)], axis=0)
+    near = ndimage.binary_dilation(region, iterations=2)
+    return backdrop + direction, np.clip(offset @ (direction / (direction**2).sum()), 0, 1) * near
+
+
+def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
+    """(y, x, area) of a coverage map, in pixels."""
+    rows, columns = np.indices(coverage.shape, sparse=True)
+    area = float(coverage.sum())
+    return float((coverage * rows).sum()) / area, float((coverage * columns).sum()) / area, area
+
+
+def _normalised(coverage: np.ndarray) -> np.ndarray:
+    """Resample a coverage map (H, W) so that its centroid and area become standard: (P * P,)."""
+    y, x, area = _centroid(coverage)
+    reach = TEMPLATE_REACH * math.sqrt(area / math.pi)
+    steps = np.linspace(-reach, reach, TEMPLATE_SIDE)
+    return ndimage.map_coordinates(coverage, np.meshgrid(y + steps, x + steps, indexing="ij"), order=1).ravel()
+
+
+def _classify(sample: np.ndarray, area: float) -> tuple[str | None, str | None, float]:
+    """(shape, size, overlap) of a normalised coverage map; shape and size are None when no shape clearly fits."""
+    templates, areas = _templates()
+    overlaps = np.minimum(templates, sample).sum(-1) / np.maximum(templates, sample).sum(-1)
+    best_of = overlaps.reshape(len(SHAPES), -1).max(1)
+    first, second = np.argsort(best_of)[[-1, -2]]
+    overlap = float(best_of[first])
+    if overlap < MIN_OVERLAP or overlap - best_of[second] < MIN_LEAD:
+        return None, None, overlap
+    size = int(np.abs(np.log(areas[first] / area)).argmin())
+    return SHAPES[first], tuple(SIZES)[size], overlap
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Normalised coverage (K, P * P) by shape, size and blur, and the areas (shapes, sizes), measured like a found object."""
+    templates, areas = [], np.zeros((len(SHAPES), len(SIZES)))
+    for i, shape in enumerate(SHAPES):
+        for j, size in enumerate(SIZES):
+            scene = Scene("black", (Object(shape, "pink", size, 0.5, 0.5),))
+            picture = render(scene, WORKING_SIDE).astype(np.float32)
+            for blur in TEMPLATE_BLURS:
+                pixels = ndimage.gaussian_filter(picture, (blur, blur, 0))
+                backdrop = np.zeros(3, dtype=np.float32)
+                _, coverage = _coverage(pixels, backdrop, _regions(pixels, backdrop) == 1)
+                templates.append(_normalised(coverage))
+                areas[i, j] += coverage.sum() / len(TEMPLATE_BLURS)
+    return np.array(templates), areas
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+    distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in palette.items()}
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= MAX_COLOUR_ERROR else None
+
+
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption with the one question that is asked of a picture made from it."""
+
+    question: str
+    caption: str
+    facts: Facts
+
+    def answered_by(self, image: Any) -> bool:
+        """Whether the picture, uint8 (H, W, 3) or PIL, shows what the question asks."""
+        return answers(self.question, self.facts, detect(image))
+
+
+def answers(question: str, facts: Facts, detection: Detection) -> bool:
+    """Whether a detection satisfies what `question` asks of `facts`; what it does not ask is not looked at.
+
+    one object, two objects: the shapes are there. counting: the shape is there exactly so many times, and nothing that cannot be named.
+    colours, colour attribution: each shape is there in its own colour. position: one of each shape, with a clear offset.
+    """
+    items = facts.items
+    if question in ("one object", "two objects"):
+        return all(_matching(Item(item.shape), detection) for item in items)
+    if question in ("colours", "colour attribution"):
+        return all(_matching(Item(item.shape, item.colour), detection) for item in items)
+    if question == "counting":
+        unnamed = any(thing.shape is None for thing in detection.objects)
+        return not unnamed and len(_matching(Item(items[0].shape), detection)) == facts.count
+    if question == "position" and facts.relation is not None:
+        first, second = (_matching(Item(item.shape), detection) for item in items)
+        offsets = [np.array([b.x - a.x, b.y - a.y]) for a in first for b in second if a is not b]
+        return any(bool(related(facts.relation, offset, POSITION_MARGIN)) for offset in offsets)
+    raise ValueError(f"cannot ask {question!r} of {facts}: expected one of {', '.join(QUESTIONS)} and facts that fit it")
+
+
+def _matching(item: Item, detection: Detection) -> list[Found]:
+    return [thing for thing in detection.objects if thing.shape == item.shape and item.colour in (None, thing.colour)]
+
+
+class ShapesEval:
+    """Prompts that training never showed, in any wording, and their score; a pure function of the arguments.
+
+    `prompts` holds `prompts_per_question` for each question, in the order of QUESTIONS. Raises ValueError for bad arguments.
+    """
+
+    def __init__(
+        self, image_size: int | tuple[int, int] = 64, prompts_per_question: int = 32, seed: int = 0
+    ) -> None:
+        self.image_size = image_height_width(image_size)
+        if not isinstance(prompts_per_question, int | np.integer) or prompts_per_question < 1:
+            raise ValueError(f"prompts_per_question must be a whole number, 1 or more, not {prompts_per_question!r}")
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
+        self.seed = int(seed)
+        self.prompts: list[Prompt] = []
+        for number, question in enumerate(QUESTIONS):
+            self.prompts += _draw_prompts(question, prompts_per_question, np.random.default_rng([self.seed, number]))
+
+    def score(self, images: Sequence[Any]) -> dict[str, float]:
+        """The part of pictures, one for each of `prompts` and in their order, that answer each question; and the mean."""
+        if len(images) != len(self.prompts):
+            raise ValueError(f"expected one image for each of the {len(self.prompts)} prompts, not {len(images)} images")
+        hits: dict[str, list[bool]] = {question: [] for question in QUESTIONS}
+        for prompt, image in zip(self.prompts, images, strict=True):
+            hits[prompt.question].append(prompt.answered_by(image))
+        scores = {question: sum(answered) / len(answered) for question, answered in hits.items()}
+        return {**scores, "mean": sum(scores.values()) / len(scores)}
+
+    def true_images(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
+        """A true rendering, uint8 (H, W, 3), of each of `prompts` (or of those given)."""
+        chosen = self.prompts if prompts is None else prompts
+        rngs = (np.random.default_rng([self.seed, len(QUESTIONS), i]) for i in range(len(chosen)))
+        return [render(scene_for(p.facts, rng), self.image_size) for p, rng in zip(chosen, rngs, strict=True)]
+
+    def contrast(self, prompt: Prompt) -> Prompt:
+        """The same prompt with just what its question asks changed: no picture is right for both."""
+        rng = np.random.default_rng([self.seed, *prompt.caption.encode()])
+        facts = _changed(prompt.question, prompt.facts, rng)
+        return Prompt(prompt.question, caption_for(facts, rng), facts)
+
+
+def _draw_prompts(question: str, number: int, rng: np.random.Generator) -> list[Prompt]:
+    """Held-out prompts, no caption twice as long as new ones are easily found."""
+    prompts: dict[str, Prompt] = {}
+    repeats: list[Prompt] = []
+    while len(prompts) + len(repeats) < number:
+        for _ in range(20):
+            facts = _draw_question_facts(question, rng)
+            caption = caption_for(facts, rng)
+            if caption not in prompts:
+                prompts[caption] = Prompt(question, caption, facts)
+                break
+        else:
+            repeats.append(Prompt(question, caption, facts))
+    return [*prompts.values(), *repeats]
+
+
+def _draw_question_facts(question: str, rng: np.random.Generator) -> Facts:
+    while True:
+        facts = draw_facts(rng, KIND_OF_QUESTION[question])
+        if is_held_out(facts) and _can_be_asked(question, facts):
+            return facts
+
+
+KIND_OF_QUESTION = {
+    "one object": "single",
+    "two objects": "pair",
+    "counting": "count",
+    "colours": "single",
+    "position": "relation",
+    "colour attribution": "pair",
+}
+
+
+def _can_be_asked(question: str, facts: Facts) -> bool:
+    colours = {item.colour for item in facts.items}
+    if question in ("one object", "two objects"):
+        return colours == {None}
+    if question in ("colours", "colour attribution"):
+        return None not in colours and len(colours) == len(facts.items)
+    return question == "position" or facts.items[0].size != "large"  # of large ones there are never three or four
+
+
+def _changed(question: str, facts: Facts, rng: np.random.Generator) -> Facts:
+    """The facts with just what the question asks changed."""
+    first, *rest = facts.items
+    if question in ("one object", "two objects"):
+        taken = {item.shape for item in facts.items}
+        first = replace(first, shape=str(rng.choice([shape for shape in SHAPES if shape not in taken])))
+    elif question == "counting":
+        return replace(facts, count=int(rng.choice([count for count in COUNTS if count != facts.count])))
+    elif question == "colours":
+        first = replace(first, colour=str(rng.choice([colour for colour in COLOURS if colour != first.colour])))
+    elif question == "position":
+        return replace(facts, relation=OPPOSITE[str(facts.relation)])
+    elif question == "colour attribution":
+        first, rest = replace(first, colour=rest[0].colour), [replace(rest[0], colour=first.colour)]
+    return replace(facts, items=(first, *rest))
