@@ -1,137 +1,284 @@
 """Autoencoders: images <-> scaled latents, the space in which the models work.
 
-`Autoencoder` wraps the AutoencoderKL of diffusers (Rombach et al. 2022, section 3.1; with 16 channels and no quant convolutions
-as in SD3, Esser et al. 2024, section 5.2.1). Its raw latents are shifted and scaled to zero mean and unit variance by two measured
-numbers that are stored with the weights, in the convention of diffusers:
+Three kinds answer the same calls: `PatchAutoencoder` (ours: quick to train on one's own images, also on a CPU), `KLAutoencoder`
+(any AutoencoderKL of diffusers: SD3's, Flux's, one's own) and `PixelSpace` (no autoencoder: latents are pixels).
+
+Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the weights,
+in the convention of diffusers (SD3: 1.5305 and 0.0609):
 
     z = (raw - shift_factor) * scaling_factor        raw = z / scaling_factor + shift_factor
 
-`PixelSpace` is the identity, for models that work on patches of pixels. diffusers is imported when an `Autoencoder` is made.
-
-Shapes: B batch, H W image sides, C latent channels, h w latent sides (h = H / factor), images float in [-1, 1].
+Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h = H / factor), images float in [-1, 1].
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.weights_io import load_weights, read_json, save_weights, write_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-WEIGHTS = "diffusion_pytorch_model"
 SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
 
 
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """The size of an `Autoencoder`; the defaults are a small f8 network for two CPU cores."""
-
-    channels: int = 16  # latent channels C
-    widths: tuple[int, ...] = (16, 32, 64, 96)  # channels of each level, finest first; factor = 2 ** (levels - 1)
-    layers_per_block: int = 1  # residual blocks of an encoder level; a decoder level has one more
-    norm_groups: int = 8  # groups of each GroupNorm; divides every width
-    attention: bool = False  # one self-attention at the coarsest level
-
-    def __post_init__(self) -> None:
-        if self.channels < 1 or self.layers_per_block < 1 or not self.widths:
-            raise ValueError(f"channels, layers_per_block and the number of widths must be at least 1, got {self}")
-        odd = [width for width in self.widths if width < 1 or width % self.norm_groups]
-        if odd:
-            raise ValueError(f"every width must be a multiple of norm_groups={self.norm_groups}, got {odd}")
-
-    def build(self) -> AutoencoderKL:
-        """A freshly initialised AutoencoderKL (from the global torch seed), unscaled."""
-        from diffusers import AutoencoderKL
-
-        levels = len(self.widths)
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(self.widths),
-            layers_per_block=self.layers_per_block,
-            latent_channels=self.channels,
-            norm_num_groups=self.norm_groups,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            force_upcast=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=self.attention,
-        )
-
-
 class Autoencoder(nn.Module):
-    """Images in [-1, 1] <-> scaled latents, by an AutoencoderKL of diffusers.
+    """What every autoencoder answers; a subclass gives `channels`, `factor`, the two scalars, and `raw_latents`, `raw_images`."""
 
-    `vae` is that network; `Autoencoder(AutoencoderConfig(...))` makes a fresh one, `Autoencoder.load(folder)` a stored one.
-    """
-
-    def __init__(self, config: AutoencoderConfig | AutoencoderKL | None = None) -> None:
-        super().__init__()
-        vae = config if isinstance(config, nn.Module) else (config or AutoencoderConfig()).build()
-        self.vae: AutoencoderKL = vae
-
-    @property
-    def channels(self) -> int:
-        """Latent channels C."""
-        return self.vae.config.latent_channels
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    channels: int
+    """Latent channels C."""
+    factor: int
+    """Image pixels per latent pixel, along each side."""
 
     @property
     def scaling_factor(self) -> float:
         """1 / the standard deviation of the raw latents, as measured."""
-        return float(self.vae.config.scaling_factor)
+        raise NotImplementedError
 
     @property
     def shift_factor(self) -> float:
-        """The mean of the raw latents, as measured (0 where the file has none)."""
-        return float(self.vae.config.shift_factor or 0.0)
+        """The mean of the raw latents, as measured."""
+        raise NotImplementedError
 
-    def set_scale(self, scaling_factor: float, shift_factor: float) -> None:
-        """Stores the measured scalars, z = (raw - shift_factor) * scaling_factor, in the configuration."""
-        self.vae.register_to_config(scaling_factor=float(scaling_factor), shift_factor=float(shift_factor))
+    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def raw_images(self, raw: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: z = (raw - shift) * scale.
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        raw is the posterior's mode, or a sample of the posterior where a generator is given. ValueError if a side is not a
-        multiple of `factor`.
+        A kind with a posterior gives its mode, or a sample of it where a generator is given. Raises ValueError for sides that
+        are no multiple of `factor`.
         """
-        _check_images(images, self.factor)
-        posterior = self.vae.encode(images).latent_dist
-        raw = posterior.mode() if generator is None else posterior.sample(generator)
-        return (raw - self.shift_factor) * self.scaling_factor
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor or not height or not width:
+            raise ValueError(
+                f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize the images first"
+            )
+        return (self.raw_latents(images, generator) - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w)."""
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
-        return self.vae.decode(latents / self.scaling_factor + self.shift_factor).sample.clamp(-1, 1)
+        return self.raw_images(latents / self.scaling_factor + self.shift_factor).clamp(-1, 1)
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes config.json and the safetensors weights as diffusers reads them; `dtype` is that of the file (None: as is)."""
-        vae = self.vae if dtype is None else copy.deepcopy(self.vae).to(dtype)
-        vae.save_pretrained(Path(folder), safe_serialization=True)
-        return Path(folder)
+    def save(self, folder: str | Path) -> None:
+        """Write what `open_autoencoder` reads."""
+        raise NotImplementedError
+
+
+class PixelSpace(Autoencoder):
+    """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
+
+    channels = 3
+    factor = 1
+    scaling_factor = 1.0
+    shift_factor = 0.0
+
+    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        return images
+
+    def raw_images(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PatchAutoencoderConfig:
+    """Size of a `PatchAutoencoder`, and the two numbers that scale its latents."""
+
+    channels: int = 16
+    """Latent channels C."""
+    widths: tuple[int, int] = (64, 128)
+    """Channels of the residual blocks at 1/4 and at 1/8 of the image's sides; multiples of 8."""
+    depth: int = 2
+    """Residual blocks at each of the two sizes, in the encoder and in the decoder."""
+    scaling_factor: float = 1.0
+    """1 / standard deviation of the raw latents."""
+    shift_factor: float = 0.0
+    """Mean of the raw latents."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if not 1 <= self.channels <= 192 or self.depth < 0:
+            raise ValueError(f"expected 1 to 192 channels and a depth of 0 or more, got {self.channels} and {self.depth}")
+        if len(self.widths) != 2 or any(width < 8 or width % 8 for width in self.widths):
+            raise ValueError(f"widths must be two multiples of 8, got {self.widths}")
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(norm(x))))); the last convolution starts at zero, so a new block is the identity."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, dim)
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+
+
+class PatchAutoencoder(Autoencoder):
+    """The best linear code of 8x8 patches (PCA), and a small convolutional network on each side that learns the rest.
+
+        z = A (p - mean) + f(x)          x = patches back of (mean + B z) + g(z)
+
+    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality, and all
+    work is done at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al. 2016).
+    """
+
+    factor = 8
+
+    def __init__(self, config: PatchAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, (w4, w8), blocks = config.channels, config.widths, range(config.depth)
+        self.linear_in = nn.Conv2d(3, c, 8, stride=8)
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, w4, 3, padding=1),
+            *(ResidualBlock(w4) for _ in blocks),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * w4, w8, 1),
+            *(ResidualBlock(w8) for _ in blocks),
+            nn.Conv2d(w8, c, 3, padding=1),
+        )
+        self.linear_out = nn.Conv2d(c, 3 * 64, 1)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(c, w8, 3, padding=1),
+            *(ResidualBlock(w8) for _ in blocks),
+            nn.Conv2d(w8, 4 * w4, 1),
+            nn.PixelShuffle(2),
+            *(ResidualBlock(w4) for _ in blocks),
+            nn.GroupNorm(8, w4),
+            nn.SiLU(),
+            nn.Conv2d(w4, 48, 3, padding=1),
+            nn.PixelShuffle(4),
+        )
+        for last in (self.encoder[-1], self.decoder[-2]):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return self.config.channels
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        return self.config.shift_factor
+
+    def set_scale(self, scaling_factor: float, shift_factor: float) -> None:
+        """Store the measured scalars."""
+        self.config = replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
+
+    @torch.no_grad()
+    def start_from(self, images: Tensor, balance: float) -> None:
+        """Set the linear code to the first C principal components of the 8x8 patches of images (B, 3, H, W) in [-1, 1].
+
+        balance: 0 keeps the components' own variances, 1 gives all the same; the mean square of the latents is 1 either way.
+        """
+        patches = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 192)
+        mean = patches.mean(0)
+        std, axes = _principal(patches - mean, self.channels)
+        wanted = std ** (1 - balance)
+        unit = std / (wanted / wanted.square().mean().sqrt())  # one latent step, in the component's own units
+        self.linear_in.weight.copy_((axes / unit[:, None]).view_as(self.linear_in.weight))
+        self.linear_in.bias.copy_(-(axes @ mean) / unit)  # type: ignore[union-attr]
+        self.linear_out.weight.copy_((axes.T * unit)[:, :, None, None])
+        self.linear_out.bias.copy_(mean)  # type: ignore[union-attr]
+
+    def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.linear_in(images) + self.encoder(images)
+
+    def raw_images(self, raw: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.linear_out(raw), 8) + self.decoder(raw)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (half precision: the rounding is far below the reconstruction error)."""
+        write_json(Path(folder) / "config.json", {"_class_name": "PatchAutoencoder", **asdict(self.config)})
+        state = {name: tensor.half() for name, tensor in self.state_dict().items()}
+        save_weights(state, Path(folder) / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Autoencoder:
-        """A stored AutoencoderKL (or the `vae` of a stored diffusers pipeline) in float32, frozen, in eval mode.
+    def load(cls, folder: str | Path) -> PatchAutoencoder:
+        """A stored one, in float32, frozen, in eval mode. Raises ValueError where the files do not fit."""
+        config = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"}
+        try:
+            model = cls(PatchAutoencoderConfig(**config))
+        except TypeError as error:
+            raise ValueError(f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}") from error
+        load_weights(model, Path(folder) / "model.safetensors")
+        return model.float().requires_grad_(False).eval()
 
-        ValueError if the folder is missing, holds another kind of model, or has no (readable) safetensors weights.
-        """
-        folder = _vae_folder(Path(folder))
+
+def _principal(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest standard deviations of centred rows x (N, D), at least 1e-3, and their axes (n, D)."""
+    variances, axes = torch.linalg.eigh(x.T.double() @ x.double() / len(x))
+    axes = axes.flip(1)[:, :n].T
+    axes = axes * torch.sign(axes.sum(1, keepdim=True) + 1e-12)  # eigenvectors have no sign of their own
+    return variances.flip(0)[:n].clamp(min=1e-6).sqrt().to(x.dtype), axes.to(x.dtype)
+
+
+# --- diffusers' -------------------------------------------------------------------------------------------------------------
+
+
+class KLAutoencoder(Autoencoder):
+    """An AutoencoderKL of diffusers (Rombach et al. 2022, section 3.1) behind the same calls; `vae` is that network."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return self.vae.config.latent_channels
+
+    @property
+    def factor(self) -> int:  # type: ignore[override]
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def shift_factor(self) -> float:
+        return float(self.vae.config.shift_factor or 0.0)  # SD's have none
+
+    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        posterior = self.vae.encode(images).latent_dist
+        return posterior.mode() if generator is None else posterior.sample(generator)
+
+    def raw_images(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw).sample
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that diffusers reads too."""
+        self.vae.save_pretrained(Path(folder), safe_serialization=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> KLAutoencoder:
+        """A stored AutoencoderKL in float32, frozen, in eval mode. Raises ValueError where it cannot be read."""
         from diffusers import AutoencoderKL
 
         try:
@@ -144,58 +291,26 @@ class Autoencoder(nn.Module):
         return cls(vae).requires_grad_(False).eval()
 
 
-class PixelSpace(nn.Module):
-    """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
-
-    channels = 3
-    factor = 1
-    scaling_factor = 1.0
-    shift_factor = 0.0
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images themselves."""
-        _check_images(images, self.factor)
-        return images
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The latents themselves, clamped to [-1, 1]."""
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
-        return latents.clamp(-1, 1)
+_KINDS: dict[str, Any] = {"PatchAutoencoder": PatchAutoencoder, "AutoencoderKL": KLAutoencoder}
 
 
-def open_autoencoder(spec: str | Path) -> Autoencoder | PixelSpace:
-    """The autoencoder that `spec` names: "none" (pixels), "shapes" (the shipped weights) or a folder written by `save`."""
+def open_autoencoder(spec: str | Path) -> Autoencoder:
+    """The autoencoder that `spec` names: "none" (pixels), "shapes" (the weights in the package), or a folder.
+
+    A folder is one written by `save` or `mmdit autoencoder train`, a diffusers AutoencoderKL, or a pipeline that has one in
+    `vae`. Raises ValueError where it is none of these.
+    """
     if str(spec) == "none":
         return PixelSpace()
-    if str(spec) == "shapes":
-        return Autoencoder.load(SHIPPED)
-    return Autoencoder.load(spec)
-
-
-def _check_images(images: Tensor, factor: int) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
-    height, width = images.shape[-2:]
-    if height % factor or width % factor or not height or not width:
-        raise ValueError(f"image sides must be multiples of {factor}, got {height}x{width}; crop or resize the images first")
-
-
-def _vae_folder(folder: Path) -> Path:
-    """The folder that holds the AutoencoderKL's own config.json, or a ValueError that says what is there instead."""
+    folder = SHIPPED if str(spec) == "shapes" else Path(spec)
     if not folder.is_dir():
         raise ValueError(f'autoencoder folder not found: {folder} (give "none", "shapes" or a folder with config.json)')
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"no config.json in {folder}: not an autoencoder folder as `mmdit autoencoder train` writes it")
-    try:
-        name = json.loads(path.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
-    if name != "AutoencoderKL":
-        raise ValueError(f"{path} describes {name or 'no known model'}, expected AutoencoderKL")
-    if not any(folder.glob(f"{WEIGHTS}*.safetensors*")):
-        raise ValueError(f"no {WEIGHTS}.safetensors in {folder}; only safetensors weights are read")
-    return folder
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in _KINDS:
+        raise ValueError(f"{folder / 'config.json'} describes {name or 'no known model'}, expected one of {', '.join(_KINDS)}")
+    return _KINDS[name].load(folder)

@@ -11,7 +11,7 @@ from typing import Literal
 from mmdit.config import MMDiTConfig
 from mmdit.formats import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
 from mmdit.model import MMDiT
-from mmdit.weights_io import assign_weights, load_weights, read_json, read_weights, save_weights, write_json
+from mmdit.weights_io import assign_weights, load_weights, read_config, read_json, read_weights, save_weights, write_json
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -28,15 +28,12 @@ def load(path: str | Path) -> MMDiT:
     else:
         raise FileNotFoundError(f"{root} holds no model: expected a run folder, or a folder with config.json")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") == "SD3Transformer2DModel":
+    if isinstance(config, dict) and config.get("_class_name") == "SD3Transformer2DModel":
         shape = config_from_diffusers(config)
         model = MMDiT(shape)
         assign_weights(model, from_diffusers(read_weights(folder / DIFFUSERS_WEIGHTS), shape), str(folder))
         return model
-    try:
-        model = MMDiT(MMDiTConfig(**config))
-    except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not the config of an MMDiT: {error}") from error
+    model = MMDiT(read_config(MMDiTConfig, folder / "config.json"))
     load_weights(model, folder / "model.safetensors")
     return model
 

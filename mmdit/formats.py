@@ -12,6 +12,17 @@ from torch import Tensor
 
 from mmdit.config import MMDiTConfig
 
+_CONFIG_KEYS = (
+    "in_channels",
+    "patch_size",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "sample_size",
+    "pos_embed_max_size",
+)
 _TOP = {
     "patch_in": "pos_embed.proj",
     "context_in": "context_embedder",
@@ -66,19 +77,26 @@ def _swap(x: Tensor) -> Tensor:
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """Our state dict from that of a `SD3Transformer2DModel` of the same config. Raises KeyError for a missing tensor."""
+    """Our state dict from that of a `SD3Transformer2DModel` of the same config.
+
+    A tensor that is missing there is missing here, and `assign_weights` says so; ValueError for one that is not known.
+    """
     out: dict[str, Tensor] = {}
-    if config.positions == "sincos":
+    known = {"pos_embed.pos_embed"}
+    if "pos_embed.pos_embed" in state:
         out["pos_embed"] = state["pos_embed.pos_embed"]
     for ours, theirs in _names(config):
         for leaf in ("weight", "bias"):
             parts = [f"{name}.{leaf}" for name in ([theirs] if isinstance(theirs, str) else theirs)]
-            if parts[0] not in state:
+            known.update(parts)
+            if not all(part in state for part in parts):
                 continue
             tensor = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
             if tensor.ndim == 4:  # a convolution with one step a patch is a linear layer on the patch
                 tensor = tensor.flatten(1)
             out[f"{ours}.{leaf}"] = _swap(tensor) if _swapped(ours, config) else tensor
+    if unknown := sorted(state.keys() - known):
+        raise ValueError(f"{len(unknown)} tensors are not those of this SD3Transformer2DModel: {', '.join(unknown[:4])}")
     return out
 
 
@@ -103,7 +121,10 @@ def to_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, 
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
-    """Our config from the `config.json` of a `SD3Transformer2DModel`."""
+    """Our config from the `config.json` of a `SD3Transformer2DModel`. Raises ValueError where a key is missing."""
+    missing = [key for key in _CONFIG_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"the config of the SD3Transformer2DModel lacks {', '.join(missing)}")
     return MMDiTConfig(
         in_channels=config["in_channels"],
         patch_size=config["patch_size"],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
 from mmdit.embeddings import rotate
+from mmdit.weights_io import write_aside
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -51,6 +52,7 @@ class Tokenizer:
         self.pad, self.eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
         if self.pad is None or self.eos is None:
             raise ValueError(f"the tokenizer has no {PAD} or {EOS} token; train one with Tokenizer.train")
+        backend.encode_special_tokens = True  # "<pad>" written in a caption is text like any other
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
@@ -72,7 +74,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(captions, trainer)
+        backend.train_from_iterator(map(_encodable, captions), trainer)
         return cls(backend, max_length)
 
     @property
@@ -82,7 +84,7 @@ class Tokenizer:
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Captions to ids (B, max_length); one that is too long is cut, and keeps its end token."""
         ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64)
-        for row, encoding in zip(ids, self.backend.encode_batch(list(captions)), strict=True):
+        for row, encoding in zip(ids, self.backend.encode_batch([_encodable(c) for c in captions]), strict=True):
             tokens = [*encoding.ids[: self.max_length - 1], self.eos]
             row[: len(tokens)] = torch.tensor(tokens)
         return Tokens(ids, ids != self.pad)
@@ -92,7 +94,8 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def save(self, path: str | Path) -> None:
-        self.backend.save(str(path))
+        """Write `tokenizer.json`."""
+        write_aside(Path(path), lambda aside: self.backend.save(str(aside)))
 
     @classmethod
     def load(cls, path: str | Path, max_length: int) -> Tokenizer:
@@ -103,6 +106,11 @@ class Tokenizer:
             return cls(Backend.from_file(str(path)), max_length)
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+
+
+def _encodable(caption: str) -> str:
+    """Half a surrogate pair, as JSON can hold, has no UTF-8: it becomes "?"."""
+    return caption.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mmdit.autoencoder import Autoencoder, PixelSpace, open_autoencoder
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from mmdit.text import Condition, LearnedText, TextConfig, Tokenizer, Tokens
-from mmdit.weights_io import load_weights, read_json, save_weights, write_json
+from mmdit.weights_io import load_weights, read_config, save_weights, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ class TextToImage:
     def __init__(
         self,
         model: CaptionedMMDiT,
-        autoencoder: Autoencoder | PixelSpace,
+        autoencoder: Autoencoder,
         size: tuple[int, int],
         shift: float = 1.0,
         sampling: dict[str, Any] | None = None,
@@ -92,8 +92,9 @@ class TextToImage:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
-        height, width = height or self.size[0], width or self.size[1]
-        if height % self.step or width % self.step:
+        height = self.size[0] if height is None else height
+        width = self.size[1] if width is None else width
+        if min(height, width) < 1 or height % self.step or width % self.step:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
         how = self.sampling | {name: value for name, value in given.items() if value is not None}
@@ -134,19 +135,23 @@ class TextToImage:
         write_json(folder / "transformer" / "config.json", transformer.config.to_dict())
         write_json(folder / "text" / "config.json", text.config.to_dict())
         text.tokenizer.save(folder / "text" / "tokenizer.json")
-        if isinstance(self.autoencoder, Autoencoder):
+        if not isinstance(self.autoencoder, PixelSpace):
             self.autoencoder.save(folder / "autoencoder")
+        self.save_defaults(folder)
+        self.save_weights(folder)
+
+    def save_defaults(self, folder: str | Path) -> None:
+        """Replace what a call takes where it is not told, in a folder that `save` wrote."""
         write_json(
-            folder / "pipeline.json",
+            Path(folder) / "pipeline.json",
             {
                 "format": "mmdit text-to-image 1",
                 "size": list(self.size),
                 "shift": self.shift,
                 "sampling": self.sampling,
-                "autoencoder": "autoencoder" if isinstance(self.autoencoder, Autoencoder) else "none",
+                "autoencoder": "none" if isinstance(self.autoencoder, PixelSpace) else "autoencoder",
             },
         )
-        self.save_weights(folder)
 
     def save_weights(self, folder: str | Path) -> None:
         """Replace the weights in a folder that `save` wrote."""
@@ -163,10 +168,13 @@ class TextToImage:
         folder = root / "pipeline" if (root / "pipeline" / "pipeline.json").exists() else root
         if not (folder / "pipeline.json").exists():
             raise FileNotFoundError(f"{root} holds no trained model: expected a run folder of `mmdit train`")
-        about = read_json(folder / "pipeline.json")
-        text_config = TextConfig(**read_json(folder / "text" / "config.json"))
+        about = read_config(dict, folder / "pipeline.json")
+        missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
+        if missing:
+            raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
+        text_config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", text_config.max_length)
-        transformer = MMDiT(MMDiTConfig(**read_json(folder / "transformer" / "config.json")))
+        transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
         text = LearnedText(text_config, tokenizer)
         load_weights(transformer, folder / "transformer" / "model.safetensors")
         load_weights(text, folder / "text" / "model.safetensors")

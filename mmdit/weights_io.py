@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def write_aside(path: Path, write: Any) -> None:
@@ -33,6 +35,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_config(kind: Callable[..., T], path: Path) -> T:
+    """The config of a class from its JSON. Raises ValueError where that is none of it."""
+    try:
+        return kind(**read_json(path))
+    except TypeError as error:
+        raise ValueError(f"{path} does not fit: {error}") from error
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -65,9 +65,12 @@ app.add_typer(autoencoder.app, name="autoencoder")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"mmdit {version('mmdit')}")
+        try:
+            print(f"mmdit {version('mmdit')}")
+        except PackageNotFoundError:
+            print("mmdit, not installed")
         raise typer.Exit()
 
 

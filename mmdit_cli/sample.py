@@ -75,7 +75,7 @@ def out_files(out: Path, count: int) -> list[Path]:
 
 
 def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
-    """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if there is none."""
+    """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if not there."""
     from mmdit.weights_io import assign_weights
     from training.checkpoint import list_checkpoints, load_checkpoint
 

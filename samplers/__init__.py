@@ -7,13 +7,13 @@ t = 0 is data, t = 1 is noise; x_t = alpha(t) x_0 + sigma(t) eps; v = alpha'(t) 
 """
 
 from samplers.field import DerivedField, Field, Prediction
-from samplers.grids import GRIDS, make_grid, resolution_shift, shift_time, uniform
+from samplers.grids import GRIDS, resolution_shift, shift_time, time_grid, uniform
 from samplers.guidance import cfg, cfg_batched
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.names import lookup
 from samplers.noise import DIFFUSIONS, Brownian, randn
 from samplers.schedules import Coefficients, Cosine, RectifiedFlow, Schedule
-from samplers.solvers import SOLVERS, EulerMaruyama, RungeKutta, Solver, Step, solver_names
+from samplers.solvers import SOLVERS, EulerMaruyama, RungeKutta, SDESolver, Solver, Step, solver_names
 from samplers.views import VIEWS, convert
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Progress",
     "RectifiedFlow",
     "RungeKutta",
+    "SDESolver",
     "Schedule",
     "Solution",
     "Solver",
@@ -40,11 +41,11 @@ __all__ = [
     "convert",
     "integrate",
     "lookup",
-    "make_grid",
     "randn",
     "resolution_shift",
     "sample",
     "shift_time",
     "solver_names",
+    "time_grid",
     "uniform",
 ]

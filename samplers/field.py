@@ -5,14 +5,13 @@ views are computed when they are read, so that a stepper or a guidance rule that
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from samplers.names import lookup
-from samplers.schedules import Coefficients, Schedule, Time, batch_time, expand
+from samplers.schedules import Schedule, Time, batch_time, expand
 from samplers.views import ROWS, convert
 
 
@@ -29,32 +28,31 @@ class Prediction:
     t: Time
     schedule: Schedule
     num_evals: int = 1
+    _views: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def view(self, kind: str) -> Tensor:
-        """The prediction as "velocity", "noise", "data", "ddpm_v" or "score", shaped like x_t."""
-        return convert(self.value, self.kind, kind, self.x_t, self.coefficients)
+        """The prediction as "velocity", "noise", "data", "ddpm_v" or "score", shaped like x_t; computed once."""
+        if kind not in self._views:
+            self._views[kind] = convert(self.value, self.kind, kind, self.x_t, self.schedule(self.t))
+        return self._views[kind]
 
-    @cached_property
-    def coefficients(self) -> Coefficients:
-        return self.schedule(self.t)
-
-    @cached_property
+    @property
     def x_0(self) -> Tensor:
         return self.view("data")
 
-    @cached_property
+    @property
     def eps(self) -> Tensor:
         return self.view("noise")
 
-    @cached_property
+    @property
     def v(self) -> Tensor:
         return self.view("velocity")
 
-    @cached_property
+    @property
     def ddpm_v(self) -> Tensor:
         return self.view("ddpm_v")
 
-    @cached_property
+    @property
     def score(self) -> Tensor:
         return self.view("score")
 
@@ -100,8 +98,8 @@ class Field:
     def on(self, schedule: Schedule) -> "Field":
         """The same model seen on another schedule: asked at the time of equal log-SNR, with x_t rescaled to it.
 
-        With log-SNR matched the rows (alpha, sigma) of both schedules are parallel (Kingma et al. 2021, sec. 5.1), so that
-        ddpm_v = alpha eps - sigma x_0 is the same but for that scale, and at both ends it determines x_0 and eps.
+        With log-SNR matched the rows (alpha, sigma) of both schedules are parallel (Kingma et al. 2021, sec. 5.1), so
+        that ddpm_v = alpha eps - sigma x_0 is the same but for that scale, and at both ends it determines x_0 and eps.
         Beyond the log-SNR range of its own schedule the model is asked at the nearer end.
         """
         if schedule == self.schedule:

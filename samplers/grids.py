@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.names import lookup
-from samplers.schedules import Schedule
+from samplers.schedules import RectifiedFlow, Schedule
 
 T = TypeVar("T", float, Tensor)
 
@@ -18,10 +18,10 @@ def uniform(num_steps: int) -> Tensor:
 
 
 def shift_time(t: T, shift: float) -> T:
-    """t' = s t / (1 + (s - 1) t), which lowers the log-SNR of a rectified flow by 2 log s (SD3 paper, eq. 23)."""
+    """t' = s t / (1 + (s - 1) t), which lowers the log-SNR of a rectified flow by 2 log s (SD3 paper, sec. 5.3.2)."""
     if not shift > 0:
         raise ValueError(f"shift = {shift}: give a positive number; 1 changes nothing, above 1 favours noise")
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))  # the denominator so written keeps 0 and 1 exactly where they are
 
 
 def resolution_shift(num_tokens: int, base_tokens: int) -> float:
@@ -36,18 +36,24 @@ GRIDS: dict[str, Callable[[int, Schedule], Tensor]] = {
 }
 
 
-def make_grid(grid: str | Tensor | Sequence[float], num_steps: int, schedule: Schedule) -> Tensor:
-    """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; float64 on the CPU."""
+def time_grid(
+    grid: str | Tensor | Sequence[float], num_steps: int, shift: float = 1.0, schedule: Schedule | None = None
+) -> Tensor:
+    """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; then shifted. float64, CPU."""
     if isinstance(grid, str):
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1")
-        return lookup("grid", grid, GRIDS)(num_steps, schedule)
-    ts = torch.as_tensor(grid)
+        return shift_time(lookup("grid", grid, GRIDS)(num_steps, schedule or RectifiedFlow()), shift)
+    return shift_time(_own_grid(grid), shift)
+
+
+def _own_grid(grid: Tensor | Sequence[float]) -> Tensor:
+    ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
     if ts.ndim != 1 or len(ts) < 2 or not ts.is_floating_point():
         raise ValueError(
             f"grid is {ts.dtype} of shape {tuple(ts.shape)}: give at least two floating times, (num_steps + 1,)"
         )
     ts = ts.detach().to("cpu", torch.float64)
-    if not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
+    if not (ts.diff() < 0).all() or not ts[0] <= 1 or not ts[-1] >= 0:
         raise ValueError(f"grid runs {ts[0]:g} ... {ts[-1]:g}: its times must decrease strictly and lie in [0, 1]")
     return ts

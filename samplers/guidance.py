@@ -21,8 +21,8 @@ def cfg(
 
     Outside lo <= t <= hi (`interval`, Kynkaanniemi et al. 2024), and everywhere for scale 1, only `cond` is evaluated.
     rescale: phi in [0, 1], the part taken of a prediction that is brought back to the standard deviation of cond's, per
-    sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4). With a weaker model of the same condition
-    as `uncond` this is autoguidance (Karras et al. 2024). A field of another schedule is seen on cond's.
+    sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4). With a weaker model of the same
+    condition as `uncond` this is autoguidance (Karras et al. 2024). A field of another schedule is seen on cond's.
     """
     uncond = uncond.on(cond.schedule)
     return _guided(cond, lambda x_t, t: (cond.predict(x_t, t), uncond.predict(x_t, t)), scale, interval, rescale)

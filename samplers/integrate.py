@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from samplers.field import DerivedField, Field, Prediction
-from samplers.grids import make_grid
+from samplers.grids import time_grid
 from samplers.noise import Brownian, Diffusion, Generators
 from samplers.schedules import Time
-from samplers.solvers import Solver, make_solver
+from samplers.solvers import SDESolver, Solver, make_solver
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def sample(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or not len(x):
         raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a floating tensor (B, ...) with B >= 1")
     method = make_solver(solver, field.schedule, diffusion)
-    ts = make_grid(grid, num_steps, field.schedule)
-    noise = Brownian(x, generator) if method.stochastic else None
+    ts = time_grid(grid, num_steps, schedule=field.schedule)
+    noise = Brownian(x, generator) if isinstance(method, SDESolver) else None
     return integrate(field, x, method, ts, noise, callback, trajectory)
 
 

@@ -40,7 +40,12 @@ def make_diffusion(diffusion: str | Diffusion, schedule: Schedule) -> Diffusion:
     return lambda t: w(schedule, t)
 
 
-def randn(shape: Sequence[int], generator: Generators = None, dtype: torch.dtype | None = None, device=None) -> Tensor:
+def randn(
+    shape: Sequence[int],
+    generator: Generators = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal noise; a list of generators, one per sample, makes a sample independent of the batch it is in."""
     if isinstance(generator, Sequence):
         _check_generators(generator, shape[0])
@@ -50,15 +55,15 @@ def randn(shape: Sequence[int], generator: Generators = None, dtype: torch.dtype
 
 
 class Brownian:
-    """Brownian motion shaped like x: the increment from t to t_next is N(0, |t_next - t|), drawn when it is asked for."""
+    """Brownian motion shaped like x: the increment from t to t_next is N(0, |t_next - t|), drawn when asked for."""
 
     def __init__(self, x: Tensor, generator: Generators = None) -> None:
         _check_generators(generator, len(x))
         self.shape, self.dtype, self.device, self.generator = x.shape, x.dtype, x.device, generator
 
     def __call__(self, t: Time, t_next: Time) -> Tensor:
-        z, std = randn(self.shape, self.generator, self.dtype, self.device), abs(t_next - t) ** 0.5
-        return (expand(std, z) if isinstance(std, Tensor) else std) * z
+        z = randn(self.shape, self.generator, self.dtype, self.device)
+        return expand(torch.as_tensor(t_next - t, dtype=torch.float64).abs().sqrt(), z) * z
 
 
 def _check_generators(generator: Generators, batch: int) -> None:

@@ -73,7 +73,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """x_t = (1 - t) x_0 + t eps, v = eps - x_0 (Liu et al. 2022, eq. 1; SD3 paper, eq. 13)."""
+    """x_t = (1 - t) x_0 + t eps, v = eps - x_0 (Liu et al. 2022; SD3 paper, sec. 3)."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
         one = torch.ones_like(t)

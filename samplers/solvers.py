@@ -34,7 +34,6 @@ class Solver(ABC):
     order: int
     evals_per_step: int
     source: str
-    stochastic = False
 
     @abstractmethod
     def step(
@@ -63,24 +62,27 @@ class RungeKutta(Solver):
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(Solver):
+class SDESolver(Solver):
+    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t)."""
+
+    diffusion: Diffusion | None = None
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(SDESolver):
     """x_next = x + (v - w/2 score) dt + sqrt(w) dW, backwards in time.
 
-    w is bounded by sigma(t_next)^2 / |dt|: a step puts in no more noise than there is where it lands. Any w >= 0 has the
-    same marginals, so the limit of small steps is as it was, but the pole of w at t = 1 and that of the score at t = 0
-    are gone, and a step to sigma = 0 is without noise: it ends at the mean.
+    w is bounded by sigma(t_next)^2 / |dt|: a step puts in no more noise than there is where it lands. Any w >= 0 has
+    the same marginals, so the limit of small steps is as it was, but the pole of w at t = 1 and that of the score at
+    t = 0 are gone, and a step to sigma = 0 is without noise: it ends at the mean.
     """
-
-    diffusion: str | Diffusion | None = None
-    stochastic = True
 
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Brownian | None = None
     ) -> Step:
         assert self.diffusion is not None and noise is not None
-        schedule, dt = field.schedule, t_next - t
-        w = torch.as_tensor(make_diffusion(self.diffusion, schedule)(t))
-        w = torch.minimum(w, schedule.sigma(t_next) ** 2 / abs(dt))
+        schedule, dt = field.schedule, torch.as_tensor(t_next - t, dtype=torch.float64)
+        w = torch.minimum(torch.as_tensor(self.diffusion(t)), schedule.sigma(t_next) ** 2 / dt.abs())
         prediction = field.predict(x_t, t)
         x = advance(x_t, dt, (1.0,), [prediction.v])
         x = x + expand(w / (2 * schedule.sigma(t)) * dt, x) * prediction.eps  # score = -eps / sigma
@@ -110,7 +112,7 @@ _ALL: tuple[Solver, ...] = (
         a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
     ),
-    EulerMaruyama("euler-maruyama", 1, 1, "Maruyama 1955; SiT (Ma et al. 2024), eq. 4"),
+    EulerMaruyama("euler-maruyama", 1, 1, "Maruyama 1955; SiT, Ma et al. 2024"),
 )
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in _ALL}
 
@@ -123,11 +125,11 @@ def solver_names() -> list[str]:
 def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | Diffusion | None = None) -> Solver:
     """A solver by name, or one's own, with its diffusion coefficient; ValueError where the two do not go together."""
     solver = solver if isinstance(solver, Solver) else lookup("solver", solver, SOLVERS)
-    if not solver.stochastic:
+    if not isinstance(solver, SDESolver):
         if diffusion is not None:
             raise ValueError(f"diffusion given, but {solver.name!r} solves the ODE: take solver='euler-maruyama'")
         return solver
+    diffusion = solver.diffusion if diffusion is None else diffusion
     if diffusion is None:
         raise ValueError(f"{solver.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)")
-    make_diffusion(diffusion, schedule)
-    return replace(solver, diffusion=diffusion)  # type: ignore[call-arg]
+    return replace(solver, diffusion=make_diffusion(diffusion, schedule))

@@ -10,10 +10,10 @@ With x_t = alpha x_0 + sigma eps, each view is a row (p, q): the view is p x_0 +
 
 so x_t and one prediction are two linear equations for (x_0, eps), solved by their determinant alpha q - sigma p.
 
-**The ends.** The determinant is zero where a prediction says only what x_t already says: noise where alpha = 0, data
-(and score) where sigma = 0. There the prediction's own part is kept, and the other one is its mean, 0: for eps at t = 0
-that is the exact limit, for x_0 at t = 1 it is the mean of normalised data. The score at sigma = 0 cannot be had from any
-other view and is given as 0.
+**The ends.** The determinant is zero where a prediction says only what x_t already says: noise (and score) where
+alpha = 0, data where sigma = 0. There the prediction's own part is kept, and the other one is its mean, 0: for eps at
+t = 0 that is the exact limit, for x_0 at t = 1 it is the mean of normalised data. The score at sigma = 0 cannot be had
+from another view, and is given as 0.
 """
 
 from typing import NamedTuple
@@ -51,24 +51,24 @@ def convert(value: Tensor, source: str, target: str, x_t: Tensor, c: Coefficient
     if source == target:
         return value
     (x_0_x, x_0_value), (eps_x, eps_value) = _solve(row_in, c)
-    weight_x = _ratio(row_out.p * x_0_x + row_out.q * eps_x, row_out.scale)
-    weight_value = _ratio(row_out.p * x_0_value + row_out.q * eps_value, row_out.scale)
+    weight_x = row_out.p * x_0_x + row_out.q * eps_x
+    weight_value = row_out.p * x_0_value + row_out.q * eps_value
+    if isinstance(row_out.scale, Tensor):
+        weight_x, weight_value = (_safe_divide(weight, row_out.scale) for weight in (weight_x, weight_value))
     return expand(weight_x, x_t) * x_t + expand(weight_value, value) * value
 
 
 def _solve(row: Row, c: Coefficients) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weights of (x_t, value) that give x_0, and that give eps; at a zero determinant, those of the least norm."""
+    """Weights of (x_t, value) that give x_0, and that give eps: Cramer's rule, or where it fails the least norm."""
     p, q, scale = row
     determinant = c.alpha * q - c.sigma * p
-    norm = p * p + q * q
-    x_0_value = torch.where(determinant.abs() > TINY, _ratio(-c.sigma, determinant), p / norm)
-    eps_value = torch.where(determinant.abs() > TINY, _ratio(c.alpha, determinant), q / norm)
-    return (_ratio(q, determinant), x_0_value * scale), (_ratio(-p, determinant), eps_value * scale)
+    solvable = determinant.abs() > TINY
+    d, norm = torch.where(solvable, determinant, 1.0), p * p + q * q
+    x_0 = torch.where(solvable, q / d, 0.0), torch.where(solvable, -c.sigma / d, p / norm) * scale
+    eps = torch.where(solvable, -p / d, 0.0), torch.where(solvable, c.alpha / d, q / norm) * scale
+    return x_0, eps
 
 
-def _ratio(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
-    """numerator / denominator, 0 where the denominator is."""
-    if not isinstance(denominator, Tensor):
-        return numerator / denominator
-    zero = denominator.abs() <= TINY
-    return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
+def _safe_divide(weight: Tensor, scale: Tensor) -> Tensor:
+    zero = scale.abs() <= TINY
+    return torch.where(zero, 0.0, weight / torch.where(zero, 1.0, scale))

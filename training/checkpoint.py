@@ -1,11 +1,12 @@
 """Checkpoints: a folder a step, complete or absent, verified when read.
 
 `checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json` with the step, the
-seed and the SHA-256 of each file. It is written aside and renamed, so a kill at any moment leaves the one before whole. Every
+seed and the SHA-256 of each file and of itself. It is written aside and renamed, so a kill at any moment leaves the one before whole. Every
 random draw of a run is a function of (seed, step), so step and seed are the whole state of RNG and data cursor.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -36,22 +37,34 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], weights: Mapping[str, M
     for name, tensors in weights.items():
         save_weights(tensors, aside / f"{name}.safetensors")
     files = {path.name: _sha256(path) for path in sorted(aside.glob("*.safetensors"))}
-    write_json(aside / "state.json", {**state, "files": files})
+    written = {**state, "files": files}
+    write_json(aside / "state.json", {**written, "sha256": _sha256_of(written)})
     for path in aside.iterdir():
         _fsync(path)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(folder.with_name(f".{folder.name}.old.part"))
     aside.rename(folder)
     _fsync(folder.parent)
-    for old in list_checkpoints(run)[:-keep]:
+    for old in folder.parent.glob(".step-*.part"):
         shutil.rmtree(old)
+    _remove_old(run, folder, keep)
     return folder
+
+
+def _remove_old(run: Path, newest: Path, keep: int) -> None:
+    """Leave `newest` and the keep - 1 before it; later ones are of a future that the run fell back from."""
+    earlier = [path for path in list_checkpoints(run) if path.name < newest.name]
+    later = [path for path in list_checkpoints(run) if path.name > newest.name]
+    for path in [*later, *earlier[: max(0, len(earlier) - keep + 1)]]:
+        shutil.rmtree(path)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """State and weights of a checkpoint. Raises CorruptCheckpoint that says which file is bad, and how."""
     try:
         state = read_json(folder / "state.json")
+        if state.pop("sha256") != _sha256_of(state):
+            raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
         for name, digest in state["files"].items():
             if _sha256(folder / name) != digest:
                 raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
@@ -100,6 +113,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

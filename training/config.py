@@ -349,6 +349,7 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
 
 def describe() -> str:
     """The page of all keys (Markdown), from the fields' own words: docs/config.md."""
+    from training.autoencoder import AutoencoderTrainConfig
     from training.presets import PRESETS
 
     lines = [
@@ -374,12 +375,10 @@ def describe() -> str:
             lines += ["", f"## [{section}]", "", " ".join((hints[section].__doc__ or "").split())]
         else:
             lines += ["", "## At the top", "", "Before any section."]
-        lines += ["", "| key | type | default | meaning |", "|---|---|---|---|"]
-        for doc in docs:
-            where, _, key = doc.key.rpartition(".")
-            if where == section:
-                default = f"`{doc.default}`"
-                lines.append(f"| `{key}` | {_cell(doc.type)} | {_cell(default)} | {_cell(doc.meaning)} |")
+        lines += _table([doc for doc in docs if doc.key.rpartition(".")[0] == section])
+    lines += ["", "## `mmdit autoencoder train`", "", " ".join((AutoencoderTrainConfig.__doc__ or "").split())]
+    lines += ["These keys have no section: `mmdit autoencoder train --data SPEC --out FOLDER num_steps=20000`."]
+    lines += _table(settings.field_docs(AutoencoderTrainConfig))
     return "\n".join(lines) + "\n"
 
 
@@ -396,8 +395,12 @@ def _sections() -> list[type[Settings]]:
     ]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _table(docs: Sequence[settings.FieldDoc]) -> list[str]:
+    lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for doc in docs:
+        cells = (f"`{doc.key.rpartition('.')[2]}`", doc.type, f"`{doc.default}`", doc.meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

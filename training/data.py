@@ -55,13 +55,18 @@ class Source(Protocol):
 
 
 def open_source(
-    spec: str, image_size: int | Size | None = None, step: int = 1, num_samples: int | None = None, seed: int = 0
+    spec: str,
+    image_size: int | Size | None = None,
+    step: int = 1,
+    num_samples: int | None = None,
+    seed: int = 0,
+    need_captions: bool = True,
 ) -> Source:
     """Open a data set: "shapes" or "shapes:20000" (the procedural world), a folder of images, or shards.
 
     Shards are one file, a folder (also one level down) or a glob. `image_size` is a side or (height, width), fitted to
     multiples of `step`; None takes the most common size in the data (64 for shapes). `num_samples` limits files to the
-    first so many, and is the size of "shapes", which `seed` seeds.
+    first so many, and is the size of "shapes", which `seed` seeds. Unless captions are needed, a missing one is "".
     Raises `DataError` where there are no images, no captions, or `spec` or a size makes no sense.
     """
     if num_samples is not None and num_samples < 1:
@@ -70,7 +75,7 @@ def open_source(
     if spec == "shapes" or spec.startswith("shapes:"):
         count = _count_in(spec) or num_samples or NUM_SHAPES
         return ShapesSource(count, fit_size(*(size or (64, 64)), step), seed)
-    return FileSource(Index(spec), size, step, num_samples)
+    return FileSource(Index(spec, need_captions), size, step, num_samples)
 
 
 class FileSource:
@@ -91,13 +96,13 @@ class FileSource:
 
     def __getitem__(self, i: int) -> Sample:
         entry = self._entries[i]
-        if entry.caption is None:
+        if entry.caption is None and self._index.need_captions:
             return Sample(entry.key, None, "", "missing caption")
         try:
             image = fit(read_image(_bytes_of(entry), at_least=self.image_size), self.image_size)
         except (BadImage, OSError) as error:
-            return Sample(entry.key, None, entry.caption, str(error))
-        return Sample(entry.key, image, entry.caption)
+            return Sample(entry.key, None, self.caption(i), str(error))
+        return Sample(entry.key, image, self.caption(i))
 
     def _common_size(self) -> Size:
         """The size that most of up to 100 images have, evenly spread over the data; of equals the first."""
@@ -165,8 +170,12 @@ def _bytes_of(entry: Entry) -> ImageData:
 def _checked_size(image_size: int | Size | None) -> Size | None:
     if image_size is None:
         return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if (
+        not isinstance(sides, tuple | list)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side >= 1 for side in sides)
+    ):
         raise DataError(f"image_size must be a side or (height, width) in pixels, not {image_size!r}")
     return sides[0], sides[1]
 

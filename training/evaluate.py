@@ -17,7 +17,7 @@ from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import TrainConfig
 from training.data import open_source, split_by_key
-from training.feed import LatentFeed
+from training.feed import LatentFeed, NothingUsable
 from training.objectives import FlowMatching
 from training.plots import caption_grid, loss_plot
 from training.run import RunFolder
@@ -47,7 +47,7 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
 
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
-    """The held-out samples of a run's data, encoded; None where nothing is held out."""
+    """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
     source = open_source(
         config.data.source, config.data.image_size, pipe.step, num_samples=_num_samples(config), seed=config.seed
     )
@@ -56,7 +56,10 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda 
     if not len(indices):
         return None
     device = pipe.model.transformer.device
-    return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+    try:
+        return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+    except NothingUsable:
+        return None
 
 
 def _num_samples(config: TrainConfig) -> int | None:
@@ -78,14 +81,14 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
     """
     run = RunFolder.open(path)
     config = run.config()
-    pipe = TextToImage.load(path)
+    pipe = TextToImage.load(path, None if config.training.device == "auto" else config.training.device)
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
     feed = held_out_feed(config, pipe)
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
-    if config.data.source.startswith("shapes") and config.evaluation.prompts_per_question:
+    if config.data.source.partition(":")[0] == "shapes" and config.evaluation.prompts_per_question:
         start = time.perf_counter()
         scores["shapes_eval"], images, captions = shapes_score(pipe, config)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit.autoencoder import Autoencoder, PixelSpace
+from mmdit.autoencoder import Autoencoder
 from mmdit.text import LearnedText
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
@@ -22,6 +22,10 @@ from training.objectives import Batch
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
+
+
+class NothingUsable(DataError):
+    """Not one of the samples asked for can be read."""
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ class ImageFeed:
         self,
         source: Source,
         indices: np.ndarray,
-        autoencoder: Autoencoder | PixelSpace,
+        autoencoder: Autoencoder,
         text: LearnedText,
         device: torch.device,
         num_workers: int,
@@ -66,7 +70,7 @@ class LatentFeed:
         self,
         source: Source,
         indices: np.ndarray,
-        autoencoder: Autoencoder | PixelSpace,
+        autoencoder: Autoencoder,
         text: LearnedText,
         device: torch.device,
         num_workers: int,
@@ -75,8 +79,9 @@ class LatentFeed:
     ) -> None:
         self.device = device
         self.captions: list[str] = []
-        parts = []
+        parts, reasons = [], []
         for batch in one_pass(source, indices, ENCODE_BATCH, num_workers):
+            reasons += batch.skipped[:1]
             for key, reason in batch.skipped:
                 skipped(key, reason)
             if len(batch.captions):
@@ -85,7 +90,8 @@ class LatentFeed:
                 self.captions += batch.captions
             progress(len(self.captions), len(indices))
         if not parts:
-            raise DataError(f"none of the {len(indices)} samples can be used; the run's log names the reasons")
+            first = f"; one of them is {': '.join(reasons[0])}" if reasons else ""
+            raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
         self.latents = torch.cat(parts)
         self.tokens = text.tokenize(self.captions)
 

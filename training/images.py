@@ -42,7 +42,7 @@ def read_image(data: ImageData, max_pixels: int = MAX_PIXELS, at_least: Size | N
     """
     with _reading(), _open(data, max_pixels) as image:
         if at_least is not None:
-            height, width = reversed(at_least) if _orientation(image) in _SIDEWAYS else at_least
+            height, width = reversed(at_least) if _is_sideways(image) else at_least
             image.draft(None, (2 * width, 2 * height))
         image.load()
         return np.array(_rgb(_upright(image)))
@@ -52,7 +52,7 @@ def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
     """(H, W) of the upright image, from the file's header alone; raises `BadImage` as `read_image` does."""
     with _reading(), _open(data, max_pixels) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+        return (width, height) if _is_sideways(image) else (height, width)
 
 
 def fit(image: np.ndarray, size: Size) -> np.ndarray:
@@ -79,7 +79,9 @@ def fit_size(height: int, width: int, step: int) -> Size:
 def _reading() -> Iterator[None]:
     """Whatever a decoder raises becomes `BadImage`: Pillow's plugins raise OSError, SyntaxError, struct.error ..."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow can read in spite of a flaw is read
+            yield
     except BadImage:
         raise
     except Exception as error:
@@ -100,9 +102,7 @@ def _open(data: ImageData, max_pixels: int) -> Image.Image:
     if len(data) == 0 if isinstance(data, bytes) else Path(data).stat().st_size == 0:
         raise BadImage("the file is empty (zero bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit that follows
-            image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from error
     width, height = image.size
@@ -114,10 +114,11 @@ def _open(data: ImageData, max_pixels: int) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def _is_sideways(image: Image.Image) -> bool:
+    """Whether height and width of the opened image are yet to be swapped; Pillow has done so for a TIFF."""
     with suppress(Exception):  # broken EXIF data does not make a bad image
-        return int(image.getexif().get(_ORIENTATION, 1))
-    return 1
+        return image.format != "TIFF" and int(image.getexif().get(_ORIENTATION, 1)) in _SIDEWAYS
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

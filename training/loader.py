@@ -12,7 +12,8 @@ from __future__ import annotations
 import atexit
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def loader(
     seed: int,
     start_step: int = 0,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
     Batches run across the ends of epochs. In place of a bad sample stands the next good one in `indices`. The batches
@@ -62,8 +63,8 @@ def loader(
 
 def one_pass(
     source: Source, indices: Sequence[int] | np.ndarray, batch_size: int, num_workers: int = 0
-) -> Iterator[Batch]:
-    """All good samples at `indices` once and in order, in batches of `batch_size` less the bad ones; the last is short.
+) -> Generator[Batch, None, None]:
+    """All good samples at `indices` once and in order, in batches of `batch_size` less the bad ones.
 
     Raises `DataError` for arguments out of range; while iterating, when a worker process dies.
     """
@@ -142,21 +143,20 @@ class _Steps(Dataset):
             return error
 
 
-def _run(batch_at: Callable[[int], Batch], steps: Iterable[int], num_workers: int) -> Iterator[Batch]:
+def _run(batch_at: Callable[[int], Batch], steps: Iterable[int], num_workers: int) -> Generator[Batch, None, None]:
     if num_workers == 0:
         yield from map(batch_at, steps)
         return
-    batches: Any = iter(
-        DataLoader(
-            _Steps(batch_at),
-            batch_size=None,
-            sampler=steps,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            generator=torch.Generator(),  # else it draws from the global one
-        )
+    workers: DataLoader = DataLoader(
+        _Steps(batch_at),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else it draws from the global one
     )
+    with _signals_blocked():
+        batches: Any = iter(workers)
     stop = partial(_stop, batches)
     atexit.register(stop)
     try:
@@ -178,10 +178,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Ctrl-C or SIGTERM to the process group must not take the workers from a trainer that still saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
+    trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(batches: Any) -> None:

@@ -53,7 +53,7 @@ def loss_plot(run: RunFolder, path: Path) -> None:
         axes.plot(steps, smooth, color="#2171b5", linewidth=1.6, label="training, running mean")
         axes.set_ylim(0.9 * min(losses), 1.1 * max(losses[len(losses) // 50 :]))
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean of 8 fixed times")
+        axes.plot(*zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean over fixed times")
     axes.set(xlabel="step", ylabel="mean squared error of the velocity", title="Loss")
     axes.grid(alpha=0.25)
     if train or valid:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
 
 
@@ -22,6 +23,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._board: Any = None
+        self._purge: int | None = None  # the first step that tensorboard must forget
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
@@ -32,8 +34,9 @@ class RunFolder:
                 f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
             )
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(to_toml(config))
-        return cls(path)
+        run = cls(path)
+        run.write_config(config)
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -45,6 +48,10 @@ class RunFolder:
     def config(self) -> TrainConfig:
         """The config as used."""
         return load_config(self.path / "config.toml", [])
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Keep the config as used."""
+        write_aside(self.path / "config.toml", lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -59,7 +66,7 @@ class RunFolder:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
+            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -77,7 +84,9 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Forget the lines past `step`: a resumed run writes them again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
+        self._purge = step + 1
 
     def close(self) -> None:
         if self._board is not None:

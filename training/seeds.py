@@ -6,5 +6,6 @@ import torch
 
 def generator_for(seed: int, *counters: int) -> torch.Generator:
     """A CPU generator for (seed, counters...): equal arguments give equal draws, different ones independent draws."""
-    state = np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0]
+    # Not SeedSequence([seed, *counters]): trailing zeros do not count there, so (0, 5) and (0, 5, 0) would draw the same.
+    state = np.random.SeedSequence(seed, spawn_key=counters).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -253,22 +254,27 @@ def is_section(hint: Any) -> bool:
 
 
 def _unknown(key: str, cls: type, prefix: str) -> str:
-    """The message for an unknown key: the nearest key of the same name elsewhere, or of a like spelling."""
-    known = [_join(prefix, name) for name in keys(cls)]
-    last = key.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == last] or get_close_matches(key, known, n=1)
-    if not near:
-        lasts = {name.rpartition(".")[2]: name for name in known}
-        near = [lasts[name] for name in get_close_matches(last, lasts, n=1)]
+    """The message for an unknown key, with the known one that is likest: in spelling, or in its part after the dot."""
+    known, last = keys(cls, prefix), key.rpartition(".")[2]
     sections = [_join(prefix, name) for name, hint in _hints(cls).items() if is_section(hint)]
-    near = near or get_close_matches(key, sections, n=1)
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    lasts = {name.rpartition(".")[2]: name for name in known}
+    near = (
+        get_close_matches(key, same, n=1, cutoff=0.0)
+        or get_close_matches(key, sections, n=1, cutoff=0.8)
+        or get_close_matches(key, known, n=1)
+        or [lasts[name] for name in get_close_matches(last, lasts, n=1)]
+    )
     place = f"the keys here are {', '.join(_join(prefix, name) for name in _hints(cls))}"
     return f'unknown key "{key}"; ' + (f'did you mean "{near[0]}"?' if near else place)
 
 
 def keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key of a settings class, in the order of declaration."""
-    return [doc.key for doc in field_docs(cls, prefix)]
+    found: list[str] = []
+    for name, hint in _hints(cls).items():
+        found += keys(hint, _join(prefix, name)) if is_section(hint) else [_join(prefix, name)]
+    return found
 
 
 def _example(cls: type) -> str:
@@ -277,6 +283,18 @@ def _example(cls: type) -> str:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """What changed between two settings of one class, each as "section.key: old -> new"."""
+    found: list[str] = []
+    for name in _hints(type(old)):
+        a, b, key = getattr(old, name), getattr(new, name), _join(prefix, name)
+        if is_dataclass(a):
+            found += differences(a, b, key)
+        elif a != b:
+            found.append(f"{key}: {_show(a)} -> {_show(b)}")
+    return found
 
 
 # --- documentation ----------------------------------------------------------------------------------
@@ -305,10 +323,15 @@ def field_docs(cls: type, prefix: str = "") -> list[FieldDoc]:
     return docs
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, in the order of declaration."""
+    return _read_hints(cls)
+
+
+@cache
+def _read_hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def _meanings(cls: type) -> dict[str, str]:

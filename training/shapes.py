@@ -9,8 +9,8 @@ the facts state and draws at random what they leave open. A caption is one of se
 Captions are kept out of training by the facts they state, never by their wording, and "a left of b" is the same fact as
 "b right of a": a held-out caption is therefore new in every paraphrase (`content`, `is_held_out`).
 
-Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides. Distances
-on a wider or taller frame only grow, so that a scene is good at every image size.
+Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides.
+Distances on a wider or taller frame only grow, so that a scene is good at every image size.
 """
 
 import hashlib
@@ -45,8 +45,9 @@ GAP = 3.5 / 64  # least room between the circles around two objects
 BORDER = 1 / 64  # least room between an object and the frame
 RELATION_MARGIN = 0.2  # least distance of two centres along the axis that a relation names
 HELD_OUT_ONE_IN = 10  # contents
+HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
 
-KIND_PROBABILITIES = {"single": 0.35, "count": 0.2, "pair": 0.2, "relation": 0.25}
+KIND_PROBABILITIES: dict[str, float] = {"single": 0.35, "count": 0.2, "pair": 0.2, "relation": 0.25}
 RELATION_WORDINGS = {
     "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} with {b} to its right"),
     "right of": ("{a} right of {b}", "{a} to the right of {b}", "{a} with {b} to its left"),
@@ -206,7 +207,7 @@ def content(facts: Facts) -> tuple:
 
 def is_held_out(facts: Facts) -> bool:
     """Whether captions with this content are kept from training: a tenth of all contents, by their SHA-256."""
-    digest = hashlib.sha256(repr(content(facts)).encode()).digest()
+    digest = hashlib.sha256(f"{HELD_OUT_SALT} {content(facts)!r}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -280,7 +281,7 @@ def _room_for(num_objects: int) -> tuple[str, ...]:
 
 
 def _place(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Centres (n, 2) of objects that keep apart and off the frame and stand in `relation`: the first good random layout."""
+    """Centres (n, 2), at random, of objects that keep apart, keep off the frame and stand in `relation`."""
     num_objects, low = len(radii), radii[:, None] + BORDER
     apart = radii[:, None] + radii + GAP
     np.fill_diagonal(apart, 0.0)

@@ -38,14 +38,23 @@ from training.shapes import (
     scene_for,
 )
 
-QUESTIONS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
+KIND_OF_QUESTION = {  # the kind of facts that it is asked of
+    "one object": "single",
+    "two objects": "pair",
+    "counting": "count",
+    "colours": "single",
+    "position": "relation",
+    "colour attribution": "pair",
+}
+QUESTIONS = tuple(KIND_OF_QUESTION)
 POSITION_MARGIN = 0.1  # of the image between two centres; true pictures have at least twice that
 
 WORKING_SIDE = 64  # shorter side in pixels at which the detector looks at every picture; the thresholds below mean it
 SMOOTHING = 0.5  # pixels, sigma of the Gaussian that takes the worst off pixel noise
 MIN_AREA = 20  # pixels of coverage; the least object that the world draws covers over 70
 MIN_CONTRAST = 45  # RGB distance to the background from which a pixel can belong to an object
-MAX_COLOUR_ERROR = 75  # RGB distance up to which a colour is still called by the nearest name; the palette lies 88 apart
+MIN_SHARE = 0.4  # of an object's colour, the rest background, from which a pixel counts as the object's
+MAX_COLOUR_ERROR = 75  # RGB distance up to which a colour is called by the nearest name; names lie 88 apart or more
 MIN_OVERLAP = 0.88  # soft intersection over union with the best template
 MIN_LEAD = 0.03  # by which the best shape must overlap more than the second
 TEMPLATE_BLURS = (SMOOTHING, 0.9, 1.4)  # pixels; a model's pictures are a little soft
@@ -56,8 +65,8 @@ TEMPLATE_SIDE, TEMPLATE_REACH = 24, 1.75  # samples a side, and half-width in ra
 class Found:
     """One component of the picture; shape and colour are None where it is too malformed or odd to be named.
 
-    (x, y) is its centre in [0, 1], `area` the part of the picture that it covers, `confidence` the overlap with the best
-    template, 1 for a perfect one.
+    (x, y) is its centre in [0, 1], `area` the part of the picture that it covers, `confidence` the overlap with the
+    best template, 1 for a perfect one.
     """
 
     shape: str | None
@@ -98,24 +107,28 @@ def _at_working_size(image: Any) -> np.ndarray:
     scale = WORKING_SIDE / min(height, width)
     if scale != 1:
         size = (round(width * scale), round(height * scale))
-        array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC))
+        method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        array = np.asarray(Image.fromarray(array).resize(size, method))
     return ndimage.gaussian_filter(array.astype(np.float32), (SMOOTHING, SMOOTHING, 0))
 
 
 def _regions(pixels: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
     """Number the objects: int (H, W), 0 for background, each other number a connected region of one colour.
 
-    A pixel belongs to the colour whose segment from the background it lies nearest to. On the segment, because half-covered
-    edge pixels lie there: half red on white is close to pink, but not close to any mixture of pink and white.
+    A pixel belongs to the colour whose segment from the background it lies nearest to. On the segment, because
+    half-covered edge pixels lie there: half red on white is close to pink, but not to any mixture of pink and white.
     """
-    direction = np.array(list(COLOURS.values()), dtype=np.float32) - backdrop
+    height, width, _ = pixels.shape
     offset = pixels - backdrop
-    share = np.clip(offset @ (direction / (direction**2).sum(1, keepdims=True)).T, 0, 1)  # (H, W, colours)
-    distance = np.linalg.norm(offset[:, :, None] - share[..., None] * direction, axis=-1)
+    covered = np.linalg.norm(offset, axis=-1) > MIN_CONTRAST
+    offset = offset[covered]
+    direction = np.array(list(COLOURS.values()), dtype=np.float32) - backdrop
+    share = np.clip(offset @ (direction / (direction**2).sum(1, keepdims=True)).T, 0, 1)
+    distance = np.full((height, width, len(COLOURS)), np.inf, dtype=np.float32)
+    distance[covered] = np.linalg.norm(offset[:, None] - share[..., None] * direction, axis=-1)
     colour = distance.argmin(-1)
-    covered = np.take_along_axis(share, colour[..., None], -1)[..., 0] > 0.4
-    covered &= np.linalg.norm(offset, axis=-1) > MIN_CONTRAST
-    regions = np.zeros(colour.shape, dtype=int)
+    covered[covered] = np.take_along_axis(share, colour[covered][:, None], -1)[:, 0] > MIN_SHARE
+    regions = np.zeros((height, width), dtype=int)
     blobs, num_blobs = ndimage.label(covered)
     for number, box in zip(range(1, num_blobs + 1), ndimage.find_objects(blobs), strict=True):
         blob = blobs[box] == number
@@ -163,9 +176,10 @@ def _coverage(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> t
 
 def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
     """(y, x, area) of a coverage map, in pixels."""
-    rows, columns = np.indices(coverage.shape, sparse=True)
     area = float(coverage.sum())
-    return float((coverage * rows).sum()) / area, float((coverage * columns).sum()) / area, area
+    y = float(coverage.sum(1) @ np.arange(coverage.shape[0])) / area
+    x = float(coverage.sum(0) @ np.arange(coverage.shape[1])) / area
+    return y, x, area
 
 
 def _normalised(coverage: np.ndarray) -> np.ndarray:
@@ -191,7 +205,7 @@ def _classify(sample: np.ndarray, area: float) -> tuple[str | None, str | None, 
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Normalised coverage (K, P * P) by shape, size and blur, and the areas (shapes, sizes), measured like a found object."""
+    """Normalised coverage (K, P * P) by shape, size and blur; areas (shapes, sizes). Measured like any object's."""
     templates, areas = [], np.zeros((len(SHAPES), len(SIZES)))
     for i, shape in enumerate(SHAPES):
         for j, size in enumerate(SIZES):
@@ -231,9 +245,14 @@ class Prompt:
 def answers(question: str, facts: Facts, detection: Detection) -> bool:
     """Whether a detection satisfies what `question` asks of `facts`; what it does not ask is not looked at.
 
-    one object, two objects: the shapes are there. counting: the shape is there exactly so many times, and nothing that cannot be named.
-    colours, colour attribution: each shape is there in its own colour. position: one of each shape, with a clear offset.
+    one object, two objects: the shapes are there. counting: the shape is there exactly so many times, and nothing is
+    there that cannot be named. colours, colour attribution: each shape is there in its own colour. position: one of
+    each shape is there, with a clear offset in the direction that the relation names.
     """
+    if facts.kind != KIND_OF_QUESTION.get(question):
+        raise ValueError(
+            f"cannot ask {question!r} of {facts}: expected one of {', '.join(QUESTIONS)}, and facts to fit"
+        )
     items = facts.items
     if question in ("one object", "two objects"):
         return all(_matching(Item(item.shape), detection) for item in items)
@@ -242,11 +261,9 @@ def answers(question: str, facts: Facts, detection: Detection) -> bool:
     if question == "counting":
         unnamed = any(thing.shape is None for thing in detection.objects)
         return not unnamed and len(_matching(Item(items[0].shape), detection)) == facts.count
-    if question == "position" and facts.relation is not None:
-        first, second = (_matching(Item(item.shape), detection) for item in items)
-        offsets = [np.array([b.x - a.x, b.y - a.y]) for a in first for b in second if a is not b]
-        return any(bool(related(facts.relation, offset, POSITION_MARGIN)) for offset in offsets)
-    raise ValueError(f"cannot ask {question!r} of {facts}: expected one of {', '.join(QUESTIONS)} and facts that fit it")
+    first, second = (_matching(Item(item.shape), detection) for item in items)
+    offsets = [np.array([b.x - a.x, b.y - a.y]) for a in first for b in second if a is not b]
+    return any(bool(related(str(facts.relation), offset, POSITION_MARGIN)) for offset in offsets)
 
 
 def _matching(item: Item, detection: Detection) -> list[Found]:
@@ -256,12 +273,11 @@ def _matching(item: Item, detection: Detection) -> list[Found]:
 class ShapesEval:
     """Prompts that training never showed, in any wording, and their score; a pure function of the arguments.
 
-    `prompts` holds `prompts_per_question` for each question, in the order of QUESTIONS. Raises ValueError for bad arguments.
+    `prompts` holds `prompts_per_question` for each question, in the order of QUESTIONS, and asks for each shape about
+    equally often. Raises ValueError for bad arguments.
     """
 
-    def __init__(
-        self, image_size: int | tuple[int, int] = 64, prompts_per_question: int = 32, seed: int = 0
-    ) -> None:
+    def __init__(self, image_size: int | tuple[int, int] = 64, prompts_per_question: int = 32, seed: int = 0) -> None:
         self.image_size = image_height_width(image_size)
         if not isinstance(prompts_per_question, int | np.integer) or prompts_per_question < 1:
             raise ValueError(f"prompts_per_question must be a whole number, 1 or more, not {prompts_per_question!r}")
@@ -269,13 +285,15 @@ class ShapesEval:
             raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
         self.seed = int(seed)
         self.prompts: list[Prompt] = []
-        for number, question in enumerate(QUESTIONS):
-            self.prompts += _draw_prompts(question, prompts_per_question, np.random.default_rng([self.seed, number]))
+        for i, question in enumerate(QUESTIONS):
+            self.prompts += _draw_prompts(question, prompts_per_question, np.random.default_rng([self.seed, i]))
 
     def score(self, images: Sequence[Any]) -> dict[str, float]:
-        """The part of pictures, one for each of `prompts` and in their order, that answer each question; and the mean."""
+        """The part of the pictures that answer each question, and the mean; one picture for each prompt, in order."""
         if len(images) != len(self.prompts):
-            raise ValueError(f"expected one image for each of the {len(self.prompts)} prompts, not {len(images)} images")
+            raise ValueError(
+                f"expected one image for each of the {len(self.prompts)} prompts, not {len(images)} images"
+            )
         hits: dict[str, list[bool]] = {question: [] for question in QUESTIONS}
         for prompt, image in zip(self.prompts, images, strict=True):
             hits[prompt.question].append(prompt.answered_by(image))
@@ -296,12 +314,13 @@ class ShapesEval:
 
 
 def _draw_prompts(question: str, number: int, rng: np.random.Generator) -> list[Prompt]:
-    """Held-out prompts, no caption twice as long as new ones are easily found."""
+    """Held-out prompts, shapes taking turns; a caption comes twice only where others are hard to find."""
     prompts: dict[str, Prompt] = {}
     repeats: list[Prompt] = []
-    while len(prompts) + len(repeats) < number:
-        for _ in range(20):
-            facts = _draw_question_facts(question, rng)
+    for i in range(number):
+        shape = SHAPES[i % len(SHAPES)]
+        for _ in range(10):
+            facts = _draw_question_facts(question, shape, rng)
             caption = caption_for(facts, rng)
             if caption not in prompts:
                 prompts[caption] = Prompt(question, caption, facts)
@@ -311,21 +330,13 @@ def _draw_prompts(question: str, number: int, rng: np.random.Generator) -> list[
     return [*prompts.values(), *repeats]
 
 
-def _draw_question_facts(question: str, rng: np.random.Generator) -> Facts:
+def _draw_question_facts(question: str, shape: str, rng: np.random.Generator) -> Facts:
     while True:
         facts = draw_facts(rng, KIND_OF_QUESTION[question])
-        if is_held_out(facts) and _can_be_asked(question, facts):
+        first, *rest = facts.items
+        facts = replace(facts, items=(replace(first, shape=shape), *rest))
+        if all(item.shape != shape for item in rest) and _can_be_asked(question, facts) and is_held_out(facts):
             return facts
-
-
-KIND_OF_QUESTION = {
-    "one object": "single",
-    "two objects": "pair",
-    "counting": "count",
-    "colours": "single",
-    "position": "relation",
-    "colour attribution": "pair",
-}
 
 
 def _can_be_asked(question: str, facts: Facts) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 Members = dict[str, Any]
 """Of one sample: ".png" -> (path, offset, size), ".txt" or ".json" -> its caption."""
@@ -62,7 +62,7 @@ def read_members(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[tarfile.TarIn
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, kind) of a member, split at the first dot of the base name as WebDataset does: "a/b.c.PNG" -> "a/b", ".c.png"."""
+    """(key, kind), split at the first dot of the base name as WebDataset does: "b.c.PNG" -> "b", ".c.png"."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, dot, kind = base.partition(".")
     return folder + slash + stem, (dot + kind).lower()

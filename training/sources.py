@@ -62,10 +62,11 @@ class Index:
     `spec` is a folder, a shard, a metadata file or a glob of shards. Raises `DataError` if nothing can be trained on.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, need_captions: bool = True) -> None:
+        self.need_captions = need_captions
         self.entries: list[Entry] = []
         self.skipped: list[tuple[str, str]] = []
-        self._keys: set[str] = set()
+        self._keys: dict[str, int] = {}  # each key that is taken -> how often it was asked for again as a longer key
         self._spool: BinaryIO | None = None
         root, names = _list_files(spec)
         if metadata := [name for name in names if Path(name).name in METADATA_NAMES]:
@@ -79,13 +80,14 @@ class Index:
         if self._spool is not None:
             self._spool.close()
             self._spool = None  # its path is in the entries
+        self._keys.clear()
         self._check(spec, len(names))
 
     def _check(self, spec: str, num_files: int) -> None:
         why = f"; skipped {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
         if not self.entries:
             raise DataError(f"no images found in {spec}: looked through {num_files} files for {_LOOKED_FOR}{why}")
-        if all(entry.caption is None for entry in self.entries):
+        if self.need_captions and all(entry.caption is None for entry in self.entries):
             raise DataError(
                 f"no captions found: {spec} has {len(self.entries)} images, none with a caption; give each a .txt file "
                 "(or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
@@ -94,10 +96,12 @@ class Index:
     def _add(self, key: str, longer_key: str, caption: str | None, path: str | Path, *place: int) -> None:
         """Append a sample; where the key is taken it becomes the longer key, then that with a number."""
         key, longer_key = _printable(key), _printable(longer_key)
-        number = 1
+        if key in self._keys:
+            key = longer_key
         while key in self._keys:
-            key, number = (longer_key if number == 1 else f"{longer_key}#{number}"), number + 1
-        self._keys.add(key)
+            self._keys[longer_key] += 1
+            key = f"{longer_key}#{self._keys[longer_key] + 1}"
+        self._keys[key] = 0
         self.entries.append(Entry(key, caption, str(path), *place))
 
     # --- a folder of images ---
@@ -172,6 +176,8 @@ class Index:
                     if kind in same_key[-1]:  # the same name again: another sample
                         same_key.append({})
                     same_key[-1][kind] = value
+        except DataError:
+            raise
         except SHARD_ERRORS as error:
             why = " ".join(str(error).split()) or type(error).__name__
             self.skipped.append((name, f"cut off or corrupt: {why}; the {num_members} files before that are used"))

@@ -1,7 +1,7 @@
 """Time densities: at which t in [0, 1] a flow is trained (SD3 paper, sec. 3.1), t = 0 data, t = 1 noise.
 
-Each is drawn through its quantile function t = F^-1(u) of uniform u in [0, 1), so that stratified draws are the same for
-all: one u in each of n equal strata, in random order. `t`, `u` are of any shape; `n` is the batch.
+Each is drawn through its quantile function t = F^-1(u) of uniform u in [0, 1), so that stratified draws are the same
+for all: one u in each of n equal strata, in random order. `t`, `u` are of any shape; `n` is the batch.
 """
 
 import math
@@ -61,7 +61,7 @@ class Uniform(TimeDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimeDensity):
-    """logit t ~ N(m, s^2) (SD3 paper, eq. 19): m below 0 favours data, above 0 noise."""
+    """logit t ~ N(m, s^2) (SD3 paper, sec. 3.1): m below 0 favours data, above 0 noise."""
 
     m: float = 0.0
     s: float = 1.0
@@ -80,7 +80,7 @@ class LogitNormal(TimeDensity):
 
 @dataclass(frozen=True)
 class Mode(TimeDensity):
-    """t = 1 - u - s (cos^2(pi u / 2) - 1 + u) (SD3 paper, eq. 20): s above 0 favours the middle, below 0 the ends."""
+    """t = 1 - u - s (cos^2(pi u / 2) - 1 + u) (SD3 paper, sec. 3.1): s > 0 favours the middle, s < 0 the ends."""
 
     s: float = 1.29
 
@@ -107,7 +107,7 @@ class Mode(TimeDensity):
 
 @dataclass(frozen=True)
 class CosMap(TimeDensity):
-    """t = 1 - 1 / (tan(pi u / 2) + 1), the log-SNR density of the cosine schedule (SD3 paper, eqs. 21-22)."""
+    """t = 1 - 1 / (tan(pi u / 2) + 1), the log-SNR density of the cosine schedule (SD3 paper, sec. 3.1)."""
 
     def quantile(self, u: Tensor) -> Tensor:
         sin, cos = torch.sin(math.pi * u / 2), torch.cos(math.pi * u / 2)
@@ -119,7 +119,7 @@ class CosMap(TimeDensity):
 
 @dataclass(frozen=True)
 class Shifted(TimeDensity):
-    """The density of shift_time(t, shift), t drawn from `base` (SD3 paper, eq. 23): training at another resolution."""
+    """The density of shift_time(t, shift), t drawn from `base` (SD3 paper, sec. 5.3.2): for another resolution."""
 
     base: TimeDensity
     shift: float
@@ -143,14 +143,8 @@ TIME_DENSITIES: dict[str, type[TimeDensity]] = {
 }
 
 
-def make_time_density(name: str, shift: float = 1.0, **params: float) -> TimeDensity:
-    """A time density by name with its own parameters, moved by `shift`; ValueError for one that it does not have."""
+def make_time_density(name: str, m: float = 0.0, s: float = 1.0, shift: float = 1.0) -> TimeDensity:
+    """A time density by name, moved by `shift`: "uniform", "logit-normal" (of m and s), "mode" (of s) or "cosmap"."""
     kind = lookup("time density", name, TIME_DENSITIES)
-    allowed = [field.name for field in fields(kind)]
-    for param in params:
-        if param not in allowed:
-            raise ValueError(
-                f"time density {name!r} has no parameter {param!r}: it takes {', '.join(allowed) or 'none'}"
-            )
-    density = kind(**params)
+    density = kind(**{field.name: {"m": m, "s": s}[field.name] for field in fields(kind)})
     return density if shift == 1 else Shifted(density, shift)

@@ -12,12 +12,11 @@ import copy
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmdit.autoencoder import open_autoencoder
@@ -26,11 +25,17 @@ from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage
 from mmdit.weights_io import assign_weights
-from training.checkpoint import load_latest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from training.config import TrainConfig
+from training.checkpoint import (
+    list_checkpoints,
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from training.config import TrainConfig, apply_overrides
 from training.data import DataError, Source, open_source, split_by_key
 from training.evaluate import evaluate_run, validation_loss
-from training.feed import ImageFeed, LatentFeed
+from training.feed import ImageFeed, LatentFeed, NothingUsable
 from training.objectives import FlowMatching
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.plots import caption_grid
@@ -43,38 +48,44 @@ GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
 
-def train(config: TrainConfig) -> Path:
-    """Train a model from scratch as `config` says; returns its run folder.
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
 
     Raises ValueError for settings and data that do not work, FileExistsError where the run folder is taken. An interrupt (Ctrl-C,
     SIGTERM) saves a checkpoint and returns.
     """
+    if resume:
+        return _continue(RunFolder.open(config.run_folder), config)
     run = RunFolder.create(config.run_folder, config)
     try:
-        trainer = Trainer(config, run)
-    except Exception:
-        if not (run.path / "checkpoints").exists():  # nothing was trained: leave the name free
+        return Trainer(config, run).fit()
+    except BaseException:  # Ctrl-C during set-up too
+        if not list_checkpoints(run.path) and not run.metrics():  # nothing was trained: leave the name free
             shutil.rmtree(run.path)
         raise
-    return trainer.fit()
 
 
-def resume(path: str | Path, config: TrainConfig | None = None) -> Path:
+def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
 
-    `config`: the run's own with changed settings (more steps, say). Raises ValueError where the model or the text encoder is
+    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model or the text encoder is
     another, FileNotFoundError where there is no run or no checkpoint.
     """
     run = RunFolder.open(path)
+    return _continue(run, apply_overrides(run.config(), overrides))
+
+
+def _continue(run: RunFolder, config: TrainConfig) -> Path:
     old = run.config()
-    config = config or old
     for part in ("model", "text", "autoencoder", "seed"):
         if getattr(config, part) != getattr(old, part):
             raise ValueError(
                 f"{run.path} was trained with another {part}: {getattr(old, part)}, not {getattr(config, part)}; "
                 "a resumed run keeps it, train afresh into another folder to change it"
             )
-    return Trainer(config, run, resumed=True).fit()
+    trainer = Trainer(config, run, resumed=True)
+    run.write_config(config)
+    return trainer.fit()
 
 
 class Trainer:
@@ -84,8 +95,10 @@ class Trainer:
         self.config, self.run, self.step = config, run, 0
         self.device = _device(config.training.device)
         self._skipped: set[str] = set()
+        self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         torch.manual_seed(config.seed)
-        self.autoencoder = open_autoencoder(config.autoencoder).to(self.device)
+        own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
+        self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
         source = self._open_source()
         self.model = self._build_model(source, resumed).to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -100,6 +113,7 @@ class Trainer:
         )
         if resumed:
             self._load()
+            self.pipe.save_defaults(run.path / "pipeline")
         else:
             self.pipe.save(run.path / "pipeline")
         self._open_feeds(source)
@@ -159,7 +173,9 @@ class Trainer:
             raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
         held_out = held_out[: config.evaluation.validation_samples]
         common = (self.autoencoder, text, self.device, config.data.num_workers, self._skip)
-        self.validation = LatentFeed(source, held_out, *common) if len(held_out) else None
+        self.validation: LatentFeed | None = None
+        with suppress(NothingUsable):
+            self.validation = LatentFeed(source, held_out, *common)
         if self.validation is None:
             self.run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
         self.feed: ImageFeed | LatentFeed
@@ -183,16 +199,15 @@ class Trainer:
         config, run = self.config.training, self.run
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step)
         model = self._compiled()
-        losses: list[torch.Tensor] = []
         try:
             with _Interrupts() as interrupts, Progress("training", config.num_steps, self.step) as progress:
                 while self.step < config.num_steps and not interrupts.caught:
                     loss, norm = self._train_step(model, next(batches))
-                    losses.append(loss)
+                    self._losses.append(loss)
                     self.step += 1
                     if self._due(config.log_every):
-                        mean = torch.stack(losses).mean().item()
-                        losses.clear()
+                        mean = torch.stack(self._losses).mean().item()
+                        self._losses.clear()
                         run.write_metrics(
                             self.step,
                             loss=mean,
@@ -273,7 +288,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
-        state = {"step": self.step, "seed": self.config.seed}
+        state = {"step": self.step, "seed": self.config.seed, "losses": [loss.item() for loss in self._losses]}
         save_checkpoint(self.run.path, state, weights, self.config.training.keep_checkpoints)
         self.pipe.save_weights(self.run.path / "pipeline")
 
@@ -285,6 +300,7 @@ class Trainer:
         assign_weights(self.ema, weights["ema"], str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
+        self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.run.rewind_metrics(self.step)
         self.run.log(f"resumed at step {self.step}")
 

@@ -1,0 +1,217 @@
+"""The command line: what reaches the library, and how bad input ends."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import mmdit
+import training
+from mmdit_cli.main import app
+from mmdit_cli.train import split_words
+from training.presets import preset_names
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def assert_one_line_error(result, text: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("mmdit: error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert text in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records the calls of the trainer instead of training."""
+    made = []
+    monkeypatch.setattr(training, "train", lambda config, resume=False: made.append((config, resume)), raising=False)
+    monkeypatch.setattr(training, "resume", lambda run, overrides: made.append((run, overrides)), raising=False)
+    return made
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A pipeline that keeps what it is asked and gives grey pictures."""
+    asked = types.SimpleNamespace()
+
+    def sample(prompts, **options):
+        asked.prompts, asked.options = prompts, options
+        return [Image.new("RGB", (8, 6), "grey") for _ in prompts]
+
+    def load(path):
+        asked.run = path
+        return sample
+
+    monkeypatch.setattr(mmdit, "TextToImage", types.SimpleNamespace(load=load), raising=False)
+    return asked
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def test_train_passes_the_config_with_all_settings(calls):
+    result = run("train", "demo", "training.num_steps=7", "--data", "pictures=1/", "--out", "2024", "optimizer.lr=3e-4")
+    assert result.exit_code == 0, result.output
+    [(config, resume)] = calls
+    assert (config.training.num_steps, config.optimizer.lr) == (7, 3e-4)
+    assert (config.data.source, config.training.out) == ("pictures=1/", "2024")
+    assert not resume
+
+
+def test_train_resume_alone_takes_the_run_and_settings(calls, tmp_path):
+    assert run("train", "--resume", tmp_path, "training.num_steps=9").exit_code == 0
+    assert calls == [(tmp_path, ["training.num_steps=9"])]
+
+
+def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_path):
+    assert run("train", "demo", "--resume", tmp_path).exit_code == 0
+    [(config, resume)] = calls
+    assert resume and config.training.out == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "which config?"),
+        (["train", "dmeo"], 'did you mean the preset "demo"?'),
+        (["train", "demo", "demo"], '"demo" is no setting'),
+        (["train", "demo", "training.num_step=1"], 'did you mean "training.num_steps"?'),
+        (["train", "demo", "optimizer.lr=-1"], "optimizer.lr is -1.0, expected a number > 0"),
+        (["train", "--resume", "a", "--out", "b"], "leave out --out"),
+        (["train", "demo", "--stpes", "3"], "No such option: --stpes"),
+        (["trian", "demo"], "Did you mean 'train'?"),
+        (["--what"], "No such option: --what"),
+        (["sample", "run"], "Missing argument 'PROMPT'"),
+        (["sample", "run", "a star", "--steps", "0"], "--steps"),
+        (["sample", "run", "a star", "--size", "8x"], '--size is "8x", expected HEIGHTxWIDTH'),
+        (["sample", "run", "a star", "--size", "0x8"], '--size is "0x8", expected HEIGHTxWIDTH'),
+        (["sample", "run", "a star", "--out", "picture"], "such as picture.png"),
+        (["sample", "no-such-run", "a star"], "no-such-run"),
+        (["evaluate", "no-such-run"], "no-such-run"),
+        (["autoencoder", "train", "--data", "x"], "Missing option '--out'"),
+        (["autoencoder", "train", "--data", "shapes", "--out", "x", "num_step=3"], 'did you mean "num_steps"?'),
+        (["autoencoder", "train", "--data", "shapes", "--out", "x", "num_steps=0"], "num_steps"),
+        (["autoencoder", "train", "--data", "no-such-folder", "--out", "x"], "no-such-folder"),
+        (["autoencoder", "evaluate", "none", "--data", "shapes"], "is no autoencoder but pixels"),
+        (["autoencoder", "evaluate", "no-such-folder", "--data", "shapes"], "no-such-folder"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_status_2(words, message):
+    assert_one_line_error(run(*words), message)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("two\nlines"), "mmdit: error: two lines\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.tar"),
+            "mmdit: error: x.tar: No such file or directory\n",
+        ),
+        (FileExistsError("runs/a exists"), "mmdit: error: runs/a exists\n"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA ..."), "lower training.batch_size"),
+    ],
+)
+def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):
+    monkeypatch.setattr(training, "evaluate_run", lambda run: (_ for _ in ()).throw(error), raising=False)
+    result = run("evaluate", "somewhere")
+    assert_one_line_error(result, "")
+    assert message in result.stderr
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(training, "evaluate_run", lambda run: {}[run], raising=False)
+    assert isinstance(run("evaluate", "somewhere").exception, KeyError)
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_debug_shows_the_traceback_before_the_line(monkeypatch, how):
+    monkeypatch.setenv("MMDIT_DEBUG", "1" if how == "environment" else "0")
+    result = run(*(["--debug"] if how == "option" else []), "train", "dmeo")
+    assert result.exit_code == 2 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("mmdit: error: ")
+
+
+def test_split_words_keeps_a_file_with_an_equals_sign(tmp_path):
+    path = tmp_path / "lr=1.toml"
+    path.touch()
+    assert split_words([str(path), "seed=1"]) == (str(path), ["seed=1"])
+    assert split_words(["seed=1"]) == (None, ["seed=1"])
+
+
+# --- sample and evaluate ---------------------------------------------------------------------------
+
+
+def test_sample_writes_one_picture_where_told(pipe, tmp_path):
+    out = tmp_path / "new" / "a.png"
+    words = ["--solver", "heun", "--steps", 20, "--guidance", 4, "--seed", 1, "--size", "64x96", "--out", out]
+    result = run("sample", "runs/x", "a red circle", *words)
+    assert result.exit_code == 0, result.output
+    assert pipe.prompts == ["a red circle"] and str(pipe.run) == "runs/x"
+    assert pipe.options == {
+        "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1
+    }  # fmt: skip
+    assert Image.open(out).size == (8, 6)
+    assert str(out) in result.stdout
+
+
+def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tmp_path):
+    assert run("sample", "r", "one", "two", "--out", tmp_path / "a.jpg").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
+    assert pipe.options == {
+        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0
+    }  # fmt: skip
+
+
+def test_evaluate_prints_every_number(monkeypatch):
+    scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
+    monkeypatch.setattr(training, "evaluate_run", lambda run: scores, raising=False)
+    lines = [line.split() for line in run("evaluate", "somewhere").stdout.splitlines()]
+    assert lines == [
+        ["validation", "/", "loss", "0.2500"],
+        ["validation", "/", "t=0.1", "1.0000"],
+        ["counting", "0.5000"],
+        ["prompts", "3"],
+    ]
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "evaluate", "autoencoder train", "autoencoder evaluate", "autoencoder", ""]
+)
+def test_help_shows_examples(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert f"mmdit {command}".strip() in result.stdout or command in ("", "autoencoder")
+    if command == "train":
+        assert f"Presets: {', '.join(preset_names())}" in " ".join(result.stdout.split())
+
+
+def test_version_names_the_package():
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("mmdit")
+
+
+def test_the_command_starts_without_heavy_imports():
+    code = (
+        "import sys, mmdit_cli.main\n"
+        "print(*sorted({'torch', 'numpy', 'diffusers', 'matplotlib', 'PIL'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_env())
+    assert out.stdout.strip() == ""
+
+
+def _env() -> dict[str, str]:
+    """The environment with the repository's packages importable, installed or not."""
+    import os
+    from pathlib import Path
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -1,0 +1,110 @@
+"""Fields: exact views of known data, whatever is predicted; one evaluation for all views; change of schedule."""
+
+import pytest
+import torch
+
+from samplers import VIEWS, Cosine, Field, RectifiedFlow, sample
+from tests.oracles import GAUSSIAN, MIXTURE, VarianceExploding, VariancePreserving
+
+SCHEDULES = [RectifiedFlow(), Cosine(), VariancePreserving(), VarianceExploding()]
+X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", VIEWS)
+def test_views_of_a_mixture_are_exact(schedule, prediction):
+    field = MIXTURE.field(schedule, prediction)
+    for t in (0.1, 0.5, 0.9, torch.linspace(0.1, 0.9, 6, dtype=torch.float64)):
+        x_0, eps = MIXTURE.posterior(X, t, schedule)
+        torch.testing.assert_close(field.x_0(X, t), x_0, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(field.eps(X, t), eps, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(field.v(X, t), MIXTURE.view("velocity", X, t, schedule), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(field.score(X, t), MIXTURE.view("score", X, t, schedule), rtol=1e-6, atol=1e-6)
+
+
+def test_the_score_is_the_gradient_of_the_log_density():
+    schedule, t, x = RectifiedFlow(), 0.4, X.clone().requires_grad_()
+    std = GAUSSIAN.std_at(t, schedule)
+    log_p = -((x - schedule.alpha(t) * GAUSSIAN.means) ** 2).sum() / (2 * std**2)
+    (score,) = torch.autograd.grad(log_p, x)
+    torch.testing.assert_close(GAUSSIAN.field(schedule).score(X, t), score)
+
+
+def test_one_evaluation_answers_every_view():
+    calls = []
+
+    def network(x_t, t):
+        calls.append(t)
+        return x_t
+
+    prediction = Field(network, RectifiedFlow(), "noise").predict(X.float(), 0.3)
+    _ = prediction.x_0, prediction.eps, prediction.v, prediction.score, prediction.ddpm_v
+    assert prediction.eps is prediction.value and prediction.x_0 is prediction.x_0
+    assert len(calls) == 1 and prediction.num_evals == 1
+
+
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3), torch.full((6,), 0.3)])
+@pytest.mark.parametrize(("dtype", "seen"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_a_network_sees_one_time_per_sample_in_full_precision(t, dtype, seen):
+    def network(x_t, t):
+        assert t.shape == (6,) and t.dtype == seen
+        torch.testing.assert_close(t, torch.full((6,), 0.3, dtype=seen))
+        return x_t
+
+    Field(network, RectifiedFlow()).v(X.to(dtype), t)
+
+
+@pytest.mark.parametrize("theirs", SCHEDULES)
+@pytest.mark.parametrize("ours", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+def test_on_another_schedule_is_the_exact_field_there(theirs, ours, prediction):
+    seen = MIXTURE.field(theirs, prediction).on(ours)
+    for t in (0.3, 0.45, 0.6, torch.linspace(0.3, 0.6, 6, dtype=torch.float64)):  # within the log-SNR range of each
+        torch.testing.assert_close(seen.x_0(X, t), MIXTURE.view("data", X, t, ours), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(seen.v(X, t), MIXTURE.view("velocity", X, t, ours), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data", "ddpm_v"])
+def test_on_another_schedule_at_both_ends(prediction):
+    seen = MIXTURE.field(RectifiedFlow(), prediction).on(Cosine())
+    torch.testing.assert_close(seen.x_0(X, 0.0), X)
+    torch.testing.assert_close(seen.x_0(X, 1.0), MIXTURE.view("data", X, 1.0, Cosine()))
+    torch.testing.assert_close(seen.v(X, 1.0), MIXTURE.view("velocity", X, 1.0, Cosine()))
+
+
+def test_beyond_its_range_a_field_is_asked_at_the_nearer_end():
+    asked = []
+
+    def network(x_t, t):
+        asked.append(t[0].item())
+        return torch.zeros_like(x_t)
+
+    field = Field(network, VariancePreserving(), "noise").on(RectifiedFlow())
+    assert field.v(X, 0.0).isfinite().all() and field.v(X, 1.0).isfinite().all()
+    assert asked == [0.0, 1.0]
+
+
+def test_on_its_own_schedule_is_itself_and_back_again_is_the_same():
+    field = MIXTURE.field(RectifiedFlow())
+    assert field.on(RectifiedFlow()) is field
+    back = field.on(Cosine()).on(RectifiedFlow())
+    torch.testing.assert_close(back.v(X, 0.37), field.v(X, 0.37))
+
+
+def test_change_of_schedule_does_not_change_the_solution():
+    flow, other = RectifiedFlow(), Cosine()
+    exact = GAUSSIAN.solve(X, 1.0, 0.0, flow)
+    torch.testing.assert_close(
+        sample(GAUSSIAN.field(flow).on(other), X, "rk4", 100).x, exact, rtol=1e-7, atol=1e-7
+    )  # both start from eps
+
+
+def test_bad_fields_are_refused():
+    with pytest.raises(ValueError, match="unknown prediction 'nois': did you mean 'noise'"):
+        Field(lambda x, t: x, RectifiedFlow(), "nois")
+    with pytest.raises(ValueError, match="give a samplers.Schedule"):
+        Field(lambda x, t: x, "rectified-flow", "noise")
+    with pytest.raises(ValueError, match=r"the network gave \(6, 1\) for x_t \(6, 2\)"):
+        Field(lambda x, t: x[:, :1], RectifiedFlow()).v(X, 0.5)
+    with pytest.raises(ValueError, match="t holds 3 times for a batch of 6"):
+        Field(lambda x, t: x, RectifiedFlow()).v(X, torch.rand(3))

@@ -1,0 +1,126 @@
+"""The loop: exact counts, callback, trajectory, seeds per sample, and what is said when a network gives NaN."""
+
+import math
+
+import pytest
+import torch
+
+from samplers import SOLVERS, Cosine, Field, RectifiedFlow, SDESolver, cfg, integrate, randn, sample
+from tests.oracles import GAUSSIAN, MIXTURE
+
+FLOW = RectifiedFlow()
+X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def counting(calls):
+    def network(x_t, t):
+        calls.append(t[0].item())
+        return -x_t
+
+    return Field(network, FLOW)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=str)
+def test_num_evals_is_the_number_of_network_calls(solver):
+    calls, diffusion = [], "sigma" if isinstance(solver, SDESolver) else None
+    out = sample(counting(calls), X, solver.name, 7, diffusion=diffusion)
+    assert out.num_evals == len(calls) == 7 * solver.evals_per_step
+
+
+def test_guidance_counts_both_networks_and_only_where_it_is_on():
+    on, off = [], []
+    field = cfg(counting(on), counting(off), 3.0, interval=(0.35, 0.75))
+    out = sample(field, X, "euler", 10)
+    assert on == pytest.approx([1 - i / 10 for i in range(10)]) and off == pytest.approx([0.7, 0.6, 0.5, 0.4])
+    assert out.num_evals == 14
+    assert sample(field.on(Cosine()), X, "euler", 10).num_evals == len(on) + len(off) - 14
+
+
+def test_times_given_to_the_network_stay_in_range_and_end_exactly():
+    calls = []
+    sample(counting(calls), X, "rk4", 13)
+    assert max(calls) == 1 and min(calls) == 0
+
+
+def test_the_solution():
+    out = sample(MIXTURE.field(FLOW), X, "heun", 5, trajectory=True)
+    assert out.ts.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert out.trajectory.shape == (6, 4, 2)
+    assert torch.equal(out.trajectory[0], X) and torch.equal(out.trajectory[-1], out.x)
+    assert sample(MIXTURE.field(FLOW), X).trajectory is None
+
+
+def test_callback_sees_each_step_at_no_further_evaluation():
+    seen, calls = [], []
+    out = sample(counting(calls), X, "midpoint", 4, callback=seen.append)
+    assert [(p.index, p.num_steps, p.num_evals) for p in seen] == [(0, 4, 2), (1, 4, 4), (2, 4, 6), (3, 4, 8)]
+    assert [(p.t, p.t_next) for p in seen] == [(1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)]
+    assert torch.equal(seen[0].x_t, X) and torch.equal(seen[-1].x_next, out.x)
+    torch.testing.assert_close(seen[1].x_0, seen[1].x_t * 1.75)  # x_0 = x_t - t v
+    assert len(calls) == 8
+
+
+def test_a_part_of_the_way_and_the_rest_is_the_whole():
+    field, grid = MIXTURE.field(FLOW), torch.linspace(1, 0, 11, dtype=torch.float64)
+    half = sample(field, X, "heun", grid=grid[:6]).x
+    torch.testing.assert_close(sample(field, half, "heun", grid=grid[5:]).x, sample(field, X, "heun", 10).x)
+
+
+def test_integrate_runs_to_noise_and_back():
+    x_0 = MIXTURE.sample(4, torch.Generator().manual_seed(1))
+    field, ts = MIXTURE.field(FLOW), torch.linspace(0, 1, 101, dtype=torch.float64)
+    noise = integrate(field, x_0, SOLVERS["rk4"], ts).x
+    torch.testing.assert_close(integrate(field, noise, SOLVERS["rk4"], ts.flip(0)).x, x_0, rtol=1e-6, atol=1e-6)
+
+
+def test_sample_keeps_no_graph_and_integrate_does():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    field = Field(lambda x_t, t: scale * x_t, FLOW)
+    assert not sample(field, X).x.requires_grad
+    x = integrate(field, X, SOLVERS["rk4"], torch.linspace(1, 0, 21, dtype=torch.float64)).x
+    (grad,) = torch.autograd.grad(x.sum(), scale)
+    assert grad.item() == pytest.approx(-math.exp(-1) * X.sum().item(), rel=1e-4)  # x(0) = exp(-scale) x(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_keeps_its_dtype(dtype):
+    for prediction in ("velocity", "noise", "data"):
+        assert sample(Field(lambda x_t, t: x_t, FLOW, prediction), X.to(dtype)).x.dtype == dtype
+
+
+def test_a_generator_per_sample_makes_it_independent_of_the_batch():
+    def run(rows):
+        generators = [torch.Generator().manual_seed(10 + i) for i in rows]
+        x = randn((len(rows), 2), generators, dtype=torch.float64)
+        return sample(GAUSSIAN.field(FLOW), x, "euler-maruyama", 6, diffusion="kl", generator=generators).x
+
+    together = run([0, 1, 2, 3])
+    torch.testing.assert_close(torch.cat((run([0, 1]), run([2]), run([3]))), together, rtol=0, atol=0)
+
+
+def test_one_generator_reproduces_and_another_seed_does_not():
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample(GAUSSIAN.field(FLOW), X, "euler-maruyama", 6, diffusion="sin2", generator=generator).x
+
+    assert torch.equal(run(0), run(0)) and not torch.allclose(run(0), run(1))
+
+
+@pytest.mark.parametrize(("bad", "name"), [(math.nan, "step 4 of 10"), (math.inf, "step 4 of 10")])
+def test_nan_is_named_with_its_step_and_time(bad, name):
+    field = Field(lambda x_t, t: torch.where(t[:, None] < 0.75, bad, x_t), FLOW)
+    with pytest.raises(ValueError, match=rf"{name}, from t = 0.7 to 0.6"):
+        sample(field, X, "euler", 10)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1.0), torch.zeros(0, 2), [1.0]])
+def test_what_is_no_state_is_refused(x):
+    with pytest.raises(ValueError, match="give a floating tensor"):
+        sample(MIXTURE.field(FLOW), x)
+
+
+def test_too_few_generators_are_refused_before_the_first_evaluation():
+    calls = []
+    with pytest.raises(ValueError, match="1 generators for a batch of 4"):
+        sample(counting(calls), X, "euler-maruyama", diffusion="kl", generator=[torch.Generator()])
+    assert not calls

@@ -1,0 +1,100 @@
+"""Views: every pair of conversions, inside and at both ends of time, against x_0 and eps themselves."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from samplers import VIEWS, Cosine, RectifiedFlow, convert
+from tests.oracles import VarianceExploding, VariancePreserving
+
+SCHEDULES = [RectifiedFlow(), Cosine(), VariancePreserving(), VarianceExploding()]
+PURE = [RectifiedFlow(), Cosine()]
+PAIRS = list(itertools.product(VIEWS, VIEWS))
+X_0 = torch.tensor([[0.7, -1.2, 0.1]], dtype=torch.float64)
+EPS = torch.tensor([[-0.4, 0.3, 2.0]], dtype=torch.float64)
+
+
+def truth(kind, x_0, eps, c):
+    return {
+        "data": x_0,
+        "noise": eps,
+        "velocity": c.d_alpha * x_0 + c.d_sigma * eps,
+        "ddpm_v": c.alpha * eps - c.sigma * x_0,
+        "score": -eps / c.sigma,
+    }[kind]
+
+
+def converted(schedule, t, source, target, x_0=X_0, eps=EPS):
+    c = schedule(t)
+    return convert(truth(source, x_0, eps, c), source, target, c.alpha * x_0 + c.sigma * eps, c)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(t=st.floats(0.01, 0.99))
+@settings(max_examples=20, deadline=None)
+def test_every_pair_inside(schedule, t):
+    for source, target in PAIRS:
+        expected = truth(target, X_0, EPS, schedule(t))
+        torch.testing.assert_close(converted(schedule, t, source, target), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(t=st.floats(0.01, 0.99))
+@settings(max_examples=20, deadline=None)
+def test_round_trips_inside(schedule, t):
+    c, value = schedule(t), torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    x_t = torch.tensor([[1.0, 0.5]], dtype=torch.float64)  # any value, not only a view of some x_0 and eps
+    for source, target in PAIRS:
+        there = convert(value, source, target, x_t, c)
+        torch.testing.assert_close(convert(there, target, source, x_t, c), value, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", PURE)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_at_the_data_end(schedule, source, target):
+    """At t = 0 data and score predictions leave eps at 0, its posterior mean; the score is 0 unless predicted."""
+    c = schedule(0.0)
+    if source == "score":
+        value = torch.tensor([[5.0, -1.0, 2.0]], dtype=torch.float64)
+        got = convert(value, source, target, X_0, c)
+        expected = value if target == "score" else truth(target, X_0, torch.zeros_like(EPS), c)
+    else:
+        got = converted(schedule, 0.0, source, target)
+        eps = torch.zeros_like(EPS) if source == "data" else EPS
+        expected = torch.zeros_like(EPS) if target == "score" else truth(target, X_0, eps, c)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("schedule", PURE)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_at_the_noise_end(schedule, source, target):
+    """At t = 1 noise and score predictions leave x_0 at 0; all others determine both."""
+    x_0 = torch.zeros_like(X_0) if source in ("noise", "score") else X_0
+    torch.testing.assert_close(converted(schedule, 1.0, source, target), truth(target, x_0, EPS, schedule(1.0)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_end_gives_nan_in_any_precision(schedule):
+    for dtype, t, (source, target) in itertools.product((torch.float32, torch.float64), (0.0, 1.0), PAIRS):
+        x_t = torch.randn(2, 3, dtype=dtype)
+        times = torch.tensor([t, 0.5], dtype=dtype)
+        assert convert(torch.randn(2, 3, dtype=dtype), source, target, x_t, schedule(times)).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_one_time_per_sample_is_each_sample_alone(schedule, source, target):
+    times = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    x_t, value = torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
+    together = convert(value, source, target, x_t, schedule(times))
+    for i, t in enumerate(times.tolist()):
+        alone = convert(value[i : i + 1], source, target, x_t[i : i + 1], schedule(t))
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_an_unknown_view_is_refused_with_the_near_one():
+    with pytest.raises(ValueError, match="did you mean 'velocity'"):
+        convert(X_0, "velocty", "data", X_0, RectifiedFlow()(0.5))

@@ -1,0 +1,92 @@
+"""Validation loss at fixed times against the numbers it should be, over whole data and with fixed noise."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mmdit.text import Tokens
+from training.config import load_config
+from training.evaluate import fixed_times, validation_loss
+from training.objectives import Batch
+from training.seeds import generator_for
+
+
+class Constant(nn.Module):
+    """Predicts one number everywhere, and keeps what it was asked."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.value, self.calls = value, []
+        self.conditioner = SimpleNamespace(num_encoders=1)
+
+    def forward(self, x_t, t, tokens, drop=None):
+        self.calls.append((x_t, t, tokens, drop))
+        return torch.full_like(x_t, self.value)
+
+
+class Rows:
+    """Latents in memory, as a feed."""
+
+    def __init__(self, n: int) -> None:
+        self.latents = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 2, 4, 4)
+
+    def __len__(self):
+        return len(self.latents)
+
+    def at(self, rows):
+        rows = list(rows)
+        ids = torch.tensor(rows)[:, None]
+        return Batch(self.latents[rows], Tokens(ids, ids >= 0))
+
+
+def config(**changes):
+    return load_config("pixels-tiny", [f"evaluation.{key}={value}" for key, value in changes.items()])
+
+
+def test_times_are_the_middles_of_equal_parts():
+    assert fixed_times(1) == [0.5]
+    assert fixed_times(8) == [1 / 16, 3 / 16, 5 / 16, 7 / 16, 9 / 16, 11 / 16, 13 / 16, 15 / 16]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 64])
+def test_loss_is_the_mean_over_all_samples_at_each_time(batch_size):
+    """A model that predicts 2 has the loss mean (eps - x_0 - 2)^2; the last batch is smaller and counts by its size."""
+    model, feed = Constant(2.0), Rows(5)
+    losses = validation_loss(model, feed, config(batch_size=batch_size, validation_times=4))
+    squares = []
+    for first in range(0, 5, batch_size):
+        x_0 = feed.latents[first : first + batch_size]
+        eps = torch.randn(x_0.shape, generator=generator_for(0, first))
+        squares += (eps - x_0 - 2).square().mean(dim=(1, 2, 3)).tolist()
+    expected = sum(squares) / 5
+    assert list(losses) == ["validation_loss", *(f"validation_loss_t{t:.4f}" for t in (0.125, 0.375, 0.625, 0.875))]
+    assert list(losses.values()) == pytest.approx([expected] * 5, rel=1e-5)
+
+
+def test_every_sample_is_asked_at_every_time_with_its_caption_and_one_noise():
+    model, feed = Constant(), Rows(5)
+    validation_loss(model, feed, config(batch_size=2, validation_times=3))
+    asked = [(round(t[k].item(), 4), int(tokens.ids[k])) for _, t, tokens, _ in model.calls for k in range(len(t))]
+    assert sorted(asked) == sorted((round(t, 4), i) for t in fixed_times(3) for i in range(5))
+    assert not any(drop.any() for *_, drop in model.calls)
+    noise = [
+        (x_t - (1 - t[0]) * feed.latents[tokens.ids[:, 0]]) / t[0] for x_t, t, tokens, _ in model.calls[:3]
+    ]
+    torch.testing.assert_close(noise[0], noise[2], rtol=1e-4, atol=1e-4)
+
+
+def test_it_repeats_and_only_its_seed_changes_it():
+    feed = Rows(5)
+    losses = [validation_loss(Constant(), feed, config(seed=seed))["validation_loss"] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] == validation_loss(Constant(), feed, load_config("pixels-tiny", ["seed=9"]))["validation_loss"]
+
+
+def test_no_gradient_is_kept():
+    model = Constant()
+    model.gain = nn.Parameter(torch.ones(()))
+    model.forward = lambda x_t, t, tokens, drop=None: model.calls.append(torch.is_grad_enabled()) or model.gain * x_t
+    validation_loss(model, Rows(2), config())
+    assert model.calls and not any(model.calls)

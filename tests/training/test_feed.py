@@ -1,0 +1,149 @@
+"""Batches of latents and tokens: the right ones, in an order that a number alone decides, with or without the cache."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit.autoencoder import PixelSpace
+from mmdit.text import LearnedText, TextConfig, Tokenizer
+from training.data import DataError, Sample
+from training.feed import ImageFeed, LatentFeed, NothingUsable, to_signed
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Numbers:
+    """Sample i is an image of colour i with the caption "i"; the bad ones say why."""
+
+    n: int = 10
+    bad: tuple[int, ...] = ()
+    image_size: tuple[int, int] = (4, 6)
+    skipped: list = field(default_factory=list)
+
+    @property
+    def keys(self):
+        return [f"key {i}" for i in range(self.n)]
+
+    def __len__(self):
+        return self.n
+
+    def caption(self, i):
+        return f"{i}"
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            return Sample(self.keys[i], None, f"{i}", f"broken {i}")
+        return Sample(self.keys[i], np.full((4, 6, 3), i, dtype=np.uint8), f"{i}")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return LearnedText(TextConfig(260, 6, 16, 1, 2), Tokenizer.train([], 258, 6))
+
+
+def latent_feed(text, source, indices, **options):
+    told = []
+    feed = LatentFeed(
+        source, np.array(indices), PixelSpace(), text, CPU, 0, lambda *what: told.append(what), **options
+    )
+    return feed, told
+
+
+def image_feed(text, source, indices, num_workers=0):
+    told = []
+    return ImageFeed(source, np.array(indices), PixelSpace(), text, CPU, num_workers, lambda *w: told.append(w)), told
+
+
+def numbers(text, batch) -> list[int]:
+    """The samples of a batch by their colour, having checked that their captions say the same."""
+    colours = [round(((latent.mean().item()) + 1) * 127.5) for latent in batch.latents]
+    assert [text.tokenizer.decode(ids) for ids in batch.tokens.ids] == [str(c) for c in colours]
+    return colours
+
+
+def take(text, feed, n, batch_size=4, seed=0, start=0) -> list[list[int]]:
+    batches = feed.batches(batch_size, seed, start)
+    taken = [numbers(text, next(batches)) for _ in range(n)]
+    batches.close()
+    return taken
+
+
+def test_signed_is_from_minus_one_to_one():
+    x = to_signed(torch.tensor([0, 127, 128, 255], dtype=torch.uint8))
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, torch.tensor([-1, -1 / 255, 1 / 255, 1]))
+
+
+@pytest.mark.parametrize("make", [latent_feed, image_feed])
+def test_an_epoch_has_each_sample_once_and_the_next_another_order(text, make):
+    feed, _ = make(text, Numbers(8), [0, 1, 3, 5, 6, 7])
+    batches = take(text, feed, 4, batch_size=3)
+    first, second = batches[0] + batches[1], batches[2] + batches[3]
+    assert sorted(first) == sorted(second) == [0, 1, 3, 5, 6, 7]
+    assert first != second
+    assert take(text, feed, 4, batch_size=3, seed=1) != batches
+
+
+@pytest.mark.parametrize("make", [latent_feed, image_feed])
+@pytest.mark.parametrize("start", [1, 2, 5])
+def test_starting_later_goes_on_as_from_the_start(text, make, start):
+    """Batches of 4 of 10 samples: in the middle of an epoch, and over its end."""
+    feed, _ = make(text, Numbers(), range(10))
+    assert take(text, feed, 3, start=start) == take(text, feed, start + 3)[start:]
+
+
+def test_cached_and_uncached_feeds_are_equal(text):
+    cached, uncached = (make(text, Numbers(), range(10))[0] for make in (latent_feed, image_feed))
+    a, b = cached.batches(4, 3), uncached.batches(4, 3)
+    for _ in range(6):
+        one, other = next(a), next(b)
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.tokens.ids, other.tokens.ids)
+
+
+def test_workers_change_nothing(text):
+    alone, helped = (image_feed(text, Numbers(), range(10), workers)[0] for workers in (0, 2))
+    assert take(text, alone, 5) == take(text, helped, 5)
+
+
+def test_a_batch_larger_than_the_data_repeats_it(text):
+    feed, _ = latent_feed(text, Numbers(), [2, 4])
+    assert sorted(take(text, feed, 1, batch_size=6)[0]) == [2, 2, 2, 4, 4, 4]
+
+
+def test_bad_samples_are_told_and_left_out_of_the_cache(text):
+    feed, told = latent_feed(text, Numbers(bad=(2, 5)), range(10))
+    assert told == [("key 2", "broken 2"), ("key 5", "broken 5")]
+    assert len(feed) == 8 and feed.captions == ["0", "1", "3", "4", "6", "7", "8", "9"]
+    assert sorted(sum(take(text, feed, 2), [])) == [0, 1, 3, 4, 6, 7, 8, 9]
+
+
+def test_bad_samples_are_told_and_replaced_without_the_cache(text):
+    feed, told = image_feed(text, Numbers(bad=(2, 5)), range(10))
+    assert not {2, 5} & set(sum(take(text, feed, 5), []))
+    assert set(told) == {("key 2", "broken 2"), ("key 5", "broken 5")}
+
+
+def test_nothing_usable_is_an_error_that_gives_a_reason(text):
+    with pytest.raises(NothingUsable, match="none of the 2 samples can be used; one of them is key 4: broken 4"):
+        latent_feed(text, Numbers(bad=(4, 5)), [4, 5])
+    with pytest.raises(NothingUsable, match="none of the 0 samples"):
+        latent_feed(text, Numbers(), [])
+    feed, _ = image_feed(text, Numbers(bad=(4, 5)), [4, 5])
+    with pytest.raises(DataError, match="none of the 2 samples can be used"):
+        take(text, feed, 1)
+
+
+def test_rows_are_picked_as_asked(text):
+    feed, _ = latent_feed(text, Numbers(), range(10))
+    assert numbers(text, feed.at([7, 0, 7])) == [7, 0, 7]
+    assert feed.at([1]).latents.shape == (1, 3, 4, 6)
+
+
+def test_progress_counts_to_the_end(text, monkeypatch):
+    monkeypatch.setattr("training.feed.ENCODE_BATCH", 4)
+    seen = []
+    latent_feed(text, Numbers(bad=(9,)), range(10), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 10), (8, 10), (9, 10)]

@@ -1,0 +1,154 @@
+"""Flow matching against the formula written out, and its draws: one coin a sample, none at fixed times, all repeatable."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdit.text import Tokens
+from training.objectives import Batch, FlowMatching
+from training.time_density import LogitNormal, TimeDensity, Uniform
+
+
+class Spy(nn.Module):
+    """A model that answers a fixed field and keeps what it was asked."""
+
+    def __init__(self, encoders: int = 1) -> None:
+        super().__init__()
+        self.conditioner = nn.Module()
+        self.conditioner.num_encoders = encoders
+        self.gain = nn.Parameter(torch.tensor(0.7))
+        self.calls: list[tuple] = []
+
+    def forward(self, x_t, t, tokens, drop=None):
+        self.calls.append((x_t.detach(), t, tokens, drop))
+        return self.gain * x_t
+
+
+class Given(TimeDensity):
+    """A density that gives the times it was told to, and says how it was asked."""
+
+    def __init__(self, times):
+        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "asked", [])
+
+    def quantile(self, u):
+        raise NotImplementedError
+
+    def _density(self, t):
+        raise NotImplementedError
+
+    def sample(self, n, generator=None, stratified=False, device=None, dtype=torch.float32):
+        self.asked.append((n, stratified))
+        return self.times[:n]
+
+
+def batch(n: int = 6) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.arange(2 * n).view(n, 2)
+    return Batch(torch.randn(n, 4, 3, 5, generator=g), Tokens(ids, ids > 0))
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_loss_is_the_formula():
+    """x_t = (1 - t) x_0 + t eps, target eps - x_0, mean square over everything."""
+    spy, data, times = Spy(), batch(), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.9, 1.0])
+    loss = FlowMatching(Given(times), caption_dropout=0.0)(spy, data, generator())
+    [(x_t, t, tokens, drop)] = spy.calls
+    assert torch.equal(t, times) and torch.equal(tokens.ids, data.tokens.ids) and not drop.any()
+    x_0 = data.latents
+    assert torch.equal(x_t[0], x_0[0])
+    eps = (x_t[1:] - (1 - times[1:, None, None, None]) * x_0[1:]) / times[1:, None, None, None]
+    assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.15
+    assert abs((eps * x_0[1:]).mean()) < 0.2  # drawn apart from the data
+    without_t_0 = slice(1, None)
+    squares = (0.7 * x_t[without_t_0] - (eps - x_0[without_t_0])).square()
+    # At t = 0 the noise leaves no trace in x_t: what its sample adds to the mean is what a draw of that noise can add.
+    rest = loss.total * 6 - squares.mean() * 5
+    noise = torch.randn(x_0.shape, generator=generator())  # a given density draws nothing, so noise is what comes first
+    torch.testing.assert_close(rest, (0.7 * x_0[0] - (noise[0] - x_0[0])).square().mean(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 1.0])
+def test_loss_at_a_fixed_time_is_the_formula(t):
+    spy, data = Spy(), batch()
+    loss = FlowMatching(Uniform())(spy, data, generator(), t)
+    [(x_t, times, _, _)] = spy.calls
+    assert torch.equal(times, torch.full((6,), t))
+    eps = (x_t - (1 - t) * data.latents) / t
+    expected = (0.7 * x_t - (eps - data.latents)).square().mean()
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(loss.parts["loss"], loss.total.detach()) and not loss.parts["loss"].requires_grad
+    loss.total.backward()
+    slope = (2 * (0.7 * x_t - (eps - data.latents)) * x_t).mean()
+    torch.testing.assert_close(spy.gain.grad, slope, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_knows_the_velocity_has_no_loss():
+    """Data of one single picture: v = (x_t - x_0) / t."""
+    data = batch()
+    spy = Spy()
+    spy.forward = lambda x_t, t, tokens, drop=None: (x_t - data.latents) / t[:, None, None, None]
+    assert FlowMatching(LogitNormal())(spy, data, generator()).total < 1e-8
+
+
+def test_equal_generators_draw_equally_and_others_otherwise():
+    objective, spy = FlowMatching(Uniform(), caption_dropout=0.5), Spy()
+    losses = [objective(spy, batch(), generator(seed)).total.item() for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    torch.rand(3)  # the global generator has no part
+    assert objective(spy, batch(), generator(1)).total.item() == losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(spy.calls[0][:2], spy.calls[3][:2], strict=True))
+
+
+def test_times_are_those_of_the_density():
+    density = Given(torch.linspace(0.1, 0.6, 6))
+    FlowMatching(density, stratified=True)(Spy(), batch(), generator())
+    FlowMatching(density, stratified=False)(Spy(), batch(), generator())
+    assert density.asked == [(6, True), (6, False)]
+    spy = Spy()
+    FlowMatching(Uniform(), stratified=True)(spy, batch(64), generator())
+    assert sorted((spy.calls[0][1] * 64).int().tolist()) == list(range(64))
+    FlowMatching(Uniform(), stratified=False)(spy, batch(64), generator())
+    assert len(set((spy.calls[1][1] * 64).int().tolist())) < 60
+
+
+@pytest.mark.parametrize("encoders", [1, 3])
+def test_captions_are_dropped_one_by_one_for_each_encoder(encoders):
+    spy, objective, n = Spy(encoders), FlowMatching(Uniform(), caption_dropout=0.3), 64
+    for seed in range(20):
+        objective(spy, batch(n), generator(seed))
+    drops = torch.stack([drop for *_, drop in spy.calls])
+    assert drops.shape == (20, n, encoders) and drops.dtype == torch.bool
+    assert abs(drops.float().mean() - 0.3) < 0.04
+    share = drops.float().mean(1)
+    assert (share > 0).all() and (share < 1).all()  # never all or none of a batch
+    assert len({tuple(row.flatten().tolist()) for row in drops}) == 20
+    if encoders > 1:  # independent: both dropped as often as the product says
+        both = (drops[..., 0] & drops[..., 1]).float().mean()
+        assert abs(both - 0.09) < 0.03
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_of_none_and_of_all(dropout):
+    spy = Spy()
+    FlowMatching(Uniform(), dropout)(spy, batch(), generator())
+    assert (spy.calls[0][3] == bool(dropout)).all()
+
+
+def test_fixed_times_drop_no_caption_and_keep_the_noise():
+    """Validation: the same noise at every time, with the captions."""
+    spy, objective, data = Spy(), FlowMatching(Uniform(), caption_dropout=1.0), batch()
+    for t in (0.25, 0.75):
+        objective(spy, data, generator(), t)
+    noise = [(x_t - (1 - t[0]) * data.latents) / t[0] for x_t, t, _, _ in spy.calls]
+    torch.testing.assert_close(noise[0], noise[1], atol=1e-5, rtol=1e-5)
+    assert not any(drop.any() for *_, drop in spy.calls)
+
+
+def test_half_precision_models_are_scored_in_float():
+    spy = Spy()
+    spy.forward = lambda x_t, t, tokens, drop=None: x_t.to(torch.bfloat16)
+    assert FlowMatching(Uniform())(spy, batch(), generator()).total.dtype == torch.float32

@@ -1,0 +1,64 @@
+"""Grids and the loss plot: every picture where it belongs, every number drawn."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.config import load_config
+from training.plots import caption_grid, loss_plot
+from training.run import RunFolder
+
+
+def solid(*colours, size=(64, 64)):
+    return [Image.new("RGB", size, colour) for colour in colours]
+
+
+def test_pictures_stand_in_rows_each_over_its_caption():
+    grid = caption_grid(solid("red", "lime", "blue", "black", "white"), ["a", "b", "c", "d", "e"], columns=3)
+    pixels = np.asarray(grid)
+    # Three columns of 128 with gaps of 6, two rows.
+    assert grid.width == 3 * 134 + 6
+    row = (grid.height - 6) // 2
+    for i, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)]):
+        x, y = 6 + i % 3 * 134, 6 + i // 3 * row
+        assert (pixels[y + 2 : y + 126, x + 2 : x + 126] == colour).all()
+        below = pixels[y + 130 : y + 146, x : x + 128]
+        assert below.min() < 100, "no caption"
+    empty = pixels[6 + row + 2 :, 6 + 2 * 134 + 2 : -8]
+    assert (empty == empty[0, 0]).all()
+
+
+def test_small_pictures_grow_by_a_whole_factor_and_large_ones_stay():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 50, 3), dtype=np.uint8))
+    grid = caption_grid([noise], [""], columns=1)
+    shown = np.asarray(grid)[6 : 6 + 60, 6 : 6 + 150]
+    assert (shown[1:-1, 1:-1] == np.asarray(noise).repeat(3, 0).repeat(3, 1)[1:-1, 1:-1]).all()
+    assert caption_grid(solid("red", size=(300, 40)), ["x"], columns=1).width == 312
+
+
+@pytest.mark.parametrize("caption", ["", "word " * 300, "x" * 500, "größe 星 🙂 \n\t", "\x00"])
+def test_any_caption_can_be_drawn(caption):
+    assert caption_grid(solid("red", "red"), [caption, "a"], columns=2).height < 64 * 2 + 100
+
+
+def test_each_picture_needs_a_caption():
+    with pytest.raises(ValueError):
+        caption_grid(solid("red", "red"), ["a"], columns=2)
+
+
+def test_a_grey_picture_is_no_error():
+    caption_grid([Image.new("L", (64, 64), 100)], ["a"], columns=1)
+
+
+@pytest.mark.parametrize("kinds", [(), ("loss",), ("validation_loss",), ("loss", "validation_loss")])
+def test_loss_plot_draws_what_there_is(tmp_path, kinds):
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    for kind in kinds:
+        for step in range(1, 5):
+            run.write_metrics(step, **{kind: 1 / step})
+    run.close()
+    loss_plot(run, tmp_path / "loss.png")
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
+    blue, orange = (33, 113, 181), (217, 72, 1)
+    assert (pixels == blue).all(1).any() == ("loss" in kinds)
+    assert (pixels == orange).all(1).any() == ("validation_loss" in kinds)

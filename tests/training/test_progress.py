@@ -1,0 +1,56 @@
+"""What is printed while a run goes on, with a clock of our own."""
+
+import sys
+import time
+
+import pytest
+
+from training.progress import LINE_EVERY, Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, moved by hand."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_lines_come_now_and_then_and_at_the_end(clock, capsys):
+    with Progress("training", 100) as progress:
+        for step in range(1, 101):
+            clock[0] += 1.0
+            progress.show(step, loss=1 / step, images_per_second=64.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100 // LINE_EVERY + 1
+    assert lines[0] == "training 30/100  loss 0.03333  images/s 64  1.2 min left"
+    assert lines[-1] == "training 100/100  loss 0.01  images/s 64  0.0 min left"
+
+
+def test_rate_is_that_of_the_last_steps_and_does_not_count_what_was_done_before(clock):
+    with Progress("training", 100, start=50) as progress:
+        for step in range(51, 61):
+            clock[0] += 0.5
+            progress.show(step)
+        assert progress.rate == pytest.approx(2.0)
+        for step in range(61, 91):
+            clock[0] += 0.25
+            progress.show(step)
+        assert progress.rate == pytest.approx(4.0)
+
+
+def test_notes_stay(capsys):
+    with Progress("training", 10) as progress:
+        progress.note("step 3: validation loss 0.5")
+    assert capsys.readouterr().out == "step 3: validation loss 0.5\n"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress("training", 10) as progress:
+        progress.show(3, loss=0.25)
+        progress.note("a note")
+        progress.show(10, loss=0.125)
+    out = capsys.readouterr().out
+    assert "10/10" in out and "loss 0.125" in out and "a note" in out

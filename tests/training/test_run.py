@@ -1,0 +1,89 @@
+"""The run folder: taken or free, its config, and metrics that survive a kill and a resume."""
+
+import pytest
+
+from training.config import load_config
+from training.run import RunFolder
+
+
+@pytest.fixture
+def config():
+    return load_config("pixels-tiny", ["optimizer.lr=0.0123", "sampling.prompts=['a red circle', 'größe']"])
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    made = RunFolder.create(tmp_path / "deep" / "run", config)
+    yield made
+    made.close()
+
+
+def test_the_config_as_used_comes_back(run, config):
+    assert RunFolder.open(run.path).config() == config
+    changed = load_config("pixels-tiny", ["training.num_steps=99"])
+    run.write_config(changed)
+    assert run.config() == changed
+
+
+def test_a_folder_that_holds_something_is_not_taken(run, config, tmp_path):
+    with pytest.raises(FileExistsError, match="--resume .*run`, or name another folder with --out"):
+        RunFolder.create(run.path, config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        RunFolder.create(tmp_path / "file", config)
+    assert (tmp_path / "file").read_text() == ""
+    (tmp_path / "empty").mkdir()
+    assert RunFolder.create(tmp_path / "empty", config).config() == config
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_what_is_logged_is_printed_and_kept(run, capsys):
+    run.log("one")
+    run.log("zwei ü")
+    assert capsys.readouterr().out == "one\nzwei ü\n"
+    lines = (run.path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["one", "zwei ü"]
+
+
+def test_metrics_are_lines_that_come_back_exactly(run):
+    assert run.metrics() == []
+    run.write_metrics(1, loss=1 / 3, lr=1e-4)
+    run.write_metrics(2, validation_loss=0.5)
+    assert run.metrics() == [{"step": 1, "loss": 1 / 3, "lr": 1e-4}, {"step": 2, "validation_loss": 0.5}]
+
+
+def test_a_line_that_a_kill_cut_is_left_out_and_does_not_spoil_the_next(run):
+    run.write_metrics(1, loss=1.0)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [row["step"] for row in run.metrics()] == [1]
+    run.rewind_metrics(1)
+    run.write_metrics(2, loss=2.0)
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_rewinding_forgets_the_steps_after(run):
+    for step in range(1, 6):
+        run.write_metrics(step, loss=float(step))
+    run.rewind_metrics(3)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+
+
+def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in range(1, 5):
+        run.write_metrics(step, loss=float(step))
+    run.close()
+    again = RunFolder.open(run.path)
+    again.rewind_metrics(2)
+    for step in (3, 4):
+        again.write_metrics(step, loss=10.0 * step)
+    again.close()
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]

@@ -1,0 +1,632 @@
+"""The trainer, from config to scored run folder: the demo's own path at a few steps, stops, resumes, and every setting."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmdit
+import training
+import training.evaluate
+import training.trainer
+from mmdit.autoencoder import SHIPPED, PatchAutoencoder, PatchAutoencoderConfig
+from mmdit.weights_io import read_weights
+from training.checkpoint import list_checkpoints, load_latest
+from training.config import load_config
+from training.objectives import Loss
+from training.run import RunFolder
+from training.settings import field_docs
+from training.trainer import Trainer
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def config_for(out: Path, *overrides: str) -> training.TrainConfig:
+    """The tiny preset, without what takes most of its time."""
+    quiet = ("training.sample_every=0", "training.validate_every=0", "evaluation.prompts_per_question=0")
+    return load_config("pixels-tiny", [*quiet, f"training.out={out}", *overrides])
+
+
+def metrics(run: Path, name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in RunFolder(run).metrics() if name in row]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: weights, average, optimiser."""
+    folder = list_checkpoints(run)[-1]
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}/{name}": value for file in files for name, value in read_weights(file).items()}
+
+
+def assert_bit_equal(run: Path, other: Path) -> None:
+    a, b = last_weights(run), last_weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums are taken in one order, and the machine is left to the other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the whole path -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The tiny preset as it is, trained once."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert training.train(load_config("pixels-tiny", [f"training.out={out}"])) == out
+    return out
+
+
+def test_the_run_folder_holds_all_that_is_promised(run):
+    assert {path.name for path in run.iterdir()} == {
+        "config.toml",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "pipeline",
+        "log.txt",
+        "loss.png",
+        "scores.json",
+        "samples.png",
+    }
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000003", "step-00000006"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    for picture in (run / "loss.png", run / "samples.png", run / "samples" / "step-00000003.png"):
+        assert np.asarray(Image.open(picture).convert("L")).std() > 5
+    assert RunFolder.open(run).config() == load_config("pixels-tiny", [f"training.out={run}"])
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_metrics_have_every_step(run):
+    losses = metrics(run, "loss")
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert all(0.5 < loss < 5 for _, loss in losses)
+    assert [rate for _, rate in metrics(run, "lr")] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert [step for step, _ in metrics(run, "validation_loss")] == [3, 6]
+    assert all(norm > 0 for _, norm in metrics(run, "grad_norm"))
+
+
+def test_scores_are_written_and_found_again(run):
+    scores = json.loads((run / "scores.json").read_text())
+    assert set(scores["shapes_eval"]) == set(training.ShapesEval(32, 1, 0).score([np.zeros((32, 32, 3), np.uint8)] * 6))
+    assert scores["validation_loss"] == metrics(run, "validation_loss")[-1][1]
+    assert scores["sampling"] == {"solver": "euler", "num_steps": 2, "guidance": 2.0, "interval": [0.0, 1.0]}
+    again = training.evaluate_run(run)
+    assert {**again, "seconds_per_image": 0} == {**scores, "seconds_per_image": 0}
+    assert training.evaluate_run(run, num_steps=1, solver="heun")["sampling"]["solver"] == "heun"
+    assert json.loads((run / "scores.json").read_text())["sampling"]["num_steps"] == 1
+
+
+def test_the_model_of_a_run_draws(run):
+    pipe = mmdit.TextToImage.load(run, "cpu")
+    pictures = pipe(["a red circle", "two blue stars"], seed=1)
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    trunk = mmdit.load(run).state_dict()
+    ema = read_weights(run / "checkpoints" / "step-00000006" / "ema.safetensors")
+    assert all(torch.equal(value, ema[f"transformer.{name}"]) for name, value in trunk.items())
+    text = pipe.model.conditioner.state_dict()
+    assert all(torch.equal(value, ema[f"conditioner.{name}"]) for name, value in text.items())
+
+
+def test_the_command_line_samples_and_evaluates_a_run(run, tmp_path):
+    from typer.testing import CliRunner
+
+    from mmdit_cli.main import app
+
+    def call(*words):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    call("sample", run, "a red circle", "a star", "--steps", 2, "--size", "16x32", "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x-1.png").size == (32, 16)
+    call("sample", run, "a red circle", "--checkpoint", 3, "--out", tmp_path / "y.png")
+    assert "validation_loss" in call("evaluate", run)
+
+
+def test_a_model_that_can_learn_does(tmp_path):
+    """On two pictures, small patches: far below the loss of knowing nothing, which is the first."""
+    words = "data.num_samples=2 data.held_out=0 model.patch_size=4 training.num_steps=80 optimizer.lr=0.01"
+    out = training.train(config_for(tmp_path / "run", *words.split(), "training.checkpoint_every=0"))
+    losses = [loss for _, loss in metrics(out, "loss")]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
+
+
+def make_autoencoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = PatchAutoencoderConfig(channels=4, widths=(8, 8), depth=1, scaling_factor=0.75, shift_factor=0.125)
+    PatchAutoencoder(config).save(folder)
+    return folder
+
+
+def test_latents_of_an_autoencoder(tmp_path, monkeypatch):
+    """Non-square on purpose: 32 x 48 pixels are 4 x 6 latent pixels are 2 x 3 tokens. The run keeps its own copy."""
+    folder = make_autoencoder(tmp_path / "autoencoder")
+    changes = [f"autoencoder={folder}", "model.patch_size=2", "data.image_size=[32, 48]", "training.num_steps=4"]
+    whole = training.train(config_for(tmp_path / "whole", *changes))
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        out = training.train(config_for(tmp_path / "run", *changes))
+    shutil.rmtree(folder)
+    assert_bit_equal(training.resume(out), whole)
+    pipe = mmdit.TextToImage.load(out, "cpu")
+    assert (pipe.autoencoder.channels, pipe.autoencoder.factor, pipe.autoencoder.scaling_factor) == (4, 8, 0.75)
+    assert pipe("a star")[0].size == (48, 32)
+    assert "6 image tokens" in (out / "log.txt").read_text()
+
+
+@pytest.mark.skipif(not (SHIPPED / "config.json").exists(), reason="no autoencoder is shipped")
+def test_latents_of_the_shipped_autoencoder(tmp_path):
+    changes = ["autoencoder=shapes", "model.patch_size=2", "data.image_size=64", "training.num_steps=2"]
+    out = training.train(config_for(tmp_path / "run", *changes, "data.num_samples=32", "training.sample_every=2"))
+    assert mmdit.TextToImage.load(out, "cpu")("a red circle")[0].size == (64, 64)
+    assert all(0.5 < loss < 4 for _, loss in metrics(out, "loss"))  # latents of about unit variance, less eps
+
+
+# --- stops and resumes --------------------------------------------------------------------------------------------
+
+LONG = ("training.num_steps=10", "training.checkpoint_every=0", "training.log_every=3", "training.batch_size=8")
+
+
+def stop_after(step: int, monkeypatch, sig: int = signal.SIGTERM) -> None:
+    """Send ourselves a signal in the middle of that step."""
+    real = Trainer._train_step
+
+    def train_step(self, model, batch):
+        if self.step == step - 1:
+            os.kill(os.getpid(), sig)
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """57 samples in batches of 8: the second epoch begins in step 8."""
+    torch.set_num_threads(1)
+    return training.train(config_for(tmp_path_factory.mktemp("runs") / "whole", *LONG))
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, cached, workers):
+    """Also from the middle of an epoch and between two lines of metrics; and the cache and the workers change nothing."""
+    changes = (f"data.cache_latents={cached}", f"data.num_workers={workers}")
+    with monkeypatch.context() as patch:
+        stop_after(4, patch, signal.SIGINT if workers else signal.SIGTERM)
+        out = training.train(config_for(tmp_path / "run", *LONG, *changes))
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000004"]
+    assert "stopped at step 4, all saved; go on with: mmdit train --resume" in (out / "log.txt").read_text()
+    assert not (out / "scores.json").exists()
+    assert training.resume(out) == out
+    assert metrics(out, "loss") == metrics(uninterrupted, "loss")
+    assert metrics(out, "grad_norm") == metrics(uninterrupted, "grad_norm")
+    assert [step for step, _ in metrics(out, "loss")] == [3, 6, 9, 10]
+    assert_bit_equal(out, uninterrupted)
+    scores, others = (json.loads((path / "scores.json").read_text()) for path in (out, uninterrupted))
+    assert scores["validation_loss"] == others["validation_loss"]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, tmp_path, monkeypatch):
+    """Killed in step 6, with a checkpoint of step 2 to 4: what was written after it is forgotten and done again."""
+
+    class Killed(BaseException):
+        pass
+
+    real = Trainer._train_step
+
+    def train_step(self, model, batch):
+        if self.step == 6:
+            raise Killed
+        return real(self, model, batch)
+
+    config = config_for(tmp_path / "run", *LONG, "training.checkpoint_every=2", "training.keep_checkpoints=3")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "_train_step", train_step)
+        training.train(config)
+    out = tmp_path / "run"
+    data = out / "checkpoints" / "step-00000006" / "ema.safetensors"
+    data.write_bytes(data.read_bytes()[:-5])  # and the newest one is bad
+    training.resume(out)
+    log = (out / "log.txt").read_text()
+    assert "passed over" in log and "step-00000006/ema.safetensors has changed" in log and "resumed at step 4" in log
+    assert metrics(out, "loss") == metrics(uninterrupted, "loss")
+    assert_bit_equal(out, uninterrupted)
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    for folder in list_checkpoints(out):
+        (folder / "state.json").unlink()
+    before = sorted(path.name for path in out.rglob("*"))
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        training.resume(out)
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    changes = ["training.num_steps=8", "sampling.guidance=1.5", "evaluation.prompts_per_question=0"]
+    training.resume(out, changes)
+    assert [step for step, _ in metrics(out, "loss")] == list(range(1, 9))
+    assert RunFolder.open(out).config() == load_config(run, changes)
+    assert mmdit.TextToImage.load(out, "cpu").sampling["guidance"] == 1.5
+    assert json.loads((out / "scores.json").read_text())["sampling"]["guidance"] == 1.5
+    # The same asked for with a config and its folder, as `mmdit train CONFIG --resume RUN` does: nothing is left to do.
+    config = load_config(out, [f"training.out={out}"])
+    assert training.train(config, resume=True) == out
+    assert [step for step, _ in metrics(out, "loss")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("model.depth=3", "model"),
+        ("model.qk_norm=none", "model"),
+        ("text.width=64", "text"),
+        ("autoencoder=shapes", "autoencoder"),
+        ("seed=1", "seed"),
+    ],
+)
+def test_resuming_another_model_is_refused(run, change, part):
+    before = (run / "config.toml").read_text()
+    with pytest.raises(ValueError, match=f"was trained with another {part}.*train afresh"):
+        training.resume(run, [change])
+    with pytest.raises(ValueError, match=f"was trained with another {part}"):
+        training.train(load_config(run, [change, f"training.out={run}"]), resume=True)
+    assert (run / "config.toml").read_text() == before
+
+
+def test_folders_that_are_taken_or_are_no_runs_are_named(run, tmp_path):
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="exists: continue it with"):
+        training.train(config_for(run))
+    assert (run / "metrics.jsonl").read_text() == before
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        training.resume(tmp_path)
+
+
+def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
+    """The real command with worker processes, which end with it."""
+    out = tmp_path / "run"
+    words = ["train", "pixels-tiny", "--out", str(out), "training.num_steps=100000", "training.checkpoint_every=0"]
+    words += ["training.validate_every=0", "training.sample_every=0", "data.cache_latents=false", "data.num_workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmdit_cli.main", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    state, _ = load_latest(out, print)
+    assert state["step"] >= 3 and f"stopped at step {state['step']}, all saved" in output
+    assert RunFolder(out).metrics()[-1]["step"] == state["step"]
+
+
+# --- data that is not as it should be -----------------------------------------------------------------------------
+
+
+def make_pictures(folder: Path, n: int) -> Path:
+    folder.mkdir()
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached):
+    folder = make_pictures(tmp_path / "shapes-of-mine", 24)  # pictures of one's own, whatever the folder is called
+    (folder / "003.png").write_bytes(b"")
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:300])
+    (folder / "011.png").write_text("no image")
+    (folder / "013.txt").unlink()
+    changes = [f"data.source={folder}", "data.image_size=none", "data.held_out=0.2", f"data.cache_latents={cached}"]
+    out = training.train(config_for(tmp_path / "run", *changes, "evaluation.prompts_per_question=2"))
+    log = (out / "log.txt").read_text()
+    skipped = [line.split("skipped ", 1)[1] for line in log.splitlines() if "skipped (" in line]
+    assert [line.split(":")[0] for line in skipped] == [f"({k} so far)" for k in range(1, 5)]
+    assert sorted(line.split(": ")[1] for line in skipped) == ["003", "007", "011", "013"]
+    assert all(line.split(": ", 2)[2] for line in skipped)
+    assert "fitted to 40 x 32" in log
+    assert metrics(out, "loss")[-1][0] == 6
+    scores = json.loads((out / "scores.json").read_text())
+    assert "validation_loss" in scores and "shapes_eval" not in scores
+    assert (out / "samples.png").exists()
+
+
+def test_held_out_samples_that_are_all_bad_are_no_reason_to_stop(tmp_path):
+    folder = make_pictures(tmp_path / "data", 12)
+    source = training.open_source(str(folder))
+    _, held_out = training.split_by_key(source, 0.2)
+    assert 0 < len(held_out) < 6
+    for i in held_out:
+        (folder / f"{i:03d}.png").write_bytes(b"")
+    changes = [f"data.source={folder}", "data.image_size=[40, 32]", "data.held_out=0.2", "training.validate_every=1"]
+    out = training.train(config_for(tmp_path / "run", *changes))
+    assert "no validation loss" in (out / "log.txt").read_text()
+    assert "validation_loss" not in json.loads((out / "scores.json").read_text())
+
+
+def test_nothing_held_out_is_said(tmp_path):
+    out = training.train(config_for(tmp_path / "run", "data.held_out=0", "training.num_steps=1"))
+    assert "warning: no sample is held out" in (out / "log.txt").read_text()
+    assert metrics(out, "validation_loss") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.source=nowhere"], "nowhere"),
+        (["data.source={bad}", "data.image_size=none"], "no image can be read"),
+        (["data.source={bad}", "data.image_size=16"], "none of the 3 samples can be used; one of them is 000: "),
+        (["data.source={bad}", "data.image_size=16", "data.cache_latents=false"], "none of the 3 samples can be used"),
+        (["data.held_out=0.999999"], "held out: lower data.held_out"),
+        (["autoencoder=nowhere"], "autoencoder folder not found: nowhere"),
+        (["training.device=cuda"], "no CUDA device"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_set_up_that_fails_leaves_the_name_free(tmp_path, changes, message):
+    if "training.device=cuda" in changes and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    bad = make_pictures(tmp_path / "bad", 3)
+    for picture in bad.glob("*.png"):
+        picture.write_text("no image")
+    changes = [change.format(bad=bad) for change in changes]
+    with pytest.raises(ValueError, match=message):
+        training.train(config_for(tmp_path / "run", "data.held_out=0", *changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_during_set_up_leaves_the_name_free(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.trainer, "LatentFeed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config_for(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+def gradients_of_a_step(tmp_path, monkeypatch, *overrides) -> dict[str, torch.Tensor]:
+    """The gradients as the optimiser is given them, of an objective without draws."""
+    config = config_for(tmp_path / str(len(list(tmp_path.iterdir()))), *overrides)
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    seen = {}
+
+    def objective(model, batch, generator):
+        v = model(batch.latents, torch.full((len(batch.latents),), 0.5), batch.tokens)
+        loss = (v - batch.latents).square().mean()
+        return Loss(loss, {})
+
+    def step():
+        seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.objective = objective
+    monkeypatch.setattr(trainer.optimizer, "step", step)
+    with torch.no_grad():  # a fresh model gives gradients to its output alone
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    total, norm = trainer._train_step(trainer.model, next(trainer.feed.batches(8, 0)))
+    assert all(p.grad is None for p in trainer.model.parameters())
+    return {"total": total, "norm": norm, **seen}
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path, monkeypatch):
+    whole, parts = (
+        gradients_of_a_step(tmp_path, monkeypatch, f"training.grad_accumulation={n}", "optimizer.grad_clip=0")
+        for n in (1, 4)
+    )
+    assert whole.keys() == parts.keys() and len(whole) > 20
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
+    free, clipped = (
+        gradients_of_a_step(tmp_path, monkeypatch, f"optimizer.grad_clip={clip}") for clip in ("0", "0.01")
+    )
+    assert free["norm"] == clipped["norm"] > 0.01  # what is written down is the norm before
+    names = free.keys() - {"total", "norm"}
+    size = torch.stack([clipped[name].square().sum() for name in names]).sum().sqrt()
+    torch.testing.assert_close(size, torch.tensor(0.01), rtol=1e-3, atol=0)
+    for name in names:
+        torch.testing.assert_close(clipped[name], free[name] * 0.01 / free["norm"], rtol=1e-3, atol=1e-8)
+
+
+# --- every setting ------------------------------------------------------------------------------------------------
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(name.encode() + t.numpy().tobytes() for name, t in sorted(tensors.items()))).hexdigest()
+
+
+def traces(out: Path, *overrides: str) -> dict:
+    """What a short run leaves that a setting can change."""
+    training.train(config_for(out, "training.num_steps=3", "optimizer.warmup_steps=1", *overrides))
+    weights = last_weights(out)
+    scores = json.loads((out / "scores.json").read_text())
+    return {
+        "shapes": {name: tuple(value.shape) for name, value in weights.items() if name.startswith("model/")},
+        "weights": digest({name: value for name, value in weights.items() if name.startswith("model/")}),
+        "average": digest({name: value for name, value in weights.items() if name.startswith("ema/")}),
+        "loss": metrics(out, "loss"),
+        "lr": metrics(out, "lr"),
+        "validation": [(row["step"], len(row)) for row in RunFolder(out).metrics() if "validation_loss" in row],
+        "checkpoints": [path.name for path in list_checkpoints(out)],
+        "samples": sorted(path.name for path in (out / "samples").glob("*")),
+        "grid": hashlib.sha256((out / "samples.png").read_bytes()).hexdigest(),
+        "scores": {name: value for name, value in scores.items() if name != "seconds_per_image"},
+        "log": [line.split(" ", 2)[2].replace(str(out), "") for line in (out / "log.txt").read_text().splitlines()],
+    }
+
+
+# Each key: settings that change it, and which traces must then differ. "=" before a name: which must not.
+SETTINGS = {
+    "seed": ("seed=1", "loss weights"),
+    "autoencoder": ("autoencoder={autoencoder}", "shapes"),
+    "data.source": ("data.source={pictures}", "loss log"),
+    "data.num_samples": ("data.num_samples=60", "loss log"),
+    "data.image_size": ("data.image_size=[16, 32]", "loss log"),
+    "data.held_out": ("data.held_out=0.3", "loss scores"),
+    "data.num_workers": ("data.num_workers=1; data.cache_latents=false", "=weights"),
+    "data.cache_latents": ("data.cache_latents=false", "log =weights =loss"),
+    "model.depth": ("model.depth=1", "shapes"),
+    "model.num_heads": ("model.num_heads=4; model.head_dim=8", "weights"),
+    "model.head_dim": ("model.head_dim=8", "shapes"),
+    "model.mlp_ratio": ("model.mlp_ratio=2", "shapes"),
+    "model.patch_size": ("model.patch_size=4", "shapes"),
+    "model.qk_norm": ("model.qk_norm=none", "shapes"),
+    "model.positions": ("model.positions=rope", "shapes"),
+    "model.pos_embed_max_size": ("model.pos_embed_max_size=9", "shapes"),
+    "model.dual_attention_layers": ("model.dual_attention_layers=[0]", "shapes"),
+    "text.vocab_size": ("text.vocab_size=280", "shapes"),
+    "text.max_length": ("text.max_length=4", "loss"),
+    "text.width": ("text.width=16", "shapes"),
+    "text.depth": ("text.depth=0", "shapes"),
+    "text.num_heads": ("text.num_heads=4", "=shapes weights"),
+    "objective.time_density": ("objective.time_density=cosmap", "loss"),
+    "objective.m": ("objective.m=1", "loss"),
+    "objective.s": ("objective.s=0.5", "loss"),
+    "objective.stratified": ("objective.stratified=false", "loss"),
+    "objective.shift": ("objective.shift=3", "loss grid"),
+    "objective.caption_dropout": ("objective.caption_dropout=1", "weights"),
+    "optimizer.lr": ("optimizer.lr=0.01", "lr weights"),
+    "optimizer.betas": ("optimizer.betas=[0.5, 0.5]", "weights =lr"),
+    "optimizer.eps": ("optimizer.eps=0.1", "weights"),
+    "optimizer.weight_decay": ("optimizer.weight_decay=5", "weights"),
+    "optimizer.grad_clip": ("optimizer.grad_clip=0.001", "weights"),
+    "optimizer.warmup_steps": ("optimizer.warmup_steps=3", "lr weights"),
+    "optimizer.schedule": ("optimizer.schedule=cosine", "lr weights"),
+    "optimizer.final_lr_fraction": ("optimizer.schedule=linear; optimizer.final_lr_fraction=0.5", "lr"),
+    "training.num_steps": ("training.num_steps=2", "loss checkpoints"),
+    "training.batch_size": ("training.batch_size=4", "loss"),
+    "training.grad_accumulation": ("training.grad_accumulation=2", "loss"),
+    "training.ema_decay": ("training.ema_decay=0", "average =weights scores"),
+    "training.log_every": ("training.log_every=2", "loss =weights"),
+    "training.validate_every": ("training.validate_every=1", "validation =weights"),
+    "training.sample_every": ("training.sample_every=2", "samples =weights"),
+    "training.checkpoint_every": ("training.checkpoint_every=1", "checkpoints =weights"),
+    "training.keep_checkpoints": ("training.checkpoint_every=1; training.keep_checkpoints=1", "=checkpoints"),
+    "sampling.prompts": ("sampling.prompts=['a star']", "grid =weights"),
+    "sampling.solver": ("sampling.solver=heun", "grid scores =weights"),
+    "sampling.num_steps": ("sampling.num_steps=5", "grid scores =weights"),
+    "sampling.guidance": ("sampling.guidance=9", "grid scores =weights"),
+    "sampling.interval": ("sampling.interval=[0.0, 0.1]", "grid scores =weights"),
+    "sampling.seed": ("sampling.seed=3", "grid =weights"),
+    "evaluation.validation_samples": ("evaluation.validation_samples=2", "scores =weights"),
+    "evaluation.validation_times": ("evaluation.validation_times=3", "scores validation =weights"),
+    "evaluation.prompts_per_question": ("evaluation.prompts_per_question=1", "scores grid =weights"),
+    "evaluation.batch_size": ("evaluation.batch_size=3", "scores =weights"),
+    "evaluation.seed": ("evaluation.seed=4", "scores =weights"),
+}
+ELSEWHERE = {
+    "name": "the folder of a run without training.out: test_the_run_is_named_by_its_config",
+    "training.out": "every test here",
+    "training.compile": "test_compile_is_asked_for_where_it_should",
+    "training.device": "test_the_device_is_the_one_asked_for",
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> dict[str, Path]:
+    """Pictures and an autoencoder, for the settings that name some."""
+    folder = tmp_path_factory.mktemp("material")
+    return {"pictures": make_pictures(folder / "pictures", 24), "autoencoder": make_autoencoder(folder / "autoencoder")}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    torch.set_num_threads(1)
+    return traces(tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_every_setting_is_tested():
+    keys = {doc.key for doc in field_docs(training.TrainConfig)}
+    assert keys == SETTINGS.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_setting_changes_what_it_should(key, plain, material, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.evaluate, "loss_plot", lambda run, path: None)
+    settings, names = SETTINGS[key]
+    changed = traces(tmp_path / "run", *settings.format(**material).split("; "))
+    for name in names.split():
+        if name.startswith("="):
+            assert changed[name[1:]] == plain[name[1:]], name
+        else:
+            assert changed[name] != plain[name], name
+
+
+def test_compile_is_asked_for_where_it_should(tmp_path, monkeypatch):
+    """"auto" takes runs that are long enough; "on" all, "off" none. What is compiled is the model itself."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model: asked.append(model) or model)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    config = config_for(tmp_path / "run")
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    for how, num_steps, compiled in (("off", 10**6, 0), ("on", 6, 1), ("auto", 6, 0), ("auto", 10**6, 1)):
+        asked.clear()
+        trainer.config = config_for(tmp_path / "run", f"training.compile={how}", f"training.num_steps={num_steps}")
+        assert trainer._compiled() is trainer.model
+        assert asked == [trainer.model] * compiled
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    asked.clear()
+    trainer._compiled()
+    if trainer.device.type == "cpu":
+        assert not asked and "no C++ compiler found" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_device_is_the_one_asked_for(tmp_path):
+    config = config_for(tmp_path / "run", "training.device=cpu")
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    assert {p.device.type for p in trainer.model.parameters()} == {"cpu"}
+    assert next(trainer.feed.batches(8, 0)).latents.device.type == "cpu"
+    auto = training.trainer._device("auto").type
+    assert auto == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_run_is_named_by_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_for(tmp_path, "training.out=none", "name=mine", "training.num_steps=1")
+    assert training.train(config) == Path("runs/mine")
+    assert (tmp_path / "runs" / "mine" / "config.toml").exists()
