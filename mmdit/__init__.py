@@ -19,7 +19,7 @@ _WHERE = {
     "mmdit.files": ("load", "save"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULES)  # noqa: PLE0604
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

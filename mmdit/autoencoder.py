@@ -115,7 +115,9 @@ class PatchAutoencoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         if not 1 <= self.channels <= 192 or self.depth < 0:
-            raise ValueError(f"expected 1 to 192 channels and a depth of 0 or more, got {self.channels} and {self.depth}")
+            raise ValueError(
+                f"expected 1 to 192 channels and a depth of 0 or more, got {self.channels} and {self.depth}"
+            )
         if len(self.widths) != 2 or any(width < 8 or width % 8 for width in self.widths):
             raise ValueError(f"widths must be two multiples of 8, got {self.widths}")
 
@@ -222,11 +224,15 @@ class PatchAutoencoder(Autoencoder):
     @classmethod
     def load(cls, folder: str | Path) -> PatchAutoencoder:
         """A stored one, in float32, frozen, in eval mode. Raises ValueError where the files do not fit."""
-        config = {name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"}
+        config = {
+            name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"
+        }
         try:
             model = cls(PatchAutoencoderConfig(**config))
         except TypeError as error:
-            raise ValueError(f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}") from error
+            raise ValueError(
+                f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}"
+            ) from error
         load_weights(model, Path(folder) / "model.safetensors")
         return model.float().requires_grad_(False).eval()
 
@@ -308,9 +314,13 @@ def open_autoencoder(spec: str | Path) -> Autoencoder:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no config.json in {folder}: not an autoencoder folder as `mmdit autoencoder train` writes it")
+        raise ValueError(
+            f"no config.json in {folder}: not an autoencoder folder as `mmdit autoencoder train` writes it"
+        )
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in _KINDS:
-        raise ValueError(f"{folder / 'config.json'} describes {name or 'no known model'}, expected one of {', '.join(_KINDS)}")
+        raise ValueError(
+            f"{folder / 'config.json'} describes {name or 'no known model'}, expected one of {', '.join(_KINDS)}"
+        )
     return _KINDS[name].load(folder)

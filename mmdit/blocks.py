@@ -75,7 +75,13 @@ class Stream(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: str | None, dual: bool = False, pre_only: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: str | None,
+        dual: bool = False,
+        pre_only: bool = False,
     ) -> None:
         super().__init__()
         self.pre_only = pre_only
@@ -84,7 +90,9 @@ class Stream(nn.Module):
         self.attn2 = QKV(dim, num_heads, qk_norm) if dual else None
         self.mlp = None if pre_only else MLP(dim, int(dim * mlp_ratio))
 
-    def attend(self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def attend(
+        self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D)."""
         assert self.attn.out is not None and self.mlp is not None
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, *second = mods

@@ -87,10 +87,22 @@ _PRESETS = {
         depth=4, num_heads=4, context_dim=256, pooled_dim=256, qk_norm="rms_norm", sample_size=8, pos_embed_max_size=32
     ),
     "small": dict(
-        depth=12, num_heads=6, context_dim=384, pooled_dim=384, qk_norm="rms_norm", sample_size=32, pos_embed_max_size=64
+        depth=12,
+        num_heads=6,
+        context_dim=384,
+        pooled_dim=384,
+        qk_norm="rms_norm",
+        sample_size=32,
+        pos_embed_max_size=64,
     ),
     "base": dict(
-        depth=16, num_heads=16, context_dim=1024, pooled_dim=1024, qk_norm="rms_norm", sample_size=32, pos_embed_max_size=96
+        depth=16,
+        num_heads=16,
+        context_dim=1024,
+        pooled_dim=1024,
+        qk_norm="rms_norm",
+        sample_size=32,
+        pos_embed_max_size=96,
     ),
 }
 

@@ -58,7 +58,9 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     return grid.reshape(1, height * width, -1)
 
 
-def rotary_2d(height: int, width: int, head_dim: int, device: torch.device, base: float = 100.0) -> tuple[Tensor, Tensor]:
+def rotary_2d(
+    height: int, width: int, head_dim: int, device: torch.device, base: float = 100.0
+) -> tuple[Tensor, Tensor]:
     """Axial rotary angles (Su et al. 2021, on two axes): cos and sin, each (N, d / 2), rows first, then columns.
 
     Positions count tokens from the picture's centre, so a picture and a larger one agree where they overlap, as with SD3's
@@ -67,9 +69,9 @@ def rotary_2d(height: int, width: int, head_dim: int, device: torch.device, base
     omega = base ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     rows = (torch.arange(height, device=device) - (height - 1) / 2)[:, None] * omega
     columns = (torch.arange(width, device=device) - (width - 1) / 2)[:, None] * omega
-    angle = torch.cat(
-        [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
-    ).reshape(height * width, -1)
+    angle = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).reshape(
+        height * width, -1
+    )
     return angle.cos(), angle.sin()
 
 

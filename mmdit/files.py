@@ -11,7 +11,15 @@ from typing import Literal
 from mmdit.config import MMDiTConfig
 from mmdit.formats import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
 from mmdit.model import MMDiT
-from mmdit.weights_io import assign_weights, load_weights, read_config, read_json, read_weights, save_weights, write_json
+from mmdit.weights_io import (
+    assign_weights,
+    load_weights,
+    read_config,
+    read_json,
+    read_weights,
+    save_weights,
+    write_json,
+)
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,7 +53,9 @@ def save(model: MMDiT, path: str | Path, layout: Literal["mmdit", "diffusers"] =
         write_json(folder / "config.json", model.config.to_dict())
         save_weights(model.state_dict(), folder / "model.safetensors")
     elif layout == "diffusers":
-        write_json(folder / "config.json", {"_class_name": "SD3Transformer2DModel", **config_to_diffusers(model.config)})
+        write_json(
+            folder / "config.json", {"_class_name": "SD3Transformer2DModel", **config_to_diffusers(model.config)}
+        )
         save_weights(to_diffusers(model.state_dict(), model.config), folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
     else:
         raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")

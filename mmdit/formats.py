@@ -96,14 +96,18 @@ def from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str
                 tensor = tensor.flatten(1)
             out[f"{ours}.{leaf}"] = _swap(tensor) if _swapped(ours, config) else tensor
     if unknown := sorted(state.keys() - known):
-        raise ValueError(f"{len(unknown)} tensors are not those of this SD3Transformer2DModel: {', '.join(unknown[:4])}")
+        raise ValueError(
+            f"{len(unknown)} tensors are not those of this SD3Transformer2DModel: {', '.join(unknown[:4])}"
+        )
     return out
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
     """The state dict of a `SD3Transformer2DModel` from ours; the inverse of `from_diffusers`, bit for bit."""
     if config.positions != "sincos":
-        raise ValueError(f"diffusers' SD3Transformer2DModel knows sincos positions only, this model has {config.positions}")
+        raise ValueError(
+            f"diffusers' SD3Transformer2DModel knows sincos positions only, this model has {config.positions}"
+        )
     out = {"pos_embed.pos_embed": state["pos_embed"]}
     for ours, theirs in _names(config):
         for leaf in ("weight", "bias"):

@@ -94,7 +94,9 @@ class MMDiT(nn.Module):
         if x_t.ndim != 4 or x_t.shape[1] != c.in_channels:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {c.in_channels}, h, w)")
         if x_t.shape[2] % c.patch_size or x_t.shape[3] % c.patch_size:
-            raise ValueError(f"x_t is {x_t.shape[2]} x {x_t.shape[3]}, both sides must divide by the patch ({c.patch_size})")
+            raise ValueError(
+                f"x_t is {x_t.shape[2]} x {x_t.shape[3]}, both sides must divide by the patch ({c.patch_size})"
+            )
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] a sample")
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:

@@ -180,5 +180,7 @@ class TextToImage:
         load_weights(text, folder / "text" / "model.safetensors")
         spec = about["autoencoder"]
         autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
-        pipe = cls(CaptionedMMDiT(transformer, text).eval(), autoencoder, about["size"], about["shift"], about["sampling"])
+        pipe = cls(
+            CaptionedMMDiT(transformer, text).eval(), autoencoder, about["size"], about["shift"], about["sampling"]
+        )
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

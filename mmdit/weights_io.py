@@ -83,7 +83,11 @@ def assign_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) 
             if own[name].shape != state[name].shape
         ),
     }
-    found = [f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" for kind, names in problems.items() if names]
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
     if found:
         raise ValueError(f"the weights of {source} do not fit the model: {'; '.join(found)}")
     module.load_state_dict(dict(state))

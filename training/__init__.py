@@ -22,7 +22,7 @@ _WHERE = {
     "training.autoencoder": ("AutoencoderTrainConfig", "train_autoencoder"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULES)  # noqa: PLE0604
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

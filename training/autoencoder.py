@@ -130,7 +130,9 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
     """
     from training.data import one_pass, open_source, split_by_key
 
-    source = open_source(config.data, config.image_size, step=PatchAutoencoder.factor, seed=config.seed, need_captions=False)
+    source = open_source(
+        config.data, config.image_size, step=PatchAutoencoder.factor, seed=config.seed, need_captions=False
+    )
     train, held_out = split_by_key(source, config.held_out)
     parts = []
     for name, indices in (("training", train), ("held-out", held_out[: config.num_held_out])):
@@ -168,7 +170,9 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
         raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
     train, held_out = read_images(config, log)
     log(f"{len(train)} training and {len(held_out)} held-out images of {train.shape[1]} x {train.shape[2]}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     torch.manual_seed(config.seed)
     model = PatchAutoencoder(PatchAutoencoderConfig(config.channels, config.widths, config.depth))
     model.start_from(_to_float(train[:PCA_IMAGES]), config.balance)
@@ -263,7 +267,9 @@ def _report(
         row = {"step": step, "psnr_through_noise": recent, "held_out_psnr": result["held_out_psnr"]}
         file.write(json.dumps(row) + "\n")
     reconstruction_grid(stored, held_out[:8]).save(out / "reconstructions.png")
-    log(f"step {step}/{config.num_steps}: held-out PSNR {result['held_out_psnr']:.2f} dB after {result['seconds']:.0f} s, in {out}")
+    log(
+        f"step {step}/{config.num_steps}: held-out PSNR {result['held_out_psnr']:.2f} dB after {result['seconds']:.0f} s, in {out}"
+    )
 
 
 @torch.no_grad()

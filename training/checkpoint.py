@@ -28,7 +28,9 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(run: Path, state: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+def save_checkpoint(
+    run: Path, state: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], keep: int
+) -> Path:
     """Write one checkpoint and remove all but the newest `keep`; returns its folder."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     aside = folder.with_name(f".{folder.name}.part")

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from training.run import RunFolder
 
 
-def caption_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int, min_width: int = 128) -> Image.Image:
+def caption_grid(
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int, min_width: int = 128
+) -> Image.Image:
     """Pictures in rows, each over its caption; small ones are enlarged by a whole factor, without smoothing."""
     zoom = max(1, -(-min_width // images[0].width))
     width, height = images[0].width * zoom, images[0].height * zoom
@@ -53,7 +55,9 @@ def loss_plot(run: RunFolder, path: Path) -> None:
         axes.plot(steps, smooth, color="#2171b5", linewidth=1.6, label="training, running mean")
         axes.set_ylim(0.9 * min(losses), 1.1 * max(losses[len(losses) // 50 :]))
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean over fixed times")
+        axes.plot(
+            *zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean over fixed times"
+        )
     axes.set(xlabel="step", ylabel="mean squared error of the velocity", title="Loss")
     axes.grid(alpha=0.25)
     if train or valid:

@@ -1,9 +1,9 @@
 """A run is a folder: config, checkpoints, metrics, samples, weights for use.
 
-    config.toml     the config as used          metrics.jsonl   one line a logged step
-    checkpoints/    to resume from              tensorboard/    the same numbers
-    pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
-    log.txt         what was printed            loss.png, scores.json, samples.png   at the end
+config.toml     the config as used          metrics.jsonl   one line a logged step
+checkpoints/    to resume from              tensorboard/    the same numbers
+pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
+log.txt         what was printed            loss.png, scores.json, samples.png   at the end
 """
 
 from __future__ import annotations

@@ -144,7 +144,11 @@ class Trainer:
             captions = (source.caption(i) for i in range(len(source)))
             tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
         sides = [side // self.autoencoder.factor for side in source.image_size]
-        own = {name: getattr(self.config.model, name) for name in self.config.model.__dataclass_fields__ if name != "section"}
+        own = {
+            name: getattr(self.config.model, name)
+            for name in self.config.model.__dataclass_fields__
+            if name != "section"
+        }
         own["pos_embed_max_size"] = max(own["pos_embed_max_size"], *(s // self.config.model.patch_size for s in sides))
         shape = MMDiTConfig(
             in_channels=self.autoencoder.channels,
@@ -177,7 +181,9 @@ class Trainer:
         with suppress(NothingUsable):
             self.validation = LatentFeed(source, held_out, *common)
         if self.validation is None:
-            self.run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+            self.run.log(
+                "warning: no sample is held out, so there is no validation loss: raise data.held_out or add data"
+            )
         self.feed: ImageFeed | LatentFeed
         if config.data.cache_latents:
             start = time.perf_counter()
@@ -306,10 +312,16 @@ class Trainer:
 
     def _compiled(self) -> torch.nn.Module:
         config = self.config.training
-        wanted = config.compile == "on" or (config.compile == "auto" and config.num_steps - self.step >= COMPILE_MIN_STEPS)
+        wanted = config.compile == "on" or (
+            config.compile == "auto" and config.num_steps - self.step >= COMPILE_MIN_STEPS
+        )
         if not wanted:
             return self.model
-        if config.compile == "auto" and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        if (
+            config.compile == "auto"
+            and self.device.type == "cpu"
+            and not any(map(shutil.which, ("g++", "clang++", "c++")))
+        ):
             self.run.log("no C++ compiler found: the model runs uncompiled, a little slower")
             return self.model
         self.run.log("compiling the model (under a minute)")

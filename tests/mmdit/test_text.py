@@ -82,7 +82,7 @@ def test_the_empty_caption_is_the_end_token_alone(tokenizer):
 
 @pytest.mark.parametrize("vocab_size", [258, 265, 280])
 def test_vocabulary_keeps_to_its_limit(vocab_size):
-    many = [f"{word} {other}" for word in "red green blue grey".split() for other in "circle square star".split()] * 9
+    many = [f"{word} {other}" for word in ["red", "green", "blue", "grey"] for other in ["circle", "square", "star"]] * 9
     assert Tokenizer.train(many, vocab_size, 8).vocab_size == vocab_size
 
 
@@ -185,7 +185,8 @@ def test_drop_works_on_shortened_tokens(text):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(depth=0), dict(depth=1), dict(num_heads=1), dict(max_length=6), dict(width=32), dict(vocab_size=290)]
+    "change",
+    [dict(depth=0), dict(depth=1), dict(num_heads=1), dict(max_length=6), dict(width=32), dict(vocab_size=290)],
 )
 def test_each_option_counts(change):
     config = replace(SMALL, **change)

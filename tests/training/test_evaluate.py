@@ -71,9 +71,7 @@ def test_every_sample_is_asked_at_every_time_with_its_caption_and_one_noise():
     asked = [(round(t[k].item(), 4), int(tokens.ids[k])) for _, t, tokens, _ in model.calls for k in range(len(t))]
     assert sorted(asked) == sorted((round(t, 4), i) for t in fixed_times(3) for i in range(5))
     assert not any(drop.any() for *_, drop in model.calls)
-    noise = [
-        (x_t - (1 - t[0]) * feed.latents[tokens.ids[:, 0]]) / t[0] for x_t, t, tokens, _ in model.calls[:3]
-    ]
+    noise = [(x_t - (1 - t[0]) * feed.latents[tokens.ids[:, 0]]) / t[0] for x_t, t, tokens, _ in model.calls[:3]]
     torch.testing.assert_close(noise[0], noise[2], rtol=1e-4, atol=1e-4)
 
 

@@ -46,9 +46,7 @@ def text():
 
 def latent_feed(text, source, indices, **options):
     told = []
-    feed = LatentFeed(
-        source, np.array(indices), PixelSpace(), text, CPU, 0, lambda *what: told.append(what), **options
-    )
+    feed = LatentFeed(source, np.array(indices), PixelSpace(), text, CPU, 0, lambda *what: told.append(what), **options)
     return feed, told
 
 

@@ -477,7 +477,9 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(name.encode() + t.numpy().tobytes() for name, t in sorted(tensors.items()))).hexdigest()
+    return hashlib.sha256(
+        b"".join(name.encode() + t.numpy().tobytes() for name, t in sorted(tensors.items()))
+    ).hexdigest()
 
 
 def traces(out: Path, *overrides: str) -> dict:
@@ -598,7 +600,7 @@ def test_a_setting_changes_what_it_should(key, plain, material, tmp_path, monkey
 
 
 def test_compile_is_asked_for_where_it_should(tmp_path, monkeypatch):
-    """"auto" takes runs that are long enough; "on" all, "off" none. What is compiled is the model itself."""
+    """ "auto" takes runs that are long enough; "on" all, "off" none. What is compiled is the model itself."""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model: asked.append(model) or model)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)

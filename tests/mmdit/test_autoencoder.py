@@ -1,0 +1,235 @@
+"""Autoencoders: round trips, the scale convention against diffusers itself, the linear start, the shipped weights, errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from mmdit.autoencoder import (
+    SHIPPED,
+    KLAutoencoder,
+    PatchAutoencoder,
+    PatchAutoencoderConfig,
+    PixelSpace,
+    open_autoencoder,
+)
+from training.shapes import ShapesWorld
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def small(seed=0, **config):
+    """A PatchAutoencoder whose every weight matters: nothing is left at its zero start."""
+    generator = torch.Generator().manual_seed(seed)
+    model = PatchAutoencoder(PatchAutoencoderConfig(channels=4, widths=(8, 16), depth=1, **config)).requires_grad_(
+        False
+    )
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def held_out_shapes(n):
+    world = ShapesWorld(image_size=64, seed=0, split="held-out")
+    pictures = np.stack([world[i][0] for i in range(n)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def mean_psnr(x, y):
+    return (-10 * torch.log10(((x - y) / 2).square().mean((1, 2, 3)))).mean().item()
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_patch_autoencoder_is_read_back_equal(tmp_path):
+    model = small(scaling_factor=0.7, shift_factor=0.3)
+    model.load_state_dict(
+        {name: tensor.half().float() for name, tensor in model.state_dict().items()}
+    )  # what a file can hold
+    model.save(tmp_path)
+    again = open_autoencoder(tmp_path)
+    assert again.config == model.config
+    x = images(2, 3, 32, 48)
+    assert torch.equal(again.encode(x), model.encode(x))
+    assert torch.equal(again.decode(model.encode(x)), model.decode(model.encode(x)))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+
+
+def test_scaled_latents_are_raw_latents_shifted_then_scaled():
+    model, x = small(), images(1, 3, 16, 16)
+    raw = model.encode(x)
+    plain = model.decode(raw)
+    model.set_scale(scaling_factor=2.5, shift_factor=-0.4)
+    torch.testing.assert_close(model.encode(x), (raw + 0.4) * 2.5)
+    torch.testing.assert_close(model.decode(model.encode(x)), plain)
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 4), columns=st.integers(1, 4), batch=st.integers(1, 3))
+def test_sides_follow_the_factor(rows, columns, batch):
+    model = small()
+    z = model.encode(images(batch, 3, 8 * rows, 8 * columns))
+    assert z.shape == (batch, 4, rows, columns)
+    y = model.decode(100 * z)
+    assert y.shape == (batch, 3, 8 * rows, 8 * columns)
+    assert y.min() >= -1 and y.max() <= 1
+
+
+def test_the_linear_start_reconstructs_as_well_as_the_truncated_svd():
+    x = F.interpolate(images(8, 3, 8, 8), size=(32, 32), mode="bicubic").clamp(-1, 1)
+    model = PatchAutoencoder(PatchAutoencoderConfig(channels=16)).requires_grad_(False)
+    model.start_from(x, balance=0.5)
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2).reshape(-1, 192).double()
+    singular = torch.linalg.svdvals(patches - patches.mean(0))
+    best = singular[16:].square().sum() / patches.numel()  # Eckart and Young 1936
+    error = (model.raw_images(model.raw_latents(x)) - x).square().mean()
+    assert error.item() == pytest.approx(best.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_balance_sets_how_even_the_channels_start(balance):
+    x = images(16, 3, 64, 64)
+    x = (x + 2 * F.interpolate(F.avg_pool2d(x, 8), scale_factor=8.0) + x.mean(1, keepdim=True)) / 4
+    model = PatchAutoencoder(PatchAutoencoderConfig(channels=8)).requires_grad_(False)
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2).reshape(-1, 192)
+    std = torch.linalg.svdvals(patches - patches.mean(0))[:8] / len(patches) ** 0.5
+    model.start_from(x, balance)
+    z = model.raw_latents(x)
+    measured = z.std((0, 2, 3), correction=0)
+    assert z.square().mean().item() == pytest.approx(1, rel=1e-3)
+    torch.testing.assert_close(measured / measured[0], (std / std[0]) ** (1 - balance), rtol=1e-2, atol=1e-3)
+
+
+# --- the shipped weights ----------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_weights_keep_held_out_shapes_and_have_unit_variance():
+    model, x = open_autoencoder("shapes"), held_out_shapes(64)
+    z = model.encode(x)
+    assert (model.channels, model.factor, z.shape) == (16, 8, (64, 16, 8, 8))
+    assert mean_psnr(model.decode(z), x) >= 32
+    assert abs(z.mean()) < 0.1 and z.std().item() == pytest.approx(1, abs=0.1)
+    noisy = z + 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    assert mean_psnr(model.decode(noisy), x) >= 30  # small errors of a generative model do little
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 4 * 2**20
+
+
+# --- diffusers' -------------------------------------------------------------------------------------------------------
+
+
+def tiny_kl(**config):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    size = {
+        "block_out_channels": (8, 8, 16),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKL(**levels, **size, use_quant_conv=False, use_post_quant_conv=False, **config).eval()
+
+
+def test_a_diffusers_autoencoder_is_read_under_its_own_convention(tmp_path):
+    vae = tiny_kl(scaling_factor=1.5305, shift_factor=0.0609)  # SD3's
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    ours, x = open_autoencoder(tmp_path / "pipeline"), images(2, 3, 16, 24)
+    assert (ours.channels, ours.factor, ours.scaling_factor, ours.shift_factor) == (4, 4, 1.5305, 0.0609)
+    with torch.no_grad():
+        z = (vae.encode(x).latent_dist.mode() - 0.0609) * 1.5305
+        torch.testing.assert_close(ours.encode(x), z)
+        torch.testing.assert_close(ours.decode(z), vae.decode(z / 1.5305 + 0.0609).sample.clamp(-1, 1))
+
+
+def test_what_a_kl_autoencoder_saves_is_read_by_diffusers(tmp_path):
+    from diffusers import AutoencoderKL
+
+    ours = KLAutoencoder(tiny_kl(scaling_factor=0.9)).requires_grad_(False)
+    ours.save(tmp_path)
+    theirs, x = AutoencoderKL.from_pretrained(tmp_path), images(1, 3, 16, 16)
+    assert ours.shift_factor == 0.0  # SD's own have none
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x).latent_dist.mode() * 0.9)
+
+
+def test_a_posterior_sample_is_a_function_of_the_generator():
+    ours, x = KLAutoencoder(tiny_kl()).requires_grad_(False), images(1, 3, 16, 16)
+    draws = [ours.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], ours.encode(x))
+
+
+# --- pixels, and errors -----------------------------------------------------------------------------------------------
+
+
+def test_pixel_space_is_the_identity():
+    pixels, x = open_autoencoder("none"), images(2, 3, 5, 7)
+    assert isinstance(pixels, PixelSpace) and (pixels.channels, pixels.factor) == (3, 1)
+    assert torch.equal(pixels.encode(x), x) and torch.equal(pixels.decode(x), x)
+    assert torch.equal(pixels.decode(3 * x), (3 * x).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 16), (1, 3, 16, 12), (1, 3, 0, 8), (1, 1, 16, 16), (3, 16, 16)])
+def test_images_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ValueError, match="expected images|multiples of 8"):
+        small().encode(torch.zeros(shape))
+
+
+def test_latents_of_another_channel_count_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, 4, h, w\), got \(1, 16, 8, 8\)"):
+        small().decode(torch.zeros(1, 16, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "config", [{"channels": 0}, {"channels": 193}, {"depth": -1}, {"widths": (8,)}, {"widths": (8, 12)}]
+)
+def test_a_config_out_of_range_is_refused(config):
+    with pytest.raises(ValueError, match="channels|widths"):
+        PatchAutoencoderConfig(**config)
+
+
+def _write(folder, config, weights=None):
+    folder.mkdir()
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if weights is not None:
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_folders_that_hold_no_autoencoder_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        tmp_path / "missing": "not found",
+        tmp_path / "empty": "no config.json",
+        _write(tmp_path / "other", {"_class_name": "UNet2DModel"}): "describes UNet2DModel",
+        _write(tmp_path / "unnamed", {}): "no known model",
+        _write(tmp_path / "list", "[]"): "no known model",
+        _write(tmp_path / "broken", "{"): "config.json",
+        _write(tmp_path / "key", {"_class_name": "PatchAutoencoder", "chanels": 4}): "chanels",
+        _write(tmp_path / "bare", {"_class_name": "PatchAutoencoder"}): "model.safetensors",
+        _write(tmp_path / "torn", {"_class_name": "PatchAutoencoder"}, b"\x10"): "model.safetensors",
+        _write(tmp_path / "kl", {"_class_name": "AutoencoderKL"}): "cannot read the autoencoder",
+        _write(tmp_path / "kl_torn", {"_class_name": "AutoencoderKL"}, b"\x10"): "cannot read the autoencoder",
+    }
+    for folder, message in cases.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            open_autoencoder(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    small().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "channels": 8}))
+    with pytest.raises(ValueError):
+        open_autoencoder(tmp_path)

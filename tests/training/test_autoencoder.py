@@ -1,0 +1,137 @@
+"""Training an autoencoder: it learns, what it writes is what was measured, options act, bad input is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmdit.autoencoder import open_autoencoder
+from training import autoencoder as module
+from training.autoencoder import (
+    AutoencoderTrainConfig,
+    channel_statistics,
+    held_out_psnr,
+    psnr,
+    read_images,
+    train_autoencoder,
+)
+
+SMALL = {"widths": (8, 16), "depth": 1, "channels": 4, "batch_size": 4, "held_out": 0.2, "device": "cpu"}
+
+
+def config(out, **settings):
+    return AutoencoderTrainConfig(
+        **{"data": "shapes:60", "image_size": 32, "num_steps": 2, "out": str(out), **SMALL, **settings}
+    )
+
+
+def quiet(line):
+    pass
+
+
+def psnr_of(folder):
+    return json.loads((folder / "training.json").read_text())["result"]["held_out_psnr"]
+
+
+def test_psnr_is_that_of_data_range_one():
+    x = torch.zeros(2, 3, 4, 4)
+    torch.testing.assert_close(psnr(x, x + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)), torch.tensor([20.0, 40.0]))
+
+
+def test_training_improves_on_the_principal_components(tmp_path):
+    lines = []
+    out = train_autoencoder(
+        config(tmp_path / "ae", num_steps=120, warmup_steps=10, lr=3e-3, batch_size=8), lines.append
+    )
+    start = float(next(line for line in lines if "principal components" in line).split("PSNR ")[1].split()[0])
+    assert psnr_of(out) > start + 0.5
+
+
+def test_the_folder_holds_what_was_measured(tmp_path):
+    settings = config(tmp_path / "ae", num_steps=5, evaluate_every=2)
+    out = train_autoencoder(settings, quiet)
+    model, (train, held_out) = open_autoencoder(out), read_images(settings, quiet)
+    assert psnr_of(out) == pytest.approx(held_out_psnr(model, held_out), abs=1e-3)
+    mean, std = channel_statistics(model, train)
+    assert mean.mean().item() == pytest.approx(0, abs=0.01)
+    assert (std.square() + mean.square()).mean().item() == pytest.approx(1, abs=0.01)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert json.loads((out / "training.json").read_text())["config"]["widths"] == [8, 16]
+    assert Image.open(out / "reconstructions.png").size == (8 * 32, 2 * 32)
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    def weights(name, seed):
+        return (train_autoencoder(config(tmp_path / name, seed=seed), quiet) / "model.safetensors").read_bytes()
+
+    first = weights("a", 3)
+    assert first == weights("b", 3)
+    assert first != weights("c", 4)
+
+
+def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
+    def loss_by_noise(noise):
+        settings = config(tmp_path / str(noise), num_steps=150, warmup_steps=10, lr=3e-3, latent_noise=noise)
+        model = open_autoencoder(train_autoencoder(settings, quiet))
+        _, held_out = read_images(settings, quiet)
+        x = module._to_float(held_out)
+        z = model.encode(x)
+        z = z + 0.7 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        return psnr(model.decode(z), x).mean().item()
+
+    assert loss_by_noise(1.0) > loss_by_noise(0.0)
+
+
+def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 255, (50, 83, 3), dtype=np.uint8)).save(data / f"{i}.png")
+    (data / "broken.png").write_bytes(b"no picture")
+    lines = []
+    settings = config(tmp_path / "ae", data=str(data), image_size=None, crop_size=24)
+    train, held_out = read_images(settings, lines.append)
+    assert len(train) + len(held_out) == 30
+    assert train.shape[1] % 8 == 0 and train.shape[2] % 8 == 0 and train.shape[2] > train.shape[1]
+    assert module._draw(train, settings, 0).shape == (4, 3, 24, 24)
+    assert not torch.equal(module._draw(train, settings, 0), module._draw(train, settings, 1))
+    assert np.isfinite(psnr_of(train_autoencoder(settings, lines.append)))
+
+
+def test_an_interrupt_saves_what_there_is(tmp_path, monkeypatch):
+    step, original = [], module._loss
+
+    def interrupted(*arguments):
+        if len(step) == 3:
+            raise KeyboardInterrupt
+        step.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_loss", interrupted)
+    out = train_autoencoder(config(tmp_path / "ae", num_steps=100), quiet)
+    assert json.loads((out / "training.json").read_text())["result"]["steps"] == 3
+    assert open_autoencoder(out).channels == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_steps": 0}, {"lr": 0.0}, {"held_out": 1.0}, {"crop_size": 20}, {"balance": 1.5}, {"widths": (9, 16)}],
+)
+def test_settings_out_of_range_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        config(tmp_path, **settings)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        train_autoencoder(config(tmp_path), quiet)
+
+
+def test_data_without_a_held_out_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no held-out image"):
+        read_images(config(tmp_path, data="shapes:3", held_out=0.0001), quiet)
