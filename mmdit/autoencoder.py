@@ -1,10 +1,11 @@
 """Autoencoders: images <-> scaled latents, the space in which the models work.
 
-Three kinds answer the same calls: `PatchAutoencoder` (ours: quick to train on one's own images, also on a CPU), `KLAutoencoder`
-(any AutoencoderKL of diffusers: SD3's, Flux's, one's own) and `PixelSpace` (no autoencoder: latents are pixels).
+Three kinds answer the same calls: `PatchAutoencoder` (ours: quick to train on one's own images, also on a CPU),
+`KLAutoencoder` (any AutoencoderKL of diffusers: SD3's, Flux's, one's own) and `PixelSpace` (no autoencoder: latents
+are pixels).
 
-Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the weights,
-in the convention of diffusers (SD3: 1.5305 and 0.0609):
+Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the
+weights, in the convention of diffusers (SD3: 1.5305 and 0.0609):
 
     z = (raw - shift_factor) * scaling_factor        raw = z / scaling_factor + shift_factor
 
@@ -30,7 +31,9 @@ SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
 
 
 class Autoencoder(nn.Module):
-    """What every autoencoder answers; a subclass gives `channels`, `factor`, the two scalars, and `raw_latents`, `raw_images`."""
+    """What every autoencoder answers; a subclass gives `channels`, `factor`, the two scalars, and `raw_latents`,
+    `raw_images`.
+    """
 
     channels: int
     """Latent channels C."""
@@ -56,15 +59,15 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        A kind with a posterior gives its mode, or a sample of it where a generator is given. Raises ValueError for sides that
-        are no multiple of `factor`.
+        A kind with a posterior gives its mode, or a sample of it where a generator is given. Raises ValueError for
+        sides that are no multiple of `factor`.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor or not height or not width:
             raise ValueError(
-                f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize the images first"
+                f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
             )
         return (self.raw_latents(images, generator) - self.shift_factor) * self.scaling_factor
 
@@ -94,7 +97,7 @@ class PixelSpace(Autoencoder):
         return raw
 
 
-# --- ours -----------------------------------------------------------------------------------------------------------------
+# --- ours ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ class PatchAutoencoder(Autoencoder):
 
         z = A (p - mean) + f(x)          x = patches back of (mean + B z) + g(z)
 
-    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality, and all
-    work is done at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al. 2016).
+    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality,
+    and all work is done at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al.
+    2016).
     """
 
     factor = 8
@@ -197,7 +201,8 @@ class PatchAutoencoder(Autoencoder):
     def start_from(self, images: Tensor, balance: float) -> None:
         """Set the linear code to the first C principal components of the 8x8 patches of images (B, 3, H, W) in [-1, 1].
 
-        balance: 0 keeps the components' own variances, 1 gives all the same; the mean square of the latents is 1 either way.
+        balance: 0 keeps the components' own variances, 1 gives all the same; the mean square of the latents is 1
+        either way.
         """
         patches = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 192)
         mean = patches.mean(0)
@@ -216,7 +221,9 @@ class PatchAutoencoder(Autoencoder):
         return F.pixel_shuffle(self.linear_out(raw), 8) + self.decoder(raw)
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (half precision: the rounding is far below the reconstruction error)."""
+        """Write config.json and model.safetensors (half precision: the rounding is far below the reconstruction
+        error).
+        """
         write_json(Path(folder) / "config.json", {"_class_name": "PatchAutoencoder", **asdict(self.config)})
         state = {name: tensor.half() for name, tensor in self.state_dict().items()}
         save_weights(state, Path(folder) / "model.safetensors")
@@ -245,7 +252,7 @@ def _principal(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return variances.flip(0)[:n].clamp(min=1e-6).sqrt().to(x.dtype), axes.to(x.dtype)
 
 
-# --- diffusers' -------------------------------------------------------------------------------------------------------------
+# --- diffusers' ----------------------------------------------------------------------------------------------------
 
 
 class KLAutoencoder(Autoencoder):
@@ -303,8 +310,8 @@ _KINDS: dict[str, Any] = {"PatchAutoencoder": PatchAutoencoder, "AutoencoderKL":
 def open_autoencoder(spec: str | Path) -> Autoencoder:
     """The autoencoder that `spec` names: "none" (pixels), "shapes" (the weights in the package), or a folder.
 
-    A folder is one written by `save` or `mmdit autoencoder train`, a diffusers AutoencoderKL, or a pipeline that has one in
-    `vae`. Raises ValueError where it is none of these.
+    A folder is one written by `save` or `mmdit autoencoder train`, a diffusers AutoencoderKL, or a pipeline that has
+    one in `vae`. Raises ValueError where it is none of these.
     """
     if str(spec) == "none":
         return PixelSpace()

@@ -1,7 +1,8 @@
 """The MMDiT block of SD3 (arXiv 2403.03206, figure 2b): one set of weights per stream, one attention over all streams.
 
-Every stream is modulated by the conditioning vector c (adaLN: shift, scale and gate of each residual branch). SD3.5-medium adds a
-second attention of the image stream over itself; the last block's text stream only offers keys and values ("pre-only").
+Every stream is modulated by the conditioning vector c (adaLN: shift, scale and gate of each residual branch).
+SD3.5-medium adds a second attention of the image stream over itself; the last block's text stream only offers keys
+and values ("pre-only").
 
 Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
 """
@@ -31,13 +32,13 @@ class Modulation(nn.Linear):
         super().__init__(dim, num * dim)
         self.num = num
 
-    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         out = super().forward(silu_c)
         return (out if out.ndim == 3 else out[:, None]).chunk(self.num, dim=-1)
 
 
 class QKV(nn.Module):
-    """Queries, keys and values of one stream, RMS-normalised per head where asked; and the way back out of the heads."""
+    """Queries, keys and values of one stream, RMS-normalised per head where asked; and the way out of the heads."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: str | None, out: bool = True) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Stream(nn.Module):
         if self.attn2 is not None:
             shift2, scale2, gate2 = second
             own = attention(*self.attn2(modulate(x, shift2, scale2), rotary))
-            y = y + gate2 * self.attn2.out(own)
+            y = y + gate2 * self.attn2.out(own)  # type: ignore[misc]
         return y + gate_mlp * self.mlp(modulate(y, shift_mlp, scale_mlp))
 
 

@@ -1,7 +1,7 @@
 """Shapes of the models: one documented dataclass and the published presets.
 
-Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model cards. Width is `num_heads * head_dim`; SD3 scales
-a model by its depth d alone: d blocks, d heads of 64.
+Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model cards. Width is `num_heads * head_dim`;
+SD3 scales a model by its depth d alone: d blocks, d heads of 64.
 """
 
 from dataclasses import asdict, dataclass
@@ -77,7 +77,7 @@ class MMDiTConfig:
         return asdict(self)
 
 
-_PRESETS = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "sd3-medium": dict(depth=24, num_heads=24),
     "sd3.5-medium": dict(
         depth=24, num_heads=24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), pos_embed_max_size=384
@@ -108,7 +108,7 @@ _PRESETS = {
 
 
 def preset(name: str) -> MMDiTConfig:
-    """The config of a published or ready-made size, by name (see `preset_names`). Raises ValueError for another name."""
+    """The config of a size by name, published or ready-made (see `preset_names`). Raises ValueError for another."""
     if name not in _PRESETS:
         near = get_close_matches(name, _PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -1,9 +1,10 @@
 """What enters the trunk: patches, their positions, the time, and the pooled text.
 
-SD3 (arXiv 2403.03206): patches of the latent become tokens; a 2-D sin-cos table gives their positions, centre-cropped to the
-latent's size; the conditioning vector is the sum of an embedded time and an embedded pooled text.
+SD3 (arXiv 2403.03206): patches of the latent become tokens; a 2-D sin-cos table gives their positions, centre-cropped
+to the latent's size; the conditioning vector is the sum of an embedded time and an embedded pooled text.
 
-Shape letters: B batch, C latent channels, h w latent sides, N image tokens = (h/p)(w/p), p patch side, D width, d head width.
+Shape letters: B batch, C latent channels, h w latent sides, N image tokens = (h/p)(w/p), p patch side, D width, d
+head width.
 """
 
 import math
@@ -19,13 +20,17 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Predicted patch vectors (B, N, p*p*C) to latents (B, C, h, w); channels come last inside a patch, as in DiT and SD3."""
+    """Predicted patch vectors (B, N, p*p*C) to latents (B, C, h, w); channels come last inside a patch, as in DiT and
+    SD3.
+    """
     p = patch_size
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
 
 
 def sinusoid(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of x times `dim / 2` geometric frequencies from 1 down to 1 / max_period: (n,) to (n, dim), cosines first."""
+    """cos and sin of x times `dim / 2` geometric frequencies from 1 down to 1 / max_period: (n,) to (n, dim), cosines
+    first.
+    """
     half = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
     angle = x.float()[:, None] * torch.exp(-math.log(max_period) / (dim // 2) * half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -34,9 +39,9 @@ def sinusoid(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
 def position_table(dim: int, max_size: int, trained_size: int) -> Tensor:
     """SD3's 2-D sin-cos table, (1, max_size**2, dim) in float32.
 
-    Coordinates are (p - (max - s) / 2) * 16 / s with s = `trained_size` tokens, so the grid that training is centred on spans
-    0 to 16 at any resolution (SD3, section 5.3.2 with S = 16 s). The first half of the channels holds the column,
-    the second the row; sines come before cosines.
+    Coordinates are (p - (max - s) / 2) * 16 / s with s = `trained_size` tokens, so the grid that training is centred
+    on spans 0 to 16 at any resolution (SD3, section 5.3.2 with S = 16 s). The first half of the channels holds the
+    column, the second the row; sines come before cosines.
     """
     p = (torch.arange(max_size, dtype=torch.float64) - (max_size - trained_size) / 2) * 16 / trained_size
     omega = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -63,8 +68,9 @@ def rotary_2d(
 ) -> tuple[Tensor, Tensor]:
     """Axial rotary angles (Su et al. 2021, on two axes): cos and sin, each (N, d / 2), rows first, then columns.
 
-    Positions count tokens from the picture's centre, so a picture and a larger one agree where they overlap, as with SD3's
-    centre-cropped table. The base is low because a picture has tens of positions on an axis where a text has thousands.
+    Positions count tokens from the picture's centre, so a picture and a larger one agree where they overlap, as with
+    SD3's centre-cropped table. The base is low because a picture has tens of positions on an axis where a text has
+    thousands.
     """
     omega = base ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     rows = (torch.arange(height, device=device) - (height - 1) / 2)[:, None] * omega

@@ -1,7 +1,7 @@
 """Weights in the formats of others: diffusers' `SD3Transformer2DModel` to ours and back.
 
-Our state dict differs from diffusers' in three ways: names; queries, keys and values are one fused matrix here; the last
-modulations are (shift, scale) here, as in Stability's layout, and (scale, shift) there.
+Our state dict differs from diffusers' in three ways: names; queries, keys and values are one fused matrix here; the
+last modulations are (shift, scale) here, as in Stability's layout, and (scale, shift) there.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """MMDiT: the multimodal diffusion transformer of SD3 and SD3.5 (Esser et al. 2024, arXiv 2403.03206).
 
-Two streams, image patches and text tokens, with their own weights and one attention over both; time and pooled text modulate
-every block. Given noised latents x_t it predicts the velocity v = eps - x_0.
+Two streams, image patches and text tokens, with their own weights and one attention over both; time and pooled text
+modulate every block. Given noised latents x_t it predicts the velocity v = eps - x_0.
 
 Shape letters: B batch, C channels, h w latent sides, N image tokens, L text tokens, D width.
 """
@@ -40,6 +40,7 @@ class MMDiT(nn.Module):
         self.patch_out = nn.Linear(dim, patch)
         if config.positions == "sincos":
             table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
+            self.pos_embed: Tensor
             self.register_buffer("pos_embed", table)
         self.init_weights()
 
@@ -50,7 +51,9 @@ class MMDiT(nn.Module):
         return JointBlock({"img": img, "txt": Stream(*shape, pre_only=i == c.depth - 1)})
 
     def init_weights(self) -> None:
-        """Xavier for every matrix, zero for biases, modulations and the output, so that a new block is the identity (DiT)."""
+        """Xavier for every matrix, zero for biases, modulations and the output, so that a new block is the identity
+        (DiT).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -68,8 +71,9 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Velocity at x_t (B, C, h, w), shaped like it.
 
-        t (B,) in [0, 1], 0 = data; context (B, L, context_dim) text tokens; pooled (B, pooled_dim) text vector; context_mask
-        (B, L) boolean, True where a text token is real (None: all are). Raises ValueError for shapes that do not fit.
+        t (B,) in [0, 1], 0 = data; context (B, L, context_dim) text tokens; pooled (B, pooled_dim) text vector;
+        context_mask (B, L) boolean, True where a text token is real (None: all are). Raises ValueError for shapes
+        that do not fit.
         """
         self._check(x_t, t, context, pooled, context_mask)
         p, (height, width) = self.config.patch_size, x_t.shape[-2:]

@@ -1,7 +1,7 @@
 """Text without downloads: a tokenizer trained on the captions, and a small transformer trained together with the model.
 
-A *conditioner* turns captions into what the trunk takes: `context`, `pooled` and the mask of real tokens. This one learns;
-frozen encoders have the same three methods (`tokenize`, `forward`, `num_encoders`).
+A *conditioner* turns captions into what the trunk takes: `context`, `pooled` and the mask of real tokens. This one
+learns; frozen encoders have the same three methods (`tokenize`, `forward`, `num_encoders`).
 
 Shape letters: B batch, L tokens, D width, H heads, d head width.
 """
@@ -44,7 +44,7 @@ class Condition(NamedTuple):
 
 
 class Tokenizer:
-    """Byte-level BPE (any text can be written, nothing is unknown), ended by one end token, padded to a fixed length."""
+    """Byte-level BPE (any text can be written, nothing is unknown), ended by one token, padded to a fixed length."""
 
     def __init__(self, backend: Any, max_length: int) -> None:
         self.backend = backend
@@ -173,6 +173,7 @@ class LearnedText(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(TextLayer(config.width, config.num_heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=EPS)
+        self.empty: Tensor
         self.register_buffer("empty", tokenizer([""]).ids, persistent=False)
         self.init_weights()
 

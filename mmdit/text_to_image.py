@@ -31,7 +31,7 @@ class CaptionedMMDiT(nn.Module):
         self.transformer, self.conditioner = transformer, conditioner
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens, drop: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, h, w) at x_t and t (B,), given captions; `drop` (B, encoders) True takes the empty caption."""
+        """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
         context, pooled, mask = self.conditioner(tokens, drop)
         return self.transformer(x_t, t, context, pooled, mask)
 
@@ -39,8 +39,9 @@ class CaptionedMMDiT(nn.Module):
 class TextToImage:
     """Prompts to pictures.
 
-    size: (height, width) in pixels that the model was trained at, the default of a call. shift: the time shift it was trained
-    with; sampling at another size moves it by sqrt(tokens / trained tokens), as SD3 does (arXiv 2403.03206, eq. 23).
+    size: (height, width) in pixels that the model was trained at, the default of a call. shift: the time shift it was
+    trained with; sampling at another size moves it by sqrt(tokens / trained tokens), as SD3 does (arXiv 2403.03206,
+    eq. 23).
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class TextToImage:
         shift: float = 1.0,
         sampling: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.autoencoder, self.size, self.shift = model, autoencoder, tuple(size), shift
+        self.model, self.autoencoder, self.shift = model, autoencoder, shift
+        self.size: tuple[int, int] = (size[0], size[1])
         self.sampling = {"solver": "heun", "num_steps": 20, "guidance": 4.0, "interval": [0.0, 1.0]} | (sampling or {})
 
     @property
@@ -80,9 +82,9 @@ class TextToImage:
     ) -> list[Image]:
         """One PIL image a prompt; what is not given is as the model's own defaults, `self.sampling`, say.
 
-        seed: one number (prompt i takes seed + i) or one a prompt; a prompt with its seed starts from the same noise alone and
-        in any batch. guidance: classifier-free guidance scale, 1 = none. callback: told of each solver step. Raises ValueError
-        for an unknown solver and for sizes that do not divide by `step`.
+        seed: one number (prompt i takes seed + i) or one a prompt; a prompt with its seed starts from the same noise
+        alone and in any batch. guidance: classifier-free guidance scale, 1 = none. callback: told of each solver
+        step. Raises ValueError for an unknown solver and for sizes that do not divide by `step`.
         """
         from PIL import Image
 
@@ -97,7 +99,7 @@ class TextToImage:
         if min(height, width) < 1 or height % self.step or width % self.step:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
-        how = self.sampling | {name: value for name, value in given.items() if value is not None}
+        how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
         pictures: list[Image.Image] = []
         for first in range(0, len(prompts), batch_size):
             rows = slice(first, first + batch_size)
@@ -168,7 +170,7 @@ class TextToImage:
         folder = root / "pipeline" if (root / "pipeline" / "pipeline.json").exists() else root
         if not (folder / "pipeline.json").exists():
             raise FileNotFoundError(f"{root} holds no trained model: expected a run folder of `mmdit train`")
-        about = read_config(dict, folder / "pipeline.json")
+        about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
         missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
         if missing:
             raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")

@@ -1,4 +1,6 @@
-"""Weights and configs on disk: safetensors and JSON, written aside and renamed, so that no reader ever meets half a file."""
+"""Weights and configs on disk: safetensors and JSON, written aside and renamed, so that no reader ever meets half a
+file.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ T = TypeVar("T")
 
 
 def write_aside(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, then move the result to `path` in one step; nothing partial is left by a failure."""
+    """Call `write(temporary path)`, then move the result to `path` in one step; a failure leaves nothing partial."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,12 +1,14 @@
 """Trains a `PatchAutoencoder` on a person's own images, without a perceptual network or a discriminator.
 
-It starts from the principal components of the images' patches, then minimises the mean squared error of the reconstruction from
-noisy latents,
+It starts from the principal components of the images' patches, then minimises the mean squared error of the
+reconstruction from noisy latents,
 
-    loss = mean (D(E(x) + u s n) - x)^2 + 1e-4 (mean E(x)^2 - 1)^2,     n ~ N(0, 1), u ~ U(0, 1) a sample, s = latent_noise
+    loss = mean (D(E(x) + u s n) - x)^2 + 1e-4 (mean E(x)^2 - 1)^2,     n ~ N(0, 1), u ~ U(0, 1) a sample, s =
+    latent_noise
 
-The noise, on latents that the last term keeps near unit variance, bounds the bits that a latent can carry: the part that the KL
-term has in a VAE (Kingma & Welling 2014) with a posterior of fixed width. The decoder learns to bear a generator's small errors.
+The noise, on latents that the last term keeps near unit variance, bounds the bits that a latent can carry: the part
+that the KL term has in a VAE (Kingma & Welling 2014) with a posterior of fixed width. The decoder learns to bear a
+generator's small errors.
 
 Shape letters: B batch, H W image sides, C latent channels, h w latent sides.
 """
@@ -89,7 +91,9 @@ class AutoencoderTrainConfig(Settings):
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1] seen with data range 1."""
+    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1] seen with data range
+    1.
+    """
     mse = ((images - others) / 2).square().flatten(1).mean(1)
     return -10 * torch.log10(mse.clamp_min(1e-10))
 
@@ -124,7 +128,8 @@ def _to_float(images: np.ndarray) -> Tensor:
 
 
 def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = print) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out images, uint8 (N, H, W, 3), all of one size; unreadable ones are skipped, counted and named.
+    """Training and held-out images, uint8 (N, H, W, 3), all of one size; unreadable ones are skipped, counted and
+    named.
 
     Raises ValueError where nothing readable is left for one of the two.
     """
@@ -162,8 +167,9 @@ def _draw(images: np.ndarray, config: AutoencoderTrainConfig, step: int) -> Tens
 def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None] = print) -> Path:
     """Train on `config.data`; returns the folder, which `open_autoencoder` reads.
 
-    Beside the weights it holds training.json (the config, the held-out PSNR in dB, the latents' statistics, the time), metrics.jsonl
-    and reconstructions.png. Ctrl-C saves what there is. Raises ValueError for a folder that is not empty.
+    Beside the weights it holds training.json (the config, the held-out PSNR in dB, the latents' statistics, the
+    time), metrics.jsonl and reconstructions.png. Ctrl-C saves what there is. Raises ValueError for a folder that is
+    not empty.
     """
     out, started = Path(config.out), time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -267,9 +273,7 @@ def _report(
         row = {"step": step, "psnr_through_noise": recent, "held_out_psnr": result["held_out_psnr"]}
         file.write(json.dumps(row) + "\n")
     reconstruction_grid(stored, held_out[:8]).save(out / "reconstructions.png")
-    log(
-        f"step {step}/{config.num_steps}: held-out PSNR {result['held_out_psnr']:.2f} dB after {result['seconds']:.0f} s, in {out}"
-    )
+    log(f"step {step}/{config.num_steps}: held-out PSNR {result['held_out_psnr']:.2f} dB, {result['seconds']:.0f} s")
 
 
 @torch.no_grad()

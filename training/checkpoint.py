@@ -1,8 +1,9 @@
 """Checkpoints: a folder a step, complete or absent, verified when read.
 
-`checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json` with the step, the
-seed and the SHA-256 of each file and of itself. It is written aside and renamed, so a kill at any moment leaves the one before whole. Every
-random draw of a run is a function of (seed, step), so step and seed are the whole state of RNG and data cursor.
+`checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json`
+with the step, the seed and the SHA-256 of each file and of itself. It is written aside and renamed, so a kill at any
+moment leaves the one before whole. Every random draw of a run is a function of (seed, step), so step and seed are the
+whole state of RNG and data cursor.
 """
 
 import hashlib
@@ -80,7 +81,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
 
 
 def load_latest(run: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The newest whole checkpoint of a run; each one passed over is named through `log`. Raises FileNotFoundError if none is."""
+    """The newest whole checkpoint of a run; each one passed over is named through `log`. Raises FileNotFoundError if
+    none is.
+    """
     for folder in reversed(list_checkpoints(run)):
         try:
             return load_checkpoint(folder)
@@ -101,7 +104,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took. Raises CorruptCheckpoint for a name or shape that the model does not have."""
+    """Put back what `optimizer_tensors` took. Raises CorruptCheckpoint for a name or shape that the model does not
+    have.
+    """
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("/")

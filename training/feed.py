@@ -1,7 +1,7 @@
 """From images to what the objective takes: batches of scaled latents and tokens, number after number.
 
-Two feeds answer the same calls. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` has encoded every image once
-and keeps the latents in memory. In both, batch number `step` is a pure function of (seed, step).
+Two feeds answer the same calls. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` has encoded every
+image once and keeps the latents in memory. In both, batch number `step` is a pure function of (seed, step).
 
 Shape letters: B batch, C channels, h w latent sides.
 """

@@ -1,7 +1,8 @@
 """What a model learns: one interface, `objective(model, batch, generator) -> Loss`.
 
-Flow matching (Lipman et al. 2022; SD3, arXiv 2403.03206, section 2): x_t = (1 - t) x_0 + t eps, the network predicts the velocity
-v = eps - x_0, the loss is the mean square error, and t is drawn from a density that says where to learn most.
+Flow matching (Lipman et al. 2022; SD3, arXiv 2403.03206, section 2): x_t = (1 - t) x_0 + t eps, the network predicts
+the velocity v = eps - x_0, the loss is the mean square error, and t is drawn from a density that says where to learn
+most.
 
 Shape letters: B batch, C channels, h w latent sides, L text tokens, E text encoders.
 """
@@ -38,7 +39,9 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The rectified-flow objective. A caption is dropped with `caption_dropout`, for each sample and each encoder alone."""
+    """The rectified-flow objective. A caption is dropped with `caption_dropout`, for each sample and each encoder
+    alone.
+    """
 
     density: TimeDensity
     caption_dropout: float = 0.1
@@ -50,8 +53,8 @@ class FlowMatching:
     ) -> Loss:
         """Loss of `model(x_t, t, tokens, drop)` on a batch.
 
-        Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped captions.
-        A given `t` (validation) replaces the drawn times, and then no caption is dropped.
+        Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped
+        captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped.
         """
         x_0, device = batch.latents, batch.latents.device
         fixed = t is not None

@@ -1,7 +1,7 @@
 """The optimiser, its learning-rate schedule, and the moving average of the weights.
 
-AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone; the rate at a step is a pure function of the step, so a
-resumed run needs no scheduler state.
+AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone; the rate at a step is a pure function of the
+step, so a resumed run needs no scheduler state.
 """
 
 import math
@@ -14,9 +14,10 @@ from training.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices of linear and convolution layers decay; biases, norms' scales and embedding tables do not."""
+    """Two groups: matrices of linear and convolution layers decay; biases, norms and embedding tables do not."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim >= 2 and id(parameter) not in tables else rest).append(parameter)
@@ -26,11 +27,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in the fused form (one kernel for all tensors, on CPU and CUDA)."""
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
-    """The rate at step k (0-based): linear warm-up over `warmup_steps`, then the schedule down to lr * final_lr_fraction."""
+    """The rate at step k (0-based): linear warm-up over `warmup_steps`, then the schedule down to lr *
+    final_lr_fraction.
+    """
 
     def rate(step: int) -> float:
         if step < config.warmup_steps:
@@ -44,6 +47,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], fl
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten fast."""
+    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten
+    fast.
+    """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - d)

@@ -2,8 +2,8 @@
 
     batch number k -> objective -> gradients -> clip -> AdamW -> EMA -> (metrics, validation, samples, checkpoint)
 
-Every draw of step k (order, times, noise, dropped captions) is a function of (seed, k), so a run that was stopped and resumed
-computes what the uninterrupted one would have.
+Every draw of step k (order, times, noise, dropped captions) is a function of (seed, k), so a run that was stopped and
+resumed computes what the uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling t
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
 
-    Raises ValueError for settings and data that do not work, FileExistsError where the run folder is taken. An interrupt (Ctrl-C,
-    SIGTERM) saves a checkpoint and returns.
+    Raises ValueError for settings and data that do not work, FileExistsError where the run folder is taken. An
+    interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns.
     """
     if resume:
         return _continue(RunFolder.open(config.run_folder), config)
@@ -68,8 +68,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
 
-    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model or the text encoder is
-    another, FileNotFoundError where there is no run or no checkpoint.
+    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model or the text
+    encoder is another, FileNotFoundError where there is no run or no checkpoint.
     """
     run = RunFolder.open(path)
     return _continue(run, apply_overrides(run.config(), overrides))
@@ -282,7 +282,7 @@ class Trainer:
         for question, score in scores.get("shapes_eval", {}).items():
             run.log(f"  ShapesEval {question:20s} {score:.3f}")
         run.log(
-            f"done. Pictures: {run.path / 'samples.png'}   loss: {run.path / 'loss.png'}   scores: {run.path / 'scores.json'}\n"
+            f"done. Pictures: {run.path}/samples.png   loss: {run.path}/loss.png   scores: {run.path}/scores.json\n"
             f'Try: mmdit sample {run.path} "{_example(self.validation)}" --out out.png'
         )
 
@@ -348,7 +348,9 @@ def _example(validation: LatentFeed | None) -> str:
 
 
 class _Interrupts:
-    """While entered, SIGINT and SIGTERM only leave a mark, so that the step in progress ends; a second one acts at once."""
+    """While entered, SIGINT and SIGTERM only leave a mark, so that the step in progress ends; a second one acts at
+    once.
+    """
 
     def __enter__(self) -> _Interrupts:
         self.caught = False

@@ -82,7 +82,9 @@ def test_the_empty_caption_is_the_end_token_alone(tokenizer):
 
 @pytest.mark.parametrize("vocab_size", [258, 265, 280])
 def test_vocabulary_keeps_to_its_limit(vocab_size):
-    many = [f"{word} {other}" for word in ["red", "green", "blue", "grey"] for other in ["circle", "square", "star"]] * 9
+    many = [
+        f"{word} {other}" for word in ["red", "green", "blue", "grey"] for other in ["circle", "square", "star"]
+    ] * 9
     assert Tokenizer.train(many, vocab_size, 8).vocab_size == vocab_size
 
 
