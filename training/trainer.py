@@ -313,7 +313,7 @@ class Trainer:
     def _compiled(self) -> torch.nn.Module:
         config = self.config.training
         wanted = config.compile == "on" or (
-            config.compile == "auto" and config.num_steps - self.step >= COMPILE_MIN_STEPS
+            config.compile == "auto" and config.num_steps >= COMPILE_MIN_STEPS
         )
         if not wanted:
             return self.model

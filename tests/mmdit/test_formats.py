@@ -1,4 +1,4 @@
-"""Names and tensors between our layout and diffusers': bit for bit there and back, and nothing lost on the way unseen."""
+"""Names and tensors between our layout and diffusers': bit for bit there and back, and nothing lost unseen."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def test_diffusers_state_dict_goes_there_and_back_bit_for_bit(change):
 
 
 def test_order_within_fused_and_swapped_tensors():
-    """Queries, keys, values in this order; (shift, scale) here is (scale, shift) there, in the last modulations alone."""
+    """Queries, keys, values; and (shift, scale) here is (scale, shift) there, in the last modulations alone."""
     ours = random_state(TINY)
     theirs = to_diffusers(ours, TINY)
     q, k, v = ours["blocks.0.txt.attn.qkv.weight"].chunk(3)

@@ -1,4 +1,4 @@
-"""The trunk against diffusers' SD3Transformer2DModel with the same weights, and each option against what it should change.
+"""The trunk against diffusers' SD3Transformer2DModel with the same weights; each option against its effect.
 
 Random weights are drawn wide (std 0.2): a fresh model predicts 0, and a modulation that is 0 hides whatever it gates.
 """

@@ -1,4 +1,4 @@
-"""Tokenizer and learned text encoder: any text there and back, padding that changes nothing, captions dropped one by one."""
+"""Tokenizer and learned text encoder: any text there and back, padding without effect, captions dropped one by one."""
 
 import unicodedata
 from dataclasses import replace

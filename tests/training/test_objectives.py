@@ -1,4 +1,4 @@
-"""Flow matching against the formula written out, and its draws: one coin a sample, none at fixed times, all repeatable."""
+"""Flow matching against the formula written out, and its draws: one coin a sample, none at fixed times."""
 
 import pytest
 import torch

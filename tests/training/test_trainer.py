@@ -1,4 +1,4 @@
-"""The trainer, from config to scored run folder: the demo's own path at a few steps, stops, resumes, and every setting."""
+"""The trainer, from config to scored run folder: the demo's own path in a few steps; stops, resumes; every setting."""
 
 import hashlib
 import json
@@ -210,7 +210,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("cached", ["true", "false"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, cached, workers):
-    """Also from the middle of an epoch and between two lines of metrics; and the cache and the workers change nothing."""
+    """Also from mid-epoch and between two lines of metrics; and neither the cache nor the workers change anything."""
     changes = (f"data.cache_latents={cached}", f"data.num_workers={workers}")
     with monkeypatch.context() as patch:
         stop_after(4, patch, signal.SIGINT if workers else signal.SIGTERM)
