@@ -240,6 +240,10 @@ class PatchAutoencoder(Autoencoder):
             raise ValueError(
                 f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}"
             ) from error
+        if not (Path(folder) / "model.safetensors").is_file():
+            raise ValueError(
+                f"no model.safetensors in {folder}: copy the whole folder that `mmdit autoencoder train` wrote"
+            )
         load_weights(model, Path(folder) / "model.safetensors")
         return model.float().requires_grad_(False).eval()
 

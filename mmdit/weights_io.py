@@ -20,7 +20,10 @@ def write_aside(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors makes files that their owner alone can read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
+from training.devices import pick_precision
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
@@ -176,9 +177,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
         raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
     train, held_out = read_images(config, log)
     log(f"{len(train)} training and {len(held_out)} held-out images of {train.shape[1]} x {train.shape[2]}")
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model = PatchAutoencoder(PatchAutoencoderConfig(config.channels, config.widths, config.depth))
     model.start_from(_to_float(train[:PCA_IMAGES]), config.balance)
@@ -221,8 +220,8 @@ def _loss(
     model: PatchAutoencoder, x: Tensor, config: AutoencoderTrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and its PSNR through the noise."""
-    bf16 = x.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    precision = pick_precision("auto", x.device)
+    with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         z = model.raw_latents(x).float()
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         noise *= config.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator).to(z.device)

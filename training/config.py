@@ -65,8 +65,8 @@ class DataConfig(Settings):
 
     source: str = "shapes"
     """Where pictures come from: "shapes" (drawn), a folder of images with captions, or .tar shards (folder or glob)."""
-    num_samples: Count = 20_000
-    """Pictures that are drawn when the source is "shapes"; other sources give all they have."""
+    num_samples: Count | None = None
+    """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
     """Pixels that every image is fitted to: a side, or [height, width]; "none" takes the commonest size of the data."""
     held_out: BelowOne = 0.02
@@ -207,6 +207,8 @@ class TrainingConfig(Settings):
     """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes CUDA if present."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     log_every: Count = 10
     """Steps from one line in metrics.jsonl to the next."""
     validate_every: CountOrZero = 1000

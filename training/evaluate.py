@@ -48,9 +48,7 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
     """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
-    source = open_source(
-        config.data.source, config.data.image_size, pipe.step, num_samples=_num_samples(config), seed=config.seed
-    )
+    source = open_source(config.data.source, config.data.image_size, pipe.step, config.data.num_samples, config.seed)
     _, held_out = split_by_key(source, config.data.held_out)
     indices = held_out[: config.evaluation.validation_samples]
     if not len(indices):
@@ -60,10 +58,6 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda 
         return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
     except NothingUsable:
         return None
-
-
-def _num_samples(config: TrainConfig) -> int | None:
-    return config.data.num_samples if config.data.source == "shapes" else None
 
 
 def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:

@@ -34,6 +34,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig, apply_overrides
 from training.data import DataError, Source, open_source, split_by_key
+from training.devices import pick_device, pick_precision
 from training.evaluate import evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, NothingUsable
 from training.objectives import FlowMatching
@@ -93,7 +94,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunFolder, resumed: bool = False) -> None:
         self.config, self.run, self.step = config, run, 0
-        self.device = _device(config.training.device)
+        self.device = pick_device(config.training.device)
+        self.precision = pick_precision(config.training.precision, self.device)
         self._skipped: set[str] = set()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         torch.manual_seed(config.seed)
@@ -126,7 +128,7 @@ class Trainer:
             data.source,
             data.image_size,
             step,
-            num_samples=data.num_samples if data.source == "shapes" else None,
+            num_samples=data.num_samples,
             seed=self.config.seed,
         )
         height, width = source.image_size
@@ -162,7 +164,7 @@ class Trainer:
         tokens = sides[0] * sides[1] // shape.patch_size**2
         self.run.log(
             f"model: {count:.1f} M parameters, {shape.depth} blocks of width {shape.width}, {tokens} image tokens, "
-            f"up to {text.max_length} text tokens, on {self.device}"
+            f"up to {text.max_length} text tokens, on {self.device} in {str(self.precision).removeprefix('torch.')}"
         )
         return model
 
@@ -239,7 +241,8 @@ class Trainer:
         parts = self.config.training.grad_accumulation
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(_split(batch, parts)):
-            loss = self.objective(model, part, generator_for(self.config.seed, self.step, i))
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                loss = self.objective(model, part, generator_for(self.config.seed, self.step, i))
             (loss.total / parts).backward()
             total += loss.total.detach() / parts
         clip = self.config.optimizer.grad_clip
@@ -312,9 +315,7 @@ class Trainer:
 
     def _compiled(self) -> torch.nn.Module:
         config = self.config.training
-        wanted = config.compile == "on" or (
-            config.compile == "auto" and config.num_steps >= COMPILE_MIN_STEPS
-        )
+        wanted = config.compile == "on" or (config.compile == "auto" and config.num_steps >= COMPILE_MIN_STEPS)
         if not wanted:
             return self.model
         if (
@@ -327,12 +328,6 @@ class Trainer:
         self.run.log("compiling the model (under a minute)")
         compiled: Any = torch.compile(self.model)
         return compiled
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device is cuda, but this torch sees no CUDA device: use cpu or auto")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _split(batch: Any, parts: int) -> Iterator[Any]:

@@ -231,5 +231,5 @@ def test_weights_of_another_size_are_refused(tmp_path):
     small().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "channels": 8}))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="model.safetensors"):
         open_autoencoder(tmp_path)

@@ -48,6 +48,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    (tmp_path / "plain").touch()
+    save_weights({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    write_json(tmp_path / "x.json", 1)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at .*x.safetensors"):
         read_weights(tmp_path / "x.safetensors")

@@ -18,7 +18,7 @@ from training.autoencoder import (
     train_autoencoder,
 )
 
-SMALL = {"widths": (8, 16), "depth": 1, "channels": 4, "batch_size": 4, "held_out": 0.2, "device": "cpu"}
+SMALL = {"widths": (16, 32), "depth": 1, "channels": 4, "batch_size": 4, "held_out": 0.2, "device": "cpu"}
 
 
 def config(out, **settings):
@@ -43,10 +43,10 @@ def test_psnr_is_that_of_data_range_one():
 def test_training_improves_on_the_principal_components(tmp_path):
     lines = []
     out = train_autoencoder(
-        config(tmp_path / "ae", num_steps=120, warmup_steps=10, lr=3e-3, batch_size=8), lines.append
+        config(tmp_path / "ae", data="shapes:200", num_steps=60, warmup_steps=5, lr=3e-3, batch_size=8), lines.append
     )
     start = float(next(line for line in lines if "principal components" in line).split("PSNR ")[1].split()[0])
-    assert psnr_of(out) > start + 0.5
+    assert psnr_of(out) > start + 0.2
 
 
 def test_the_folder_holds_what_was_measured(tmp_path):
@@ -59,7 +59,7 @@ def test_the_folder_holds_what_was_measured(tmp_path):
     assert (std.square() + mean.square()).mean().item() == pytest.approx(1, abs=0.01)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 5]
-    assert json.loads((out / "training.json").read_text())["config"]["widths"] == [8, 16]
+    assert json.loads((out / "training.json").read_text())["config"]["widths"] == [16, 32]
     assert Image.open(out / "reconstructions.png").size == (8 * 32, 2 * 32)
 
 
@@ -73,8 +73,8 @@ def test_a_run_is_a_function_of_its_seed(tmp_path):
 
 
 def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
-    def loss_by_noise(noise):
-        settings = config(tmp_path / str(noise), num_steps=150, warmup_steps=10, lr=3e-3, latent_noise=noise)
+    def psnr_under_noise(noise):
+        settings = config(tmp_path / str(noise), num_steps=50, warmup_steps=5, lr=3e-3, latent_noise=noise)
         model = open_autoencoder(train_autoencoder(settings, quiet))
         _, held_out = read_images(settings, quiet)
         x = module._to_float(held_out)
@@ -82,7 +82,7 @@ def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
         z = z + 0.7 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         return psnr(model.decode(z), x).mean().item()
 
-    assert loss_by_noise(1.0) > loss_by_noise(0.0)
+    assert psnr_under_noise(1.0) > psnr_under_noise(0.0) + 0.1
 
 
 def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):

@@ -1,0 +1,19 @@
+"""Where to compute, and in which precision."""
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config names: "auto" takes CUDA if present. Raises ValueError for CUDA where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the config asks for the device cuda, but this torch sees no CUDA device: use cpu or auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products that a config names; "auto" takes bf16 where the hardware multiplies it natively.
+
+    On a CPU that is AMX: without it bf16 is emulated, several times slower than fp32.
+    """
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
