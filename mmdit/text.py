@@ -178,12 +178,19 @@ class LearnedText(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Embeddings N(0, 0.02^2) as in GPT-2 scaled up to unit tokens by the norms; Xavier matrices, zero biases."""
-        nn.init.normal_(self.embed.weight, std=0.02)
+        """Unit embeddings, Xavier matrices, and residual branches that start at zero.
+
+        A new encoder thus hands each token's own embedding on; small embeddings would drown in the mean of all tokens,
+        which is what attention gives before it has learnt anything.
+        """
+        nn.init.normal_(self.embed.weight)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for layer in self.layers:
+            nn.init.zeros_(layer.out.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(layer.mlp.fc2.weight)  # type: ignore[union-attr, arg-type]
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to `Tokens`, on the CPU."""

@@ -1,4 +1,4 @@
-"""Autoencoders: round trips, the scale convention against diffusers itself, the linear start, the shipped weights, errors."""
+"""Autoencoders: round trips, the scale convention against diffusers, the linear start, the shipped weights, errors."""
 
 import json
 
