@@ -58,9 +58,6 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_in, self.pooled_in):
-            for layer in (embedding.fc1, embedding.fc2):
-                nn.init.normal_(layer.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.weight)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
-from training.devices import pick_precision
+from training.devices import pick_device, pick_precision
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
