@@ -96,6 +96,7 @@ def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):
     settings = config(tmp_path / "ae", data=str(data), image_size=None, crop_size=24)
     train, held_out = read_images(settings, lines.append)
     assert len(train) + len(held_out) == 30
+    assert any(line.startswith("skipped 1 ") and line.endswith("images: broken") for line in lines)
     assert train.shape[1] % 8 == 0 and train.shape[2] % 8 == 0 and train.shape[2] > train.shape[1]
     assert module._draw(train, settings, 0).shape == (4, 3, 24, 24)
     assert not torch.equal(module._draw(train, settings, 0), module._draw(train, settings, 1))
@@ -115,6 +116,54 @@ def test_an_interrupt_saves_what_there_is(tmp_path, monkeypatch):
     out = train_autoencoder(config(tmp_path / "ae", num_steps=100), quiet)
     assert json.loads((out / "training.json").read_text())["result"]["steps"] == 3
     assert open_autoencoder(out).channels == 4
+
+
+def written(out, **settings):
+    """What a short run leaves: weights, and every measured number but the time."""
+    train_autoencoder(config(out, **{"warmup_steps": 0, "batch_size": 2, **settings}), quiet)
+    result = json.loads((out / "training.json").read_text())["result"] | {"seconds": None}
+    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_text(), result
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory):
+    out = tmp_path_factory.mktemp("default") / "ae"
+    first = written(out)
+    assert first == written(out.with_name("again"))
+    return first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": "shapes:50"},
+        {"image_size": (24, 32)},
+        {"channels": 5},
+        {"widths": (16, 40)},
+        {"depth": 0},
+        {"balance": 0.0},
+        {"latent_noise": 0.5},
+        {"crop_size": 16},
+        {"held_out": 0.5},
+        {"num_held_out": 2},
+        {"num_steps": 3},
+        {"batch_size": 5},
+        {"lr": 0.1},
+        {"warmup_steps": 2},
+        {"weight_decay": 10.0},
+        {"grad_clip": 1e-9},
+        {"seed": 1},
+        {"evaluate_every": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_option_changes_what_is_written(tmp_path, settings, by_default):
+    assert written(tmp_path / "ae", **settings) != by_default
+
+
+def test_every_option_is_tried_above():
+    tried = {name for mark in test_every_option_changes_what_is_written.pytestmark for s in mark.args[1] for name in s}
+    assert tried | {"out", "device"} == set(AutoencoderTrainConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
