@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegativ
 
 PCA_IMAGES = 1024  # images whose patches give the linear start
 STATISTICS_IMAGES = 2048  # images over which the latents' mean and variance are measured
+EMPTY = (
+    0.05  # a channel that varies less holds nothing (few colours, flat images), and is not blown up to unit variance
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class AutoencoderTrainConfig(Settings):
     """Largest norm of the gradient."""
     seed: CountOrZero = 0
     """Decides weights, order, crops and noise."""
-    device: str = "auto"
-    """Where to compute: "auto" takes CUDA if present, "cpu" or "cuda"."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes CUDA if present."""
     evaluate_every: Count = 1000
     """Steps between held-out scores; the weights are saved then too."""
 
@@ -114,7 +117,7 @@ def channel_statistics(autoencoder: Autoencoder, images: np.ndarray) -> tuple[Te
     """Mean and standard deviation, (C,) float64, of each channel of the scaled latents of uint8 images (N, H, W, 3)."""
     device = next(autoencoder.parameters()).device
     latents = torch.cat([autoencoder.encode(x.to(device)).double().cpu() for x in _batches(images)])
-    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3), correction=0)
 
 
 def _batches(images: np.ndarray, batch_size: int = 32) -> Iterator[Tensor]:
@@ -251,10 +254,11 @@ def _report(
     """Give every latent channel the same variance, measure the statistics, save, and score what was saved."""
     out, model = Path(config.out), copy.deepcopy(model)
     _, std = channel_statistics(model, train[:STATISTICS_IMAGES])
-    model.rescale(std.to(model.linear_in.weight))
+    model.rescale(std.clamp(min=EMPTY).to(model.linear_in.weight))
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
     shift = mean.mean()
-    model.set_scale(1 / (std.square() + (mean - shift).square()).mean().sqrt().item(), shift.item())
+    scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=EMPTY)
+    model.set_scale(1 / scale.item(), shift.item())
     model.save(out)
     stored = open_autoencoder(out)
     mean, std = channel_statistics(stored, held_out)

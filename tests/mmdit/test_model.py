@@ -282,6 +282,23 @@ def test_samples_of_a_batch_do_not_touch():
             assert_close(model(x_t[rows], t[rows], context[rows], pooled[rows]), v[rows])
 
 
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bfloat16_is_near_float32_and_warns_of_nothing(how, recwarn):
+    config = replace(TINY, qk_norm="rms_norm", dual_attention_layers=(0,))
+    model, (x_t, t, context, pooled) = alive(config), inputs(config)
+    with torch.no_grad():
+        expected = model(x_t, t, context, pooled)
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                v = model(x_t, t, context, pooled)
+        else:
+            model.bfloat16()
+            v = model(x_t.bfloat16(), t, context.bfloat16(), pooled.bfloat16())
+    assert v.dtype == torch.bfloat16
+    assert (v.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)] == []
+
+
 # --- padding ------------------------------------------------------------------------------------------------------
 
 

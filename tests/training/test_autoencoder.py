@@ -85,6 +85,19 @@ def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
     assert psnr_under_noise(1.0) > psnr_under_noise(0.0) + 0.1
 
 
+@pytest.mark.parametrize("colours", [(255,), (0, 255)], ids=["all white", "black or white"])
+def test_channels_that_hold_nothing_are_not_blown_up(tmp_path, colours):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(20):
+        Image.new("L", (16, 16), colours[i % len(colours)]).save(data / f"{i}.png")
+    out = train_autoencoder(config(tmp_path / "ae", data=str(data), image_size=None, held_out=0.4), quiet)
+    model, x = open_autoencoder(out), torch.rand(1, 3, 16, 16) * 2 - 1
+    assert psnr_of(out) > 50
+    assert model.encode(x).isfinite().all() and model.decode(model.encode(x)).isfinite().all()
+    assert max(json.loads((out / "training.json").read_text())["result"]["latent_std"]) < 3
+
+
 def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):
     rng = np.random.default_rng(0)
     data = tmp_path / "data"
@@ -168,11 +181,26 @@ def test_every_option_is_tried_above():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_steps": 0}, {"lr": 0.0}, {"held_out": 1.0}, {"crop_size": 20}, {"balance": 1.5}, {"widths": (9, 16)}],
+    [
+        {"num_steps": 0},
+        {"lr": 0.0},
+        {"held_out": 1.0},
+        {"crop_size": 20},
+        {"balance": 1.5},
+        {"widths": (9, 16)},
+        {"device": "tpu"},
+    ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         config(tmp_path, **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no CUDA device"):
+        train_autoencoder(config(tmp_path / "ae", device="cuda"), quiet)
+    assert not (tmp_path / "ae").exists()
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
