@@ -214,15 +214,6 @@ class PatchAutoencoder(Autoencoder):
         self.linear_out.weight.copy_((axes.T * unit)[:, :, None, None])
         self.linear_out.bias.copy_(mean)  # type: ignore[union-attr]
 
-    @torch.no_grad()
-    def rescale(self, std: Tensor) -> None:
-        """Divide each latent channel by std (C,), and multiply it again before decoding: the same pictures, exactly."""
-        for into in (self.linear_in, self.encoder[-1]):
-            into.weight.div_(std.view(-1, 1, 1, 1))  # type: ignore[operator, union-attr]
-            into.bias.div_(std)  # type: ignore[operator, union-attr]
-        for out in (self.linear_out, self.decoder[0]):
-            out.weight.mul_(std.view(1, -1, 1, 1))  # type: ignore[operator, union-attr]
-
     def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.linear_in(images) + self.encoder(images)
 

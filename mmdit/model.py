@@ -58,7 +58,7 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_in, self.pooled_in):  # small: modulations that move too fast cost a third of the steps
+        for embedding in (self.time_in, self.pooled_in):  # small, so that modulations do not move too fast
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.normal_(embedding.fc2.weight, std=0.02)
         for module in self.modules():

@@ -178,19 +178,12 @@ class LearnedText(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Unit embeddings, Xavier matrices, and residual branches that start at zero.
-
-        A new encoder thus hands each token's own embedding on; small embeddings would drown in the mean of all tokens,
-        which is what attention gives before it has learnt anything.
-        """
-        nn.init.normal_(self.embed.weight)
+        """Small embeddings (GPT-2's 0.02), Xavier matrices, zero biases."""
+        nn.init.normal_(self.embed.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            nn.init.zeros_(layer.out.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(layer.mlp.fc2.weight)  # type: ignore[union-attr, arg-type]
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to `Tokens`, on the CPU."""

@@ -8,8 +8,7 @@ reconstruction from noisy latents,
 
 The noise, on latents that the last term keeps near unit variance, bounds the bits that a latent can carry: the part
 that the KL term has in a VAE (Kingma & Welling 2014) with a posterior of fixed width. The decoder learns to bear a
-generator's small errors. At the end every latent channel is scaled to the same variance, exactly (`rescale`): a flow
-model then decides large forms and outlines at similar times, where principal components differ fivefold in size.
+generator's small errors.
 
 Shape letters: B batch, H W image sides, C latent channels, h w latent sides.
 """
@@ -251,10 +250,8 @@ def _report(
     started: float,
     log: Callable[[str], None],
 ) -> None:
-    """Give every latent channel the same variance, measure the statistics, save, and score what was saved."""
+    """Measure the statistics, save, and score what was saved."""
     out, model = Path(config.out), copy.deepcopy(model)
-    _, std = channel_statistics(model, train[:STATISTICS_IMAGES])
-    model.rescale(std.clamp(min=EMPTY).to(model.linear_in.weight))
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
     shift = mean.mean()
     scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=EMPTY)

@@ -48,6 +48,8 @@ HELD_OUT_ONE_IN = 10  # contents
 HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
 
 KIND_PROBABILITIES: dict[str, float] = {"single": 0.35, "count": 0.2, "pair": 0.2, "relation": 0.25}
+# How often a caption states an attribute. Captions that say much teach more a step, as SD3 found with synthetic ones.
+STATED = {"background": 0.75, "colour": 0.85, "size": 0.25}
 RELATION_WORDINGS = {
     "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} with {b} to its right"),
     "right of": ("{a} right of {b}", "{a} to the right of {b}", "{a} with {b} to its left"),
@@ -179,15 +181,15 @@ def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
     if kind is None:
         kind = str(rng.choice(list(KIND_PROBABILITIES), p=list(KIND_PROBABILITIES.values())))
     _one_of("kind", kind, KIND_PROBABILITIES)
-    background = _choice(rng, BACKGROUNDS) if rng.random() < 0.3 else None
+    background = _choice(rng, BACKGROUNDS) if rng.random() < STATED["background"] else None
     if kind in ("single", "count"):
         count = 1 if kind == "single" else int(rng.integers(2, 5))
-        colour = _choice(rng, COLOURS) if rng.random() < 0.7 else None
-        size = _choice(rng, _room_for(count)) if rng.random() < (0.3 if count == 1 else 0.15) else None
+        colour = _choice(rng, COLOURS) if rng.random() < STATED["colour"] else None
+        size = _choice(rng, _room_for(count)) if rng.random() < STATED["size"] else None
         return Facts((Item(_choice(rng, SHAPES), colour, size),), count=count, background=background)
     shapes = rng.permutation(SHAPES)[:2].tolist()
-    colours = [_choice(rng, COLOURS) for _ in shapes] if rng.random() < 0.7 else [None, None]
-    sizes = [_choice(rng, SIZES) if rng.random() < 0.15 else None for _ in shapes]
+    colours = [_choice(rng, COLOURS) for _ in shapes] if rng.random() < STATED["colour"] else [None, None]
+    sizes = [_choice(rng, SIZES) if rng.random() < STATED["size"] else None for _ in shapes]
     if kind == "relation" and background is not None:
         sizes = [None, None]  # keeps the caption short
     items = tuple(Item(*attributes) for attributes in zip(shapes, colours, sizes, strict=True))
