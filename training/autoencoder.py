@@ -36,9 +36,7 @@ from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegativ
 
 PCA_IMAGES = 1024  # images whose patches give the linear start
 STATISTICS_IMAGES = 2048  # images over which the latents' mean and variance are measured
-EMPTY = (
-    0.05  # a channel that varies less holds nothing (few colours, flat images), and is not blown up to unit variance
-)
+LEAST_SCALE = 0.05  # of the latents' standard deviation: pictures of one colour alone have none
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ def _report(
     out, model = Path(config.out), copy.deepcopy(model)
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
     shift = mean.mean()
-    scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=EMPTY)
+    scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=LEAST_SCALE)
     model.set_scale(1 / scale.item(), shift.item())
     model.save(out)
     stored = open_autoencoder(out)

@@ -256,7 +256,8 @@ def is_section(hint: Any) -> bool:
 def _unknown(key: str, cls: type, prefix: str) -> str:
     """The message for an unknown key, with the known one that is likest: in spelling, or in its part after the dot."""
     known, last = keys(cls, prefix), key.rpartition(".")[2]
-    sections = [_join(prefix, name) for name, hint in _hints(cls).items() if is_section(hint)]
+    at_this_level = key.rpartition(".")[0] == prefix
+    sections = [_join(prefix, name) for name, hint in _hints(cls).items() if is_section(hint) and at_this_level]
     same = [name for name in known if name.rpartition(".")[2] == last]
     lasts = {name.rpartition(".")[2]: name for name in known}
     near = (

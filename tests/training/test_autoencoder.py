@@ -86,7 +86,7 @@ def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
 
 
 @pytest.mark.parametrize("colours", [(255,), (0, 255)], ids=["all white", "black or white"])
-def test_channels_that_hold_nothing_are_not_blown_up(tmp_path, colours):
+def test_pictures_of_one_colour_give_finite_latents(tmp_path, colours):
     data = tmp_path / "data"
     data.mkdir()
     for i in range(20):
