@@ -41,7 +41,7 @@ class TextToImage:
 
     size: (height, width) in pixels that the model was trained at, the default of a call. shift: the time shift it was
     trained with; sampling at another size moves it by sqrt(tokens / trained tokens), as SD3 does (arXiv 2403.03206,
-    eq. 23). prediction: what the model's output is, "velocity" or "data".
+    eq. 23).
     """
 
     def __init__(
@@ -51,9 +51,8 @@ class TextToImage:
         size: tuple[int, int],
         shift: float = 1.0,
         sampling: dict[str, Any] | None = None,
-        prediction: str = "velocity",
     ) -> None:
-        self.model, self.autoencoder, self.shift, self.prediction = model, autoencoder, shift, prediction
+        self.model, self.autoencoder, self.shift = model, autoencoder, shift
         self.size: tuple[int, int] = (size[0], size[1])
         self.sampling = {"solver": "heun", "num_steps": 20, "guidance": 4.0, "interval": [0.0, 1.0]} | (sampling or {})
 
@@ -126,7 +125,7 @@ class TextToImage:
         both = encode(encode.tokenize([*prompts, *[""] * n]).to(trunk.device))
 
         def field(condition: Condition) -> samplers.Field:
-            return samplers.Field(lambda x, t: trunk(x, t, *condition), samplers.RectifiedFlow(), self.prediction)
+            return samplers.Field(lambda x, t: trunk(x, t, *condition), samplers.RectifiedFlow(), "velocity")
 
         cond = field(Condition(*(part[:n] for part in both)))
         return samplers.cfg_batched(cond, field(both), guidance, (interval[0], interval[1]))
@@ -151,7 +150,6 @@ class TextToImage:
                 "format": "mmdit text-to-image 1",
                 "size": list(self.size),
                 "shift": self.shift,
-                "prediction": self.prediction,
                 "sampling": self.sampling,
                 "autoencoder": "none" if isinstance(self.autoencoder, PixelSpace) else "autoencoder",
             },
@@ -173,7 +171,7 @@ class TextToImage:
         if not (folder / "pipeline.json").exists():
             raise FileNotFoundError(f"{root} holds no trained model: expected a run folder of `mmdit train`")
         about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
-        missing = [key for key in ("size", "shift", "sampling", "prediction", "autoencoder") if key not in about]
+        missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
         if missing:
             raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
         text_config = read_config(TextConfig, folder / "text" / "config.json")
@@ -184,7 +182,7 @@ class TextToImage:
         load_weights(text, folder / "text" / "model.safetensors")
         spec = about["autoencoder"]
         autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
-        model = CaptionedMMDiT(transformer, text).eval()
-        how = (about["shift"], about["sampling"], about["prediction"])
-        pipe = cls(model, autoencoder, about["size"], *how)
+        pipe = cls(
+            CaptionedMMDiT(transformer, text).eval(), autoencoder, about["size"], about["shift"], about["sampling"]
+        )
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -145,8 +145,6 @@ class ObjectiveConfig(Settings):
 
     section: ClassVar[str] = "objective"
 
-    prediction: Literal["velocity", "data"] = "velocity"
-    """What the network outputs: the velocity (as SD3), or the clean latent; the loss is the velocity's either way."""
     time_density: Literal["uniform", "logit-normal", "mode", "cosmap"] = "logit-normal"
     """Density of the training times t in [0, 1] (t = 1 is noise)."""
     m: float = 0.0

@@ -35,7 +35,7 @@ def fixed_times(n: int) -> list[float]:
 def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> dict[str, float]:
     """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise."""
     times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
-    objective = FlowMatching(Uniform(), prediction=config.objective.prediction)
+    objective = FlowMatching(Uniform())
     sums = dict.fromkeys(times, 0.0)
     for first in range(0, len(feed), size):
         batch = feed.at(range(first, min(first + size, len(feed))))

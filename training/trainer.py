@@ -107,10 +107,11 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         density = make_time_density(config.objective.time_density, m=config.objective.m, s=config.objective.s)
-        o = config.objective
-        self.objective = FlowMatching(Shifted(density, o.shift), o.caption_dropout, o.stratified, o.prediction)
+        self.objective = FlowMatching(
+            Shifted(density, config.objective.shift), config.objective.caption_dropout, config.objective.stratified
+        )
         self.pipe = TextToImage(
-            self.ema, self.autoencoder, source.image_size, o.shift, self._sampling_defaults(), o.prediction
+            self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
         )
         if resumed:
             self._load()
