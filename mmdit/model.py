@@ -58,7 +58,7 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_in, self.pooled_in):  # small, so that modulations do not move too fast
+        for embedding in (self.time_in, self.pooled_in):  # DiT's: small, so that modulations start gently
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.normal_(embedding.fc2.weight, std=0.02)
         for module in self.modules():
