@@ -1,9 +1,9 @@
 """Checkpoints: a folder a step, complete or absent, verified when read.
 
 `checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json`
-with the step, the seed and the SHA-256 of each file and of itself. It is written aside and renamed, so a kill at any
-moment leaves the one before whole. Every random draw of a run is a function of (seed, step), so step and seed are the
-whole state of RNG and data cursor.
+with the step, the seed, a digest of the list of samples, and the SHA-256 of each file and of itself. It is written
+aside and renamed, so a kill at any moment leaves the one before whole. Every random draw of a run is a function of
+(seed, step), so step and seed are the whole state of RNG and data cursor.
 """
 
 import hashlib

@@ -167,14 +167,18 @@ class ObjectiveConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """AdamW and the learning rate over the run."""
+    """The optimiser and the learning rate over the run."""
 
     section: ClassVar[str] = "optimizer"
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
-    """Decay of the first and of the second moment of the gradient, per step."""
+    """Decay of the first and of the second moment of the gradient, per step (AdamW's parameters)."""
+    momentum: BelowOne = 0.95
+    """Decay of Muon's momentum, per step."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.01

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import samplers
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import TrainConfig
@@ -82,15 +83,21 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
+    counted: list[int] = []  # network evaluations a picture; a guided one is two
+
+    def count(progress: samplers.Progress) -> None:
+        counted.append(progress.num_evals)
+
     if config.data.source.partition(":")[0] == "shapes" and config.evaluation.prompts_per_question:
         start = time.perf_counter()
-        scores["shapes_eval"], images, captions = shapes_score(pipe, config)
+        scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=count)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
         pick = np.linspace(0, len(images) - 1, 32).astype(int)  # some of each question
         images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
     else:
         prompts = (prompts * 32)[:32]
-        images = pipe(prompts, seed=config.sampling.seed)
+        images = pipe(prompts, seed=config.sampling.seed, callback=count)
+    scores["network_evaluations"] = counted[-1]
     caption_grid(images, prompts, columns=8).save(run.path / "samples.png")
     loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)

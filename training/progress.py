@@ -10,15 +10,20 @@ LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Progress of `total` steps, from `start` on. `rate` is steps a second over the last moments."""
+    """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late."""
 
-    def __init__(self, title: str, total: int, start: int = 0) -> None:
-        self.title, self.total, self.done = title, total, start
+    def __init__(self, title: str, total: int, start: int = 0, images: int = 1) -> None:
+        self.title, self.total, self.done, self.images = title, total, start, images
         self.rate = 0.0
         self._values: dict[str, float] = {}
         self._marks = [(time.perf_counter(), start)]
         self._last_line = time.perf_counter()
         self._bar: Any = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second of late; 0 before the first `show`."""
+        return self.rate * self.images
 
     def __enter__(self) -> Progress:
         if sys.stdout.isatty():
@@ -51,8 +56,8 @@ class Progress:
         (self._bar.console.print if self._bar is not None else print)(text)
 
     def _text(self) -> str:
-        names = {"images_per_second": "images/s"}
-        return "  ".join(f"{names.get(name, name)} {value:.4g}" for name, value in self._values.items())
+        values = self._values | {"images/s": self.images_per_second}
+        return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
     def __exit__(self, *error: Any) -> None:
         if self._bar is not None:

@@ -22,6 +22,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._skipped: set[str] = set()
         self._board: Any = None
         self._purge: int | None = None  # the first step that tensorboard must forget
 
@@ -58,6 +59,12 @@ class RunFolder:
         print(text, flush=True)
         with (self.path / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def log_skipped(self, key: str, reason: str) -> None:
+        """Name a sample that cannot be used, the first time that it is met."""
+        if key not in self._skipped:
+            self._skipped.add(key)
+            self.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl, and the same to tensorboard."""

@@ -35,7 +35,7 @@ COLOURS = {
     "pink": (255, 105, 180),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "beige": (230, 215, 180)}
-SIZES = {"small": 0.12, "medium": 0.165, "large": 0.21}  # radius of the circle around the shape, in shorter sides
+SIZES = {"small": 0.15, "medium": 0.18, "large": 0.22}  # radius of the circle around the shape, in shorter sides
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -92,8 +92,8 @@ class Facts:
             raise ValueError(f"count must be 1, or 2 to 4 of one item, not {self.count} of {len(self.items)} items")
         if self.relation is not None and len(self.items) != 2:
             raise ValueError(f"the relation {self.relation!r} needs two items, not {len(self.items)}")
-        if self.count > 2 and self.items[0].size == "large":
-            raise ValueError(f"{self.count} large objects have no room: name at most 2, or a smaller size")
+        if self.items[0].size not in (None, *_room_for(self.count)):
+            raise ValueError(f"{self.count} {self.items[0].size} objects have no room: name fewer, or a smaller size")
 
     @property
     def kind(self) -> str:
@@ -279,7 +279,7 @@ def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
 
 def _room_for(num_objects: int) -> tuple[str, ...]:
     """The sizes of which this many objects fit a picture with room to spare."""
-    return tuple(SIZES) if num_objects <= 2 else ("small", "medium")
+    return tuple(SIZES)[: {3: 2, 4: 1}.get(num_objects, 3)]
 
 
 def _place(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:

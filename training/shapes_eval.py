@@ -55,7 +55,7 @@ MIN_AREA = 20  # pixels of coverage; the least object that the world draws cover
 MIN_CONTRAST = 45  # RGB distance to the background from which a pixel can belong to an object
 MIN_SHARE = 0.4  # of an object's colour, the rest background, from which a pixel counts as the object's
 MAX_COLOUR_ERROR = 75  # RGB distance up to which a colour is called by the nearest name; names lie 88 apart or more
-MIN_OVERLAP = 0.88  # soft intersection over union with the best template
+MIN_OVERLAP = 0.8  # soft intersection over union with the best template
 MIN_LEAD = 0.03  # by which the best shape must overlap more than the second
 TEMPLATE_BLURS = (SMOOTHING, 0.9, 1.4)  # pixels; a model's pictures are a little soft
 TEMPLATE_SIDE, TEMPLATE_REACH = 24, 1.75  # samples a side, and half-width in radii of the disc of equal area
@@ -341,11 +341,9 @@ def _draw_question_facts(question: str, shape: str, rng: np.random.Generator) ->
 
 def _can_be_asked(question: str, facts: Facts) -> bool:
     colours = {item.colour for item in facts.items}
-    if question in ("one object", "two objects"):
-        return colours == {None}
     if question in ("colours", "colour attribution"):
         return None not in colours and len(colours) == len(facts.items)
-    return question == "position" or facts.items[0].size != "large"  # of large ones there are never three or four
+    return question != "counting" or facts.items[0].size in (None, "small")  # four of others have no room
 
 
 def _changed(question: str, facts: Facts, rng: np.random.Generator) -> Facts:

@@ -11,19 +11,16 @@ from __future__ import annotations
 import copy
 import shutil
 import signal
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmdit.autoencoder import open_autoencoder
-from mmdit.config import MMDiTConfig
-from mmdit.model import MMDiT
-from mmdit.text import LearnedText, TextConfig, Tokenizer
-from mmdit.text_to_image import CaptionedMMDiT, TextToImage
+from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import assign_weights
 from training.checkpoint import (
     list_checkpoints,
@@ -33,44 +30,53 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainConfig, apply_overrides
-from training.data import DataError, Source, open_source, split_by_key
 from training.devices import pick_device, pick_precision
 from training.evaluate import evaluate_run, validation_loss
-from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.feed import LatentFeed
 from training.objectives import FlowMatching
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
 from training.seeds import generator_for
+from training.setup import build_model, fingerprint, open_data, open_feeds
 from training.time_density import Shifted, make_time_density
 
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
+# What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
+KEPT = ("model", "text", "autoencoder", "seed", "data.num_samples", "data.image_size", "data.held_out")
+
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
 
-    Raises ValueError for settings and data that do not work, FileExistsError where the run folder is taken. An
-    interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns.
+    An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is nothing to save, and
+    the folder of a new run is removed. Raises ValueError for settings and data that do not work, FileExistsError where
+    the run folder is taken.
     """
     if resume:
         return _continue(RunFolder.open(config.run_folder), config)
-    run = RunFolder.create(config.run_folder, config)
-    try:
-        return Trainer(config, run).fit()
-    except BaseException:  # Ctrl-C during set-up too
-        if not list_checkpoints(run.path) and not run.metrics():  # nothing was trained: leave the name free
-            shutil.rmtree(run.path)
-        raise
+    with Interrupts() as interrupts:
+        run = RunFolder.create(config.run_folder, config)
+        try:
+            Trainer(config, run).fit(interrupts)
+        except BaseException as error:
+            if list_checkpoints(run.path) or run.metrics():
+                raise
+            shutil.rmtree(run.path)  # nothing was trained: leave the name free
+            if not isinstance(error, Interrupted):
+                raise
+            print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
+    return run.path
 
 
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
 
-    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model or the text
-    encoder is another, FileNotFoundError where there is no run or no checkpoint.
+    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model, the text
+    encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
     """
     run = RunFolder.open(path)
     return _continue(run, apply_overrides(run.config(), overrides))
@@ -78,15 +84,22 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def _continue(run: RunFolder, config: TrainConfig) -> Path:
     old = run.config()
-    for part in ("model", "text", "autoencoder", "seed"):
-        if getattr(config, part) != getattr(old, part):
-            raise ValueError(
-                f"{run.path} was trained with another {part}: {getattr(old, part)}, not {getattr(config, part)}; "
-                "a resumed run keeps it, train afresh into another folder to change it"
-            )
-    trainer = Trainer(config, run, resumed=True)
-    run.write_config(config)
-    return trainer.fit()
+    for key in KEPT:
+        if attrgetter(key)(config) != attrgetter(key)(old):
+            raise _other(run, key, attrgetter(key)(old), attrgetter(key)(config))
+    with Interrupts() as interrupts:
+        try:
+            Trainer(config, run, resumed=True).fit(interrupts)
+        except Interrupted:
+            run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
+    return run.path
+
+
+def _other(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
+    return ValueError(
+        f"{run.path} was trained with another {key}: {old}, not {new}; "
+        "a resumed run keeps it, train afresh into another folder to change it"
+    )
 
 
 class Trainer:
@@ -96,13 +109,14 @@ class Trainer:
         self.config, self.run, self.step = config, run, 0
         self.device = pick_device(config.training.device)
         self.precision = pick_precision(config.training.precision, self.device)
-        self._skipped: set[str] = set()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
-        source = self._open_source()
-        self.model = self._build_model(source, resumed).to(self.device)
+        source = open_data(config, run, self.autoencoder.factor)
+        self.samples = fingerprint(source)
+        self.model = build_model(config, run, source, self.autoencoder, resumed).to(self.device)
+        run.log(f"computing on {self.device} in {str(self.precision).removeprefix('torch.')}")
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
@@ -115,127 +129,48 @@ class Trainer:
         )
         if resumed:
             self._load()
+        self.feed, self.validation = open_feeds(
+            config, run, source, self.autoencoder, self.model.conditioner, self.device
+        )
+        if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
             self.pipe.save_defaults(run.path / "pipeline")
+            run.write_config(config)
+            run.rewind_metrics(self.step)
         else:
             self.pipe.save(run.path / "pipeline")
-        self._open_feeds(source)
-
-    # --- set-up ---------------------------------------------------------------------------------------------------
-
-    def _open_source(self) -> Source:
-        data, step = self.config.data, self.autoencoder.factor * self.config.model.patch_size
-        source = open_source(
-            data.source,
-            data.image_size,
-            step,
-            num_samples=data.num_samples,
-            seed=self.config.seed,
-        )
-        height, width = source.image_size
-        self.run.log(f"data: {len(source)} samples of {data.source}, fitted to {height} x {width}")
-        for key, reason in source.skipped:
-            self._skip(key, reason)
-        return source
-
-    def _build_model(self, source: Source, resumed: bool) -> CaptionedMMDiT:
-        text = TextConfig(**{name: getattr(self.config.text, name) for name in TextConfig.__dataclass_fields__})
-        tokenizer_file = self.run.path / "pipeline" / "text" / "tokenizer.json"
-        if resumed:
-            tokenizer = Tokenizer.load(tokenizer_file, text.max_length)
-        else:
-            captions = (source.caption(i) for i in range(len(source)))
-            tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
-        sides = [side // self.autoencoder.factor for side in source.image_size]
-        own = {
-            name: getattr(self.config.model, name)
-            for name in self.config.model.__dataclass_fields__
-            if name != "section"
-        }
-        own["pos_embed_max_size"] = max(own["pos_embed_max_size"], *(s // self.config.model.patch_size for s in sides))
-        shape = MMDiTConfig(
-            in_channels=self.autoencoder.channels,
-            context_dim=text.width,
-            pooled_dim=text.width,
-            sample_size=max(self.config.model.patch_size, round((sides[0] * sides[1]) ** 0.5)),
-            **own,
-        )
-        model = CaptionedMMDiT(MMDiT(shape), LearnedText(text, tokenizer))
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        tokens = sides[0] * sides[1] // shape.patch_size**2
-        self.run.log(
-            f"model: {count:.1f} M parameters, {shape.depth} blocks of width {shape.width}, {tokens} image tokens, "
-            f"up to {text.max_length} text tokens, on {self.device} in {str(self.precision).removeprefix('torch.')}"
-        )
-        return model
 
     def _sampling_defaults(self) -> dict[str, Any]:
         s = self.config.sampling
         return {"solver": s.solver, "num_steps": s.num_steps, "guidance": s.guidance, "interval": list(s.interval)}
 
-    def _open_feeds(self, source: Source) -> None:
-        config, text = self.config, self.model.conditioner
-        training, held_out = split_by_key(source, config.data.held_out)
-        if not len(training):
-            raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
-        held_out = held_out[: config.evaluation.validation_samples]
-        common = (self.autoencoder, text, self.device, config.data.num_workers, self._skip)
-        self.validation: LatentFeed | None = None
-        with suppress(NothingUsable):
-            self.validation = LatentFeed(source, held_out, *common)
-        if self.validation is None:
-            self.run.log(
-                "warning: no sample is held out, so there is no validation loss: raise data.held_out or add data"
-            )
-        self.feed: ImageFeed | LatentFeed
-        if config.data.cache_latents:
-            start = time.perf_counter()
-            with Progress("encoding", len(training)) as progress:
-                self.feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done))
-            self.run.log(f"latents of {len(self.feed)} images in memory after {time.perf_counter() - start:.0f} s")
-        else:
-            self.feed = ImageFeed(source, training, *common)
-
-    def _skip(self, key: str, reason: str) -> None:
-        if key not in self._skipped:
-            self._skipped.add(key)
-            self.run.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
-
     # --- the loop -------------------------------------------------------------------------------------------------
 
-    def fit(self) -> Path:
+    def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
         config, run = self.config.training, self.run
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step)
         model = self._compiled()
         try:
-            with _Interrupts() as interrupts, Progress("training", config.num_steps, self.step) as progress:
+            with (
+                interrupts.deferred(),
+                Progress("training", config.num_steps, self.step, config.batch_size) as progress,
+            ):
                 while self.step < config.num_steps and not interrupts.caught:
                     loss, norm = self._train_step(model, next(batches))
                     self._losses.append(loss)
                     self.step += 1
-                    if self._due(config.log_every):
-                        mean = torch.stack(self._losses).mean().item()
-                        self._losses.clear()
-                        run.write_metrics(
-                            self.step,
-                            loss=mean,
-                            grad_norm=float(norm),
-                            lr=self.rate(self.step - 1),
-                            images_per_second=progress.rate * config.batch_size,
-                        )
-                        progress.show(self.step, loss=mean, images_per_second=progress.rate * config.batch_size)
-                    else:
-                        progress.show(self.step)
-                    self._report(progress)
+                    self._report(progress, norm)
         finally:
             batches.close()  # type: ignore[attr-defined]
             run.close()
         if interrupts.caught:
             self._checkpoint()
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
-            return run.path
-        self._finish()
-        return run.path
+            return
+        try:
+            self._finish()
+        except Interrupted:
+            run.log(f"stopped before the scores; all is trained and saved, score it with: mmdit evaluate {run.path}")
 
     def _train_step(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         parts = self.config.training.grad_accumulation
@@ -257,9 +192,17 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.config.training.num_steps or bool(every and self.step % every == 0)
 
-    def _report(self, progress: Progress) -> None:
-        """What is written at this step besides the metrics: validation, pictures, a checkpoint."""
+    def _report(self, progress: Progress, norm: torch.Tensor) -> None:
+        """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
         config = self.config.training
+        if self._due(config.log_every):
+            loss = torch.stack(self._losses).mean().item()
+            self._losses.clear()
+            progress.show(self.step, loss=loss)
+            rates = {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
+            self.run.write_metrics(self.step, loss=loss, grad_norm=float(norm), **rates)
+        else:
+            progress.show(self.step)
         if self._due(config.validate_every) and self.validation is not None:
             losses = validation_loss(self.ema, self.validation, self.config)
             self.run.write_metrics(self.step, **losses)
@@ -297,7 +240,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
-        state = {"step": self.step, "seed": self.config.seed, "losses": [loss.item() for loss in self._losses]}
+        losses = [loss.item() for loss in self._losses]
+        state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         save_checkpoint(self.run.path, state, weights, self.config.training.keep_checkpoints)
         self.pipe.save_weights(self.run.path / "pipeline")
 
@@ -305,12 +249,16 @@ class Trainer:
         state, weights = load_latest(self.run.path, self.run.log)
         if state["seed"] != self.config.seed:
             raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {self.config.seed}")
+        if state.get("samples", self.samples) != self.samples:
+            old, new = self.run.config().data.source, self.config.data.source
+            if new != old:
+                raise _other(self.run, "data.source", old, new)
+            self.run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
         assign_weights(self.model, weights["model"], str(self.run.path))
         assign_weights(self.ema, weights["ema"], str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
-        self.run.rewind_metrics(self.step)
         self.run.log(f"resumed at step {self.step}")
 
     def _compiled(self) -> torch.nn.Module:
@@ -342,13 +290,17 @@ def _example(validation: LatentFeed | None) -> str:
     return validation.captions[0] if validation is not None else "a caption like yours"
 
 
-class _Interrupts:
-    """While entered, SIGINT and SIGTERM only leave a mark, so that the step in progress ends; a second one acts at
-    once.
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came while no step was in progress."""
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise `Interrupted`; where deferred, so that the step in progress ends, they
+    only leave a mark: `caught`. A second one acts at once.
     """
 
-    def __enter__(self) -> _Interrupts:
-        self.caught = False
+    def __enter__(self) -> Interrupts:
+        self.caught = self._deferred = False
         self._old: dict[int, Any] = {}
         for sig in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -357,9 +309,19 @@ class _Interrupts:
                 continue
         return self
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def _catch(self, sig: int, frame: Any) -> None:
         self.caught = True
-        signal.signal(sig, self._old[sig])
+        self.__exit__()
+        if not self._deferred:
+            raise Interrupted
 
     def __exit__(self, *error: Any) -> None:
         for sig, handler in self._old.items():

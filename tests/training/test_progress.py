@@ -17,10 +17,10 @@ def clock(monkeypatch):
 
 
 def test_lines_come_now_and_then_and_at_the_end(clock, capsys):
-    with Progress("training", 100) as progress:
+    with Progress("training", 100, images=64) as progress:
         for step in range(1, 101):
             clock[0] += 1.0
-            progress.show(step, loss=1 / step, images_per_second=64.0)
+            progress.show(step, loss=1 / step)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 100 // LINE_EVERY + 1
     assert lines[0] == "training 30/100  loss 0.03333  images/s 64  1.2 min left"
@@ -37,6 +37,14 @@ def test_rate_is_that_of_the_last_steps_and_does_not_count_what_was_done_before(
             clock[0] += 0.25
             progress.show(step)
         assert progress.rate == pytest.approx(4.0)
+
+
+def test_images_a_second_are_known_from_the_first_step_on(clock):
+    with Progress("training", 100, start=50, images=64) as progress:
+        for step in range(51, 54):
+            clock[0] += 0.5
+            progress.show(step)
+            assert progress.images_per_second == pytest.approx(128.0)
 
 
 def test_notes_stay(capsys):

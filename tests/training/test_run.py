@@ -49,6 +49,12 @@ def test_what_is_logged_is_printed_and_kept(run, capsys):
     assert [line.split(" ", 2)[2] for line in lines] == ["one", "zwei ü"]
 
 
+def test_a_sample_that_cannot_be_used_is_named_once(run, capsys):
+    for key, reason in (("a", "no image"), ("b", "missing caption"), ("a", "no image")):
+        run.log_skipped(key, reason)
+    assert capsys.readouterr().out == "skipped (1 so far): a: no image\nskipped (2 so far): b: missing caption\n"
+
+
 def test_metrics_are_lines_that_come_back_exactly(run):
     assert run.metrics() == []
     run.write_metrics(1, loss=1 / 3, lr=1e-4)

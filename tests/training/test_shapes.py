@@ -47,7 +47,7 @@ SEVERAL = st.builds(
     lambda shape, colour, size, count, background: Facts((Item(shape, colour, size),), count, None, background),
     st.sampled_from(SHAPES),
     optional(COLOURS),
-    optional(["small", "medium"]),
+    optional(["small"]),
     st.sampled_from(list(COUNTS)),
     optional(BACKGROUNDS),
 )

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 import mmdit
 import training
 import training.evaluate
+import training.setup
 import training.trainer
 from mmdit.autoencoder import SHIPPED, PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
@@ -27,7 +29,7 @@ from training.config import load_config
 from training.objectives import Loss
 from training.run import RunFolder
 from training.settings import field_docs
-from training.trainer import Trainer
+from training.trainer import Interrupted, Interrupts, Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -104,6 +106,15 @@ def test_metrics_have_every_step(run):
     assert [rate for _, rate in metrics(run, "lr")] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
     assert [step for step, _ in metrics(run, "validation_loss")] == [3, 6]
     assert all(norm > 0 for _, norm in metrics(run, "grad_norm"))
+    speeds = metrics(run, "images_per_second")
+    assert [step for step, _ in speeds] == [1, 2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)
+
+
+def test_what_happens_before_the_first_step_is_said(run):
+    log = [line.split(" ", 2)[2] for line in (run / "log.txt").read_text().splitlines()]
+    done = [line.startswith("latents of ") for line in log].index(True)
+    count = int(log[done].split()[2])
+    assert log[done - 1] == f"encoding {count} images, once: their latents stay in memory"
 
 
 def test_scores_are_written_and_found_again(run):
@@ -111,6 +122,7 @@ def test_scores_are_written_and_found_again(run):
     assert set(scores["shapes_eval"]) == set(training.ShapesEval(32, 1, 0).score([np.zeros((32, 32, 3), np.uint8)] * 6))
     assert scores["validation_loss"] == metrics(run, "validation_loss")[-1][1]
     assert scores["sampling"] == {"solver": "euler", "num_steps": 2, "guidance": 2.0, "interval": [0.0, 1.0]}
+    assert scores["network_evaluations"] == 4
     again = training.evaluate_run(run)
     assert {**again, "seconds_per_image": 0} == {**scores, "seconds_per_image": 0}
     assert training.evaluate_run(run, num_steps=1, solver="heun")["sampling"]["solver"] == "heun"
@@ -286,15 +298,43 @@ def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
         ("text.width=64", "text"),
         ("autoencoder=shapes", "autoencoder"),
         ("seed=1", "seed"),
+        ("data.num_samples=32", "data.num_samples"),
+        ("data.image_size=16", "data.image_size"),
+        ("data.held_out=0.3", "data.held_out"),
+        ("data.source=shapes:32", "data.source"),
     ],
 )
-def test_resuming_another_model_is_refused(run, change, part):
+def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
     before = (run / "config.toml").read_text()
     with pytest.raises(ValueError, match=f"was trained with another {part}.*train afresh"):
         training.resume(run, [change])
     with pytest.raises(ValueError, match=f"was trained with another {part}"):
         training.train(load_config(run, [change, f"training.out={run}"]), resume=True)
     assert (run / "config.toml").read_text() == before
+
+
+def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, monkeypatch, capsys):
+    """Read from another place, by workers, without a cache: the same bits. Other samples are refused, more are told."""
+    data, other = make_pictures(tmp_path / "data", 24), make_pictures(tmp_path / "other", 23)
+    changes = [f"data.source={data}", "training.num_steps=4", "training.checkpoint_every=0"]
+    whole = training.train(config_for(tmp_path / "whole", *changes))
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        out = training.train(config_for(tmp_path / "run", *changes))
+    moved = data.rename(tmp_path / "moved")
+    before = contents(out)
+    with pytest.raises(ValueError, match=f"was trained with another data.source: {data}, not {other}; a resumed run"):
+        training.resume(out, [f"data.source={other}"])
+    assert contents(out) == before
+    training.resume(out, [f"data.source={moved}", "data.num_workers=1", "data.cache_latents=false"])
+    assert_bit_equal(out, whole)
+    assert RunFolder.open(out).config().data.source == str(moved)
+    assert "has changed since" not in capsys.readouterr().out
+    shutil.copy(moved / "000.png", moved / "more.png")
+    shutil.copy(moved / "000.txt", moved / "more.txt")
+    training.resume(out, ["training.num_steps=5"])
+    assert f"warning: {moved} has changed since it was trained on" in capsys.readouterr().out
+    assert metrics(out, "loss")[-1][0] == 5
 
 
 def test_folders_that_are_taken_or_are_no_runs_are_named(run, tmp_path):
@@ -306,13 +346,91 @@ def test_folders_that_are_taken_or_are_no_runs_are_named(run, tmp_path):
         training.resume(tmp_path)
 
 
-def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
-    """The real command with worker processes, which end with it."""
+def contents(run: Path) -> dict[str, str]:
+    """Digests of all that a run holds but its log."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "log.txt"]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def signal_in(module, name: str, monkeypatch, sig: int) -> None:
+    """Send ourselves a signal when that is called, and wait for what comes of it."""
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), sig)
+        time.sleep(5)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+SIGNALS = pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+
+
+@SIGNALS
+def test_a_signal_during_set_up_leaves_the_name_free(tmp_path, monkeypatch, capsys, sig):
+    before = signal.getsignal(sig)
+    signal_in(training.setup, "LatentFeed", monkeypatch, sig)
     out = tmp_path / "run"
-    words = ["train", "pixels-tiny", "--out", str(out), "training.num_steps=100000", "training.checkpoint_every=0"]
-    words += ["training.validate_every=0", "training.sample_every=0", "data.cache_latents=false", "data.num_workers=2"]
+    assert training.train(config_for(out)) == out
+    assert not out.exists()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"stopped before the first step: nothing had been trained yet, {out} is removed"
+    assert signal.getsignal(sig) is before
+
+
+@SIGNALS
+def test_a_signal_during_the_set_up_of_a_resumed_run_changes_nothing(run, tmp_path, monkeypatch, sig):
+    out = shutil.copytree(run, tmp_path / "run")
+    folder = RunFolder(out)
+    folder.write_metrics(7, loss=1.0)  # of a step that no checkpoint holds
+    folder.close()
+    before = contents(out)
+    signal_in(training.setup, "LatentFeed", monkeypatch, sig)
+    training.resume(out, ["training.num_steps=8", "sampling.guidance=1.5"])
+    assert contents(out) == before
+    assert "nothing is lost; go on with: mmdit train --resume" in (out / "log.txt").read_text()
+
+
+@SIGNALS
+def test_a_signal_during_the_scores_leaves_a_whole_run(tmp_path, monkeypatch, sig):
+    signal_in(training.trainer, "evaluate_run", monkeypatch, sig)
+    out = training.train(config_for(tmp_path / "run"))
+    assert "all is trained and saved, score it with: mmdit evaluate" in (out / "log.txt").read_text()
+    assert list_checkpoints(out)[-1].name == "step-00000006"
+    assert training.evaluate_run(out)["validation_loss"] > 0
+
+
+def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
+    """Also where it is another signal; and where no step is in progress, the first."""
+
+    class Handled(BaseException):
+        pass
+
+    def handler(sig, frame):
+        raise Handled
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with Interrupts() as interrupts, interrupts.deferred():
+            assert not interrupts.caught
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.caught
+            with pytest.raises(Handled):
+                os.kill(os.getpid(), signal.SIGTERM)
+        with Interrupts():
+            for error in (Interrupted, Handled):
+                with pytest.raises(error):
+                    os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def command(*words: object) -> Iterator[subprocess.Popen]:
+    """The real command in a process group of its own, of which nothing stays."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmdit_cli.main", *words],
+        [sys.executable, "-m", "mmdit_cli.main", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -320,21 +438,47 @@ def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     try:
-        until = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def end(process: subprocess.Popen) -> str:
+    """SIGTERM to the whole group, which ends with status 0; returns what is printed from here on."""
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return output
+
+
+LONG_COMMAND = ("train", "pixels-tiny", "training.num_steps=100000", "training.checkpoint_every=0")
+LONG_COMMAND += ("training.validate_every=0", "training.sample_every=0")
+
+
+def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
+    """With worker processes, which end with it."""
+    out = tmp_path / "run"
+    with command(*LONG_COMMAND, "--out", out, "data.cache_latents=false", "data.num_workers=2") as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
+            time.sleep(0.05)
+        output = end(process)
     state, _ = load_latest(out, print)
     assert state["step"] >= 3 and f"stopped at step {state['step']}, all saved" in output
     assert RunFolder(out).metrics()[-1]["step"] == state["step"]
+
+
+def test_sigterm_to_the_command_while_it_encodes_exits_0(tmp_path):
+    out = tmp_path / "run"
+    with command(*LONG_COMMAND, "--out", out, "data.num_samples=20000") as process:
+        assert any(line.startswith("encoding ") for line in process.stdout)
+        output = end(process)
+    assert output == f"stopped before the first step: nothing had been trained yet, {out} is removed\n"
+    assert not out.exists()
 
 
 # --- data that is not as it should be -----------------------------------------------------------------------------
@@ -411,16 +555,6 @@ def test_a_set_up_that_fails_leaves_the_name_free(tmp_path, changes, message):
     changes = [change.format(bad=bad) for change in changes]
     with pytest.raises(ValueError, match=message):
         training.train(config_for(tmp_path / "run", "data.held_out=0", *changes))
-    assert not (tmp_path / "run").exists()
-
-
-def test_ctrl_c_during_set_up_leaves_the_name_free(tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.trainer, "LatentFeed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(config_for(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -532,6 +666,8 @@ SETTINGS = {
     "objective.stratified": ("objective.stratified=false", "loss"),
     "objective.shift": ("objective.shift=3", "loss grid"),
     "objective.caption_dropout": ("objective.caption_dropout=1", "weights"),
+    "optimizer.name": ("optimizer.name=muon", "weights"),
+    "optimizer.momentum": ("optimizer.name=muon; optimizer.momentum=0.5", "weights"),
     "optimizer.lr": ("optimizer.lr=0.01", "lr weights"),
     "optimizer.betas": ("optimizer.betas=[0.5, 0.5]", "weights =lr"),
     "optimizer.eps": ("optimizer.eps=0.1", "weights"),
