@@ -43,6 +43,9 @@ SPLITS = ("train", "held-out", "all")
 
 GAP = 3.5 / 64  # least room between the circles around two objects
 BORDER = 1 / 64  # least room between an object and the frame
+LATTICE = (
+    8  # centres lie on multiples of 1/8: so few outlines, and each so often, can be learnt in a quarter of an hour
+)
 RELATION_MARGIN = 0.2  # least distance of two centres along the axis that a relation names
 HELD_OUT_ONE_IN = 10  # contents
 HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
@@ -92,8 +95,10 @@ class Facts:
             raise ValueError(f"count must be 1, or 2 to 4 of one item, not {self.count} of {len(self.items)} items")
         if self.relation is not None and len(self.items) != 2:
             raise ValueError(f"the relation {self.relation!r} needs two items, not {len(self.items)}")
-        if self.items[0].size not in (None, *_room_for(self.count)):
-            raise ValueError(f"{self.count} {self.items[0].size} objects have no room: name fewer, or a smaller size")
+        num_objects = self.count * len(self.items)
+        for item in self.items:
+            if item.size not in (None, *_room_for(num_objects)):
+                raise ValueError(f"{num_objects} objects, {item.size} ones, have no room: name fewer or smaller ones")
 
     @property
     def kind(self) -> str:
@@ -189,7 +194,7 @@ def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
         return Facts((Item(_choice(rng, SHAPES), colour, size),), count=count, background=background)
     shapes = rng.permutation(SHAPES)[:2].tolist()
     colours = [_choice(rng, COLOURS) for _ in shapes] if rng.random() < STATED["colour"] else [None, None]
-    sizes = [_choice(rng, SIZES) if rng.random() < STATED["size"] else None for _ in shapes]
+    sizes = [_choice(rng, _room_for(2)) if rng.random() < STATED["size"] else None for _ in shapes]
     if kind == "relation" and background is not None:
         sizes = [None, None]  # keeps the caption short
     items = tuple(Item(*attributes) for attributes in zip(shapes, colours, sizes, strict=True))
@@ -283,14 +288,16 @@ def _room_for(num_objects: int) -> tuple[str, ...]:
 
 
 def _place(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Centres (n, 2), at random, of objects that keep apart, keep off the frame and stand in `relation`."""
+    """Centres (n, 2) on the lattice, at random, of objects that keep apart, off the frame, and stand in `relation`."""
     num_objects, low = len(radii), radii[:, None] + BORDER
     apart = radii[:, None] + radii + GAP
     np.fill_diagonal(apart, 0.0)
     for _ in range(1000):
-        centres = low + (1 - 2 * low) * rng.random((1 if num_objects == 1 else 64, num_objects, 2))
+        centres = low + (1 - 2 * low) * rng.random((64, num_objects, 2))
+        centres = np.round(LATTICE * centres) / LATTICE
         offsets = centres[:, None, :, :] - centres[:, :, None, :]  # offsets[k, i, j] leads from i to j
         good = (np.hypot(offsets[..., 0], offsets[..., 1]) >= apart).all(axis=(1, 2))
+        good &= ((low <= centres) & (centres <= 1 - low)).all(axis=(1, 2))
         if relation is not None:
             good &= related(relation, offsets[:, 0, 1], RELATION_MARGIN, dominant=True)
         if good.any():
