@@ -6,25 +6,30 @@
 t = 0 is data, t = 1 is noise; x_t = alpha(t) x_0 + sigma(t) eps; v = alpha'(t) x_0 + sigma'(t) eps.
 """
 
-from samplers.field import DerivedField, Field, Prediction
-from samplers.grids import GRIDS, resolution_shift, shift_time, time_grid, uniform
+from samplers import grids
+from samplers.discrete import DiscreteVP
+from samplers.field import DerivedField, Field, Prediction, edm_network
+from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
 from samplers.guidance import cfg, cfg_batched
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.names import lookup
 from samplers.noise import DIFFUSIONS, Brownian, randn
-from samplers.schedules import Coefficients, Cosine, RectifiedFlow, Schedule
+from samplers.schedules import EDM, VE, Coefficients, Cosine, RectifiedFlow, Schedule, Trig, VPLinear
 from samplers.solvers import SOLVERS, EulerMaruyama, RungeKutta, SDESolver, Solver, Step, solver_names
-from samplers.views import VIEWS, convert
+from samplers.views import VIEWS, convert, edm_view
 
 __all__ = [
     "DIFFUSIONS",
+    "EDM",
     "GRIDS",
     "SOLVERS",
+    "VE",
     "VIEWS",
     "Brownian",
     "Coefficients",
     "Cosine",
     "DerivedField",
+    "DiscreteVP",
     "EulerMaruyama",
     "Field",
     "Prediction",
@@ -36,9 +41,15 @@ __all__ = [
     "Solution",
     "Solver",
     "Step",
+    "Trig",
+    "VPLinear",
     "cfg",
     "cfg_batched",
     "convert",
+    "dynamic_shift",
+    "edm_network",
+    "edm_view",
+    "grids",
     "integrate",
     "lookup",
     "randn",
@@ -47,5 +58,6 @@ __all__ = [
     "shift_time",
     "solver_names",
     "time_grid",
+    "twice_shifted",
     "uniform",
 ]

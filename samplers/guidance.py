@@ -73,7 +73,7 @@ def _guided(
             guided = torch.where(inside > 0, guided, value)
         return Prediction(guided, on.kind, x_t, t, cond.schedule, on.num_evals + off.num_evals)
 
-    return DerivedField(predict, cond.schedule, cond.prediction)
+    return DerivedField(predict, cond.schedule, cond.prediction, cond.determined)
 
 
 def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:

@@ -102,7 +102,7 @@ def integrate(
         num_evals += prediction.num_evals
         return prediction
 
-    counting = DerivedField(counted, field.schedule, field.prediction)
+    counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
     times, states, sums, state = ts.tolist(), [x], [], None
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)

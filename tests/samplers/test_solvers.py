@@ -7,9 +7,22 @@ from functools import cache
 import pytest
 import torch
 
-from samplers import DIFFUSIONS, SOLVERS, Cosine, RectifiedFlow, SDESolver, Solver, Step, sample, solver_names, uniform
+from samplers import (
+    DIFFUSIONS,
+    SOLVERS,
+    VE,
+    Cosine,
+    RectifiedFlow,
+    SDESolver,
+    Solver,
+    Step,
+    VPLinear,
+    sample,
+    solver_names,
+    uniform,
+)
 from samplers.solvers import RungeKutta, make_solver
-from tests.oracles import GAUSSIAN, MIXTURE, VarianceExploding, VariancePreserving
+from tests.oracles import GAUSSIAN, MIXTURE
 
 ODE = [name for name, solver in SOLVERS.items() if not isinstance(solver, SDESolver)]
 SCHEDULES = [RectifiedFlow(), Cosine()]
@@ -43,7 +56,7 @@ def test_order_on_a_gaussian(name):
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "ddpm_v", "score"])
-@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), VariancePreserving(), VarianceExploding(0.05, 5.0)])
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), VPLinear(), VE(0.05, 5.0)])
 def test_the_exact_solution_is_reached_whatever_is_predicted(schedule, prediction):
     field, x = GAUSSIAN.field(schedule, prediction), schedule.sigma(0.95) * X
     grid = 0.95 - 0.9 * torch.linspace(0, 1, 201, dtype=torch.float64)
@@ -150,7 +163,7 @@ def test_named_diffusions_are_the_formulas():
     flow, t = RectifiedFlow(), 0.3
     assert float(DIFFUSIONS["kl"](flow, t)) == pytest.approx(2 * t / (1 - t))
     assert float(DIFFUSIONS["kl"](Cosine(), t)) == pytest.approx(math.pi * math.tan(math.pi * t / 2))
-    assert float(DIFFUSIONS["kl"](VariancePreserving(), t)) == pytest.approx(0.1 + t * 19.9)
+    assert float(DIFFUSIONS["kl"](VPLinear(), t)) == pytest.approx(0.1 + t * 19.9)
     assert float(DIFFUSIONS["sigma"](flow, t)) == t
     assert float(DIFFUSIONS["sin2"](flow, t)) == pytest.approx(math.sin(math.pi * t) ** 2)
 
