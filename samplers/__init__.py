@@ -8,14 +8,18 @@ t = 0 is data, t = 1 is noise; x_t = alpha(t) x_0 + sigma(t) eps; v = alpha'(t) 
 
 from samplers import grids
 from samplers.discrete import DiscreteVP
+from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
 from samplers.guidance import cfg, cfg_batched
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.names import lookup
-from samplers.noise import DIFFUSIONS, Brownian, randn
+from samplers.noise import DIFFUSIONS, Brownian, BrownianTree, randn
+from samplers.runge_kutta import Adaptive, RungeKutta
 from samplers.schedules import EDM, VE, Coefficients, Cosine, RectifiedFlow, Schedule, Trig, VPLinear
-from samplers.solvers import SOLVERS, EulerMaruyama, RungeKutta, SDESolver, Solver, Step, solver_names
+from samplers.solver import SDESolver, Solver, Step
+from samplers.solvers import SOLVERS, solver_names
+from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 from samplers.views import VIEWS, convert, edm_view
 
 __all__ = [
@@ -25,22 +29,30 @@ __all__ = [
     "SOLVERS",
     "VE",
     "VIEWS",
+    "Adaptive",
     "Brownian",
+    "BrownianTree",
+    "Churn",
     "Coefficients",
     "Cosine",
     "DerivedField",
     "DiscreteVP",
     "EulerMaruyama",
     "Field",
+    "Langevin",
+    "Multistep",
     "Prediction",
     "Progress",
     "RectifiedFlow",
+    "Restart",
     "RungeKutta",
     "SDESolver",
     "Schedule",
+    "SingleStep",
     "Solution",
     "Solver",
     "Step",
+    "StochasticHeun",
     "Trig",
     "VPLinear",
     "cfg",

@@ -78,6 +78,13 @@ def karras(
     return _from_ratios(lambda ramp: (first + ramp * (last - first)) ** rho, num_steps, schedule)
 
 
+def karras_between(t: float, t_next: float, num_steps: int, schedule: Schedule, rho: float = 7.0) -> list[float]:
+    """num_steps + 1 times from t to t_next, (sigma / alpha)^(1/rho) uniform (Karras et al. 2022, eq. 5)."""
+    first, last = (min(math.exp(-float(schedule.log_snr(s)) / 2), 1e3) ** (1 / rho) for s in (t, t_next))
+    ratios = (first + _ramp(num_steps + 1) * (last - first)) ** rho
+    return [t, *schedule.t_from_log_snr(-2 * ratios.log()).tolist()[1:-1], t_next]
+
+
 def cosine(num_steps: int, schedule: Schedule) -> Tensor:
     """Uniform in the angle arctan(sigma / alpha), the time of the cosine schedule, between the schedule's own ends."""
     first, last = (Trig().t_from_log_snr(schedule.log_snr(t)) for t in (1.0, 0.0))

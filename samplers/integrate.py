@@ -12,9 +12,10 @@ from torch import Tensor
 
 from samplers.field import DerivedField, Field, Prediction
 from samplers.grids import time_grid
-from samplers.noise import Brownian, Diffusion, Generators
+from samplers.noise import Brownian, BrownianTree, Diffusion, Generators, Noise
 from samplers.schedules import Time
-from samplers.solvers import SDESolver, Solver, make_solver
+from samplers.solver import Solver
+from samplers.solvers import make_solver
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def sample(
     solver: str | Solver = "heun",
     num_steps: int = 20,
     grid: str | Tensor | Sequence[float] = "uniform",
-    diffusion: str | Diffusion | None = None,
-    generator: Generators = None,
+    diffusion: str | float | Diffusion | None = None,
+    generator: Generators | BrownianTree = None,
     callback: Callback | None = None,
     *,
     trajectory: bool = False,
@@ -72,16 +73,17 @@ def sample(
 
     x (B, ...): the state at grid[0]; sigma(1) eps for pure noise. solver: one of `solver_names()`, or a Solver.
     grid: a name with `num_steps` steps, or one's own decreasing times in [0, 1], which then say the number of steps.
-    diffusion: None for the ODE; "kl", "sigma", "sin2", "constant" or w(t) for an SDE solver, which draws its noise from
-    `generator`: one for the batch, or a list with one per sample. callback: called with a `Progress` after each step.
+    diffusion: None for the solver's own (else the ODE); "kl", "sigma", "sin2", "constant", a number eta or w(t) for a
+    solver that takes it (see noise.py). Noise is drawn from `generator`: one for the batch, or a list with
+    one, or a seed, per sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
     Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or not len(x):
         raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a floating tensor (B, ...) with B >= 1")
     method = make_solver(solver, field.schedule, diffusion)
     ts = time_grid(grid, num_steps, schedule=field.schedule)
-    noise = Brownian(x, generator) if isinstance(method, SDESolver) else None
-    return integrate(field, x, method, ts, noise, callback, trajectory)
+    noise = generator if isinstance(generator, BrownianTree) else Brownian(x, generator)
+    return integrate(field, x, method, ts, noise if method.stochastic else None, callback, trajectory)
 
 
 def integrate(
@@ -89,12 +91,15 @@ def integrate(
     x: Tensor,
     solver: Solver,
     ts: Tensor,
-    noise: Brownian | None = None,
+    noise: Noise | None = None,
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Solution:
     """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
-    num_evals = 0
+    if solver.stochastic and noise is None:
+        raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
+    times, num_evals = ts.tolist(), 0
+    solver = solver.bind(field, times)
 
     def counted(x_t: Tensor, t: Time) -> Prediction:
         nonlocal num_evals
@@ -103,7 +108,7 @@ def integrate(
         return prediction
 
     counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
-    times, states, sums, state = ts.tolist(), [x], [], None
+    states, sums, state = [x], [], None
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)
         if callback is not None:

@@ -60,10 +60,8 @@ class Mixture:
             return column(schedule.d_alpha(t), x_t) * x_0 + column(schedule.d_sigma(t), x_t) * eps
         if kind == "score":
             return -eps / sigma
-        if kind == "edm":  # of the preconditioned D = c_skip x + c_out F, with deviation 1/2
-            ratio = sigma / alpha
-            c_skip, c_out = 0.25 / (ratio**2 + 0.25), ratio * 0.5 / (ratio**2 + 0.25) ** 0.5
-            return (x_0 - c_skip * x_t / alpha) / c_out
+        if kind == "edm":  # of the preconditioned D = c_skip x + c_out F, deviation 1/2: (D - c_skip x) / c_out
+            return (2 * sigma * x_0 - alpha / 2 * eps) / (sigma**2 + alpha**2 / 4) ** 0.5
         return {"data": x_0, "noise": eps, "ddpm_v": alpha * eps - sigma * x_0}[kind]
 
     def field(self, schedule: Schedule, prediction: str = "velocity") -> Field:
