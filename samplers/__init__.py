@@ -11,7 +11,7 @@ from samplers.discrete import DiscreteVP
 from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
-from samplers.guidance import cfg, cfg_batched
+from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.names import lookup
 from samplers.noise import DIFFUSIONS, Brownian, BrownianTree, randn
@@ -23,22 +23,19 @@ from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, Stochas
 from samplers.views import VIEWS, convert, edm_view
 
 __all__ = [
-    "DIFFUSIONS",
-    "EDM",
-    "GRIDS",
-    "SOLVERS",
-    "VE",
-    "VIEWS",
     "Adaptive",
     "Brownian",
     "BrownianTree",
     "Churn",
     "Coefficients",
     "Cosine",
+    "DIFFUSIONS",
     "DerivedField",
     "DiscreteVP",
+    "EDM",
     "EulerMaruyama",
     "Field",
+    "GRIDS",
     "Langevin",
     "Multistep",
     "Prediction",
@@ -47,6 +44,7 @@ __all__ = [
     "Restart",
     "RungeKutta",
     "SDESolver",
+    "SOLVERS",
     "Schedule",
     "SingleStep",
     "Solution",
@@ -54,9 +52,14 @@ __all__ = [
     "Step",
     "StochasticHeun",
     "Trig",
+    "VE",
+    "VIEWS",
     "VPLinear",
+    "apg",
     "cfg",
     "cfg_batched",
+    "cfg_text_image",
+    "cfg_zero",
     "convert",
     "dynamic_shift",
     "edm_network",

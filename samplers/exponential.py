@@ -127,7 +127,7 @@ def weights(
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)
     if len(tau) == 2 and rule in ("half", "bh1"):
-        moments[1] = 0.5 if rule == "half" else 0.5 * (end - start) / -math.expm1(start - end)
+        moments[1] = 0.5 if rule == "half" else 0.5 * rate * (end - start) / -math.expm1(rate * (start - end))
     if len(tau) == 3 and rule == "third-halved":
         moments[2] /= 2
     powers = tau ** torch.arange(len(tau), dtype=torch.float64)[:, None]
@@ -194,8 +194,8 @@ class Multistep(Exponential):
     corrector: with k > 0, the step is made again when the prediction at its end is known, from k predictions with that
     one among them (UniPC, Zhao et al. 2023; SA-Solver): one order more for no further evaluation. The first steps have
     fewer predictions and so a lower order, which shows in the whole for more than two nodes; `start` is a one-step
-    solver that makes them instead, and then the order is the one that is named. lower_order_final: the last steps use as
-    many as there are steps left, as diffusers does below 15 steps. diffusion: noise, see above.
+    solver that makes them instead, and then the order is the one that is named. lower_order_final: the last steps use
+    as many as there are steps left, as diffusers does below 15 steps. diffusion: noise, see above.
     """
 
     num_nodes: int = 1
@@ -330,7 +330,9 @@ METHODS: tuple[Solver, ...] = (
     Multistep("euler-ancestral", 1, 1, "k-diffusion; DDPM's step on any schedule", diffusion=1.0),
     Multistep("dpmpp-2m-sde", 2, 1, f"{_DPMPP}, app. D", rule="half", num_nodes=2, diffusion=1.0),
     Multistep("dpmpp-3m-sde", 3, 1, "SA-Solver, Xue et al. 2023, eq. 14", num_nodes=3, diffusion=1.0),
-    Multistep("sa-solver", 2, 1, "SA-Solver, Xue et al. 2023, alg. 1", num_nodes=2, corrector=2, diffusion=1.0),
+    Multistep(
+        "sa-solver", 2, 1, "SA-Solver, Xue et al. 2023, alg. 1", rule="bh1", num_nodes=2, corrector=2, diffusion=1.0
+    ),
     SingleStep(
         "edm-heun",
         2,

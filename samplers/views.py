@@ -14,11 +14,12 @@ so x_t and one prediction are two linear equations for (x_0, eps), solved by the
 
 **The ends.** The determinant is zero where a prediction says only what x_t already says: noise (and score) where
 alpha = 0, data where sigma = 0. There the prediction's own part is kept, and the other one is its mean, 0: for eps at
-t = 0 that is the mean given x_0, for x_0 at t = 1 the mean of normalised data. The score at sigma = 0 cannot be had from
-another view, and is given as 0. Whether eps is 0 on a path that reaches t = 0 depends on the data: it is where they have
-a density (eps = -sigma score), it is not where they lie on a manifold, as images nearly do, which every path meets with
-its own eps. So the velocity of a data or score prediction at t = 0 is not determined, nor that of a noise prediction at
-t = 1 of a schedule that ends in pure noise: `determined` says so, and a solver does not look there (runge_kutta.py).
+t = 0 that is the mean given x_0, for x_0 at t = 1 the mean of normalised data. The score at sigma = 0 cannot be had
+from another view, and is given as 0. Whether eps is 0 on a path that reaches t = 0 depends on the data: it is where
+they have a density (eps = -sigma score), it is not where they lie on a manifold, as images nearly do, which each path
+meets with its own eps. So the velocity of a data or score prediction at t = 0 is not determined, nor that of a noise
+prediction at t = 1 of a schedule that ends in pure noise: `determined` says so, and a solver does not look there
+(runge_kutta.py).
 """
 
 from collections.abc import Callable
