@@ -8,11 +8,13 @@ t = 0 is data, t = 1 is noise; x_t = alpha(t) x_0 + sigma(t) eps; v = alpha'(t) 
 
 from samplers import grids
 from samplers.discrete import DiscreteVP
+from samplers.edit import Inpaint, start_from
 from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
 from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero
 from samplers.integrate import Progress, Solution, integrate, sample
+from samplers.likelihood import bits_per_dim, invert, log_likelihood
 from samplers.names import lookup
 from samplers.noise import DIFFUSIONS, Brownian, BrownianTree, randn
 from samplers.runge_kutta import Adaptive, RungeKutta
@@ -36,6 +38,7 @@ __all__ = [
     "EulerMaruyama",
     "Field",
     "GRIDS",
+    "Inpaint",
     "Langevin",
     "Multistep",
     "Prediction",
@@ -56,6 +59,7 @@ __all__ = [
     "VIEWS",
     "VPLinear",
     "apg",
+    "bits_per_dim",
     "cfg",
     "cfg_batched",
     "cfg_text_image",
@@ -66,12 +70,15 @@ __all__ = [
     "edm_view",
     "grids",
     "integrate",
+    "invert",
+    "log_likelihood",
     "lookup",
     "randn",
     "resolution_shift",
     "sample",
     "shift_time",
     "solver_names",
+    "start_from",
     "time_grid",
     "twice_shifted",
     "uniform",

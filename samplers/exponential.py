@@ -16,7 +16,10 @@ is left to choose is a method:
   - the `variable` of the polynomial: "log-snr", l itself; "rho", sigma / alpha; "flow", sigma / (alpha + sigma), the
     time of a rectified flow, which is finite at both ends;
   - the nodes: steps before (`Multistep`), stages within (`SingleStep`), and the end of the step (a corrector);
-  - the `rule`: "exact" integration, or the published approximations of it, which differ where there are two nodes.
+  - the `rule`: "exact" integration, or the published approximations of it where there are two nodes, E[tau] = 1/2
+    ("half": DPM-Solver, UniPC's B(h) = e^h - 1) or its value for small h ("bh1": UniPC's B(h) = h, SA-Solver);
+    "third-halved" is "half", and with three nodes half of the second difference, as diffusers and k-diffusion have it
+    in DPM-Solver++(3M): its order is 2, for compatibility only.
 
 **Noise.** With a diffusion coefficient w = tau^2 w_kl, data prediction and the decay D = exp(-int tau^2 dl) (Xue et al.
 2023, prop. 4.2), A = (sigma_s / sigma_t) D, the kernel is e^((1 + tau^2) l), and independent noise of deviation
@@ -126,8 +129,8 @@ def weights(
         return (1.0,) + (0.0,) * (len(nodes) - 1)
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)
-    if len(tau) == 2 and rule in ("half", "bh1"):
-        moments[1] = 0.5 if rule == "half" else 0.5 * rate * (end - start) / -math.expm1(rate * (start - end))
+    if len(tau) == 2 and rule != "exact":
+        moments[1] = 0.5 * rate * (end - start) / -math.expm1(rate * (start - end)) if rule == "bh1" else 0.5
     if len(tau) == 3 and rule == "third-halved":
         moments[2] /= 2
     powers = tau ** torch.arange(len(tau), dtype=torch.float64)[:, None]
@@ -140,7 +143,7 @@ def _moments(start: float, end: float, num: int, variable: str, rate: float) -> 
     value = VARIABLES[variable][0]
     heavy, light = (end, start) if rate * (end - start) > 0 else (start, end)
     k = torch.arange(num, dtype=torch.float64)
-    if rate == 0:
+    if rate == 0 or (rate == -1 and variable == "rho"):  # the density is flat in the variable itself
         return 1 / (k + 1)
     p_start, p_end = (value(torch.tensor(at, dtype=torch.float64)) for at in (start, end))
     if math.isinf(heavy):  # all the mass is there

@@ -139,8 +139,9 @@ class Churn(Solver):
 class Langevin(Solver):
     """Predictor-corrector: after each step of `inner`, `num_corrections` Langevin steps at the time it reached.
 
-    x <- x + e s + sqrt(2 e) z with the score s and e = 2 (snr |z| / |s|)^2, norms per sample (Song et al. 2021,
-    alg. 5).
+    x <- x + e s + sqrt(2 e) z with the score s and e = 2 (snr sigma)^2. That is the 2 (snr |z| / |s|)^2 of Song et al.
+    (2021, alg. 5) with the norms at what they are expected to be, |s| = |z| / sigma: a step size that looked at the
+    sample would change the distribution, and one that looked at the batch would tie samples to each other.
     At sigma = 0 there is no correction.
     """
 
@@ -170,11 +171,8 @@ class Langevin(Solver):
         for _ in range(self.num_corrections):
             if float(field.schedule.sigma(t_next)) == 0:
                 break
-            score, z = field.predict(x, t_next).score, noise.unit(t, t_next)
-            dims = tuple(range(1, x.ndim))
-            ratio = z.square().sum(dims, keepdim=True) / score.square().sum(dims, keepdim=True).clamp(min=1e-20)
-            size = 2 * self.snr**2 * ratio
-            x = x + size * score + (2 * size).sqrt() * z
+            score, size = field.predict(x, t_next).score, 2 * (self.snr * float(field.schedule.sigma(t_next))) ** 2
+            x = torch.add(x, score, alpha=size).add_(noise.unit(t, t_next), alpha=math.sqrt(2 * size))
         return Step(x, first, state)
 
 
