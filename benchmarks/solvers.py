@@ -167,7 +167,7 @@ def overhead(steps: int = 20, repeats: int = 3) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--overhead", action="store_true", help="time a step instead of measuring errors")
-    parser.add_argument("--batch", type=int, default=256, help="paths per mixture")
+    parser.add_argument("--batch", type=int, default=128, help="paths per mixture")
     args = parser.parse_args()
     if args.overhead:
         overhead()

@@ -95,7 +95,7 @@ def linear(
     if view == "velocity":
         dt, ts = end.t - start.t, tuple(nodes)
         return Linear(view, 1.0, tuple(dt * w for w in weights(start.t, end.t, ts, "log-snr", rule, 0.0)))
-    if start.alpha == 0:
+    if start.alpha == 0 and view == "noise":
         view, nodes = ("data", nodes[:1])  # DDIM's step, the same in both predictions, and finite in this one
     if view == "data":
         if start.sigma == 0:
@@ -226,7 +226,8 @@ class Multistep(Exponential):
             predict.append(linear(self.view, start, end, nodes, self.variable, self.rule, damping))
             correct.append(None)
             started = self.start is not None and i < self.num_nodes - 1
-            if self.corrector and not started and i + 1 < num:
+            correctable = i + 1 < num and not started and predict[i].view == self.view
+            if self.corrector and correctable:
                 used = min(self.corrector, used + 1 if self.lower_order_final else i + 2)
                 nodes = [places[i], places[i + 1], *(places[i - j] for j in range(1, used - 1))]
                 correct[i] = linear(self.view, start, end, nodes, self.variable, self.rule, damping)
@@ -240,14 +241,15 @@ class Multistep(Exponential):
         plan, past = self.predict[index], state.outputs if state else ()
         if self.start and index < self.num_nodes - 1:
             x, prediction, _ = self.start.step(field, x_t, t, t_next)
-            return Step(x, prediction, Past(index, (prediction.view(plan.view), *past), x_t, None))
+            return Step(x, prediction, Past(index, (prediction.view(self.view), *past), x_t, None))
         prediction = field.predict(x_t, t)
-        output = prediction.view(plan.view)
+        output = prediction.view(self.view)
         if state is not None and (again := self.correct[index - 1]) is not None:
             x_t = again(state.x, (past[0], output, *past[1:]), state.z)
         outputs = (output, *past)[: max(self.num_nodes, self.corrector - 1)]
         z = noise.unit(t, t_next) if noise is not None and plan.noise > 0 else None
-        return Step(plan(x_t, outputs, z), prediction, Past(index, outputs, x_t, z))
+        used = outputs if plan.view == self.view else (prediction.view(plan.view),)
+        return Step(plan(x_t, used, z), prediction, Past(index, outputs, x_t, z))
 
 
 @dataclass(frozen=True)

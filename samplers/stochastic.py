@@ -77,10 +77,10 @@ def bounded(diffusion: Diffusion, field: Field, at: Time, t: Time, t_next: Time)
 
 
 class _Churned(NamedTuple):
-    """A step of `Churn`: how x is scaled, the noise added, and the inner step's plan."""
+    """A step of `Churn`: how x is scaled and noise added, and the inner solver bound to the step that follows."""
 
     lift: Linear
-    plan: tuple[tuple[float, Linear], ...]
+    inner: SingleStep
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Churn(Solver):
                 a = hat.alpha / start.alpha
                 added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * hat.alpha * self.noise_scale
                 lift = Linear("data", a, (), added)
-            plans.append(_Churned(lift, self.inner._plan(schedule, hat, end)))
+            plans.append(_Churned(lift, self.inner.bind(field, [hat.t, end.t])))
         return replace(self, plans=tuple(plans))
 
     def step(
@@ -128,10 +128,10 @@ class Churn(Solver):
     ) -> Step:
         index = 0 if state is None else state + 1
         assert noise is not None
-        lift, plan = self.plans[index]
+        lift, inner = self.plans[index]
         if lift.noise > 0:
             x_t = lift(x_t, (), noise.unit(t, t_next))
-        x, first, _ = replace(self.inner, plans=(plan,)).step(field, x_t, t, t_next)
+        x, first, _ = inner.step(field, x_t, t, t_next)
         return Step(x, first, index)
 
 

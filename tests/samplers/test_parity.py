@@ -9,7 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samplers import SOLVERS, DerivedField, DiscreteVP, Field, RectifiedFlow, grids, sample, shift_time, twice_shifted
+from samplers import (
+    SOLVERS,
+    Brownian,
+    DerivedField,
+    DiscreteVP,
+    Field,
+    RectifiedFlow,
+    grids,
+    integrate,
+    sample,
+    shift_time,
+    twice_shifted,
+)
+from samplers.solvers import make_solver
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -39,9 +52,15 @@ def theirs(scheduler, net, x, steps=None, **options):
     return x
 
 
-def ours(solver, net, x, times, diffusion=None, betas=BETAS):
+def ours(solver, net, x, times, diffusion=None, betas=BETAS, dtype=torch.float64):
     field = Field(lambda x_t, t: net(x_t, betas.index(t)[:, None, None]), betas, "noise")
-    return sample(field, x, solver, grid=times, diffusion=diffusion, generator=torch.Generator().manual_seed(0)).x
+    return walk(field, x, make_solver(solver, betas, diffusion), times, dtype)
+
+
+def walk(field, x, solver, times, dtype=torch.float64):
+    noise = Brownian(x, torch.Generator().manual_seed(0))
+    noise.dtype = dtype
+    return integrate(field, x, solver, torch.as_tensor(times, dtype=torch.float64), noise).x
 
 
 def same(got, expected, tolerance=1e-5):
@@ -124,7 +143,8 @@ def test_dpm_solver_multistep(case):
     times = to_data(scheduler.timesteps)
     if options.get("final_sigmas_type"):
         times[-1] = BETAS.time(0)
-    same(ours(solver, network, X, times), theirs(scheduler, network, X))
+    got = ours(solver, network, X, times, dtype=torch.float32)  # they draw their noise so
+    same(got, theirs(scheduler, network, X))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -152,27 +172,27 @@ def test_deis(order):
     same(ours(replace(SOLVERS["deis"], num_nodes=order), network, X, times), theirs(scheduler, network, X))
 
 
-@pytest.mark.parametrize(("predictor", "corrector"), [(2, 2), (3, 4), (2, 0)])
+@pytest.mark.parametrize(("predictor", "corrector"), [(2, 2), (3, 4), (1, 2)])
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_sa_solver(predictor, corrector, tau):
     scheduler = diffusers.SASolverScheduler(
         **SD,
         predictor_order=predictor,
-        corrector_order=max(corrector, 1),
+        corrector_order=corrector,
         tau_func=lambda t: tau,
         timestep_spacing="trailing",
-        disable_corrector=[] if corrector else list(range(N)),
     )
     scheduler.set_timesteps(N)
     times = to_data(scheduler.timesteps)
     times[-1] = BETAS.t_from_log_snr(-2 * float(scheduler.sigmas[-1].double().log())) if scheduler.sigmas[-1] else 0.0
     solver = final("sa-solver", num_nodes=predictor, corrector=corrector, diffusion=tau or None)
-    same(ours(solver, network, X, times), theirs(scheduler, network, X))
+    tolerance = 1e-4 if predictor == 3 else 1e-5  # their weights of three and four nodes cancel, in float32
+    same(ours(solver, network, X, times), theirs(scheduler, network, X), tolerance)
 
 
 def test_dpm_solver_singlestep():
     """They take the stages from the grid; uniform in log-SNR, two of its steps are one of ours."""
-    scheduler = made("DPMSolverSinglestepScheduler", solver_order=2, use_lu_lambdas=True)
+    scheduler = made("DPMSolverSinglestepScheduler", solver_order=2, use_exponential_sigmas=True)
     times = BETAS.t_from_log_snr(-2 * scheduler.sigmas[:7:2].double().log())
     got = ours("dpmpp-2s", timeless, X, times)
     same(got, theirs(scheduler, timeless, X, steps=6))
@@ -228,7 +248,7 @@ def test_dpm_solver_on_flow_sigmas(options, solver):
     scheduler.set_timesteps(N)
     times = scheduler.sigmas.double()
     field = Field(lambda x_t, t: timeless(x_t, t), FLOW)
-    got = sample(field, X, solver, grid=times, generator=torch.Generator().manual_seed(0)).x
+    got = walk(field, X, make_solver(solver, FLOW), times, dtype=torch.float32)
     same(got, theirs(scheduler, timeless, X))
 
 
