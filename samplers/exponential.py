@@ -41,7 +41,6 @@ from torch import Tensor
 from samplers.field import Field
 from samplers.names import lookup
 from samplers.noise import Diffusion, Noise, decay, make_diffusion
-from samplers.runge_kutta import HEUN, RALSTON3, RK4
 from samplers.schedules import Schedule, Time
 from samplers.solver import Solver, Step
 
@@ -112,6 +111,7 @@ def linear(
     return Linear(view, a, tuple(total * w for w in share), noise)
 
 
+@lru_cache(maxsize=4096)
 def weights(
     start: float, end: float, nodes: tuple[float, ...], variable: str, rule: str, rate: float
 ) -> tuple[float, ...]:
@@ -328,9 +328,9 @@ METHODS: tuple[Solver, ...] = (
     Multistep("unipc", 3, 1, _UNIPC, rule="half", num_nodes=2, corrector=3),
     Multistep("unipc-bh1", 3, 1, _UNIPC, rule="bh1", num_nodes=2, corrector=3),
     Multistep("unipc-3", 4, 1, _UNIPC, rule="half", num_nodes=3, corrector=4),
-    Multistep("ab2", 2, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=2, start=HEUN),
-    Multistep("ab3", 3, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=3, start=RALSTON3),
-    Multistep("ab4", 4, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=4, start=RK4),
+    Multistep("ab2", 2, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=2),
+    Multistep("ab3", 3, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=3),
+    Multistep("ab4", 4, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=4),
     Multistep("ddpm", 1, 1, "DDPM, Ho et al. 2020, alg. 2: the posterior's variance", diffusion=1.0),
     Multistep("euler-ancestral", 1, 1, "k-diffusion; DDPM's step on any schedule", diffusion=1.0),
     Multistep("dpmpp-2m-sde", 2, 1, f"{_DPMPP}, app. D", rule="half", num_nodes=2, diffusion=1.0),

@@ -60,7 +60,8 @@ def test_order(name):
 @pytest.mark.parametrize("name", ADAMS)
 def test_order_of_adams_and_bashforth(name):
     field, exact = GAUSSIAN.field(Cosine()), GAUSSIAN.solve(X, 1.0, 0.0, Cosine())
-    order = measured_order(lambda n: (sample(field, X, name, n).x - exact).norm().item(), 64)
+    solver = replace(SOLVERS[name], start=SOLVERS["rk4"])
+    order = measured_order(lambda n: (sample(field, X, solver, n).x - exact).norm().item(), 64)
     assert order == pytest.approx(SOLVERS[name].order, abs=0.2)
 
 
