@@ -45,13 +45,14 @@ GRIDS: dict[str, Callable[[int], Tensor]] = {
     "log-snr": lambda n: grids.log_snr_uniform(n, FLOW, 5e-3),
     "log-snr wide": lambda n: grids.log_snr_uniform(n, FLOW, 2e-2),
     "beta": lambda n: grids.beta(n),
+    "shift 1.5": lambda n: shift_time(uniform(n), 1.5),
     "shift 0.7": lambda n: shift_time(uniform(n), 0.7),
 }
 
 FLOW3 = Multistep("flow-3", 3, 1, "", variable="flow", num_nodes=3)
 METHODS: dict[str, Solver] = {
     name: SOLVERS[name]
-    for name in ("euler", "midpoint", "heun", "dpmpp-2m", "dpmpp-3m", "unipc", "unipc-3", "deis", "ab2", "ab3")
+    for name in ("euler", "midpoint", "heun", "dpmpp-2m", "dpmpp-3m", "unipc", "unipc-3", "deis", "ab2", "ab3", "abm")
 } | {
     "flow-2": replace(FLOW3, num_nodes=2),
     "flow-3": FLOW3,
