@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from samplers.names import lookup
-from samplers.schedules import Schedule, Time, batch_time, expand
-from samplers.views import ROWS, convert
+from samplers.schedules import Schedule, Time, as_time, batch_time, expand
+from samplers.views import ROWS, View, convert, convert_at, determined, edm_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +23,17 @@ class Prediction:
     """
 
     value: Tensor
-    kind: str
+    kind: View
     x_t: Tensor
     t: Time
     schedule: Schedule
     num_evals: int = 1
-    _views: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _views: dict[View, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def view(self, kind: str) -> Tensor:
-        """The prediction as "velocity", "noise", "data", "ddpm_v" or "score", shaped like x_t; computed once."""
+    def view(self, kind: View) -> Tensor:
+        """The prediction as "velocity", "noise", "data", "ddpm_v", "score" or "edm", like x_t; computed once."""
         if kind not in self._views:
-            self._views[kind] = convert(self.value, self.kind, kind, self.x_t, self.schedule(self.t))
+            self._views[kind] = convert_at(self.value, self.kind, kind, self.x_t, self.schedule, self.t)
         return self._views[kind]
 
     @property
@@ -60,14 +60,16 @@ class Prediction:
 class Field:
     """A network, the schedule it was trained on and what it predicts, as one vector field.
 
-    network: (x_t (B, ...), t (B,)) -> tensor like x_t; prediction: "velocity", "noise", "data", "ddpm_v" or "score".
+    network: (x_t (B, ...), t (B,)) -> tensor like x_t; prediction: "velocity", "noise", "data", "ddpm_v", "score",
+    "edm" (for data of deviation 0.5; `edm_view(sigma_data)` for another), or a row of one's own (see views.py).
     Each view is one network evaluation; take `predict` where several are wanted.
     """
 
     def __init__(
-        self, network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, prediction: str = "velocity"
+        self, network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, prediction: View = "velocity"
     ) -> None:
-        lookup("prediction", prediction, ROWS)
+        if not callable(prediction):
+            lookup("prediction", prediction, ROWS)
         if not isinstance(schedule, Schedule):
             raise ValueError(f"schedule is {schedule!r}: give a samplers.Schedule, such as samplers.RectifiedFlow()")
         self.network, self.schedule, self.prediction = network, schedule, prediction
@@ -95,32 +97,89 @@ class Field:
         """The score grad log p_t(x_t) = -eps / sigma; 0 where sigma = 0 and the network predicts something else."""
         return self.predict(x_t, t).score
 
+    def determined(self, t: Time) -> bool:
+        """Whether x_t and what the network predicts at this time (at all of them) determine both x_0 and eps.
+
+        False for a data or score prediction where sigma = 0, and for a noise prediction where alpha = 0 (see views.py).
+        """
+        return bool(determined(self.prediction, self.schedule(t)).all())
+
+    def determines_velocity(self, t: Time) -> bool:
+        """`determined`, and the schedule has no pole at this time: whether a solver may look at v there."""
+        at_pole = any(bool((as_time(t) == pole).any()) for pole in self.schedule.poles)
+        return not at_pole and self.determined(t)
+
     def on(self, schedule: Schedule) -> "Field":
         """The same model seen on another schedule: asked at the time of equal log-SNR, with x_t rescaled to it.
 
         With log-SNR matched the rows (alpha, sigma) of both schedules are parallel (Kingma et al. 2021, sec. 5.1), so
-        that ddpm_v = alpha eps - sigma x_0 is the same but for that scale, and at both ends it determines x_0 and eps.
-        Beyond the log-SNR range of its own schedule the model is asked at the nearer end.
+        that x_0 and eps are the same. Beyond the log-SNR range of its own schedule the model is asked at the nearer
+        end, and what it says there that x_t does not is kept: x_0 where noise prevails, eps where data does.
         """
         if schedule == self.schedule:
             return self
 
-        def predict(x_t: Tensor, t: Time) -> Prediction:
-            here = schedule(t)
-            t_there = self.schedule.t_from_log_snr(schedule.log_snr(t))
-            there = self.schedule(t_there)
-            scale = torch.hypot(there.alpha, there.sigma) / torch.hypot(here.alpha, here.sigma)
-            inner = self.predict(expand(scale, x_t) * x_t, t_there if isinstance(t, Tensor) else float(t_there))
-            return Prediction(inner.ddpm_v / expand(scale, x_t), "ddpm_v", x_t, t, schedule, inner.num_evals)
+        def there(t: Time) -> tuple[Time, Tensor]:
+            log_snr = schedule.log_snr(t)
+            t_there = self.schedule.t_from_log_snr(log_snr)
+            return (t_there if isinstance(t, Tensor) else float(t_there)), log_snr
 
-        return DerivedField(predict, schedule, "ddpm_v")
+        def predict(x_t: Tensor, t: Time) -> Prediction:
+            here, (t_there, log_snr) = schedule(t), there(t)
+            c = self.schedule(t_there)
+            scale = torch.hypot(c.alpha, c.sigma) / torch.hypot(here.alpha, here.sigma)
+            inner = self.predict(expand(scale, x_t) * x_t, t_there)
+            if not isinstance(
+                t, Tensor
+            ):  # a network that predicts another view than these two is asked for one of them
+                kind = "data" if log_snr < 0 else "noise"
+                return Prediction(inner.view(kind), kind, x_t, t, schedule, inner.num_evals)
+            noisy, clean = (convert(inner.view(kind), kind, "ddpm_v", x_t, here) for kind in ("data", "noise"))
+            value = torch.where(expand(log_snr < 0, x_t) > 0, noisy, clean)
+            return Prediction(value, "ddpm_v", x_t, t, schedule, inner.num_evals)
+
+        return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(there(t)[0]))
 
 
 class DerivedField(Field):
-    """A field made of other fields: guidance, a change of schedule, a count. `predict` is given as a function."""
+    """A field made of other fields: guidance, a change of schedule, a count. `predict` is given as a function.
 
-    def __init__(self, predict: Callable[[Tensor, Time], Prediction], schedule: Schedule, prediction: str) -> None:
-        self._predict, self.schedule, self.prediction = predict, schedule, prediction
+    determined: at which times those it is made of determine x_0 and eps; without it, as `prediction` would.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor, Time], Prediction],
+        schedule: Schedule,
+        prediction: View,
+        determined: Callable[[Time], bool] | None = None,
+    ) -> None:
+        self._predict, self.schedule, self.prediction, self._determined = predict, schedule, prediction, determined
 
     def predict(self, x_t: Tensor, t: Time) -> Prediction:
         return self._predict(x_t, t)
+
+    def determined(self, t: Time) -> bool:
+        return super().determined(t) if self._determined is None else self._determined(t)
+
+
+def edm_network(
+    network: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    sigma_data: float = 0.5,
+    sigma_min: float = 2e-3,
+    sigma_max: float = 80.0,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A raw EDM network F(c_in x, c_noise) as a network of (x_t, t); its Field predicts `edm_view(sigma_data)`.
+
+    c_in = 1 / (sigma^2 + s_d^2)^1/2 and c_noise = log(sigma) / 4 for x = x_t / alpha and sigma = sigma(t) / alpha(t)
+    (Karras et al. 2022, table 1); beyond the trained `sigma_min` and `sigma_max` c_noise stays.
+    """
+
+    def wrapped(x_t: Tensor, t: Tensor) -> Tensor:
+        c = schedule(t)
+        c_in = 1 / torch.hypot(c.sigma, sigma_data * c.alpha)
+        return network(expand(c_in, x_t) * x_t, (c.sigma / c.alpha).clamp(sigma_min, sigma_max).log() / 4)
+
+    edm_view(sigma_data)
+    return wrapped

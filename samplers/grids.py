@@ -1,13 +1,16 @@
 """Time grids: the times a sampler visits, a decreasing float64 tensor (num_steps + 1,) within [0, 1]."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from samplers.discrete import DiscreteVP
 from samplers.names import lookup
-from samplers.schedules import RectifiedFlow, Schedule
+from samplers.schedules import RectifiedFlow, Schedule, Trig, check_positive
 
 T = TypeVar("T", float, Tensor)
 
@@ -31,8 +34,114 @@ def resolution_shift(num_tokens: int, base_tokens: int) -> float:
     return (num_tokens / base_tokens) ** 0.5
 
 
+def dynamic_shift(
+    num_tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_mu: float = 0.5,
+    max_mu: float = 1.15,
+) -> float:
+    """The shift e^mu of Flux, mu on the line through (base_tokens, base_mu) and (max_tokens, max_mu), unbounded."""
+    if num_tokens < 1 or not 0 < base_tokens < max_tokens:
+        raise ValueError(f"tokens {num_tokens} of {base_tokens} ... {max_tokens}: give counts, base below max")
+    slope = (max_mu - base_mu) / (max_tokens - base_tokens)
+    return math.exp(base_mu + slope * (num_tokens - base_tokens))
+
+
+def log_snr_uniform(num_steps: int, schedule: Schedule, margin: float = 1e-3) -> Tensor:
+    """Uniform in log-SNR from the time 1 - margin (put to 1) to margin; then 0 (Lu et al. 2022, sec. 3.3).
+
+    The margin keeps off the ends, where the log-SNR may be infinite.
+    """
+    if not 0 < margin < 0.5:
+        raise ValueError(f"margin = {margin}: give a time in (0, 0.5)")
+    high, low = schedule.log_snr(1 - margin), schedule.log_snr(margin)
+    return _from_ratios(lambda ramp: torch.exp(-torch.lerp(high, low, ramp) / 2), num_steps, schedule)
+
+
+def exponential(num_steps: int, schedule: Schedule, sigma_min: float = 0.02, sigma_max: float = 80.0) -> Tensor:
+    """sigma / alpha in geometric progression from sigma_max to sigma_min; then 0. Also uniform in log-SNR."""
+    low, high = _sigma_range(sigma_min, sigma_max, schedule)
+    return _from_ratios(lambda ramp: high * (low / high) ** ramp, num_steps, schedule)
+
+
+def karras(
+    num_steps: int, schedule: Schedule, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """(sigma / alpha)^(1/rho) uniform from sigma_max to sigma_min; then 0 (Karras et al. 2022, eq. 5).
+
+    The range is narrowed to the schedule's own; the first time is put to 1.
+    """
+    check_positive(rho=rho)
+    low, high = _sigma_range(sigma_min, sigma_max, schedule)
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return _from_ratios(lambda ramp: (first + ramp * (last - first)) ** rho, num_steps, schedule)
+
+
+def karras_between(t: float, t_next: float, num_steps: int, schedule: Schedule, rho: float = 7.0) -> list[float]:
+    """num_steps + 1 times from t to t_next, (sigma / alpha)^(1/rho) uniform (Karras et al. 2022, eq. 5)."""
+    first, last = (min(math.exp(-float(schedule.log_snr(s)) / 2), 1e3) ** (1 / rho) for s in (t, t_next))
+    ratios = (first + _ramp(num_steps + 1) * (last - first)) ** rho
+    return [t, *schedule.t_from_log_snr(-2 * ratios.log()).tolist()[1:-1], t_next]
+
+
+def cosine(num_steps: int, schedule: Schedule) -> Tensor:
+    """Uniform in the angle arctan(sigma / alpha), the time of the cosine schedule, between the schedule's own ends."""
+    first, last = (Trig().t_from_log_snr(schedule.log_snr(t)) for t in (1.0, 0.0))
+    ts = schedule.t_from_log_snr(Trig().log_snr(torch.lerp(last, first, uniform(num_steps))))
+    ts[0], ts[-1] = 1.0, 0.0
+    return ts
+
+
+def beta(num_steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
+    """Quantiles of the beta distribution, dense at both ends for a, b < 1 (Lee et al. 2024, sec. 3.3)."""
+    check_positive(a=a, b=b)
+    return torch.tensor([_beta_quantile(p, a, b) for p in uniform(num_steps).tolist()], dtype=torch.float64)
+
+
+def ddpm(num_steps: int, schedule: Schedule, spacing: str = "leading", offset: int = 0, to_data: bool = True) -> Tensor:
+    """Integer indices of a discrete schedule, spaced "leading", "trailing" or "linspace" (Lin et al. 2023, table 2).
+
+    offset is added to the leading ones (1 for Stable Diffusion). The last step goes to the data, t = 0, or with
+    to_data=False to index 0. Leading indices do not begin at t = 1. ValueError for a schedule without indices.
+    """
+    if not isinstance(schedule, DiscreteVP):
+        raise ValueError(f"grid {spacing!r} counts the indices of a DiscreteVP schedule, not of {schedule}")
+    n = len(schedule)
+    if num_steps > n:
+        raise ValueError(f"num_steps = {num_steps}: the schedule has {n} indices")
+    ramp = torch.arange(num_steps, dtype=torch.float64)
+    spacings = {
+        "leading": (num_steps - 1 - ramp) * (n // num_steps) + offset,
+        "trailing": (n - ramp * n / num_steps).round() - 1,
+        "linspace": torch.linspace(n - 1, 0, num_steps, dtype=torch.float64).round(),
+    }
+    times = schedule.time(lookup("spacing", spacing, spacings).clamp(max=n - 1))
+    end = torch.zeros(1, dtype=torch.float64) if to_data else schedule.time(0)[None]
+    return torch.cat((times[times > end], end))
+
+
+def twice_shifted(num_steps: int, shift: float, num_train: int = 1000) -> Tensor:
+    """The sigmas of diffusers' flow-matching schedulers for a static shift: the smallest one is shifted twice.
+
+    They run from 1 to a smallest sigma which is 1 / num_train already shifted, and then all are shifted. With shift 3
+    and 28 steps the last is 0.0089 where one shift gives 0.0030. For the same samples as theirs; `shift_time` of a
+    uniform grid is the right one.
+    """
+    ts = 1 + _ramp(num_steps) * (shift_time(1 / num_train, shift) - 1)
+    return torch.cat((shift_time(ts, shift), torch.zeros(1, dtype=torch.float64)))
+
+
 GRIDS: dict[str, Callable[[int, Schedule], Tensor]] = {
     "uniform": lambda num_steps, schedule: uniform(num_steps),
+    "log-snr": log_snr_uniform,
+    "karras": karras,
+    "exponential": exponential,
+    "cosine": cosine,
+    "beta": lambda num_steps, schedule: beta(num_steps),
+    "leading": lambda num_steps, schedule: ddpm(num_steps, schedule, "leading"),
+    "trailing": lambda num_steps, schedule: ddpm(num_steps, schedule, "trailing"),
+    "linspace": lambda num_steps, schedule: ddpm(num_steps, schedule, "linspace"),
 }
 
 
@@ -57,3 +166,60 @@ def _own_grid(grid: Tensor | Sequence[float]) -> Tensor:
     if not (ts.diff() < 0).all() or not ts[0] <= 1 or not ts[-1] >= 0:
         raise ValueError(f"grid runs {ts[0]:g} ... {ts[-1]:g}: its times must decrease strictly and lie in [0, 1]")
     return ts
+
+
+def _ramp(num: int) -> Tensor:
+    return torch.linspace(0, 1, num, dtype=torch.float64)
+
+
+def _sigma_range(sigma_min: float, sigma_max: float, schedule: Schedule) -> tuple[float, float]:
+    """The part of a range of sigma / alpha that the schedule has."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: give 0 < sigma_min < sigma_max")
+    low, high = (math.exp(-float(schedule.log_snr(t)) / 2) for t in (0.0, 1.0))
+    if max(low, sigma_min) >= min(high, sigma_max):
+        raise ValueError(
+            f"sigma / alpha of {schedule} runs from {low:g} to {high:g}: outside {sigma_min} ... {sigma_max}"
+        )
+    return max(low, sigma_min), min(high, sigma_max)
+
+
+def _from_ratios(ratios: Callable[[Tensor], Tensor], num_steps: int, schedule: Schedule) -> Tensor:
+    """Times of a function that takes 0 ... 1 to falling sigma / alpha; the first put to 1, and then 0.
+
+    Where the last sigma / alpha is the schedule's own end, as for VE, it is the time 0, and none comes after it.
+    """
+    ends = schedule.t_from_log_snr(-2 * ratios(_ramp(2)).log())[-1] < 1e-9
+    ts = schedule.t_from_log_snr(-2 * ratios(_ramp(num_steps + 1 if ends else num_steps)).log())
+    ts[0] = 1.0
+    if ends:
+        ts[-1] = 0.0
+        return ts
+    return torch.cat((ts, torch.zeros(1, dtype=torch.float64)))
+
+
+@lru_cache(maxsize=1024)
+def _beta_quantile(p: float, a: float, b: float) -> float:
+    """x with I_x(a, b) = p, by bisection."""
+    low, high = 0.0, 1.0
+    if p in (low, high):
+        return p
+    while low < (middle := (low + high) / 2) < high:
+        if _beta_cdf(middle, a, b) < p:
+            low = middle
+        else:
+            high = middle
+    return middle
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta_cdf(1 - x, b, a)
+    fraction = 1.0
+    for m in range(60, 0, -1):  # from the inside out; 60 terms are more than enough below the mean
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        fraction = 1 + odd / (1 + even / fraction)
+    log_front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(log_front) / (a * fraction)

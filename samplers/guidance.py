@@ -1,79 +1,190 @@
 """Guidance: functions of fields that give a field again.
 
 A guided prediction is a combination of predictions at the same (x_t, t). Where its weights sum to one, as in
-classifier-free guidance, it is the same in every view; what is not linear says in which view it works.
+classifier-free guidance, it is the same in every view; what is not linear says in which view it works. A scale of 1 is
+the conditional field itself; `interval` is where in time guidance is on, both ends included (Kynkaanniemi et al. 2024),
+and outside of it only the conditional field is evaluated. Fields of other schedules are seen on the first one's.
+
+The second field of `cfg`, `apg` and `cfg_zero` may be the model without a condition, with a negative one, or a weaker
+model with the same condition, which is autoguidance (Karras et al. 2024).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from samplers.field import DerivedField, Field, Prediction
+from samplers.names import lookup
 from samplers.schedules import Time, expand
+from samplers.views import View
+
+Interval = tuple[float, float]
+EVERYWHERE: Interval = (0.0, 1.0)
 
 
-def cfg(
-    cond: Field, uncond: Field, scale: float, interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0
-) -> Field:
+def cfg(cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHERE, rescale: float = 0.0) -> Field:
     """Classifier-free guidance: uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
 
-    Outside lo <= t <= hi (`interval`, Kynkaanniemi et al. 2024), and everywhere for scale 1, only `cond` is evaluated.
     rescale: phi in [0, 1], the part taken of a prediction that is brought back to the standard deviation of cond's, per
-    sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4). With a weaker model of the same
-    condition as `uncond` this is autoguidance (Karras et al. 2024). A field of another schedule is seen on cond's.
+    sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4).
     """
-    uncond = uncond.on(cond.schedule)
-    return _guided(cond, lambda x_t, t: (cond.predict(x_t, t), uncond.predict(x_t, t)), scale, interval, rescale)
+    _check_unit("rescale", rescale)
+    return _guided([cond, uncond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1)
 
 
-def cfg_batched(
-    cond: Field, pair: Field, scale: float, interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0
-) -> Field:
+def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVERYWHERE, rescale: float = 0.0) -> Field:
     """`cfg` with both predictions from one call: pair's network is given (2B, ...), the first half conditional.
 
     `cond` answers where guidance is off. A call of the pair counts as two evaluations per sample.
     """
+    _check_unit("rescale", rescale)
     pair = pair.on(cond.schedule)
 
-    def both(x_t: Tensor, t: Time) -> tuple[Prediction, Prediction]:
+    def both(x_t: Tensor, t: Time) -> list[Prediction]:
         twice = torch.cat((t, t)) if isinstance(t, Tensor) and t.ndim else t
         doubled = pair.predict(torch.cat((x_t, x_t)), twice)
-        on, off = (replace(doubled, value=half, x_t=x_t, t=t) for half in doubled.value.chunk(2))
-        return on, off
+        return [replace(doubled, value=half, x_t=x_t, t=t) for half in doubled.value.chunk(2)]
 
-    return _guided(cond, both, scale, interval, rescale)
+    return _guided([cond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1, predict=both)
+
+
+def apg(
+    cond: Field,
+    uncond: Field,
+    scale: float,
+    interval: Interval = EVERYWHERE,
+    parallel: float = 0.0,
+    norm: float | None = None,
+    momentum: float = 0.0,
+) -> Field:
+    """Adaptive projected guidance, which guides without oversaturation (Sadat et al. 2024, alg. 1), in the data view.
+
+    x_0 = cond + (scale - 1) u: of cond - uncond, u keeps the part orthogonal to cond, and `parallel` times the rest
+    (1 is classifier-free guidance). norm: the difference is shortened to this length per sample. momentum: so much of
+    the difference at the evaluation before is added, below 0 to push away from it; it starts anew when time rises.
+    """
+    before: dict[str, Tensor | float] = {}
+    if norm is not None and not norm > 0:
+        raise ValueError(f"norm = {norm}: give a positive length, or None for none")
+
+    def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
+        difference = on - off
+        if momentum:
+            now = float(t.max()) if isinstance(t, Tensor) else t
+            last = before.get("difference")
+            if isinstance(last, Tensor) and now <= before["t"] and last.shape == on.shape:
+                difference = difference + momentum * last
+            before.update(difference=difference, t=now)
+        dims = tuple(range(1, on.ndim))
+        if norm is not None:
+            difference = difference * (norm / _norm(difference, dims)).clamp(max=1)
+        along = (difference * on).sum(dims, keepdim=True) / on.square().sum(dims, keepdim=True).clamp(min=1e-12) * on
+        return on + (scale - 1) * (difference - (1 - parallel) * along)
+
+    return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True)
+
+
+def cfg_zero(
+    cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHERE, zero_from: float | None = 1.0
+) -> Field:
+    """CFG-Zero*: s uncond + scale (cond - s uncond) with the s that fits uncond to cond best (Fan et al. 2025, alg. 1).
+
+    s = <cond, uncond> / |uncond|^2 per sample, in the velocity. At times t >= zero_from the guided velocity is 0, which
+    skips the first step where it is 1; None for never.
+    """
+
+    def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
+        dims = tuple(range(1, on.ndim))
+        fit = (on * off).sum(dims, keepdim=True) / off.square().sum(dims, keepdim=True).clamp(min=1e-12)
+        guided = fit * off + scale * (on - fit * off)
+        if zero_from is None:
+            return guided
+        if not isinstance(t, Tensor):
+            return torch.zeros_like(on) if t >= zero_from else guided
+        return torch.where(expand((t >= zero_from).to(on.dtype), on) > 0, 0.0, guided)
+
+    return _guided([cond, uncond], combine, interval, kind="velocity", timed=True)
+
+
+def cfg_text_image(
+    full: Field,
+    without_text: Field,
+    without_image: Field,
+    text_scale: float,
+    image_scale: float,
+    interval: Interval = EVERYWHERE,
+    renorm: str = "global",
+    renorm_min: float = 0.0,
+) -> Field:
+    """Guidance by two conditions, first the text and then the image, brought back to length (BAGEL, Deng et al. 2025).
+
+    v_text = without_text + text_scale (full - without_text); v = without_image + image_scale (v_text - without_image).
+    renorm: v is scaled by |full| / |v| within [renorm_min, 1], with norms per sample ("global"), per position over the
+    channels, dimension 1 ("channel"), or so for v_text alone ("text-channel"); "none" for not at all.
+    A scale of 1 costs no evaluation of its field.
+    """
+    lookup("renorm", renorm, dict.fromkeys(("global", "channel", "text-channel", "none")))
+    _check_unit("renorm_min", renorm_min)
+    scales = [(field, s) for field, s in ((without_text, text_scale), (without_image, image_scale)) if s != 1]
+
+    def back(v: Tensor, on: Tensor) -> Tensor:
+        dims = tuple(range(1, on.ndim)) if renorm == "global" else (1,)
+        return v * (_norm(on, dims) / _norm(v, dims)).clamp(renorm_min, 1)
+
+    def combine(on: Tensor, *offs: Tensor) -> Tensor:
+        v = on
+        for (field, s), off in zip(scales, offs, strict=True):
+            v = off + s * (v - off)
+            if renorm == "text-channel" and field is without_text:
+                v = back(v, on)
+        return back(v, on) if renorm in ("global", "channel") else v
+
+    return _guided([full, *(field for field, _ in scales)], combine, interval, off=not scales, kind="velocity")
 
 
 def _guided(
-    cond: Field,
-    both: Callable[[Tensor, Time], tuple[Prediction, Prediction]],
-    scale: float,
-    interval: tuple[float, float],
-    rescale: float,
+    fields: Sequence[Field],
+    combine: Callable[..., Tensor],
+    interval: Interval,
+    off: bool = False,
+    kind: View | None = None,
+    timed: bool = False,
+    predict: Callable[[Tensor, Time], list[Prediction]] | None = None,
 ) -> Field:
-    """The field that guides where `interval` says so; a time per sample is decided per sample, at the price of both."""
+    """The field that `combine`s the fields' values in the view `kind` (the first one's own) where `interval` says so.
+
+    off: guidance changes nothing. timed: `combine` is given the time too. A time per sample is decided per sample, at
+    the price of all evaluations. `predict` gives all predictions at once, the first field's first.
+    """
     lo, hi = interval
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale = {rescale}: give a number in [0, 1]; 0 is off")
-    if scale == 1:
+    cond, *others = fields
+    if off:
         return cond
+    others = [field.on(cond.schedule) for field in others]
 
-    def predict(x_t: Tensor, t: Time) -> Prediction:
+    def guided(x_t: Tensor, t: Time) -> Prediction:
         if not isinstance(t, Tensor) and not lo <= t <= hi:
             return cond.predict(x_t, t)
-        on, off = both(x_t, t)
-        value, other = on.value, off.view(on.kind)
-        guided = rescaled(other + scale * (value - other), value, rescale)
+        on, *rest = predict(x_t, t) if predict else [cond.predict(x_t, t), *(other.predict(x_t, t) for other in others)]
+        view = on.kind if kind is None else kind
+        value, values = on.view(view), [prediction.view(view) for prediction in rest]
+        out = combine(value, *values, t) if timed else combine(value, *values)
         if isinstance(t, Tensor):
-            inside = expand(((lo <= t) & (t <= hi)).to(x_t.dtype), x_t)
-            guided = torch.where(inside > 0, guided, value)
-        return Prediction(guided, on.kind, x_t, t, cond.schedule, on.num_evals + off.num_evals)
+            out = torch.where(expand(((lo <= t) & (t <= hi)).to(x_t.dtype), x_t) > 0, out, value)
+        return Prediction(out, view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
 
-    return DerivedField(predict, cond.schedule, cond.prediction)
+    def determined(t: Time) -> bool:
+        return all(field.determined(t) for field in (cond, *others))
+
+    return DerivedField(guided, cond.schedule, cond.prediction, determined)
+
+
+def _plain(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:
+    return rescaled(off + scale * (on - off), on, rescale)
 
 
 def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
@@ -83,3 +194,12 @@ def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
     dims = tuple(range(1, guided.ndim))
     ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
     return guided * (1 + rescale * (ratio - 1))
+
+
+def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.square().sum(dims, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value}: give a number in [0, 1]; 0 is off")

@@ -1,6 +1,6 @@
 """The one loop: a solver's step, repeated over a time grid; with the count of network evaluations and the callback.
 
-Nothing in the loop waits for the accelerator: times are Python floats, and the test for NaN is read once, at the end.
+Nothing in the loop waits for the accelerator: times are Python floats, and NaN is looked for once, at the end.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from samplers.field import DerivedField, Field, Prediction
 from samplers.grids import time_grid
-from samplers.noise import Brownian, Diffusion, Generators
+from samplers.noise import Brownian, BrownianTree, Diffusion, Generators, Noise
 from samplers.schedules import Time
-from samplers.solvers import SDESolver, Solver, make_solver
+from samplers.solver import Solver
+from samplers.solvers import make_solver
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def sample(
     solver: str | Solver = "heun",
     num_steps: int = 20,
     grid: str | Tensor | Sequence[float] = "uniform",
-    diffusion: str | Diffusion | None = None,
-    generator: Generators = None,
+    diffusion: str | float | Diffusion | None = None,
+    generator: Generators | BrownianTree = None,
     callback: Callback | None = None,
     *,
     trajectory: bool = False,
@@ -72,16 +73,17 @@ def sample(
 
     x (B, ...): the state at grid[0]; sigma(1) eps for pure noise. solver: one of `solver_names()`, or a Solver.
     grid: a name with `num_steps` steps, or one's own decreasing times in [0, 1], which then say the number of steps.
-    diffusion: None for the ODE; "kl", "sigma", "sin2", "constant" or w(t) for an SDE solver, which draws its noise from
-    `generator`: one for the batch, or a list with one per sample. callback: called with a `Progress` after each step.
+    diffusion: None for the solver's own (else the ODE); "kl", "sigma", "sin2", "constant", a number eta or w(t) for a
+    solver that takes it (see noise.py). Noise is drawn from `generator`: one for the batch, or a list with
+    one, or a seed, per sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
     Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or not len(x):
         raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a floating tensor (B, ...) with B >= 1")
     method = make_solver(solver, field.schedule, diffusion)
     ts = time_grid(grid, num_steps, schedule=field.schedule)
-    noise = Brownian(x, generator) if isinstance(method, SDESolver) else None
-    return integrate(field, x, method, ts, noise, callback, trajectory)
+    noise = generator if isinstance(generator, BrownianTree) else Brownian(x, generator)
+    return integrate(field, x, method, ts, noise if method.stochastic else None, callback, trajectory)
 
 
 def integrate(
@@ -89,12 +91,15 @@ def integrate(
     x: Tensor,
     solver: Solver,
     ts: Tensor,
-    noise: Brownian | None = None,
+    noise: Noise | None = None,
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Solution:
     """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
-    num_evals = 0
+    if solver.stochastic and noise is None:
+        raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
+    times, num_evals = ts.tolist(), 0
+    solver = solver.bind(field, times)
 
     def counted(x_t: Tensor, t: Time) -> Prediction:
         nonlocal num_evals
@@ -102,26 +107,27 @@ def integrate(
         num_evals += prediction.num_evals
         return prediction
 
-    counting = DerivedField(counted, field.schedule, field.prediction)
-    times, states, sums, state = ts.tolist(), [x], [], None
+    counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
+    start, states, state = x, [x], None
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)
         if callback is not None:
             callback(Progress(index, len(times) - 1, t, t_next, x, step.x, step.prediction, num_evals))
         x, state = step.x, step.state
-        sums.append(x.detach().sum(dtype=torch.float32))
         if trajectory:
             states.append(x)
-    _check_finite(sums, times)
+    if not x.detach().sum(dtype=torch.float64).isfinite():  # one pass over memory, where isfinite().all() takes three
+        raise ValueError(_where_not_finite(field, start, solver, times, noise))
     return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
 
 
-def _check_finite(sums: list[Tensor], times: list[float]) -> None:
-    """One look, after the loop, at the sums of all states: NaN and inf spread from the step where they appear."""
-    finite = torch.stack(sums).isfinite().tolist()
-    if not all(finite):
-        step = finite.index(False)
-        raise ValueError(
-            f"NaN or inf after step {step + 1} of {len(finite)}, from t = {times[step]:g} to {times[step + 1]:g}: "
-            "look at the network's output there, or give x in float32"
-        )
+def _where_not_finite(field: Field, x: Tensor, solver: Solver, times: list[float], noise: Noise | None) -> str:
+    """The steps once more, looking after each: what went well pays nothing for it, and waits for nothing."""
+    state = None
+    with torch.no_grad():
+        for index, (t, t_next) in enumerate(pairwise(times)):
+            x, _, state = solver.step(field, x, t, t_next, state, noise)
+            if not x.isfinite().all():
+                where = f"after step {index + 1} of {len(times) - 1}, from t = {t:g} to {t_next:g}"
+                return f"NaN or inf {where}: look at the network's output there, or give x in float32"
+    return "NaN or inf in the sample, but not when its steps were made again: look at the network and at the noise"

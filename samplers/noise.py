@@ -6,7 +6,11 @@ Every w >= 0 has the same marginals (SiT, Ma et al. 2024, eq. 4), backwards in t
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +19,17 @@ from samplers.names import lookup
 from samplers.schedules import Schedule, Time, expand
 
 Diffusion = Callable[[Time], Tensor | float]
-Generators = Generator | Sequence[Generator] | None
+Generators = Generator | Sequence[Generator | int] | None
+
+
+class Noise(Protocol):
+    """A source of Brownian motion W, shaped like x: calls give W(t_next) - W(t), which is N(0, |t_next - t|)."""
+
+    def __call__(self, t: Time, t_next: Time) -> Tensor: ...
+
+    def unit(self, t: Time, t_next: Time) -> Tensor:
+        """The increment divided by its deviation, N(0, 1)."""
+        ...
 
 
 def _kl(schedule: Schedule, t: Time) -> Tensor:
@@ -32,12 +46,45 @@ DIFFUSIONS: dict[str, Callable[[Schedule, Time], Tensor | float]] = {
 }
 
 
-def make_diffusion(diffusion: str | Diffusion, schedule: Schedule) -> Diffusion:
-    """w(t) by name ("kl", "sigma", "sin2", "constant"), or one's own function of t."""
+@dataclass(frozen=True)
+class Eta:
+    """w = eta^2 w_kl: 0 is the ODE, 1 the reversal of the forward SDE (Gao et al. 2024, diffusionflow.github.io)."""
+
+    eta: float
+    schedule: Schedule
+
+    def __call__(self, t: Time) -> Tensor | float:
+        return self.eta**2 * _kl(self.schedule, t) if self.eta else 0.0
+
+
+def make_diffusion(diffusion: "str | float | Diffusion", schedule: Schedule) -> Diffusion:
+    """w(t) by name ("kl", "sigma", "sin2", "constant"), by eta >= 0 as eta^2 w_kl, or one's own function of t."""
     if callable(diffusion):
         return diffusion
-    w = lookup("diffusion", diffusion, DIFFUSIONS)
-    return lambda t: w(schedule, t)
+    if isinstance(diffusion, Real):
+        if not 0 <= diffusion < math.inf:
+            raise ValueError(f"diffusion = {diffusion}: eta is a number of at least 0; 0 is the ODE, 1 is 'kl'")
+        return Eta(float(diffusion), schedule)
+    w = lookup("diffusion", str(diffusion), DIFFUSIONS)
+    return Eta(1.0, schedule) if diffusion == "kl" else lambda t: w(schedule, t)
+
+
+def decay(diffusion: Diffusion | None, schedule: Schedule, t: float, t_next: float) -> float:
+    """D = exp(-int tau^2 dl) from t to t_next, tau^2 = w / w_kl, l = log(alpha / sigma): what noise leaves of eps.
+
+    As w_kl = -2 sigma^2 l', this is exp(-int w / (2 sigma^2) |dt|). For eta <= 1 it is what makes a step the one of
+    DDIM with that eta (Song et al. 2021, eq. 16), D^2 = 1 - eta^2 (1 - e^-2h), which for eta = 1 is the integral too.
+    """
+    if diffusion is None or t_next >= t:
+        return 1.0
+    if isinstance(diffusion, Eta):
+        log_ratio = float(schedule.log_snr(t) - schedule.log_snr(t_next))  # -2h
+        if diffusion.eta <= 1:
+            return math.sqrt(max(1 - diffusion.eta**2 * -math.expm1(log_ratio), 0.0))
+        return math.exp(diffusion.eta**2 * log_ratio / 2)
+    times = t_next + (t - t_next) * (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    rates = [float(torch.as_tensor(diffusion(s))) / (2 * float(schedule.sigma(s)) ** 2) for s in times.tolist()]
+    return math.exp(-sum(rates) / 64 * (t - t_next))
 
 
 def randn(
@@ -46,26 +93,107 @@ def randn(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise; a list of generators, one per sample, makes a sample independent of the batch it is in."""
+    """Standard normal noise; a list of generators, one per sample, makes a sample independent of the batch it is in.
+
+    Seeds may stand in place of generators. ValueError for a list of another length than the batch.
+    """
     if isinstance(generator, Sequence):
-        _check_generators(generator, shape[0])
-        return torch.stack([randn(shape[1:], g, dtype, device) for g in generator])
+        own = seeded(generator, shape[0])
+        assert isinstance(own, Sequence)
+        return torch.stack([randn(shape[1:], g, dtype, device) for g in own if isinstance(g, Generator)])
     drawn_on = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on).to(device)
 
 
+def seeded(generator: Generators, batch: int) -> Generators:
+    """Generators in place of seeds; ValueError unless there is one per sample, or one generator for all."""
+    if not isinstance(generator, Sequence):
+        if generator is not None and not isinstance(generator, Generator):
+            raise ValueError(
+                f"generator is {generator!r}: give a torch.Generator, or a list with one or a seed per sample"
+            )
+        return generator
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one per sample")
+    return [Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
+
+
 class Brownian:
-    """Brownian motion shaped like x: the increment from t to t_next is N(0, |t_next - t|), drawn when asked for."""
+    """Brownian motion shaped like x: the increment from t to t_next is drawn when it is asked for."""
 
     def __init__(self, x: Tensor, generator: Generators = None) -> None:
-        _check_generators(generator, len(x))
-        self.shape, self.dtype, self.device, self.generator = x.shape, x.dtype, x.device, generator
+        self.generator = seeded(generator, len(x))
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
 
     def __call__(self, t: Time, t_next: Time) -> Tensor:
-        z = randn(self.shape, self.generator, self.dtype, self.device)
+        z = self.unit(t, t_next)
         return expand(torch.as_tensor(t_next - t, dtype=torch.float64).abs().sqrt(), z) * z
 
+    def unit(self, t: Time, t_next: Time) -> Tensor:
+        """Standard normal noise."""
+        return randn(self.shape, self.generator, self.dtype, self.device)
 
-def _check_generators(generator: Generators, batch: int) -> None:
-    if isinstance(generator, Sequence) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one per sample")
+
+class BrownianTree:
+    """One Brownian path on [0, 1] per seed, the same on every grid: a step's increment is the sum over its parts.
+
+    seeds: one number for the batch, or one per sample, which then is the same alone and in any batch. The path is built
+    from coarse to fine by Brownian bridges (Levy's construction), each draw seeded by its place, so that any time can
+    be asked for in any order. Times are rounded to 2^-depth. Noise is drawn on the CPU: a new place costs up to `depth`
+    draws, of which near times share most.
+    """
+
+    def __init__(self, x: Tensor, seeds: int | Sequence[int] = 0, depth: int = 20) -> None:
+        if not isinstance(seeds, int) and len(seeds) != len(x):
+            raise ValueError(f"{len(seeds)} seeds for a batch of {len(x)}: give one per sample, or one for all")
+        if not 1 <= depth <= 30:
+            raise ValueError(f"depth = {depth}: give a number of halvings from 1 to 30")
+        self.shape, self.dtype, self.device, self.seeds, self.depth = x.shape, x.dtype, x.device, seeds, depth
+        self._known: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __call__(self, t: Time, t_next: Time) -> Tensor:
+        return (self.at(t_next) - self.at(t)).to(self.device)
+
+    def unit(self, t: Time, t_next: Time) -> Tensor:
+        """The increment from t to t_next over the root of their distance; ValueError where they are one place."""
+        places = abs(self._place(t_next) - self._place(t))
+        if not places:
+            raise ValueError(f"t = {t} and {t_next} are nearer than 2^-{self.depth}: give the tree a larger depth")
+        return self(t, t_next) / math.sqrt(places / 2**self.depth)
+
+    def at(self, t: Time) -> Tensor:
+        """W(t), on the CPU; W(0) = 0."""
+        return self._at(self._place(t))
+
+    def _place(self, t: Time) -> int:
+        return round(float(t) * 2**self.depth)
+
+    def _at(self, place: int) -> Tensor:
+        if place == 0:
+            return torch.zeros(self.shape, dtype=self.dtype)
+        if place in self._known:
+            self._known.move_to_end(place)
+            return self._known[place]
+        half = place & -place  # the distance to the two places that this one halves
+        if half == 2**self.depth:
+            value = self._draw(place)
+        else:
+            scale = math.sqrt(half / 2**self.depth / 2)
+            value = (self._at(place - half) + self._at(place + half)) / 2 + scale * self._draw(place)
+        self._known[place] = value
+        if len(self._known) > 4 * self.depth:
+            self._known.popitem(last=False)
+        return value
+
+    def _draw(self, place: int) -> Tensor:
+        if isinstance(self.seeds, int):
+            return randn(self.shape, _place_generator(self.seeds, place), self.dtype)
+        return torch.stack([randn(self.shape[1:], _place_generator(s, place), self.dtype) for s in self.seeds])
+
+
+def _place_generator(seed: int, place: int) -> Generator:
+    """A generator of its own for each seed and place: their numbers mixed (the finaliser of splitmix64)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + place) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return Generator().manual_seed((mixed ^ (mixed >> 31)) % 2**63)

@@ -8,12 +8,13 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 Time = float | Tensor
+POLE = 1e-4  # at a pole of sigma' the sigma it is divided by is held at this
 
 
 class Coefficients(NamedTuple):
@@ -25,12 +26,14 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
 
-@dataclass(frozen=True)
 class Schedule(ABC):
     """A path x_t = alpha(t) x_0 + sigma(t) eps whose log-SNR falls strictly with t; a subclass states its mathematics.
 
-    The four coefficients are finite on all of [0, 1]: where a derivative has a pole, the schedule says what it gives.
+    The four coefficients are finite on all of [0, 1]. Where a derivative has a pole, `poles` names the time, and the
+    schedule gives it a large finite value there. Schedules are compared by value: make a subclass a frozen dataclass.
     """
+
+    poles: ClassVar[tuple[float, ...]] = ()
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -84,16 +87,147 @@ class RectifiedFlow(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
-    """x_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps, the cosine schedule (Nichol & Dhariwal 2021) without its offset."""
+class Trig(Schedule):
+    """x_t = cos(pi t / 2) x_0 + sin(pi t / 2) s eps: TrigFlow, s the data's deviation (Lu & Song 2024, sec. 3).
+
+    With s = 1 it is the generalised VP interpolant of SiT (Ma et al. 2024, sec. 2).
+    """
+
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(sigma_data=self.sigma_data)
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        half_pi = math.pi / 2
+        half_pi, s = math.pi / 2, self.sigma_data
         alpha, sigma = torch.sin(half_pi * (1 - t)), torch.sin(half_pi * t)  # as sines both ends are exactly 0
-        return Coefficients(alpha, sigma, d_alpha=-half_pi * sigma, d_sigma=half_pi * alpha)
+        return Coefficients(alpha, s * sigma, d_alpha=-half_pi * sigma, d_sigma=s * half_pi * alpha)
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        return (torch.atan(torch.exp(-_float_tensor(log_snr) / 2)) * (2 / math.pi)).clamp(0, 1)
+        ratio = torch.exp(-_float_tensor(log_snr) / 2) / self.sigma_data
+        return (torch.atan(ratio) * (2 / math.pi)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """alpha = cos(u (t + s)) / cos(u s), u = pi / (2 + 2 s), sigma^2 = 1 - alpha^2 (Nichol & Dhariwal 2021, eq. 17).
+
+    Without the offset s (the default) it is x_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps. With it (0.008 in the paper)
+    sigma grows as the root of t near the data, and its derivative there has a pole.
+    """
+
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.offset < 1:
+            raise ValueError(f"offset = {self.offset}: give a number in [0, 1), such as 0.008")
+
+    @property
+    def poles(self) -> tuple[float, ...]:  # type: ignore[override]
+        return (0.0,) if self.offset else ()
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        rate = math.pi / 2 / (1 + self.offset)
+        start = rate * self.offset
+        # cos(rate (t + s)) as a sine of the way left to t = 1; sigma^2 = (cos^2 start - cos^2) / cos^2 start, factored.
+        alpha = torch.sin(rate * (1 - t)) / math.cos(start)
+        sigma = (torch.sin(rate * t) * torch.sin(rate * t + 2 * start)).sqrt() / math.cos(start)
+        d_alpha = -rate * torch.sin(rate * t + start) / math.cos(start)
+        if not self.offset:
+            sigma = torch.sin(rate * t)
+            return Coefficients(alpha, sigma, d_alpha, rate * alpha)
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp(min=POLE))
+
+    def t_from_log_snr(self, log_snr: Time) -> Tensor:
+        rate = math.pi / 2 / (1 + self.offset)
+        start = rate * self.offset
+        log_snr = _float_tensor(log_snr)
+        # cos^2 and sin^2 of the angle: cos^2 start * alpha^2, and the rest
+        cos = torch.sigmoid(log_snr).sqrt() * math.cos(start)
+        sin = (torch.sigmoid(-log_snr) + torch.sigmoid(log_snr) * math.sin(start) ** 2).sqrt()
+        return ((torch.atan2(sin, cos) - start) / rate).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class VPLinear(Schedule):
+    """The VP SDE with beta(t) linear: alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2) (Song et al. 2021, eq. 33).
+
+    sigma = (1 - alpha^2)^1/2 grows as the root of t near the data: its derivative there has a pole. At t = 1 a little
+    of the data is left (alpha = 0.0066 for the defaults).
+    """
+
+    poles = (0.0,)
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_positive(beta_min=self.beta_min, beta_max=self.beta_max)
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        slope = self.beta_max - self.beta_min
+        log_alpha = -(t**2) * slope / 4 - t * self.beta_min / 2
+        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        d_alpha = -alpha * (self.beta_min + t * slope) / 2
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp(min=POLE))
+
+    def t_from_log_snr(self, log_snr: Time) -> Tensor:
+        # -2 log alpha = log(1 + e^-log_snr) = t^2 slope / 2 + t beta_min, a quadratic equation, free of cancellation
+        y = torch.nn.functional.softplus(-_float_tensor(log_snr), threshold=40.0)
+        slope = self.beta_max - self.beta_min
+        t = 2 * y / (self.beta_min + (self.beta_min**2 + 2 * slope * y).clamp(min=0).sqrt())
+        return torch.where(y.isposinf(), 1.0, t).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class VE(Schedule):
+    """The variance-exploding SDE: x_t = x_0 + sigma_min (sigma_max / sigma_min)^t eps (Song et al. 2021, eq. 30).
+
+    Neither end is pure: at t = 0 noise of sigma_min is left. Start from sigma(1) eps.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min} is not below sigma_max = {self.sigma_max}")
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        rate = math.log(self.sigma_max / self.sigma_min)
+        sigma = self.sigma_min * torch.exp(rate * t)
+        return Coefficients(torch.ones_like(t), sigma, torch.zeros_like(t), rate * sigma)
+
+    def t_from_log_snr(self, log_snr: Time) -> Tensor:
+        rate = math.log(self.sigma_max / self.sigma_min)
+        return ((-_float_tensor(log_snr) / 2 - math.log(self.sigma_min)) / rate).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """x_t = x_0 + sigma_max t eps: the noise level itself is the time (Karras et al. 2022, table 1 and sec. 3).
+
+    t = sigma / sigma_max, so v = sigma_max eps; the data end is pure. Start from sigma_max eps.
+    """
+
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        check_positive(sigma_max=self.sigma_max)
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        one = torch.ones_like(t)
+        return Coefficients(one, self.sigma_max * t, torch.zeros_like(t), self.sigma_max * one)
+
+    def t_from_log_snr(self, log_snr: Time) -> Tensor:
+        return (torch.exp(-_float_tensor(log_snr) / 2) / self.sigma_max).clamp(0, 1)
+
+
+def check_positive(**numbers: float) -> None:
+    """ValueError naming the first of `numbers` that is not positive and finite."""
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} = {number}: give a positive number")
 
 
 def as_time(t: Time) -> Tensor:

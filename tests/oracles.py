@@ -3,52 +3,15 @@
 For a mixture of isotropic Gaussians sum_k w_k N(mu_k, s_k^2), x_t = alpha x_0 + sigma eps is again one, and the
 posterior means of x_0 and eps are exact. A single Gaussian also has an exact ODE flow: it moves along its quantiles.
 
-K components, D dimensions, B batch. Two schedules stand here as a user would write his own: VP and VE.
+K components, D dimensions, B batch.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from samplers import Coefficients, Field, Schedule
-
-
-@dataclass(frozen=True)
-class VariancePreserving(Schedule):
-    """The continuous VP schedule of Song et al. 2021: log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2."""
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        log_alpha = -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
-        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-        d_alpha = -alpha * (self.beta_min + t * (self.beta_max - self.beta_min)) / 2
-        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp(min=1e-3))
-
-    def t_from_log_snr(self, log_snr: float | Tensor) -> Tensor:
-        y = torch.nn.functional.softplus(-torch.as_tensor(log_snr))
-        slope = self.beta_max - self.beta_min
-        return (((self.beta_min**2 + 2 * slope * y).sqrt() - self.beta_min) / slope).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class VarianceExploding(Schedule):
-    """sigma = lo (hi / lo)^t, alpha = 1: neither end is pure."""
-
-    lo: float = 0.01
-    hi: float = 50.0
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        rate = math.log(self.hi / self.lo)
-        sigma = self.lo * torch.exp(rate * t)
-        return Coefficients(torch.ones_like(t), sigma, torch.zeros_like(t), rate * sigma)
-
-    def t_from_log_snr(self, log_snr: float | Tensor) -> Tensor:
-        t = (-torch.as_tensor(log_snr) / 2 - math.log(self.lo)) / math.log(self.hi / self.lo)
-        return t.clamp(0, 1)
+from samplers import Field, Schedule
 
 
 def column(c: Tensor | float, like: Tensor) -> Tensor:
@@ -97,6 +60,8 @@ class Mixture:
             return column(schedule.d_alpha(t), x_t) * x_0 + column(schedule.d_sigma(t), x_t) * eps
         if kind == "score":
             return -eps / sigma
+        if kind == "edm":  # of the preconditioned D = c_skip x + c_out F, deviation 1/2: (D - c_skip x) / c_out
+            return (2 * sigma * x_0 - alpha / 2 * eps) / (sigma**2 + alpha**2 / 4) ** 0.5
         return {"data": x_0, "noise": eps, "ddpm_v": alpha * eps - sigma * x_0}[kind]
 
     def field(self, schedule: Schedule, prediction: str = "velocity") -> Field:

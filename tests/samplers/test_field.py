@@ -3,10 +3,23 @@
 import pytest
 import torch
 
-from samplers import VIEWS, Cosine, Field, RectifiedFlow, sample
-from tests.oracles import GAUSSIAN, MIXTURE, VarianceExploding, VariancePreserving
+from samplers import (
+    EDM,
+    VE,
+    VIEWS,
+    Cosine,
+    DiscreteVP,
+    Field,
+    RectifiedFlow,
+    Trig,
+    VPLinear,
+    edm_network,
+    edm_view,
+    sample,
+)
+from tests.oracles import GAUSSIAN, MIXTURE
 
-SCHEDULES = [RectifiedFlow(), Cosine(), VariancePreserving(), VarianceExploding()]
+SCHEDULES = [RectifiedFlow(), Trig(0.5), VPLinear(), VE(), EDM(15.0), DiscreteVP.scaled_linear()]
 X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -79,7 +92,7 @@ def test_beyond_its_range_a_field_is_asked_at_the_nearer_end():
         asked.append(t[0].item())
         return torch.zeros_like(x_t)
 
-    field = Field(network, VariancePreserving(), "noise").on(RectifiedFlow())
+    field = Field(network, VPLinear(), "noise").on(RectifiedFlow())
     assert field.v(X, 0.0).isfinite().all() and field.v(X, 1.0).isfinite().all()
     assert asked == [0.0, 1.0]
 
@@ -108,3 +121,69 @@ def test_bad_fields_are_refused():
         Field(lambda x, t: x[:, :1], RectifiedFlow()).v(X, 0.5)
     with pytest.raises(ValueError, match="t holds 3 times for a batch of 6"):
         Field(lambda x, t: x, RectifiedFlow()).v(X, torch.rand(3))
+
+
+@pytest.mark.parametrize("ours", [RectifiedFlow(), EDM(15.0), VE(0.05, 14.0), Trig()])
+def test_a_ddpm_network_of_integer_indices_is_sampled_as_a_flow(ours):
+    """Discrete betas, noise prediction, an index as the network's time: the same solution on every schedule."""
+    betas = DiscreteVP.scaled_linear()
+
+    def network(x_t, t):
+        assert ((betas.index(t) >= 0) & (betas.index(t) <= 999)).all()
+        return MIXTURE.view("noise", x_t, t, betas)
+
+    field, grid = Field(network, betas, "noise"), torch.linspace(0.9, 0.1, 61, dtype=torch.float64)
+    there = ours.t_from_log_snr(betas.log_snr(grid))
+    x = betas.sigma(0.9) * X
+    expected = sample(field, x, "rk4", grid=grid).x / betas.alpha(0.1)
+    x_there = x * ours.alpha(there[0]) / betas.alpha(0.9)
+    got = sample(field.on(ours), x_there, "rk4", grid=there).x / ours.alpha(there[-1])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_beyond_its_range_x_0_is_kept_in_noise_and_eps_in_data():
+    vp = DiscreteVP.scaled_linear()  # alpha(1) = 0.068: it never saw pure noise
+    field = MIXTURE.field(vp, "velocity")
+    torch.testing.assert_close(field.on(RectifiedFlow()).x_0(X, 1.0), field.x_0(X, 1.0))
+    torch.testing.assert_close(field.on(RectifiedFlow()).v(X, 1.0), X - field.x_0(X, 1.0))
+    explode = MIXTURE.field(VE(0.01, 50.0), "noise")  # at its t = 0 it has noise still
+    torch.testing.assert_close(explode.on(RectifiedFlow()).eps(X, 0.0), explode.eps(X, 0.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "blind_at"),
+    [("velocity", []), ("ddpm_v", []), ("edm", []), ("data", [0.0]), ("score", [0.0, 1.0]), ("noise", [1.0])],
+)
+@pytest.mark.parametrize("on", [RectifiedFlow(), Trig()])
+def test_where_the_velocity_is_determined(prediction, blind_at, on):
+    field = MIXTURE.field(RectifiedFlow(), prediction).on(on)
+    for t in (0.0, 0.5, 1.0):
+        assert field.determines_velocity(t) == (t not in blind_at)
+
+
+def test_a_pole_of_the_schedule_hides_the_velocity():
+    field = MIXTURE.field(VPLinear(), "velocity")
+    assert not field.determines_velocity(0.0) and field.determines_velocity(0.5)
+    assert field.determined(0.0) and field.on(RectifiedFlow()).determines_velocity(0.0)
+
+
+def test_a_raw_edm_network_is_adapted():
+    s_d, schedule, seen = 0.8, RectifiedFlow(), []
+
+    def raw(x, c_noise):
+        seen.append((x, c_noise))
+        return 0.3 * x
+
+    field = Field(edm_network(raw, schedule, s_d), schedule, edm_view(s_d))
+    t = 0.6
+    sigma, x = t / (1 - t), X / (1 - t)
+    scaled = x / (sigma**2 + s_d**2) ** 0.5
+    data = s_d**2 / (sigma**2 + s_d**2) * x + sigma * s_d / (sigma**2 + s_d**2) ** 0.5 * 0.3 * scaled
+    torch.testing.assert_close(field.x_0(X, t), data)
+    torch.testing.assert_close(seen[0][0], scaled)
+    torch.testing.assert_close(seen[0][1], torch.full((6,), sigma, dtype=torch.float64).log() / 4)
+    assert field.v(X, 0.0).isfinite().all() and field.v(X, 1.0).isfinite().all()
+    limits = edm_network(raw, schedule, s_d, sigma_min=0.1, sigma_max=10.0)
+    for t, sigma in ((0.0, 0.1), (1.0, 10.0)):
+        limits(X, torch.full((6,), t, dtype=torch.float64))
+        assert seen[-1][1][0].item() == pytest.approx(torch.tensor(sigma).log().item() / 4)

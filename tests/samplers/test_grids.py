@@ -6,8 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta as scipy_beta
 
-from samplers import GRIDS, RectifiedFlow, resolution_shift, shift_time, time_grid, uniform
+from samplers import (
+    EDM,
+    GRIDS,
+    VE,
+    Cosine,
+    DiscreteVP,
+    RectifiedFlow,
+    VPLinear,
+    dynamic_shift,
+    grids,
+    resolution_shift,
+    shift_time,
+    time_grid,
+    twice_shifted,
+    uniform,
+)
 
 inside = st.floats(0.01, 0.99)
 shifts = st.floats(0.1, 10)
@@ -17,17 +33,22 @@ def test_uniform():
     torch.testing.assert_close(uniform(4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@given(num_steps=st.integers(1, 200), shift=shifts)
-@settings(max_examples=20, deadline=None)
-def test_every_named_grid_falls_from_1_to_0(name, num_steps, shift):
-    ts = time_grid(name, num_steps, shift)
+INDEXED = ("leading", "trailing", "linspace")
+SCHEDULES = [RectifiedFlow(), Cosine(), VPLinear(), VE(), EDM(), DiscreteVP.scaled_linear()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in GRIDS if name not in INDEXED])
+@given(num_steps=st.integers(1, 60), shift=shifts)
+@settings(max_examples=6, deadline=None)
+def test_every_named_grid_falls_from_1_to_0(name, schedule, num_steps, shift):
+    ts = time_grid(name, num_steps, shift, schedule)
     assert len(ts) == num_steps + 1 and ts[0] == 1 and ts[-1] == 0
     assert (ts.diff() < 0).all() and ts.dtype == torch.float64
 
 
 @given(t=inside, shift=shifts)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_shift_lowers_the_log_snr_by_twice_its_log(t, shift):
     flow = RectifiedFlow()
     moved = flow.log_snr(shift_time(t, shift)) - flow.log_snr(t)
@@ -35,7 +56,7 @@ def test_shift_lowers_the_log_snr_by_twice_its_log(t, shift):
 
 
 @given(t=inside, shift=shifts)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_shift_is_undone_by_its_reciprocal(t, shift):
     assert shift_time(shift_time(t, shift), 1 / shift) == pytest.approx(t)
 
@@ -79,3 +100,84 @@ def test_a_shift_must_be_positive():
         shift_time(0.5, 0)
     with pytest.raises(ValueError, match="tokens 0"):
         resolution_shift(0, 1)
+
+
+def ratio(schedule, ts):
+    return torch.exp(-schedule.log_snr(ts) / 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_grids_in_sigma_are_what_they_say(schedule):
+    n = 8
+    low, high = max(0.002, ratio(schedule, 0.0).item()), min(80.0, ratio(schedule, 1.0).item())
+    inner = slice(1, n)  # the first time is put to 1
+    last = n if low > 0.002 else n - 1
+    ramp = torch.arange(n, dtype=torch.float64) / last
+    expected = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    torch.testing.assert_close(ratio(schedule, grids.karras(n, schedule)[inner]), expected[inner], rtol=1e-6, atol=0)
+    steps = ratio(schedule, grids.exponential(n, schedule)[inner]).log().diff()
+    torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
+    steps = schedule.log_snr(grids.log_snr_uniform(n, schedule)[inner]).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
+
+
+def test_options_of_grids_in_sigma():
+    flow = RectifiedFlow()
+    for grid in (grids.karras, grids.exponential):
+        base = grid(8, flow)
+        assert grid(8, flow, sigma_min=0.1)[-2] > base[-2] and grid(8, flow, sigma_max=10.0)[1] < base[1]
+    assert grids.karras(8, flow, rho=3.0)[4] > grids.karras(8, flow)[4]
+    assert grids.log_snr_uniform(8, flow, margin=0.1)[-2].item() == pytest.approx(0.1)
+
+
+def test_cosine_is_the_uniform_grid_of_the_cosine_schedule():
+    torch.testing.assert_close(grids.cosine(10, Cosine()), uniform(10))
+    flow = RectifiedFlow()
+    torch.testing.assert_close(flow.log_snr(grids.cosine(10, flow))[1:-1], Cosine().log_snr(uniform(10))[1:-1])
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (2.0, 3.0), (0.3, 1.5)])
+def test_beta_is_the_quantile_function(a, b):
+    torch.testing.assert_close(grids.beta(9, a, b), torch.tensor(scipy_beta.ppf(uniform(9), a, b)), rtol=1e-7, atol=0)
+
+
+def test_spacings_of_ddpm_indices():
+    s = DiscreteVP.linear()
+    indices = {name: s.index(time_grid(name, 4, schedule=s))[:-1].round().tolist() for name in INDEXED}
+    assert indices == {"leading": [750, 500, 250, 0], "trailing": [999, 749, 499, 249], "linspace": [999, 666, 333, 0]}
+    assert s.index(grids.ddpm(4, s, offset=1)).round().tolist() == [751, 501, 251, 1, 0]
+    assert grids.ddpm(4, s)[-1] == 0 and grids.ddpm(4, s, offset=1, to_data=False)[-1].item() == 1 / 1000
+    assert len(grids.ddpm(4, s, to_data=False)) == 4  # index 0 to index 0 is no step
+
+
+def test_dynamic_shift():
+    assert dynamic_shift(256) == pytest.approx(math.exp(0.5)) and dynamic_shift(4096) == pytest.approx(math.exp(1.15))
+    assert dynamic_shift(2176) == pytest.approx(math.exp(0.825))
+    assert dynamic_shift(100, 100, 200, 0.1, 0.3) == pytest.approx(math.exp(0.1))
+
+
+def test_the_grid_that_is_shifted_twice():
+    assert twice_shifted(28, 3.0)[-2].item() == pytest.approx(0.00893, abs=1e-5)
+    once = shift_time(torch.linspace(1, 1e-3, 28, dtype=torch.float64), 3.0)
+    assert once[-1].item() == pytest.approx(0.00299, abs=1e-5)
+    torch.testing.assert_close(twice_shifted(28, 1.0)[:-1], torch.linspace(1, 1e-3, 28, dtype=torch.float64))
+    assert twice_shifted(28, 3.0, num_train=100)[-2] > twice_shifted(28, 3.0)[-2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: time_grid("leading", 5), "counts the indices of a DiscreteVP"),
+        (lambda: time_grid("leading", 1001, schedule=DiscreteVP.linear()), "the schedule has 1000 indices"),
+        (lambda: grids.ddpm(5, DiscreteVP.linear(), "traling"), "did you mean 'trailing'"),
+        (lambda: grids.karras(5, RectifiedFlow(), sigma_min=2.0, sigma_max=1.0), "sigma_min = 2"),
+        (lambda: grids.karras(5, RectifiedFlow(), rho=0), "rho = 0"),
+        (lambda: grids.karras(5, VE(1.0, 2.0), sigma_max=0.5), "runs from 1 to 2"),
+        (lambda: grids.log_snr_uniform(5, RectifiedFlow(), margin=0.6), "margin = 0.6"),
+        (lambda: grids.beta(5, -1.0), "a = -1"),
+        (lambda: dynamic_shift(0), "tokens 0"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

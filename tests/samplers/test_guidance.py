@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import VIEWS, Cosine, Field, RectifiedFlow, cfg, cfg_batched, sample
+from samplers import (
+    VIEWS,
+    Cosine,
+    Field,
+    RectifiedFlow,
+    apg,
+    cfg,
+    cfg_batched,
+    cfg_text_image,
+    cfg_zero,
+    sample,
+)
 from tests.oracles import GAUSSIAN, MIXTURE
 
 FLOW = RectifiedFlow()
@@ -16,7 +27,7 @@ COND, UNCOND = GAUSSIAN.field(FLOW), MIXTURE.field(FLOW)
 
 
 @given(scale=st.floats(-2, 10), t=st.floats(0.05, 0.95))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_guidance_is_the_same_combination_in_every_view(scale, t):
     guided, on, off = cfg(COND, UNCOND, scale).predict(X, t), COND.predict(X, t), UNCOND.predict(X, t)
     for kind in VIEWS:
@@ -85,3 +96,111 @@ def test_a_batched_pair_is_the_two_fields(t):
 def test_settings_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} = "):
         cfg(COND, UNCOND, 4.0, **options)
+
+
+SHAPE = (3, 2, 4, 4)
+Z = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def linear_field(seed):
+    """A field whose velocity is a fixed random one, plus a little of x_t."""
+    v = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return Field(lambda x_t, t: v[: len(x_t)] + 0.1 * x_t, FLOW)
+
+
+A, B, C = (linear_field(seed) for seed in (2, 3, 4))
+DIMS = (1, 2, 3)
+
+
+def test_apg_with_all_of_the_parallel_part_is_cfg():
+    torch.testing.assert_close(apg(A, B, 5.0, parallel=1.0).v(Z, 0.5), cfg(A, B, 5.0).v(Z, 0.5))
+    assert apg(A, B, 1.0) is A
+
+
+def test_apg_adds_what_is_orthogonal_to_the_conditional_data():
+    on, guided = A.x_0(Z, 0.5), apg(A, B, 5.0).x_0(Z, 0.5)
+    torch.testing.assert_close(((guided - on) * on).sum(DIMS), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
+    half = apg(A, B, 5.0, parallel=0.5).x_0(Z, 0.5)
+    torch.testing.assert_close(half, (guided + cfg(A, B, 5.0).x_0(Z, 0.5)) / 2)
+
+
+def test_apg_shortens_the_difference():
+    on = A.x_0(Z, 0.5)
+    long, short = (apg(A, B, 2.0, parallel=1.0, norm=norm).x_0(Z, 0.5) - on for norm in (1e9, 0.3))
+    torch.testing.assert_close(short.square().sum(DIMS).sqrt(), torch.full((3,), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(long, A.x_0(Z, 0.5) - B.x_0(Z, 0.5))
+
+
+def test_apg_remembers_the_difference_until_time_rises():
+    field = apg(A, B, 2.0, parallel=1.0, momentum=-0.5)
+    first, second = field.x_0(Z, 0.8), field.x_0(Z, 0.6)
+    plain = cfg(A, B, 2.0)
+    torch.testing.assert_close(first, plain.x_0(Z, 0.8))
+    before = A.x_0(Z, 0.8) - B.x_0(Z, 0.8)
+    torch.testing.assert_close(second, plain.x_0(Z, 0.6) - 0.5 * before)
+    torch.testing.assert_close(field.x_0(Z, 1.0), plain.x_0(Z, 1.0))
+
+
+def test_cfg_zero_fits_the_unconditional_velocity():
+    on, off = A.v(Z, 0.5), B.v(Z, 0.5)
+    fit = ((on * off).sum(DIMS) / (off**2).sum(DIMS))[:, None, None, None]
+    torch.testing.assert_close(cfg_zero(A, B, 4.0).v(Z, 0.5), fit * off + 4 * (on - fit * off))
+    twice = Field(lambda x_t, t: 2 * A.v(x_t, t), FLOW)
+    torch.testing.assert_close(cfg_zero(A, twice, 4.0).v(Z, 0.5), on)  # a multiple of cond is no guidance
+
+
+def test_cfg_zero_does_not_move_at_the_start():
+    assert not cfg_zero(A, B, 4.0).v(Z, 1.0).any() and cfg_zero(A, B, 4.0).v(Z, 0.99).any()
+    assert not cfg_zero(A, B, 4.0, zero_from=0.9).v(Z, 0.95).any()
+    assert cfg_zero(A, B, 4.0, zero_from=None).v(Z, 1.0).any()
+    t = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    assert cfg_zero(A, B, 4.0).v(Z, t).flatten(1).any(1).tolist() == [False, True, False]
+
+
+def test_two_conditions_are_guided_one_after_the_other():
+    full, no_text, no_image = A.v(Z, 0.5), B.v(Z, 0.5), C.v(Z, 0.5)
+    text = no_text + 4 * (full - no_text)
+    both = no_image + 2 * (text - no_image)
+    torch.testing.assert_close(cfg_text_image(A, B, C, 4.0, 2.0, renorm="none").v(Z, 0.5), both)
+    torch.testing.assert_close(cfg_text_image(A, B, C, 4.0, 1.0, renorm="none").v(Z, 0.5), text)
+    counts = [cfg_text_image(A, B, C, *s).predict(Z, 0.5).num_evals for s in ((4.0, 2.0), (4.0, 1.0), (1.0, 2.0))]
+    assert counts == [3, 2, 2] and cfg_text_image(A, B, C, 1.0, 1.0) is A
+
+
+def test_renorm_brings_back_the_length():
+    full = A.v(Z, 0.5)
+
+    def run(renorm, least=0.0, image=2.0):
+        return cfg_text_image(A, B, C, 4.0, image, renorm=renorm, renorm_min=least).v(Z, 0.5)
+
+    torch.testing.assert_close(run("global").square().sum(DIMS), full.square().sum(DIMS))
+    assert (run("channel").square().sum(1) <= full.square().sum(1) + 1e-9).all()
+    torch.testing.assert_close(run("text-channel", image=1.0), run("channel", image=1.0))
+    assert not torch.allclose(run("text-channel"), run("channel"))
+    torch.testing.assert_close(run("global", least=1.0), run("none"))
+    alone = cfg_text_image(A, B, C, 4.0, 2.0).v(Z[:1], 0.5)  # per sample: alone as in the batch
+    torch.testing.assert_close(alone, run("global")[:1])
+
+
+@pytest.mark.parametrize("make", [apg, cfg_zero, lambda a, b, s, **o: cfg_text_image(a, b, C, s, 2.0, **o)])
+def test_every_guidance_has_an_interval(make):
+    guided, full = make(A, B, 4.0, interval=(0.3, 0.6)), make(A, B, 4.0)
+    for t, on in ((0.29, False), (0.3, True), (0.6, True), (0.61, False)):
+        torch.testing.assert_close(guided.v(Z, t), (full if on else A).v(Z, t))
+    with pytest.raises(ValueError, match="interval = "):
+        make(A, B, 4.0, interval=(0.7, 0.3))
+
+
+def test_a_guided_field_sees_what_its_parts_see():
+    data = MIXTURE.field(FLOW, "data")
+    assert cfg(COND, UNCOND, 4.0).determines_velocity(0.0)
+    assert not cfg(COND, data, 4.0).determines_velocity(0.0) and not cfg(data, COND, 4.0).determines_velocity(0.0)
+
+
+def test_other_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="norm = 0"):
+        apg(A, B, 2.0, norm=0.0)
+    with pytest.raises(ValueError, match="did you mean 'global'"):
+        cfg_text_image(A, B, C, 2.0, 2.0, renorm="gloabl")
+    with pytest.raises(ValueError, match="renorm_min = 2"):
+        cfg_text_image(A, B, C, 2.0, 2.0, renorm_min=2.0)

@@ -1,0 +1,85 @@
+"""Starting from a picture: from its noised state (img2img), and with a part of it held fast (inpainting)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from samplers.field import Field
+from samplers.grids import time_grid
+from samplers.noise import Generators, Noise, randn
+from samplers.schedules import Schedule, Time
+from samplers.solver import Solver, Step
+
+
+def start_from(
+    x_0: Tensor,
+    schedule: Schedule,
+    strength: float,
+    num_steps: int = 20,
+    grid: str | Tensor | Sequence[float] = "uniform",
+    generator: Generators = None,
+) -> tuple[Tensor, Tensor]:
+    """x_0 noised to a time of the grid, and the grid from there: what `sample` takes for img2img (Meng et al. 2022).
+
+    strength in (0, 1]: the part of the grid's steps that is walked, at least one; 1 keeps only what the schedule leaves
+    of x_0 at the grid's first time. Returns x (B, ...) like x_0 and the times (k + 1,). Noise comes from `generator`.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength = {strength}: give a number in (0, 1]; 1 starts from noise")
+    ts = time_grid(grid, num_steps, schedule=schedule)
+    ts = ts[-1 - max(1, round(strength * (len(ts) - 1))) :]
+    eps = randn(x_0.shape, generator, x_0.dtype, x_0.device)
+    return schedule.mix(x_0, eps, float(ts[0])), ts
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint(Solver):
+    """`inner`, with known data put in after each step at the noise level reached (Song et al. 2021, app. I.2).
+
+    known (B, ...) data like x; mask like it or broadcast to it: 1 where it is known, 0 where it is made, between them a
+    blend; eps: the noise of the known part, the same at all times, so that it lies on one straight path. At t = 0 the
+    known part is `known` itself.
+    """
+
+    inner: Solver
+    known: Tensor
+    mask: Tensor
+    eps: Tensor
+
+    @classmethod
+    def of(cls, inner: Solver, known: Tensor, mask: Tensor, generator: Generators = None) -> "Inpaint":
+        """With noise drawn from `generator`; ValueError where the shapes do not fit or the mask leaves [0, 1]."""
+        if mask.ndim != known.ndim or any(m not in (1, k) for m, k in zip(mask.shape, known.shape, strict=True)):
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit data {tuple(known.shape)}: give 1 or the same size"
+            )
+        mask = mask.to(known)
+        if not ((mask >= 0) & (mask <= 1)).all():
+            raise ValueError("the mask leaves [0, 1]: 1 keeps the known data, 0 lets the sampler make it")
+        eps = randn(known.shape, generator, known.dtype, known.device)
+        return cls(f"inpaint-{inner.name}", inner.order, inner.evals_per_step, inner.source, inner, known, mask, eps)
+
+    @property
+    def takes_diffusion(self) -> bool:
+        return False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.inner.stochastic
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        return replace(self, inner=self.inner.bind(field, ts))
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        if state is None:
+            x_t = self._with_known(x_t, field.schedule, t)
+        x, prediction, inner = self.inner.step(field, x_t, t, t_next, state and state[0], noise)
+        return Step(self._with_known(x, field.schedule, t_next), prediction, (inner,))
+
+    def _with_known(self, x: Tensor, schedule: Schedule, t: Time) -> Tensor:
+        return torch.lerp(x, schedule.mix(self.known, self.eps, t).to(x), self.mask)

@@ -1,0 +1,139 @@
+"""Likelihood by the probability-flow ODE, and the ODE run from data to noise.
+
+Along dx = v dt the density changes by the divergence of v, so that with x_1 the end of the path from x_0
+
+    log p_0(x_0) = log p_1(x_1) + int_0^1 div v(x_t, t) dt          (Chen et al. 2018; Song et al. 2021, eq. 39)
+
+The divergence is exact, from D derivatives, or Hutchinson's estimate e . (dv/dx) e with one random e for the whole path
+(Grathwohl et al. 2019), which is unbiased. B batch, D numbers per sample.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from samplers.field import DerivedField, Field, Prediction
+from samplers.grids import time_grid
+from samplers.integrate import Solution, integrate
+from samplers.names import lookup
+from samplers.noise import Generators, randn, seeded
+from samplers.runge_kutta import Adaptive, RungeKutta
+from samplers.schedules import Time
+from samplers.solver import Solver
+from samplers.solvers import make_solver
+
+DIVERGENCES = ("exact", "rademacher", "gaussian")
+
+
+def log_likelihood(
+    field: Field,
+    x_0: Tensor,
+    solver: str | Solver = "dopri5",
+    num_steps: int = 1,
+    grid: str | Tensor | Sequence[float] = "uniform",
+    divergence: str = "exact",
+    num_probes: int = 1,
+    generator: Generators = None,
+) -> Tensor:
+    """log p_0(x_0) of each sample in nats, (B,).
+
+    x_0 (B, ...): data at the last time of the grid, which is walked from there to its first. solver: an ODE solver of
+    the velocity ("dopri5", "rk4", "heun", ...). divergence: "exact", from as many derivatives as a sample has numbers,
+    or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of them, drawn
+    from `generator`. At the noise end x is taken as N(0, sigma^2 + alpha^2) per number, which is exact where alpha = 0
+    and for unit data. Raises ValueError where the velocity at an end is not determined: keep the grid away from it.
+    """
+    lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
+    if num_probes < 1:
+        raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
+    method = make_solver(solver, field.schedule)
+    if not isinstance(method, (RungeKutta, Adaptive)):
+        raise ValueError(f"{method.name!r} does not integrate the velocity: take 'dopri5' or a Runge-Kutta method")
+    ts = time_grid(grid, num_steps, schedule=field.schedule).flip(0)
+    for t in (float(ts[0]), float(ts[-1])):
+        if not field.determines_velocity(t):
+            raise ValueError(
+                f"the network does not determine the velocity at t = {t:g}: keep the grid 1e-4 away from it"
+            )
+    probes = None
+    if divergence != "exact":
+        own = seeded(generator, len(x_0))
+        z = torch.stack([randn(x_0.shape, own, x_0.dtype, x_0.device) for _ in range(num_probes)])
+        probes = z.sign() if divergence == "rademacher" else z
+    start = torch.cat((x_0.flatten(1), torch.zeros_like(x_0.flatten(1)[:, :1])), 1)
+    with torch.no_grad():
+        end = integrate(_augmented(field, x_0.shape, probes), start, method, ts).x
+    c = field.schedule(float(ts[-1]))
+    variance, x_1 = float(c.sigma**2 + c.alpha**2), end[:, :-1]
+    prior = -x_1.square().sum(1) / (2 * variance) - x_1.shape[1] / 2 * math.log(2 * math.pi * variance)
+    return prior + end[:, -1]
+
+
+def bits_per_dim(log_likelihood: Tensor, num_dims: int, bin_width: float = 2 / 256) -> Tensor:
+    """Bits that one number of a sample takes: -log2 of the probability of its bin, over `num_dims`.
+
+    log_likelihood (B,) in nats, of data with numbers in bins of `bin_width`: 2/256 for 8-bit pixels in [-1, 1], to
+    which noise uniform over the bin was added (Theis et al. 2016). For data scaled by c, the width is c times as large.
+    """
+    if num_dims < 1 or not bin_width > 0:
+        raise ValueError(f"num_dims = {num_dims}, bin_width = {bin_width}: give positive numbers")
+    return -(log_likelihood / num_dims + math.log(bin_width)) / math.log(2)
+
+
+def invert(
+    field: Field,
+    x_0: Tensor,
+    solver: str | Solver = "heun",
+    num_steps: int = 50,
+    grid: str | Tensor | Sequence[float] = "uniform",
+) -> Solution:
+    """The ODE from data to noise: the x that `sample` takes back to x_0 on the same grid, up to the solver's error.
+
+    x_0 (B, ...): the state at the last time of the grid. solver: one that can leave t = 0, such as "heun" or "rk4".
+    """
+    method = make_solver(solver, field.schedule)
+    if method.stochastic:
+        raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
+    with torch.no_grad():
+        return integrate(field, x_0, method, time_grid(grid, num_steps, schedule=field.schedule).flip(0))
+
+
+def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:
+    """The field of (x, log-density): (B, D + 1), whose last velocity is the divergence."""
+
+    def predict(state: Tensor, t: Time) -> Prediction:
+        x = state[:, :-1].reshape(shape).detach()
+        with torch.enable_grad():
+            x.requires_grad_()
+            v = field.predict(x, t)
+            flat, evals = v.v.flatten(1), v.num_evals
+            divergence = _exact(flat, x) if probes is None else _hutchinson(flat, x, probes)
+        return Prediction(
+            torch.cat((flat.detach(), divergence[:, None]), 1), "velocity", state, t, field.schedule, evals
+        )
+
+    return DerivedField(predict, field.schedule, "velocity", field.determined)
+
+
+def _exact(v: Tensor, x: Tensor) -> Tensor:
+    """sum_d dv_d / dx_d, by one backward pass per number."""
+    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    if not v.requires_grad:
+        return total
+    for d in range(v.shape[1]):
+        (row,) = torch.autograd.grad(v[:, d].sum(), x, retain_graph=d + 1 < v.shape[1])
+        total += row.flatten(1)[:, d]
+    return total
+
+
+def _hutchinson(v: Tensor, x: Tensor, probes: Tensor) -> Tensor:
+    """The mean over probes e of e . (dv/dx) e."""
+    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    if not v.requires_grad:
+        return total
+    for i, e in enumerate(probes):
+        (row,) = torch.autograd.grad((v * e.flatten(1)).sum(), x, retain_graph=i + 1 < len(probes))
+        total += (row * e).flatten(1).sum(1)
+    return total / len(probes)

@@ -1,0 +1,65 @@
+"""What a solver is: one pure step from t to t_next. The loop is in integrate.py, the methods in the files beside."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor
+
+from samplers.field import Field, Prediction
+from samplers.noise import Diffusion, Noise
+from samplers.schedules import Time
+
+
+class Step(NamedTuple):
+    """x at t_next; the prediction made at (x_t, t); what the next step needs to know of this one."""
+
+    x: Tensor
+    prediction: Prediction
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A stepper, with what is known about it: its order of convergence, field evaluations per step, and source.
+
+    A method of one's own is a subclass with a `step`. Before the loop `bind` is called once with the field and all
+    times: the place for coefficients and for ValueErrors, none of which belong in the loop.
+    """
+
+    name: str
+    order: int
+    evals_per_step: int
+    source: str
+
+    @property
+    def takes_diffusion(self) -> bool:
+        """Whether `sample` may give it a diffusion coefficient, that is a field of this name."""
+        return hasattr(self, "diffusion")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise as it stands."""
+        return getattr(self, "diffusion", None) is not None
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        """This solver made ready for these times; ValueError for what cannot be solved."""
+        return self
+
+    @abstractmethod
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        """From x_t at t to t_next; `state` is None at the first step, `noise(t, t_next)` is a Brownian increment."""
+
+
+@dataclass(frozen=True)
+class SDESolver(Solver):
+    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t)."""
+
+    diffusion: Diffusion | None = None
+
+    @property
+    def stochastic(self) -> bool:
+        return True

@@ -1,0 +1,227 @@
+"""Stochastic solvers of dX = (v - w/2 score) dt + sqrt(w) dW, and solvers that add noise between the steps of another.
+
+Those that work with coefficients in the log-SNR (DDPM, DPM-Solver++ SDE, SA-Solver) are in exponential.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from samplers.exponential import METHODS, Linear, SingleStep, points
+from samplers.field import Field
+from samplers.grids import karras_between
+from samplers.noise import Diffusion, Noise
+from samplers.runge_kutta import advance
+from samplers.schedules import Time, check_positive, expand
+from samplers.solver import SDESolver, Solver, Step
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(SDESolver):
+    """x_next = x + (v - w/2 score) dt + sqrt(w) dW, backwards in time.
+
+    w is bounded by sigma(t_next)^2 / |dt|: a step puts in no more noise than there is where it lands. Any w >= 0 has
+    the same marginals, so the limit of small steps is as it was, but the pole of w at t = 1 and that of the score at
+    t = 0 are gone, and a step to sigma = 0 is without noise: it ends at the mean.
+    """
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        assert self.diffusion is not None and noise is not None
+        w, dt = bounded(self.diffusion, field, t, t, t_next), torch.as_tensor(t_next - t, dtype=torch.float64)
+        prediction = field.predict(x_t, t)
+        x = advance(x_t, dt, (1.0,), [prediction.v])
+        x = x + expand(w / (2 * field.schedule.sigma(t)) * dt, x) * prediction.eps  # score = -eps / sigma
+        return Step(x + expand(w.sqrt(), x) * noise(t, t_next), prediction)
+
+
+@dataclass(frozen=True)
+class StochasticHeun(SDESolver):
+    """Heun's rule on the drift, the noise of the step added first: weak order 2 (Kloeden & Platen 1992, sec. 15.1).
+
+    Within a step w is constant, taken at its middle and bounded as in `EulerMaruyama`: that is another SDE of the same
+    family, with the same marginals. Where the end cannot be seen (see runge_kutta.py) the step is Euler-Maruyama's.
+    """
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        assert self.diffusion is not None and noise is not None
+        w, dt = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next), torch.as_tensor(t_next - t)
+        first = field.predict(x_t, t)
+        kick = expand(w.sqrt(), x_t) * noise(t, t_next)
+
+        def drift(prediction: Any, at: Time) -> Tensor:
+            sigma = field.schedule.sigma(at)
+            push = torch.where(w > 0, w / (2 * sigma), 0.0)  # w = 0 where sigma = 0
+            return prediction.v + expand(push, x_t) * prediction.eps
+
+        slope = drift(first, t)
+        ahead = x_t + expand(dt, x_t) * slope + kick
+        if not isinstance(t_next, Tensor) and not field.determines_velocity(t_next):
+            return Step(ahead, first)
+        slope = (slope + drift(field.predict(ahead, t_next), t_next)) / 2
+        return Step(x_t + expand(dt, x_t) * slope + kick, first)
+
+
+def bounded(diffusion: Diffusion, field: Field, at: Time, t: Time, t_next: Time) -> Tensor:
+    """w(at), at most sigma(t_next)^2 / |dt|, float64."""
+    dt = torch.as_tensor(t_next - t, dtype=torch.float64)
+    return torch.minimum(torch.as_tensor(diffusion(at)), field.schedule.sigma(t_next) ** 2 / dt.abs())
+
+
+class _Churned(NamedTuple):
+    """A step of `Churn`: how x is scaled and noise added, and the inner solver bound to the step that follows."""
+
+    lift: Linear
+    inner: SingleStep
+
+
+@dataclass(frozen=True)
+class Churn(Solver):
+    """EDM's stochastic sampler: noise takes x back to sigma (1 + gamma) before each step (Karras et al. 2022, alg. 2).
+
+    gamma = min(churn / num_steps, sqrt(2) - 1) where sigma_min <= sigma / alpha <= sigma_max, else 0; the noise is
+    scaled by `noise_scale`. inner: the one-step solver that follows. Noise above the schedule's own is not added.
+    """
+
+    churn: float = 40.0
+    sigma_min: float = 0.05
+    sigma_max: float = 50.0
+    noise_scale: float = 1.003
+    inner: SingleStep = next(m for m in METHODS if isinstance(m, SingleStep) and m.name == "edm-heun")
+    plans: tuple[_Churned, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.churn < 0 or not 0 <= self.sigma_min <= self.sigma_max or self.noise_scale < 0:
+            raise ValueError(
+                f"churn = {self.churn}, sigma {self.sigma_min} ... {self.sigma_max}: give ordered numbers >= 0"
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        schedule, num = field.schedule, len(ts) - 1
+        most = math.exp(-float(schedule.log_snr(1.0)) / 2)
+        plans = []
+        for start, end in pairwise(points(schedule, ts)):
+            sigma, hat, lift = math.exp(-start.l), start, Linear("data", 1.0, ())
+            if self.sigma_min <= sigma <= self.sigma_max and sigma < most:
+                raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), most)
+                hat = points(schedule, [float(schedule.t_from_log_snr(-2 * math.log(raised)))])[0]
+                a = hat.alpha / start.alpha
+                added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * hat.alpha * self.noise_scale
+                lift = Linear("data", a, (), added)
+            plans.append(_Churned(lift, self.inner.bind(field, [hat.t, end.t])))
+        return replace(self, plans=tuple(plans))
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: int | None = None, noise: Noise | None = None
+    ) -> Step:
+        index = 0 if state is None else state + 1
+        assert noise is not None
+        lift, inner = self.plans[index]
+        if lift.noise > 0:
+            x_t = lift(x_t, (), noise.unit(t, t_next))
+        x, first, _ = inner.step(field, x_t, t, t_next)
+        return Step(x, first, index)
+
+
+@dataclass(frozen=True)
+class Langevin(Solver):
+    """Predictor-corrector: after each step of `inner`, `num_corrections` Langevin steps at the time it reached.
+
+    x <- x + e s + sqrt(2 e) z with the score s and e = 2 (snr sigma)^2. That is the 2 (snr |z| / |s|)^2 of Song et al.
+    (2021, alg. 5) with the norms at what they are expected to be, |s| = |z| / sigma: a step size that looked at the
+    sample would change the distribution, and one that looked at the batch would tie samples to each other.
+    At sigma = 0 there is no correction.
+    """
+
+    inner: Solver = METHODS[0]
+    snr: float = 0.16
+    num_corrections: int = 1
+    diffusion: Diffusion | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(snr=self.snr, num_corrections=self.num_corrections)
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        inner = self.inner
+        if self.diffusion is not None:
+            inner = replace(inner, diffusion=self.diffusion)  # type: ignore[call-arg]
+        return replace(self, inner=inner.bind(field, ts))
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        assert noise is not None
+        x, first, state = self.inner.step(field, x_t, t, t_next, state, noise if self.inner.stochastic else None)
+        for _ in range(self.num_corrections):
+            if float(field.schedule.sigma(t_next)) == 0:
+                break
+            score, size = field.predict(x, t_next).score, 2 * (self.snr * float(field.schedule.sigma(t_next))) ** 2
+            x = torch.add(x, score, alpha=size).add_(noise.unit(t, t_next), alpha=math.sqrt(2 * size))
+        return Step(x, first, state)
+
+
+@dataclass(frozen=True)
+class Restart(Solver):
+    """From a low noise level back up to a high one and down again, some times (Restart, Xu et al. 2023, alg. 1).
+
+    intervals: (t_low, t_high, times, num_steps) each; when the grid first reaches t_low or below, noise takes x from
+    there up to t_high, and `inner` back down in num_steps steps spaced as in Karras et al. 2022; this, `times` over.
+    """
+
+    inner: Solver = next(m for m in METHODS if m.name == "edm-heun")
+    intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
+    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for low, high, times, num_steps in self.intervals:
+            if not 0 < low < high <= 1 or times < 1 or num_steps < 1:
+                raise ValueError(
+                    f"interval {(low, high, times, num_steps)}: give 0 < t_low < t_high <= 1 and counts >= 1"
+                )
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        loops = []
+        for low, high, times, num_steps in self.intervals:
+            reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= low < t), None)
+            if reached is None or ts[reached + 1] <= 0:
+                raise ValueError(f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}")
+            down = karras_between(high, ts[reached + 1], num_steps, field.schedule)
+            bottom, top = points(field.schedule, [down[-1], high])
+            scale = top.alpha / bottom.alpha
+            added = math.sqrt(top.sigma**2 - (scale * bottom.sigma) ** 2)
+            loops.append((reached, scale, added, self.inner.bind(field, down), tuple(down), times))
+        return replace(self, inner=self.inner.bind(field, ts), loops=tuple(loops))
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
+    ) -> Step:
+        assert noise is not None
+        index, inner_state = (0, None) if state is None else (state[0] + 1, state[1])
+        own = noise if self.inner.stochastic else None
+        x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, own)
+        for reached, scale, added, inner, down, times in self.loops:
+            for _ in range(times if reached == index else 0):
+                x, within = x * scale + added * noise.unit(t, t_next), None
+                for high, low in pairwise(down):
+                    x, _, within = inner.step(field, x, high, low, within, own)
+        return Step(x, first, (index, inner_state))

@@ -1,0 +1,70 @@
+"""img2img and inpainting."""
+
+import pytest
+import torch
+
+from samplers import SOLVERS, Cosine, Inpaint, RectifiedFlow, randn, sample, start_from
+from tests.oracles import MIXTURE
+
+FLOW = RectifiedFlow()
+X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+KNOWN = MIXTURE.sample(4, torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+SEEDS = [1, 2, 3, 4]
+
+
+def test_the_start_is_the_noised_picture_and_the_rest_of_the_grid():
+    x, ts = start_from(KNOWN, FLOW, 0.5, 10, generator=SEEDS)
+    assert ts.tolist() == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    torch.testing.assert_close(x, FLOW.mix(KNOWN, randn(KNOWN.shape, SEEDS, torch.float64), 0.5))
+    assert start_from(KNOWN, FLOW, 1.0, 10)[1][0] == 1 and len(start_from(KNOWN, FLOW, 0.01, 10)[1]) == 2
+    assert len(start_from(KNOWN, FLOW, 1.0, grid=[0.9, 0.3, 0.0])[1]) == 3
+
+
+def test_more_strength_goes_further_from_the_picture():
+    def distance(strength):
+        x, ts = start_from(KNOWN, FLOW, strength, 20, generator=SEEDS)
+        return (sample(MIXTURE.field(FLOW), x, "heun", grid=ts).x - KNOWN).norm().item()
+
+    assert distance(0.1) < distance(0.4) < distance(1.0)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp-2m", "unipc", "edm-heun", "ddpm", "ab3"])
+def test_the_known_part_is_kept_and_the_other_is_made(name):
+    solver = Inpaint.of(SOLVERS[name], KNOWN, MASK, SEEDS)
+    out = sample(MIXTURE.field(FLOW), X, solver, 12, generator=SEEDS).x
+    torch.testing.assert_close(out[:, 0], KNOWN[:, 0])
+    assert not torch.isclose(out[:, 1], KNOWN[:, 1]).any()
+
+
+def test_the_known_part_is_on_its_path_at_every_step():
+    solver = Inpaint.of(SOLVERS["euler"], KNOWN, MASK, SEEDS)
+    seen = []
+    sample(MIXTURE.field(Cosine()), X, solver, 5, callback=seen.append)
+    assert len(seen) == 5
+    for progress in seen:
+        expected = Cosine().mix(KNOWN, solver.eps, progress.t_next)
+        torch.testing.assert_close(progress.x_next[:, 0], expected[:, 0])
+
+
+def test_masks_of_zero_and_one_and_between():
+    field = MIXTURE.field(FLOW)
+
+    def run(mask):
+        return sample(field, X, Inpaint.of(SOLVERS["heun"], KNOWN, mask, SEEDS), 8).x
+
+    torch.testing.assert_close(run(torch.zeros(1, 1)), sample(field, X, "heun", 8).x)
+    torch.testing.assert_close(run(torch.ones(4, 2)), KNOWN)
+    half = run(torch.full((4, 2), 0.5))
+    assert not torch.allclose(half, KNOWN) and not torch.allclose(half, run(torch.zeros(1, 1)))
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(ValueError, match="strength = 0"):
+        start_from(KNOWN, FLOW, 0)
+    with pytest.raises(ValueError, match=r"mask \(3, 1\) does not fit"):
+        Inpaint.of(SOLVERS["heun"], KNOWN, torch.ones(3, 1))
+    with pytest.raises(ValueError, match="the mask leaves"):
+        Inpaint.of(SOLVERS["heun"], KNOWN, torch.full((4, 2), 1.5))
+    with pytest.raises(ValueError, match="solves the ODE"):
+        sample(MIXTURE.field(FLOW), X, Inpaint.of(SOLVERS["ddpm"], KNOWN, MASK), diffusion=0.5)

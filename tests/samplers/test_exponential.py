@@ -1,0 +1,240 @@
+"""Exponential integrators: order, invariance under the schedule, DDIM as Euler in the right variable, options."""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from samplers import (
+    EDM,
+    SOLVERS,
+    Cosine,
+    DiscreteVP,
+    Field,
+    Multistep,
+    RectifiedFlow,
+    SingleStep,
+    VPLinear,
+    sample,
+)
+from samplers.exponential import Exponential, Point, linear, weights
+from tests.oracles import GAUSSIAN, MIXTURE
+
+FLOW = RectifiedFlow()
+X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+NAMES = [n for n, s in SOLVERS.items() if isinstance(s, Exponential) and not s.stochastic and s.view != "velocity"]
+ADAMS = ["ab2", "ab3", "ab4", "abm"]
+
+
+def measured_order(error, coarse):
+    return math.log2(error(coarse) / error(2 * coarse))
+
+
+def log_snr_grid(schedule, n):
+    return schedule.t_from_log_snr(torch.linspace(-3.0, 3.0, n + 1, dtype=torch.float64))
+
+
+@cache
+def solution(n):
+    grid = log_snr_grid(FLOW, n)
+    return sample(MIXTURE.field(FLOW), FLOW.sigma(grid[0]) * X, "rk4", grid=grid).x
+
+
+def error(solver, n):
+    grid = log_snr_grid(FLOW, n)
+    return (sample(MIXTURE.field(FLOW), FLOW.sigma(grid[0]) * X, solver, grid=grid).x - solution(300)).norm().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order(name):
+    """Once started by a one-step method of order 4, where there are more than two nodes: see `Multistep`."""
+    solver = SOLVERS[name]
+    if isinstance(solver, Multistep) and solver.num_nodes > 1:
+        solver = replace(solver, start=SOLVERS["rk4"])
+
+    assert measured_order(lambda n: error(solver, n), 64) == pytest.approx(solver.order, abs=0.2)
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_order_of_adams_bashforth_and_moulton(name):
+    schedule = FLOW if name == "abm" else Cosine()  # there it comes to its order slowly: 2.8 at 256 steps
+    data = MIXTURE if name == "abm" else GAUSSIAN  # on the straight path a Gaussian's field has more symmetry
+    field = data.field(schedule)
+    exact = sample(field, X, "rk4", 400).x if name == "abm" else GAUSSIAN.solve(X, 1.0, 0.0, schedule)
+    solver = replace(SOLVERS[name], start=SOLVERS["rk4"])
+    order = measured_order(lambda n: (sample(field, X, solver, n).x - exact).norm().item(), 64)
+    assert order == pytest.approx(solver.order, abs=0.2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schedule_does_not_matter_at_equal_log_snr(name):
+    """x / alpha is the same on every schedule, for any network, to rounding."""
+    runs = []
+    for schedule in (FLOW, Cosine(), VPLinear(), EDM(30.0), DiscreteVP.scaled_linear()):
+        grid = log_snr_grid(schedule, 7)
+        alpha = schedule.alpha(grid)
+        runs.append(sample(MIXTURE.field(FLOW).on(schedule), alpha[0] * X, name, grid=grid).x / alpha[-1])
+    for other in runs[1:]:
+        torch.testing.assert_close(other, runs[0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "edm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_from_end_to_end_whatever_is_predicted(name, prediction):
+    """Pure noise to pure data on a rectified flow: both ends have infinite log-SNR."""
+    out = sample(MIXTURE.field(FLOW, prediction), X, name, 24).x
+    reference = sample(MIXTURE.field(FLOW), X, "rk4", 100).x
+    assert (out - reference).norm() < (1.0 if SOLVERS[name].order == 1 or prediction == "noise" else 0.5)
+
+
+def test_ddim_is_euler_in_the_right_variable():
+    """x / sigma over alpha / sigma, x / alpha over sigma / alpha, x / (alpha + sigma) over sigma / (alpha + sigma)."""
+    vp = VPLinear()
+    field, grid = MIXTURE.field(vp), torch.tensor([0.8, 0.5, 0.3], dtype=torch.float64)
+    expected = sample(field, X, "ddim", grid=grid).x
+    c = vp(grid)
+    by_data, by_noise, by_flow = X.clone(), X.clone(), X.clone()
+    for i in range(2):
+        t, sigma, alpha = float(grid[i]), c.sigma[i : i + 2], c.alpha[i : i + 2]
+        step = (alpha / sigma).diff() * field.x_0(by_data, t)
+        by_data = sigma[1] * (by_data / sigma[0] + step)
+        by_noise = alpha[1] * (by_noise / alpha[0] + (sigma / alpha).diff() * field.eps(by_noise, t))
+        total, p = alpha + sigma, field.predict(by_flow, t)
+        by_flow = total[1] * (by_flow / total[0] + (sigma / total).diff() * (p.eps - p.x_0))
+    for other in (by_data, by_noise, by_flow):
+        torch.testing.assert_close(other, expected)
+    torch.testing.assert_close(
+        sample(MIXTURE.field(FLOW), X, "ddim", 5).x, sample(MIXTURE.field(FLOW), X, "euler", 5).x
+    )
+    one = sample(field, X, "dpm-1", grid=grid).x
+    torch.testing.assert_close(one, expected)
+
+
+def test_edm_heun_is_heun_in_sigma():
+    field, grid = MIXTURE.field(EDM(10.0)), torch.tensor([1.0, 0.6, 0.2, 0.0], dtype=torch.float64)
+    out = sample(field, 10 * X, "edm-heun", grid=grid)
+    torch.testing.assert_close(out.x, sample(MIXTURE.field(EDM(10.0), "data"), 10 * X, "heun", grid=grid).x)
+    assert out.num_evals == 5
+
+
+def test_two_nodes_are_the_published_coefficients():
+    """DPM-Solver++(2M): x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) ((1 + 1/2r) m_0 - 1/2r m_1)."""
+    grid = torch.tensor([0.8, 0.6, 0.45], dtype=torch.float64)
+    bound = SOLVERS["dpmpp-2m"].bind(MIXTURE.field(FLOW), grid.tolist())
+    lam = FLOW.log_snr(grid) / 2
+    h, r = (lam[2] - lam[1]).item(), ((lam[1] - lam[0]) / (lam[2] - lam[1])).item()
+    total = -0.55 * math.expm1(-h)
+    assert bound.predict[1].a == pytest.approx(0.45 / 0.6)
+    assert bound.predict[1].b == pytest.approx((total * (1 + 0.5 / r), -total * 0.5 / r))
+
+
+@pytest.mark.parametrize("variable", ["log-snr", "rho", "flow"])
+@pytest.mark.parametrize("rate", [1.0, 2.0, -1.0])
+def test_weights_integrate_polynomials(variable, rate):
+    """Against a fine midpoint rule."""
+    start, end, nodes = -0.3, 0.5, (-0.3, -0.7, -1.2)
+    value = {"log-snr": lambda x: x, "rho": lambda x: (-x).exp(), "flow": lambda x: torch.sigmoid(-x)}[variable]
+    x = start + (end - start) * (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    density = torch.exp(rate * x)
+    w = torch.tensor(weights(start, end, nodes, variable, "exact", rate), dtype=torch.float64)
+    for k in range(3):
+        mean = (density * value(x) ** k).sum() / density.sum()
+        at_nodes = (w * value(torch.tensor(nodes, dtype=torch.float64)) ** k).sum()
+        assert at_nodes.item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_weights_at_infinite_ends():
+    """The time of the flow is finite there: a polynomial is extrapolated to the data; in log-SNR one node is left."""
+    assert weights(0.0, math.inf, (0.0, -1.0), "log-snr", "exact", 1.0) == (1.0, 0.0)
+    assert weights(-math.inf, 0.0, (-math.inf,), "log-snr", "exact", 1.0) == (1.0,)
+    tau = [1 / (1 + math.exp(x)) for x in (0.0, -1.0)]
+    w = weights(0.0, math.inf, (0.0, -1.0), "flow", "exact", 1.0)
+    assert w[0] * tau[0] + w[1] * tau[1] == pytest.approx(0) and sum(w) == pytest.approx(1)
+    assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0)[2] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"view": "noise"},
+        {"variable": "rho"},
+        {"variable": "flow"},
+        {"rule": "exact"},
+        {"rule": "bh1"},
+        {"num_nodes": 3},
+        {"corrector": 3},
+        {"start": SOLVERS["heun"]},
+        {"diffusion": 0.5},
+    ],
+    ids=str,
+)
+def test_each_option_of_a_multistep_method_counts(change):
+    field, base = MIXTURE.field(FLOW), SOLVERS["dpmpp-2m"]
+    seeds = [1, 2, 3, 4]
+    changed = sample(field, X, replace(base, **change), 6, generator=seeds).x
+    assert not torch.allclose(changed, sample(field, X, base, 6).x)
+
+
+@pytest.mark.parametrize("change", [{"rule": "third-halved"}, {"lower_order_final": True}], ids=str)
+def test_options_for_three_nodes(change):
+    field, base = MIXTURE.field(FLOW), SOLVERS["dpmpp-3m"]
+    assert not torch.allclose(sample(field, X, replace(base, **change), 6).x, sample(field, X, base, 6).x)
+
+
+def test_the_published_three_node_rule_is_of_second_order():
+    """diffusers and k-diffusion have half of the second difference: `third-halved` is theirs, "exact" is of order 3."""
+
+    exact = replace(SOLVERS["dpmpp-3m"], start=SOLVERS["rk4"])
+    assert measured_order(lambda n: error(exact, n), 64) == pytest.approx(3, abs=0.2)
+    halved = replace(exact, rule="third-halved")
+    assert measured_order(lambda n: error(halved, n), 64) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("name", ["dpm-2", "dpmpp-3s", "edm-heun"])
+def test_each_option_of_a_one_step_method_counts(name):
+    field, base = MIXTURE.field(FLOW), SOLVERS[name]
+    assert isinstance(base, SingleStep)
+    other = {"view": "data" if base.view == "noise" else "noise"}
+    nodes = {"nodes": tuple(0.9 * node for node in base.nodes)}
+    variable = {"variable": "flow"}
+    for change in (other, nodes, variable):
+        assert not torch.allclose(sample(field, X, replace(base, **change), 6).x, sample(field, X, base, 6).x), change
+
+
+def test_a_corrector_costs_no_evaluation():
+    field = MIXTURE.field(FLOW)
+    assert sample(field, X, "unipc", 9).num_evals == sample(field, X, "dpmpp-2m", 9).num_evals == 9
+
+
+def test_no_host_value_is_read_in_the_loop():
+    """The coefficients of all steps are numbers before the first one: on the meta device nothing can be read back."""
+    field = Field(lambda x_t, t: x_t * 0.5, FLOW)
+    x = torch.empty(2, 3, device="meta")
+    for name in ("dpmpp-2m", "unipc", "dpm-3", "edm-heun", "heun", "ab3"):
+        solver = SOLVERS[name].bind(field, [1.0, 0.7, 0.4, 0.0])
+        state, at = None, x
+        for t, t_next in ((1.0, 0.7), (0.7, 0.4), (0.4, 0.0)):
+            at, _, state = solver.step(field, at, t, t_next, state)
+        assert at.shape == x.shape
+
+
+def test_a_multistep_step_compiles_without_a_break():
+    field, times = MIXTURE.field(FLOW), [0.9, 0.7, 0.5]
+    solver = SOLVERS["dpmpp-2m"].bind(field, times)
+    first = solver.step(field, X, 0.9, 0.7)
+    expected = solver.step(field, first.x, 0.7, 0.5, first.state).x
+    compiled = torch.compile(lambda x, state: solver.step(field, x, 0.7, 0.5, state).x, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(first.x, first.state), expected)
+
+
+def test_what_cannot_be_solved_is_refused_before_the_loop():
+    with pytest.raises(ValueError, match="cannot leave t = 0"):
+        linear("data", Point(0.0, 1.0, 0.0, math.inf), Point(0.5, 0.5, 0.5, 0.0), [math.inf], "log-snr", "exact")
+    with pytest.raises(ValueError, match="unknown view of an integrator 'dato': did you mean 'data'"):
+        Multistep("mine", 1, 1, "", view="dato")
+    with pytest.raises(ValueError, match="unknown variable"):
+        Multistep("mine", 1, 1, "", variable="time")
+    with pytest.raises(ValueError, match="unknown rule"):
+        Multistep("mine", 1, 1, "", rule="exakt")

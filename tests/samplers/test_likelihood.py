@@ -1,0 +1,117 @@
+"""Likelihood against the closed form, bits per dimension, inversion and the round trip."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from samplers import (
+    SOLVERS,
+    Cosine,
+    Field,
+    RectifiedFlow,
+    VPLinear,
+    bits_per_dim,
+    invert,
+    log_likelihood,
+    sample,
+)
+from tests.oracles import MIXTURE
+
+FLOW = RectifiedFlow()
+X_0 = MIXTURE.sample(6, torch.Generator().manual_seed(0))
+TIGHT = replace(SOLVERS["dopri5"], atol=1e-7, rtol=1e-7)
+
+
+def log_density(x):
+    away = x[:, None] - MIXTURE.means
+    normal = -(away**2).sum(-1) / (2 * MIXTURE.stds**2) - torch.log(2 * math.pi * MIXTURE.stds**2)
+    return torch.logsumexp(normal + MIXTURE.weights.log(), 1)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, Cosine()])
+@pytest.mark.parametrize("prediction", ["velocity", "ddpm_v"])
+def test_log_likelihood_of_a_mixture(schedule, prediction):
+    got = log_likelihood(MIXTURE.field(schedule, prediction), X_0, TIGHT)
+    torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=1e-4)
+
+
+def test_a_vp_noise_network_is_seen_on_the_flow():
+    """VP has a pole at t = 0, and its own end is not pure noise."""
+    field = MIXTURE.field(VPLinear(), "noise")
+    got = log_likelihood(field.on(FLOW), X_0, TIGHT)
+    torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=2e-3)  # alpha(1) = 0.0066 is where it is last asked
+    with pytest.raises(ValueError, match="does not determine the velocity at t = 0"):
+        log_likelihood(field, X_0)
+
+
+@pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased(divergence):
+    """Within 5 standard errors over many probes of the exact divergence, per sample."""
+    x = X_0[:1].expand(400, 2).clone()
+    options = {"solver": "rk4", "num_steps": 12}
+    exact = log_likelihood(MIXTURE.field(FLOW), X_0[:1], **options)
+    g = torch.Generator().manual_seed(0)
+    drawn = log_likelihood(MIXTURE.field(FLOW), x, divergence=divergence, generator=g, **options)
+    error = (drawn.mean() - exact[0]).abs()
+    assert error < 5 * drawn.std() / 20 + 1e-9
+    several = log_likelihood(MIXTURE.field(FLOW), x, divergence=divergence, num_probes=4, generator=g, **options)
+    assert several.std() < 0.8 * drawn.std()
+
+
+def test_a_seed_per_sample():
+    options = {"solver": "rk4", "num_steps": 6, "divergence": "gaussian"}
+    seeds = list(range(6))
+    together = log_likelihood(MIXTURE.field(FLOW), X_0, generator=seeds, **options)
+    alone = log_likelihood(MIXTURE.field(FLOW), X_0[2:3], generator=seeds[2:3], **options)
+    torch.testing.assert_close(together[2:3], alone)
+
+
+def test_images_are_summed_over_all_numbers():
+    """A field linear in x: the divergence over (C, H, W) is the number of numbers times the slope."""
+    field = Field(lambda x_t, t: 0.5 * x_t, FLOW)
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    end = x.flatten(1) * math.exp(0.5)
+    expected = -(end**2).sum(1) / 2 - 6 * math.log(2 * math.pi) + 12 * 0.5
+    torch.testing.assert_close(log_likelihood(field, x, "rk4", 20), expected, rtol=1e-6, atol=1e-6)
+    for divergence in ("rademacher",):  # exact for a multiple of the identity
+        torch.testing.assert_close(
+            log_likelihood(field, x, "rk4", 20, divergence=divergence), expected, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_bits_per_dim():
+    """Uniform data in [-1, 1]: every one of the 256 bins is as likely, which takes 8 bits."""
+    uniform = torch.full((3,), -12 * math.log(2.0))
+    torch.testing.assert_close(bits_per_dim(uniform, 12), torch.full((3,), 8.0))
+    torch.testing.assert_close(bits_per_dim(uniform, 12, bin_width=2 / 16), torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "heun", "dopri5"])
+def test_there_and_back_again(solver):
+    field = MIXTURE.field(FLOW)
+    noise = invert(field, X_0, solver, 60)
+    assert noise.ts[0] == 0 and noise.ts[-1] == 1
+    back = sample(field, noise.x, solver, 60).x
+    torch.testing.assert_close(back, X_0, rtol=0, atol=2e-3 if solver == "heun" else 1e-4)
+    again = invert(field, back, solver, 60).x
+    torch.testing.assert_close(again, noise.x, rtol=0, atol=1e-2 if solver == "heun" else 1e-3)
+
+
+def test_what_cannot_be_done_is_refused():
+    field = MIXTURE.field(FLOW)
+    with pytest.raises(ValueError, match="does not integrate the velocity"):
+        log_likelihood(field, X_0, "dpmpp-2m")
+    with pytest.raises(ValueError, match="did you mean 'rademacher'"):
+        log_likelihood(field, X_0, divergence="rademaher")
+    with pytest.raises(ValueError, match="num_probes = 0"):
+        log_likelihood(field, X_0, num_probes=0)
+    with pytest.raises(ValueError, match="does not determine the velocity at t = 1"):
+        log_likelihood(MIXTURE.field(FLOW, "noise"), X_0)
+    with pytest.raises(ValueError, match="cannot leave t = 0"):
+        invert(field, X_0, "dpmpp-2m")
+    with pytest.raises(ValueError, match="'ddpm' draws noise"):
+        invert(field, X_0, "ddpm")
+    with pytest.raises(ValueError, match="num_dims = 0"):
+        bits_per_dim(torch.zeros(1), 0)

@@ -1,0 +1,295 @@
+"""Stochastic solvers: moments without sampling error, weak and strong order, seeds, options, and the ODE as limit."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from samplers import (
+    DIFFUSIONS,
+    EDM,
+    SOLVERS,
+    BrownianTree,
+    Cosine,
+    DiscreteVP,
+    RectifiedFlow,
+    VPLinear,
+    integrate,
+    sample,
+    uniform,
+)
+from samplers.noise import Brownian, decay, make_diffusion
+from samplers.solvers import make_solver
+from tests.oracles import GAUSSIAN, MIXTURE
+
+SCHEDULES = [RectifiedFlow(), Cosine()]
+X = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+STOCHASTIC = [name for name, solver in SOLVERS.items() if solver.stochastic]
+ALWAYS = {"euler-maruyama": "sigma", "stochastic-heun": "sigma"}  # those that must be told a diffusion
+
+
+def measured_order(error, coarse):
+    return math.log2(error(coarse) / error(2 * coarse))
+
+
+class Impulses:
+    """Noise that is 1 in the one draw that a sample's row names, and 0 in all others: a linear solver's response."""
+
+    def __init__(self, batch):
+        self.batch, self.draw = batch, 0
+
+    def unit(self, t, t_next):
+        self.draw += 1
+        z = torch.zeros(self.batch, 1, dtype=torch.float64)
+        if self.draw < self.batch - 1:
+            z[self.draw + 1] = 1
+        return z
+
+    def __call__(self, t, t_next):
+        return abs(t_next - t) ** 0.5 * self.unit(t, t_next)
+
+
+DATA = type(GAUSSIAN).of([1.0], 0.6)
+
+
+def moments(schedule, solver, grid, diffusion=None, num_draws=None):
+    """Mean and deviation that a solver, affine in x and noise for Gaussian data, gives it: no sampling error."""
+    num = (num_draws or len(grid) + 1) + 2
+    x = torch.zeros(num, 1, dtype=torch.float64)
+    x[1] = schedule.sigma(grid[0]) if schedule.alpha(1.0) < 1e-9 else DATA.std_at(float(grid[0]), schedule)
+    offset = schedule.alpha(grid[0]) * DATA.means[0] if schedule.alpha(1.0) >= 1e-9 else 0.0
+    noise = Impulses(num)
+    out = integrate(DATA.field(schedule), x + offset, make_solver(solver, schedule, diffusion), grid, noise).x[:, 0]
+    assert noise.draw <= num - 2
+    return out[0].item(), (out[1:] - out[0]).norm().item()
+
+
+def moment_error(schedule, solver, num_steps, diffusion=None):
+    mean, std = moments(schedule, solver, uniform(num_steps), diffusion)
+    return math.hypot(mean - 1.0, std - 0.6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("diffusion", [*DIFFUSIONS, lambda t: 3 * t])
+def test_euler_maruyama_converges_weakly_to_the_marginals(schedule, diffusion):
+    assert moment_error(schedule, "euler-maruyama", 100, diffusion) < 0.02
+    assert measured_order(lambda n: moment_error(schedule, "euler-maruyama", n, diffusion), 50) > 0.8
+
+
+WEAK = {"ddpm": 1, "dpmpp-2m-sde": 2, "sa-solver": 2, "dpmpp-3m-sde": 2}
+
+
+@pytest.mark.parametrize("name", WEAK)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weak_order_of_exponential_solvers(name, schedule):
+    """On a grid uniform in log-SNR within the path, from the exact marginal: mean and deviation at its end."""
+
+    def error(n):
+        grid = schedule.t_from_log_snr(torch.linspace(-4, 4, n + 1, dtype=torch.float64))
+        x = torch.zeros(n + 3, 1, dtype=torch.float64) + schedule.alpha(grid[0]) * 1.0
+        x[1] += DATA.std_at(float(grid[0]), schedule)
+        out = integrate(DATA.field(schedule), x, make_solver(name, schedule), grid, Impulses(n + 3)).x[:, 0]
+        mean, std = out[0], (out[1:] - out[0]).norm()
+        return math.hypot(mean - schedule.alpha(grid[-1]), std - DATA.std_at(float(grid[-1]), schedule))
+
+    assert measured_order(error, 40) > WEAK[name] - 0.2
+
+
+def test_weak_order_of_stochastic_heun():
+    schedule = Cosine()
+
+    def error(n):
+        grid = torch.linspace(0.9, 0.2, n + 1, dtype=torch.float64)
+        x = torch.zeros(n + 3, 1, dtype=torch.float64) + schedule.alpha(0.9)
+        x[1] += DATA.std_at(0.9, schedule)
+        solver = make_solver("stochastic-heun", schedule, "sin2")
+        out = integrate(DATA.field(schedule), x, solver, grid, Impulses(n + 3)).x[:, 0]
+        return math.hypot(out[0] - schedule.alpha(0.2), (out[1:] - out[0]).norm() - DATA.std_at(0.2, schedule))
+
+    assert measured_order(error, 20) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), EDM(20.0)])
+def test_every_stochastic_solver_reaches_the_mean_and_covariance_of_a_mixture(name, schedule):
+    """Within 5 standard errors (p < 1e-5 over the 5 numbers) of the exact ones, and 0.03 for the step size."""
+    generator, n = torch.Generator().manual_seed(0), 3_000
+    x = schedule.sigma(1.0) * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    grid = "karras" if isinstance(schedule, EDM) else "uniform"
+    options = {"grid": grid, "num_steps": 40, "diffusion": ALWAYS.get(name), "generator": generator}
+    if name in ALWAYS and isinstance(schedule, EDM):
+        options["diffusion"] = 1.0
+    x = sample(MIXTURE.field(schedule), x, name, **options).x
+    mean, covariance = MIXTURE.moments()
+    products = (x - mean)[:, :, None] * (x - mean)[:, None, :]
+    assert ((x.mean(0) - mean).abs() < 5 * x.std(0) / n**0.5 + 0.03).all()
+    assert ((products.mean(0) - covariance).abs() < 5 * products.std(0) / n**0.5 + 0.06).all()
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler-maruyama", 1), ("ddpm", 1), ("dpmpp-2m-sde", 1)])
+def test_strong_order_on_shared_brownian_paths(name, order):
+    """The noise is additive, so Euler-Maruyama has strong order 1; paths are shared through a Brownian tree."""
+    schedule, tree = RectifiedFlow(), BrownianTree(X, list(range(8)), depth=12)
+    start = schedule.mix(torch.ones_like(X), X, 0.8)
+
+    def run(n):
+        grid = torch.linspace(0.8, 0.3, n + 1, dtype=torch.float64)
+        return sample(GAUSSIAN.field(schedule), start, name, grid=grid, generator=tree, diffusion="kl").x
+
+    fine = run(512)
+    assert measured_order(lambda n: (run(n) - fine).norm().item(), 16) == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun", "ddim", "dpmpp-2m", "sa-solver"])
+def test_zero_diffusion_is_the_ode(name):
+    field = MIXTURE.field(RectifiedFlow())
+    ode = {"euler-maruyama": "euler", "stochastic-heun": "heun", "sa-solver": None}.get(name, name)
+    if ode is None:
+        ode = replace(SOLVERS["sa-solver"], diffusion=None)
+    for zero in (0.0, lambda t: 0.0):
+        out = sample(field, X, name, 10, diffusion=zero).x
+        torch.testing.assert_close(out, sample(field, X, ode, 10).x)
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun", "ddim", "sa-solver"])
+def test_each_diffusion_gives_other_samples(name):
+    def run(diffusion):
+        generator = torch.Generator().manual_seed(0)
+        return sample(MIXTURE.field(Cosine()), X, name, 10, diffusion=diffusion, generator=generator).x
+
+    runs = [run(diffusion) for diffusion in (*DIFFUSIONS, 0.5)]
+    assert all(not torch.allclose(a, b) for a, b in itertools.combinations(runs, 2))
+
+
+def test_named_diffusions_are_the_formulas():
+    flow, t = RectifiedFlow(), 0.3
+    assert float(DIFFUSIONS["kl"](flow, t)) == pytest.approx(2 * t / (1 - t))
+    assert float(DIFFUSIONS["kl"](Cosine(), t)) == pytest.approx(math.pi * math.tan(math.pi * t / 2))
+    assert float(DIFFUSIONS["kl"](VPLinear(), t)) == pytest.approx(0.1 + t * 19.9)
+    assert float(DIFFUSIONS["sigma"](flow, t)) == t
+    assert float(DIFFUSIONS["sin2"](flow, t)) == pytest.approx(math.sin(math.pi * t) ** 2)
+    assert float(make_diffusion(0.5, flow)(t)) == pytest.approx(0.25 * 2 * t / (1 - t))
+    assert float(make_diffusion(0.5, flow)(0.0)) == 0
+
+
+def test_decay_is_the_integral():
+    """exp(-int w / (2 sigma^2)) for w = w_kl is e^-h; the quadrature for an own function agrees with it."""
+    flow, t, t_next = RectifiedFlow(), 0.6, 0.5
+    expected = (t_next / (1 - t_next)) / (t / (1 - t))
+    assert decay(make_diffusion("kl", flow), flow, t, t_next) == pytest.approx(expected)
+    assert decay(lambda s: DIFFUSIONS["kl"](flow, s), flow, t, t_next) == pytest.approx(expected, rel=1e-4)
+    assert decay(make_diffusion(1.3, flow), flow, t, t_next) == pytest.approx(expected**1.69)
+    assert decay(make_diffusion(0.5, flow), flow, t, t_next) == pytest.approx((1 - 0.25 * (1 - expected**2)) ** 0.5)
+    assert decay(None, flow, t, t_next) == 1
+
+
+def test_ddim_with_eta_is_the_published_step():
+    """Song et al. 2021, eq. 12 and 16, for a step between two indices of DDPM's betas."""
+    betas = DiscreteVP.linear()
+    field, t, s = MIXTURE.field(betas, "noise"), 0.601, 0.501
+    (a_t, a_s), eta = ((betas.alpha(t) ** 2, betas.alpha(s) ** 2)), 0.7
+    eps = field.eps(X, t)
+    x_0 = (X - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    dev = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
+    z = torch.randn(X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = a_s.sqrt() * x_0 + (1 - a_s - dev**2).sqrt() * eps + dev * z
+    got = sample(field, X, "ddim", grid=[t, s], diffusion=eta, generator=torch.Generator().manual_seed(3)).x
+    torch.testing.assert_close(got, expected)
+
+
+def test_ddpm_is_the_posterior():
+    """Ho et al. 2020, eq. 6 and 7, for one index to the one before."""
+    betas = DiscreteVP.linear(100)
+    k, bar, beta = 50, betas.alpha_bar, torch.tensor(betas.betas, dtype=torch.float64)
+    x_0 = (field := MIXTURE.field(betas, "noise")).x_0(X, betas.time(k))
+    mean = bar[k - 1].sqrt() * beta[k] / (1 - bar[k]) * x_0 + (1 - beta[k]).sqrt() * (1 - bar[k - 1]) / (1 - bar[k]) * X
+    deviation = ((1 - bar[k - 1]) / (1 - bar[k]) * beta[k]).sqrt()
+    z = torch.randn(X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    grid = [betas.time(k).item(), betas.time(k - 1).item()]
+    got = sample(field, X, "ddpm", grid=grid, generator=torch.Generator().manual_seed(3)).x
+    torch.testing.assert_close(got, mean + deviation * z)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_sample_of_a_seed_is_the_same_alone_and_in_any_batch(name):
+    field, seeds = MIXTURE.field(RectifiedFlow()), list(range(8))
+    options = {"num_steps": 6, "diffusion": ALWAYS.get(name)}
+    for source in (lambda x, s: s, lambda x, s: BrownianTree(x, s, depth=8)):
+        together = sample(field, X, name, generator=source(X, seeds), **options).x
+        alone = sample(field, X[3:4], name, generator=source(X[3:4], seeds[3:4]), **options).x
+        torch.testing.assert_close(together[3:4], alone, rtol=1e-10, atol=1e-10)
+        parts = [
+            sample(field, X[i], name, generator=source(X[i], seeds[i]), **options).x for i in (slice(0, 5), slice(5, 8))
+        ]
+        torch.testing.assert_close(together, torch.cat(parts), rtol=1e-10, atol=1e-10)
+        other = sample(field, X, name, generator=source(X, [s + 9 for s in seeds]), **options).x
+        assert not torch.allclose(together, other)
+
+
+def test_the_tree_is_one_brownian_path_on_every_grid():
+    x = torch.zeros(4000, 1, dtype=torch.float64)
+    tree, again = BrownianTree(x, 7, depth=10), BrownianTree(x, 7, depth=10)
+    whole = tree(0.9, 0.1)
+    parts = again(0.3, 0.1) + again(0.9, 0.7) + again(0.7, 0.3)
+    torch.testing.assert_close(whole, parts)
+    for t, t_next in ((1.0, 0.0), (0.51, 0.5), (0.9, 0.1)):
+        assert tree(t, t_next).var().item() == pytest.approx(abs(t - t_next), rel=0.12)  # 5 standard errors
+        assert tree.unit(t, t_next).var().item() == pytest.approx(1, rel=0.12)
+    first, second = tree(0.9, 0.6), tree(0.6, 0.2)
+    assert abs((first * second).mean().item()) < 5 * (0.3 * 0.4 / 4000) ** 0.5
+    assert not torch.allclose(whole, BrownianTree(x, 8, depth=10)(0.9, 0.1))
+
+
+def test_refusals_of_the_tree():
+    with pytest.raises(ValueError, match="2 seeds for a batch of 8"):
+        BrownianTree(X, [1, 2])
+    with pytest.raises(ValueError, match="depth = 0"):
+        BrownianTree(X, 1, depth=0)
+    with pytest.raises(ValueError, match=r"nearer than 2\^-4"):
+        BrownianTree(X, 1, depth=4).unit(0.5, 0.501)
+    with pytest.raises(ValueError, match="give a torch.Generator"):
+        Brownian(X, 3)
+
+
+def run(solver, field=None, **options):
+    field = field or MIXTURE.field(EDM(20.0))
+    x = field.schedule.sigma(1.0) * X
+    return sample(field, x, solver, 12, grid="karras", generator=list(range(8)), **options).x
+
+
+def test_no_churn_is_edm_heun_and_each_option_counts():
+    churn, heun = SOLVERS["edm-churn"], run("edm-heun")
+    torch.testing.assert_close(run(replace(churn, churn=0.0)), heun)
+    torch.testing.assert_close(run(replace(churn, sigma_min=0.0, sigma_max=0.0)), heun)
+    base = run(churn)
+    for option in ({"churn": 2.0}, {"sigma_min": 1.0}, {"sigma_max": 1.0}, {"noise_scale": 1.1}):
+        assert not torch.allclose(run(replace(churn, **option)), base), option
+    inner = replace(SOLVERS["dpm-1"])
+    assert not torch.allclose(run(replace(churn, inner=inner)), base)
+    with pytest.raises(ValueError, match="churn = -1"):
+        replace(churn, churn=-1.0)
+
+
+def test_options_of_langevin():
+    langevin, base = SOLVERS["langevin"], run("langevin")
+    for option in ({"snr": 0.05}, {"num_corrections": 2}, {"inner": SOLVERS["dpmpp-2m"]}):
+        assert not torch.allclose(run(replace(langevin, **option)), base), option
+    assert not torch.allclose(run("langevin", diffusion=1.0), base)
+    torch.testing.assert_close(run(replace(langevin, snr=1e-9)), run("ddim"), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="snr = 0"):
+        replace(langevin, snr=0)
+
+
+def test_options_of_restart():
+    restart, field = SOLVERS["restart"], MIXTURE.field(RectifiedFlow())
+    base = run("restart", field)
+    for intervals in (((0.1, 0.6, 1, 4),), ((0.2, 0.5, 1, 4),), ((0.2, 0.6, 2, 4),), ((0.2, 0.6, 1, 5),)):
+        assert not torch.allclose(run(replace(restart, intervals=intervals), field), base), intervals
+    assert not torch.allclose(run(replace(restart, inner=SOLVERS["ddim"]), field), base)
+    torch.testing.assert_close(run(replace(restart, intervals=()), field), run("edm-heun", field))
+    with pytest.raises(ValueError, match="give 0 < t_low < t_high"):
+        replace(restart, intervals=((0.6, 0.2, 1, 4),))
+    with pytest.raises(ValueError, match="no step of the grid"):
+        sample(field, X, "restart", 1)
