@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
 from training.devices import pick_device, pick_precision
+from training.interrupts import Interrupts
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
@@ -171,7 +172,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     """Train on `config.data`; returns the folder, which `open_autoencoder` reads.
 
     Beside the weights it holds training.json (the config, the held-out PSNR in dB, the latents' statistics, the
-    time), metrics.jsonl and reconstructions.png. Ctrl-C saves what there is. Raises ValueError for a folder that is
+    time), metrics.jsonl and reconstructions.png. Ctrl-C or SIGTERM saves what there is. Raises ValueError for a folder that is
     not empty.
     """
     out, started = Path(config.out), time.perf_counter()
@@ -188,7 +189,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     optimizer = _optimizer(model, config)
     out.mkdir(parents=True, exist_ok=True)
     done, scores = 0, []
-    try:
+    with Interrupts() as interrupts, interrupts.deferred():
         for step in range(config.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * group["share"] * _schedule(step, config)
@@ -199,10 +200,11 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
             optimizer.step()
             scores.append(score)
             done = step + 1
+            if interrupts.caught:
+                log(f"stopped at step {done}; saving")
+                break
             if done % config.evaluate_every == 0 and done < config.num_steps:
                 _report(model, train, held_out, config, done, scores, started, log)
-    except KeyboardInterrupt:
-        log(f"stopped at step {done}; saving")
     _report(model, train, held_out, config, done, scores, started, log)
     return out
 

@@ -80,6 +80,7 @@ class LatentFeed:
         self.device = device
         self.captions: list[str] = []
         parts, reasons = [], []
+        done = 0
         for batch in one_pass(source, indices, ENCODE_BATCH, num_workers):
             reasons += batch.skipped[:1]
             for key, reason in batch.skipped:
@@ -88,7 +89,8 @@ class LatentFeed:
                 with torch.no_grad():
                     parts.append(autoencoder.encode(to_signed(batch.images.to(device))).cpu())
                 self.captions += batch.captions
-            progress(len(self.captions), len(indices))
+            done += len(batch.captions) + len(batch.skipped)
+            progress(done, len(indices))
         if not parts:
             first = f"; one of them is {': '.join(reasons[0])}" if reasons else ""
             raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")

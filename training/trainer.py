@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from training.config import TrainConfig, apply_overrides
 from training.devices import pick_device, pick_precision
 from training.evaluate import evaluate_run, validation_loss
 from training.feed import LatentFeed
+from training.interrupts import Interrupted, Interrupts
 from training.objectives import FlowMatching
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.plots import caption_grid
@@ -288,41 +287,3 @@ def _split(batch: Any, parts: int) -> Iterator[Any]:
 
 def _example(validation: LatentFeed | None) -> str:
     return validation.captions[0] if validation is not None else "a caption like yours"
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came while no step was in progress."""
-
-
-class Interrupts:
-    """While entered, SIGINT and SIGTERM raise `Interrupted`; where deferred, so that the step in progress ends, they
-    only leave a mark: `caught`. A second one acts at once.
-    """
-
-    def __enter__(self) -> Interrupts:
-        self.caught = self._deferred = False
-        self._old: dict[int, Any] = {}
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._old[sig] = signal.signal(sig, self._catch)
-            except ValueError:  # not in the main thread, where Python delivers no signals
-                continue
-        return self
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def _catch(self, sig: int, frame: Any) -> None:
-        self.caught = True
-        self.__exit__()
-        if not self._deferred:
-            raise Interrupted
-
-    def __exit__(self, *error: Any) -> None:
-        for sig, handler in self._old.items():
-            signal.signal(sig, handler)

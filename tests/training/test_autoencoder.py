@@ -1,6 +1,8 @@
 """Training an autoencoder: it learns, what it writes is what was measured, options act, bad input is refused."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -116,13 +118,14 @@ def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):
     assert np.isfinite(psnr_of(train_autoencoder(settings, lines.append)))
 
 
-def test_an_interrupt_saves_what_there_is(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_saves_what_there_is_after_the_step_in_progress(tmp_path, monkeypatch, sig):
     step, original = [], module._loss
 
     def interrupted(*arguments):
-        if len(step) == 3:
-            raise KeyboardInterrupt
         step.append(1)
+        if len(step) == 3:
+            os.kill(os.getpid(), sig)
         return original(*arguments)
 
     monkeypatch.setattr(module, "_loss", interrupted)

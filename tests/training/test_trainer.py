@@ -26,10 +26,11 @@ from mmdit.autoencoder import SHIPPED, PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
+from training.interrupts import Interrupted, Interrupts
 from training.objectives import Loss
 from training.run import RunFolder
 from training.settings import field_docs
-from training.trainer import Interrupted, Interrupts, Trainer
+from training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM, as a scheduler sends it, where they lose nothing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came while no step was in progress."""
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise `Interrupted`; where deferred, so that the step in progress ends, they
+    only leave a mark: `caught`. A second one acts at once.
+    """
+
+    def __enter__(self) -> Interrupts:
+        self.caught = self._deferred = False
+        self._old: dict[int, Any] = {}
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[sig] = signal.signal(sig, self._catch)
+            except ValueError:  # not in the main thread, where Python delivers no signals
+                continue
+        return self
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _catch(self, sig: int, frame: Any) -> None:
+        self.caught = True
+        self.__exit__()
+        if not self._deferred:
+            raise Interrupted
+
+    def __exit__(self, *error: Any) -> None:
+        for sig, handler in self._old.items():
+            signal.signal(sig, handler)
