@@ -172,8 +172,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     """Train on `config.data`; returns the folder, which `open_autoencoder` reads.
 
     Beside the weights it holds training.json (the config, the held-out PSNR in dB, the latents' statistics, the
-    time), metrics.jsonl and reconstructions.png. Ctrl-C or SIGTERM saves what there is. Raises ValueError for a folder that is
-    not empty.
+    time), metrics.jsonl and reconstructions.png. Ctrl-C or SIGTERM saves what there is. Raises ValueError for a folder
+    that is not empty.
     """
     out, started = Path(config.out), time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

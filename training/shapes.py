@@ -10,7 +10,9 @@ Captions are kept out of training by the facts they state, never by their wordin
 "b right of a": a held-out caption is therefore new in every paraphrase (`content`, `is_held_out`).
 
 Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides.
-Distances on a wider or taller frame only grow, so that a scene is good at every image size.
+Distances on a wider or taller frame only grow, so that a scene is good at every image size. Objects stand like the pips
+of a die, one in the middle or a corner, several in corners: so few places, each seen so often, can be learnt in a
+quarter of an hour.
 """
 
 import hashlib
@@ -18,6 +20,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -41,12 +45,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "held-out", "all")
 
-GAP = 3.5 / 64  # least room between the circles around two objects
-BORDER = 1 / 64  # least room between an object and the frame
-LATTICE = (
-    8  # centres lie on multiples of 1/8: so few outlines, and each so often, can be learnt in a quarter of an hour
-)
-RELATION_MARGIN = 0.2  # least distance of two centres along the axis that a relation names
+CORNERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
+PLACES_OF_ONE = ((0.5, 0.5), *CORNERS)
 HELD_OUT_ONE_IN = 10  # contents
 HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
 
@@ -96,10 +96,6 @@ class Facts:
             raise ValueError(f"count must be 1, or 2 to 4 of one item, not {self.count} of {len(self.items)} items")
         if self.relation is not None and len(self.items) != 2:
             raise ValueError(f"the relation {self.relation!r} needs two items, not {len(self.items)}")
-        num_objects = self.count * len(self.items)
-        for item in self.items:
-            if item.size not in (None, *_room_for(num_objects)):
-                raise ValueError(f"{num_objects} objects, {item.size} ones, have no room: name fewer or smaller ones")
 
     @property
     def kind(self) -> str:
@@ -191,11 +187,11 @@ def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
     if kind in ("single", "count"):
         count = 1 if kind == "single" else int(rng.integers(2, 5))
         colour = _choice(rng, COLOURS) if rng.random() < STATED["colour"] else None
-        size = _choice(rng, _room_for(count)) if rng.random() < STATED["size"] else None
+        size = _choice(rng, SIZES) if rng.random() < STATED["size"] else None
         return Facts((Item(_choice(rng, SHAPES), colour, size),), count=count, background=background)
     shapes = rng.permutation(SHAPES)[:2].tolist()
     colours = [_choice(rng, COLOURS) for _ in shapes] if rng.random() < STATED["colour"] else [None, None]
-    sizes = [_choice(rng, _room_for(2)) if rng.random() < STATED["size"] else None for _ in shapes]
+    sizes = [_choice(rng, SIZES) if rng.random() < STATED["size"] else None for _ in shapes]
     if kind == "relation" and background is not None:
         sizes = [None, None]  # keeps the caption short
     items = tuple(Item(*attributes) for attributes in zip(shapes, colours, sizes, strict=True))
@@ -272,49 +268,33 @@ def _parse_objects(text: str) -> Facts | None:
 
 def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
     """A picture of which the facts are true, showing only the objects they name; all that they leave open is random."""
-    num_objects = facts.count * len(facts.items)
     looks = []
     for item in facts.items:
-        colour = item.colour or _choice(rng, COLOURS)
-        size = item.size or _choice(rng, _room_for(num_objects))
+        colour, size = item.colour or _choice(rng, COLOURS), item.size or _choice(rng, SIZES)
         looks += [(item.shape, colour, size)] * facts.count
     background = facts.background or _choice(rng, BACKGROUNDS)
-    centres = _place(np.array([SIZES[size] for _, _, size in looks]), facts.relation, rng).tolist()
-    return Scene(background, tuple(Object(*look, *centre) for look, centre in zip(looks, centres, strict=True)))
+    layouts = _layouts(len(looks), facts.relation)
+    places = layouts[int(rng.integers(len(layouts)))]
+    return Scene(background, tuple(Object(*look, *place) for look, place in zip(looks, places, strict=True)))
 
 
-def _room_for(num_objects: int) -> tuple[str, ...]:
-    """The sizes of which this many objects fit a picture with room to spare."""
-    return tuple(SIZES)[: {3: 2, 4: 1}.get(num_objects, 3)]
+@cache
+def _layouts(num_objects: int, relation: str | None) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """All the ways to place so many objects, in order; two in a relation are side by side, never diagonal."""
+    if num_objects == 1:
+        return tuple((place,) for place in PLACES_OF_ONE)
+    ways = permutations(CORNERS, num_objects)
+    return tuple(way for way in ways if relation is None or _side_by_side(relation, np.subtract(way[1], way[0])))
 
 
-def _place(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Centres (n, 2) on the lattice, at random, of objects that keep apart, off the frame, and stand in `relation`."""
-    num_objects, low = len(radii), radii[:, None] + BORDER
-    apart = radii[:, None] + radii + GAP
-    np.fill_diagonal(apart, 0.0)
-    for _ in range(1000):
-        centres = low + (1 - 2 * low) * rng.random((64, num_objects, 2))
-        centres = np.round(LATTICE * centres) / LATTICE
-        offsets = centres[:, None, :, :] - centres[:, :, None, :]  # offsets[k, i, j] leads from i to j
-        good = (np.hypot(offsets[..., 0], offsets[..., 1]) >= apart).all(axis=(1, 2))
-        good &= ((low <= centres) & (centres <= 1 - low)).all(axis=(1, 2))
-        if relation is not None:
-            good &= related(relation, offsets[:, 0, 1], RELATION_MARGIN, dominant=True)
-        if good.any():
-            return centres[good.argmax()]
-    raise AssertionError(f"no layout found for radii {radii} and relation {relation}")
+def _side_by_side(relation: str, offset: np.ndarray) -> bool:
+    return 0 in offset and related(relation, offset, margin=0.25)
 
 
-def related(relation: str, offset: np.ndarray, margin: float, dominant: bool = False) -> np.ndarray:
-    """Whether first stands in `relation` to second, by at least `margin`; `offset` (..., 2) leads from first to second.
-
-    With `dominant`, the distance along the named axis must also be the greater one.
-    """
-    axis = 0 if relation in ("left of", "right of") else 1
-    along = offset[..., axis] * (1 if relation in ("left of", "above") else -1)
-    good = along >= margin
-    return good & (along > np.abs(offset[..., 1 - axis])) if dominant else good
+def related(relation: str, offset: np.ndarray, margin: float) -> bool:
+    """Whether first stands in `relation` to second, by at least `margin`; `offset` (2,) leads from first to second."""
+    along = offset[0 if relation in ("left of", "right of") else 1]
+    return bool(along >= margin if relation in ("left of", "above") else -along >= margin)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 One object, two objects, counting, colours, position, colour attribution: as there, a detector looks at the generated
 picture and the question is answered from what it finds. Because the pictures are flat shapes, the detector is classical
-and exact: background by median, colours by projection on the line from background to colour, connected components, and
+and exact: background by the frame's median, colours by projection on the line from background to colour, connected components, and
 template matching of each component's coverage after its position and area are normalised. It has no weights.
 
 Letters: H, W image sides; P template side; K number of templates.
@@ -50,6 +50,7 @@ QUESTIONS = tuple(KIND_OF_QUESTION)
 POSITION_MARGIN = 0.1  # of the image between two centres; true pictures have at least twice that
 
 WORKING_SIDE = 64  # shorter side in pixels at which the detector looks at every picture; the thresholds below mean it
+FRAME = 2  # pixels at each edge that objects leave free, or nearly
 SMOOTHING = 0.5  # pixels, sigma of the Gaussian that takes the worst off pixel noise
 MIN_AREA = 20  # pixels of coverage; the least object that the world draws covers over 70
 MIN_CONTRAST = 45  # RGB distance to the background from which a pixel can belong to an object
@@ -92,7 +93,8 @@ class Detection:
 def detect(image: Any) -> Detection:
     """Find the objects in an image: uint8 (H, W, 3), or a PIL image. Raises ValueError for anything else."""
     pixels = _at_working_size(image)
-    backdrop = np.median(pixels.reshape(-1, 3), axis=0)  # every scene is mostly background
+    frame = (pixels[:FRAME], pixels[-FRAME:], pixels[:, :FRAME], pixels[:, -FRAME:])  # of every scene, background
+    backdrop = np.median(np.concatenate([edge.reshape(-1, 3) for edge in frame]), axis=0)
     regions = _regions(pixels, backdrop)
     objects = (_found(pixels, backdrop, regions == i) for i in range(1, int(regions.max()) + 1))
     return Detection(_nearest(backdrop, BACKGROUNDS), tuple(thing for thing in objects if thing is not None))
@@ -263,7 +265,7 @@ def answers(question: str, facts: Facts, detection: Detection) -> bool:
         return not unnamed and len(_matching(Item(items[0].shape), detection)) == facts.count
     first, second = (_matching(Item(item.shape), detection) for item in items)
     offsets = [np.array([b.x - a.x, b.y - a.y]) for a in first for b in second if a is not b]
-    return any(bool(related(str(facts.relation), offset, POSITION_MARGIN)) for offset in offsets)
+    return any(related(str(facts.relation), offset, POSITION_MARGIN) for offset in offsets)
 
 
 def _matching(item: Item, detection: Detection) -> list[Found]:

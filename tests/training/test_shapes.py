@@ -47,7 +47,7 @@ SEVERAL = st.builds(
     lambda shape, colour, size, count, background: Facts((Item(shape, colour, size),), count, None, background),
     st.sampled_from(SHAPES),
     optional(COLOURS),
-    optional(["small"]),
+    optional(SIZES),
     st.sampled_from(list(COUNTS)),
     optional(BACKGROUNDS),
 )
@@ -98,11 +98,10 @@ def test_articles_and_plurals():
         "a circle near a square",
         "a circle on a mat",
         "a circle and a square and a ring",
-        "four large stars",
     ],
 )
 def test_words_outside_the_grammar_are_refused(caption):
-    with pytest.raises(ValueError, match="shapes world|large"):
+    with pytest.raises(ValueError, match="shapes world"):
         parse_caption(caption)
 
 
@@ -221,7 +220,7 @@ def test_the_facts_are_true_of_their_scene_and_nothing_else_is_in_it(facts, seed
         right, down = b.x - a.x, b.y - a.y
         along = {"left of": right, "right of": -right, "above": down, "below": -down}[facts.relation]
         across = down if "of" in facts.relation else right
-        assert along >= 0.2 and along > abs(across)
+        assert along == 0.5 and across == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -333,7 +332,6 @@ def test_a_bad_image_size_is_refused(image_size):
         (lambda: Facts((Item("ring"), Item("star")), count=2), "count must be"),
         (lambda: Facts((Item("ring"),), relation="above"), "needs two items"),
         (lambda: Facts((Item("ring"), Item("star")), relation="near"), "relation must be"),
-        (lambda: Facts((Item("ring", size="large"),), count=3), "no room"),
         (lambda: draw_facts(np.random.default_rng(0), "triple"), "kind must be"),
     ],
 )
