@@ -98,7 +98,7 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
         prompts = (prompts * 32)[:32]
         images = pipe(prompts, seed=config.sampling.seed, callback=count)
     scores["network_evaluations"] = counted[-1]
-    caption_grid(images, prompts, columns=8).save(run.path / "samples.png")
+    caption_grid(images, prompts).save(run.path / "samples.png")
     loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)
     return scores

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 
 def caption_grid(
-    images: Sequence[Image.Image], captions: Sequence[str], columns: int, min_width: int = 128
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, min_width: int = 128
 ) -> Image.Image:
-    """Pictures in rows, each over its caption; small ones are enlarged by a whole factor, without smoothing."""
+    """Pictures in rows of `columns` (None: eight, or four wide ones), each over its caption; small ones are enlarged by
+    a whole factor, without smoothing.
+    """
+    columns = columns or (8 if images[0].width <= 2 * images[0].height else 4)
     zoom = max(1, -(-min_width // images[0].width))
     width, height = images[0].width * zoom, images[0].height * zoom
     font, line = ImageFont.load_default(11), 13

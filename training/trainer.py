@@ -217,7 +217,7 @@ class Trainer:
         images = self.pipe(prompts, seed=self.config.sampling.seed)
         folder = self.run.path / "samples"
         folder.mkdir(exist_ok=True)
-        caption_grid(images, prompts, columns=8).save(folder / f"step-{self.step:08d}.png")
+        caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
 
     def _finish(self) -> None:
         run = self.run

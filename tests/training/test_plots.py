@@ -36,6 +36,11 @@ def test_small_pictures_grow_by_a_whole_factor_and_large_ones_stay():
     assert caption_grid(solid("red", size=(300, 40)), ["x"], columns=1).width == 312
 
 
+def test_a_row_holds_eight_pictures_or_four_wide_ones():
+    assert caption_grid(solid(*["red"] * 9), [""] * 9).width == 8 * 134 + 6
+    assert caption_grid(solid(*["red"] * 9, size=(200, 64)), [""] * 9).width == 4 * 206 + 6
+
+
 @pytest.mark.parametrize("caption", ["", "word " * 300, "x" * 500, "größe 星 🙂 \n\t", "\x00"])
 def test_any_caption_can_be_drawn(caption):
     assert caption_grid(solid("red", "red"), [caption, "a"], columns=2).height < 64 * 2 + 100
