@@ -27,14 +27,14 @@ def demo() -> TrainConfig:
         model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, pos_embed_max_size=32),
         text=TextConfig(vocab_size=512, max_length=17, width=128, depth=2, num_heads=4),
         # Towards noise: layout and shape are settled at t = 0.6 to 0.9; below, little is left to learn from captions.
-        objective=ObjectiveConfig(time_density="logit-normal", m=0.3, s=0.9, shift=1.7),
+        objective=ObjectiveConfig(time_density="logit-normal", m=0.3, s=1.0, shift=1.7),
         optimizer=OptimizerConfig(name="muon", lr=5e-3, warmup_steps=50, schedule="cosine", final_lr_fraction=0.02),
         training=TrainingConfig(
-            num_steps=7000,
+            num_steps=6200,
             batch_size=32,
             ema_decay=0.995,
             validate_every=1000,
-            sample_every=1000,
+            sample_every=2000,
             checkpoint_every=1000,
         ),
         # 29 network evaluations a picture. Where guidance starts at once, pictures of few objects come out empty.

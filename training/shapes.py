@@ -51,7 +51,7 @@ HELD_OUT_ONE_IN = 10  # contents
 HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
 
 # Half of the pictures hold one object: only there does a shape's word stand for all that is to be drawn.
-KIND_PROBABILITIES: dict[str, float] = {"single": 0.5, "count": 0.2, "pair": 0.1, "relation": 0.2}
+KIND_PROBABILITIES: dict[str, float] = {"single": 0.5, "count": 0.15, "pair": 0.1, "relation": 0.25}
 # How often a caption states an attribute. Captions that say much teach more a step, as SD3 found with synthetic ones.
 STATED = {"background": 0.75, "colour": 0.85, "size": 0.25}
 RELATION_WORDINGS = {
