@@ -30,12 +30,12 @@ def demo() -> TrainConfig:
         objective=ObjectiveConfig(time_density="logit-normal", m=0.3, s=1.0, shift=1.7),
         optimizer=OptimizerConfig(name="muon", lr=5e-3, warmup_steps=50, schedule="cosine", final_lr_fraction=0.02),
         training=TrainingConfig(
-            num_steps=6200,
+            num_steps=5400,
             batch_size=32,
             ema_decay=0.995,
-            validate_every=1000,
+            validate_every=2000,
             sample_every=2000,
-            checkpoint_every=1000,
+            checkpoint_every=2000,
         ),
         # 29 network evaluations a picture. Where guidance starts at once, pictures of few objects come out empty.
         sampling=SamplingConfig(solver="dpmpp-2m", num_steps=16, guidance=3.0, interval=(0.0, 0.9)),
