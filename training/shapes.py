@@ -10,9 +10,8 @@ Captions are kept out of training by the facts they state, never by their wordin
 "b right of a": a held-out caption is therefore new in every paraphrase (`content`, `is_held_out`).
 
 Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides.
-Distances on a wider or taller frame only grow, so that a scene is good at every image size. Objects stand like the pips
-of a die, one in the middle or a corner, several in corners: so few places, each seen so often, can be learnt in a
-quarter of an hour.
+Distances on a wider or taller frame only grow, so that a scene is good at every image size. Each object has a quarter
+of the picture to itself: so few places, each seen so often, can be learnt in a quarter of an hour.
 """
 
 import hashlib
@@ -45,8 +44,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "held-out", "all")
 
-CORNERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
-PLACES_OF_ONE = ((0.5, 0.5), *CORNERS)
+QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # their centres (x, y)
 HELD_OUT_ONE_IN = 10  # contents
 HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
 
@@ -281,9 +279,7 @@ def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
 @cache
 def _layouts(num_objects: int, relation: str | None) -> tuple[tuple[tuple[float, float], ...], ...]:
     """All the ways to place so many objects, in order; two in a relation are side by side, never diagonal."""
-    if num_objects == 1:
-        return tuple((place,) for place in PLACES_OF_ONE)
-    ways = permutations(CORNERS, num_objects)
+    ways = permutations(QUARTERS, num_objects)
     return tuple(way for way in ways if relation is None or _side_by_side(relation, np.subtract(way[1], way[0])))
 
 
