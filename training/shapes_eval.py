@@ -2,8 +2,9 @@
 
 One object, two objects, counting, colours, position, colour attribution: as there, a detector looks at the generated
 picture and the question is answered from what it finds. Because the pictures are flat shapes, the detector is classical
-and exact: background by the frame's median, colours by projection on the line from background to colour, connected components, and
-template matching of each component's coverage after its position and area are normalised. It has no weights.
+and exact: background by the frame's median, colours by projection on the line from background to colour, connected
+components, and template matching of each component's coverage after its position and area are normalised. It has no
+weights.
 
 Letters: H, W image sides; P template side; K number of templates.
 """
