@@ -20,7 +20,7 @@ _ALL: tuple[Solver, ...] = (
     *exponential.METHODS,
     EulerMaruyama("euler-maruyama", 1, 1, "Maruyama 1955; SiT, Ma et al. 2024"),
     StochasticHeun("stochastic-heun", 2, 2, "Kloeden & Platen 1992; SiT, Ma et al. 2024"),
-    Churn("edm-churn", 1, 2, "EDM, Karras et al. 2022, alg. 2"),
+    Churn("edm-churn", 2, 2, "EDM, Karras et al. 2022, alg. 2"),
     Langevin("langevin", 1, 2, "Predictor-corrector, Song et al. 2021, alg. 5"),
     Restart("restart", 2, 2, "Restart, Xu et al. 2023, alg. 1"),
 )

@@ -18,9 +18,10 @@ from samplers import (
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
+from tests.samplers.common import normal
 
 SCHEDULES = [RectifiedFlow(), Trig(0.5), VPLinear(), VE(), EDM(15.0), DiscreteVP.scaled_linear()]
-X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(6, 2)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -10,7 +10,6 @@ from samplers import (
     Cosine,
     Field,
     Multistep,
-    RectifiedFlow,
     RungeKutta,
     SDESolver,
     cfg,
@@ -19,9 +18,9 @@ from samplers import (
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
+from tests.samplers.common import FLOW, normal
 
-FLOW = RectifiedFlow()
-X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(4, 2)
 
 
 def counting(calls):

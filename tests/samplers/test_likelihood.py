@@ -10,7 +10,6 @@ from samplers import (
     SOLVERS,
     Cosine,
     Field,
-    RectifiedFlow,
     VPLinear,
     bits_per_dim,
     invert,
@@ -18,8 +17,8 @@ from samplers import (
     sample,
 )
 from tests.oracles import MIXTURE
+from tests.samplers.common import FLOW
 
-FLOW = RectifiedFlow()
 X_0 = MIXTURE.sample(6, torch.Generator().manual_seed(0))
 TIGHT = replace(SOLVERS["dopri5"], atol=1e-7, rtol=1e-7)
 
