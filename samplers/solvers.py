@@ -6,7 +6,7 @@ from samplers import exponential, runge_kutta
 from samplers.names import lookup
 from samplers.noise import Diffusion, make_diffusion
 from samplers.schedules import Schedule
-from samplers.solver import SDESolver, Solver
+from samplers.solver import Solver
 from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 
 _ALL: tuple[Solver, ...] = (
@@ -41,9 +41,5 @@ def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | float
         return solver
     diffusion = getattr(solver, "diffusion", None) if diffusion is None else diffusion
     if diffusion is None:
-        if isinstance(solver, SDESolver):
-            raise ValueError(
-                f"{solver.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)"
-            )
-        return solver
+        return solver  # an SDE solver without one says so when it is bound
     return replace(solver, diffusion=make_diffusion(diffusion, schedule))  # type: ignore[call-arg]

@@ -13,12 +13,11 @@ from samplers import (
     DiscreteVP,
     Field,
     Multistep,
-    SingleStep,
     VPLinear,
     sample,
 )
 from samplers.exponential import Exponential, Point, linear, weights
-from tests.oracles import MIXTURE
+from tests.oracles import MIXTURE, Gaussian
 from tests.samplers.common import DISCRETE, FLOW, SMOOTH, log_snr_grid, measured_order, normal, own_grid, path_error
 
 X = normal(4, 2)
@@ -78,6 +77,18 @@ def test_from_end_to_end_whatever_is_predicted(name, prediction):
     out = sample(MIXTURE.field(FLOW, prediction), X, name, 24).x
     reference = sample(MIXTURE.field(FLOW), X, "rk4", 100).x
     assert (out - reference).norm() < (1.0 if SOLVERS[name].order == 1 or prediction == "noise" else 0.5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2s", "heun"])
+def test_a_noise_network_leaves_pure_noise_exactly_where_the_data_have_no_mean(name):
+    """The rule of views.py at alpha = 0, x_0 = 0, is E[x_0 | x_t] there if the data have no mean; else they pay it."""
+
+    def shortfall(mean):
+        data = Gaussian.of([mean, 0.0], 0.6)
+        seen, blind = (sample(data.field(FLOW, view), X, name, 40).x for view in ("velocity", "noise"))
+        return (seen - blind).abs().max().item()
+
+    assert shortfall(0.0) < 1e-9 < 1e-3 < shortfall(0.5) < shortfall(1.0)
 
 
 def test_ddim_is_euler_in_the_right_variable():
@@ -146,34 +157,6 @@ def test_weights_at_infinite_ends():
     assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0)[2] == 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"view": "noise"},
-        {"variable": "rho"},
-        {"variable": "flow"},
-        {"rule": "exact"},
-        {"rule": "bh1"},
-        {"num_nodes": 3},
-        {"corrector": 3},
-        {"start": SOLVERS["heun"]},
-        {"diffusion": 0.5},
-    ],
-    ids=str,
-)
-def test_each_option_of_a_multistep_method_counts(change):
-    field, base = MIXTURE.field(FLOW), SOLVERS["dpmpp-2m"]
-    seeds = [1, 2, 3, 4]
-    changed = sample(field, X, replace(base, **change), 6, generator=seeds).x
-    assert not torch.allclose(changed, sample(field, X, base, 6).x)
-
-
-@pytest.mark.parametrize("change", [{"rule": "third-halved"}, {"lower_order_final": True}], ids=str)
-def test_options_for_three_nodes(change):
-    field, base = MIXTURE.field(FLOW), SOLVERS["dpmpp-3m"]
-    assert not torch.allclose(sample(field, X, replace(base, **change), 6).x, sample(field, X, base, 6).x)
-
-
 def test_the_published_three_node_rule_is_of_second_order():
     """diffusers and k-diffusion have half of the second difference: `third-halved` is theirs, "exact" is of order 3."""
 
@@ -181,17 +164,6 @@ def test_the_published_three_node_rule_is_of_second_order():
     for solver, order in ((exact, 3), (replace(exact, rule="third-halved"), 2)):
         measured = measured_order(lambda n, solver=solver: path_error(solver, FLOW, log_snr_grid(FLOW, n)), 64)
         assert measured == pytest.approx(order, abs=0.2)
-
-
-@pytest.mark.parametrize("name", ["dpm-2", "dpmpp-3s", "edm-heun"])
-def test_each_option_of_a_one_step_method_counts(name):
-    field, base = MIXTURE.field(FLOW), SOLVERS[name]
-    assert isinstance(base, SingleStep)
-    other = {"view": "data" if base.view == "noise" else "noise"}
-    nodes = {"nodes": tuple(0.9 * node for node in base.nodes)}
-    variable = {"variable": "flow"}
-    for change in (other, nodes, variable):
-        assert not torch.allclose(sample(field, X, replace(base, **change), 6).x, sample(field, X, base, 6).x), change
 
 
 def test_a_corrector_costs_no_evaluation():
