@@ -113,6 +113,16 @@ def test_change_of_schedule_does_not_change_the_solution():
     )  # both start from eps
 
 
+def test_there_is_no_score_without_noise():
+    field = MIXTURE.field(RectifiedFlow())
+    for seen in (field, field.on(Trig())):
+        with pytest.raises(ValueError, match="there is no score at t = 0, where sigma = 0"):
+            seen.score(X, 0.0)
+    t = torch.linspace(0, 1, 6, dtype=torch.float64)
+    assert not field.score(X, t)[0].any() and field.score(X, t)[1:].all()
+    assert MIXTURE.field(VE()).score(X, 0.0).all()  # where noise is left, there is one
+
+
 def test_bad_fields_are_refused():
     with pytest.raises(ValueError, match="unknown prediction 'nois': did you mean 'noise'"):
         Field(lambda x, t: x, RectifiedFlow(), "nois")

@@ -86,6 +86,25 @@ def test_one_time_per_sample_is_each_sample_alone(name):
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("name", ODE)
+def test_in_place_is_the_same_in_less_memory(name):
+    """But for the caller's own x, which is left as it is; the state is one piece of memory from then on."""
+    places, inner = set(), MIXTURE.field(Cosine())
+
+    def network(x_t, t):
+        if SOLVERS[name].evals_per_step == 1:
+            places.add(x_t.data_ptr())
+        return inner.network(x_t, t)
+
+    x, solver = X.clone(), replace(SOLVERS[name], in_place=True)
+    got = sample(Field(network, Cosine()), x, solver, 9).x
+    torch.testing.assert_close(got, sample(inner, X, name, 9).x)
+    assert torch.equal(x, X) and len(places) in (0, 2)
+    for options in ({"trajectory": True}, {"callback": print}):
+        with pytest.raises(ValueError, match="steps in place"):
+            sample(inner, X, solver, **options)
+
+
 class AdamsBashforth2(Solver):
     """A multistep method as a user would add it: the state is the velocity of the step before."""
 
