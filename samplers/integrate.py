@@ -111,23 +111,25 @@ def integrate(
         return prediction
 
     counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
-    states, sums, state = [x], [], None
+    states, state = [x], None
     wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision overflows
+    sums = torch.empty(len(times) - 1, dtype=wide, device=x.device)  # at once: small pieces would scatter the states
+    dims = tuple(range(x.ndim))
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)
         if callback is not None:
             callback(Progress(index, len(times) - 1, t, t_next, x, step.x, step.prediction, num_evals))
         x, state = step.x, step.state
-        sums.append(x.detach().sum(dtype=wide))
+        torch.sum(x.detach(), dims, dtype=wide, out=sums[index])
         if trajectory:
             states.append(x)
     _check_finite(x, sums, times)
     return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
 
 
-def _check_finite(x: Tensor, sums: list[Tensor], times: list[float]) -> None:
+def _check_finite(x: Tensor, sums: Tensor, times: list[float]) -> None:
     """ValueError naming the first step whose state has a sum that is not finite, unless the last one is finite."""
-    finite = torch.stack(sums).isfinite().tolist()
+    finite = sums.isfinite().tolist()
     if all(finite) or x.isfinite().all():
         return
     index = finite.index(False)
