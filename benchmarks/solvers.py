@@ -83,9 +83,9 @@ METHODS: dict[str, Solver] = {
         "ab2",
         "ab3",
         "abm",
-        "abm4",
     )
 } | {
+    "abm4": replace(SOLVERS["abm"], num_nodes=4, corrector=4),
     "abm5": replace(SOLVERS["abm"], num_nodes=4, corrector=5),
     "flow-3": FLOW3,
     "flow-2c": replace(FLOW3, num_nodes=2, corrector=3),
