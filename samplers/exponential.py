@@ -25,6 +25,8 @@ is left to choose is a method:
 2023, prop. 4.2), A = (sigma_s / sigma_t) D, the kernel is e^((1 + tau^2) l), and independent noise of deviation
 (sigma_s^2 - A^2 sigma_t^2)^1/2 is added: x_s has the right variance whatever D is. tau = 1 with one node is DDPM's
 ancestral step; DDIM's eta is D^2 = 1 - eta^2 (1 - e^-2h) (Song et al. 2021, eq. 16).
+A polynomial through predictions of the past does not know how the noise was spread within each step: the variance is
+off by tau^2 h^2 however many nodes there are, so that a third one gives order 3 only where tau^2 is as small as h.
 
 All coefficients are computed in float64 before the loop, and are numbers in it.
 """
@@ -33,7 +35,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -168,12 +170,14 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 class Past(NamedTuple):
-    """What a multistep method carries: the step it was, its predictions, and the x and noise that it stepped from."""
+    """What a multistep method carries: the step it was, its predictions, and the x and noise that it stepped from;
+    while it is being started, the starter's state."""
 
     number: int
     outputs: tuple[Tensor, ...]
     x: Tensor
     z: Tensor | None
+    starter: Any = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,11 @@ class Multistep(Exponential):
     predict: tuple[Linear, ...] = ()
     correct: tuple[Linear | None, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None and self.start.stochastic:
+            raise ValueError(f"start = {self.start.name!r} draws noise: give a one-step solver of the ODE")
+
     @property
     def takes_diffusion(self) -> bool:
         return self.view == "data"
@@ -240,8 +249,8 @@ class Multistep(Exponential):
         index = state.number + 1 if state else 0
         plan, past = self.predict[index], state.outputs if state else ()
         if self.start and index < self.num_nodes - 1:
-            x, prediction, _ = self.start.step(field, x_t, t, t_next)
-            return Step(x, prediction, Past(index, (prediction.view(self.view), *past), x_t, None))
+            x, prediction, own = self.start.step(field, x_t, t, t_next, state.starter if state else None)
+            return Step(x, prediction, Past(index, (prediction.view(self.view), *past), x_t, None, own))
         prediction = field.predict(x_t, t)
         output = prediction.view(self.view)
         if state is not None and (again := self.correct[index - 1]) is not None:
@@ -335,7 +344,7 @@ METHODS: tuple[Solver, ...] = (
     Multistep("ddpm", 1, 1, "DDPM, Ho et al. 2020, alg. 2: the posterior's variance", diffusion=1.0),
     Multistep("euler-ancestral", 1, 1, "k-diffusion; DDPM's step on any schedule", diffusion=1.0),
     Multistep("dpmpp-2m-sde", 2, 1, f"{_DPMPP}, app. D", rule="half", num_nodes=2, diffusion=1.0),
-    Multistep("dpmpp-3m-sde", 3, 1, "SA-Solver, Xue et al. 2023, eq. 14", num_nodes=3, diffusion=1.0),
+    Multistep("dpmpp-3m-sde", 2, 1, "SA-Solver, Xue et al. 2023, eq. 14", num_nodes=3, diffusion=1.0),
     Multistep(
         "sa-solver", 2, 1, "SA-Solver, Xue et al. 2023, alg. 1", rule="bh1", num_nodes=2, corrector=2, diffusion=1.0
     ),

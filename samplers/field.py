@@ -94,7 +94,13 @@ class Field:
         return self.predict(x_t, t).v
 
     def score(self, x_t: Tensor, t: Time) -> Tensor:
-        """The score grad log p_t(x_t) = -eps / sigma; 0 where sigma = 0 and the network predicts something else."""
+        """The score grad log p_t(x_t) = -eps / sigma.
+
+        ValueError where sigma = 0 at a time that is a number, unless the score is what the network predicts; at a time
+        per sample, which may hold any, it is 0 there.
+        """
+        if self.prediction != "score" and not isinstance(t, Tensor) and float(self.schedule.sigma(t)) == 0:
+            raise ValueError(f"there is no score at t = {t:g}, where sigma = 0: ask for eps, or at a later time")
         return self.predict(x_t, t).score
 
     def determined(self, t: Time) -> bool:

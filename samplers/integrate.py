@@ -1,6 +1,7 @@
 """The one loop: a solver's step, repeated over a time grid; with the count of network evaluations and the callback.
 
-Nothing in the loop waits for the accelerator: times are Python floats, and NaN is looked for once, at the end.
+Nothing in the loop waits for the accelerator: times are Python floats, and NaN is looked for at the end, in the sums of
+the states, of which each step leaves one on the device. They also say where it arose.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,6 +99,8 @@ def integrate(
     """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
     if solver.stochastic and noise is None:
         raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
+    if getattr(solver, "in_place", False) and (callback is not None or trajectory):
+        raise ValueError(f"{solver.name!r} steps in place: it has no states left for a callback or a trajectory")
     times, num_evals = ts.tolist(), 0
     solver = solver.bind(field, times)
 
@@ -108,26 +111,29 @@ def integrate(
         return prediction
 
     counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
-    start, states, state = x, [x], None
+    states, state = [x], None
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision overflows
+    sums = torch.empty(len(times) - 1, dtype=wide, device=x.device)  # at once: small pieces would scatter the states
+    dims = tuple(range(x.ndim))
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)
         if callback is not None:
             callback(Progress(index, len(times) - 1, t, t_next, x, step.x, step.prediction, num_evals))
         x, state = step.x, step.state
+        torch.sum(x.detach(), dims, dtype=wide, out=sums[index])
         if trajectory:
             states.append(x)
-    if not x.detach().sum(dtype=torch.float64).isfinite():  # one pass over memory, where isfinite().all() takes three
-        raise ValueError(_where_not_finite(field, start, solver, times, noise))
+    _check_finite(x, sums, times)
     return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
 
 
-def _where_not_finite(field: Field, x: Tensor, solver: Solver, times: list[float], noise: Noise | None) -> str:
-    """The steps once more, looking after each: what went well pays nothing for it, and waits for nothing."""
-    state = None
-    with torch.no_grad():
-        for index, (t, t_next) in enumerate(pairwise(times)):
-            x, _, state = solver.step(field, x, t, t_next, state, noise)
-            if not x.isfinite().all():
-                where = f"after step {index + 1} of {len(times) - 1}, from t = {t:g} to {t_next:g}"
-                return f"NaN or inf {where}: look at the network's output there, or give x in float32"
-    return "NaN or inf in the sample, but not when its steps were made again: look at the network and at the noise"
+def _check_finite(x: Tensor, sums: Tensor, times: list[float]) -> None:
+    """ValueError naming the first step whose state has a sum that is not finite, unless the last one is finite."""
+    finite = sums.isfinite().tolist()
+    if all(finite) or x.isfinite().all():
+        return
+    index = finite.index(False)
+    raise ValueError(
+        f"NaN or inf after step {index + 1} of {len(sums)}, from t = {times[index]:g} to {times[index + 1]:g}: "
+        "look at the network's output there, or give x in float32"
+    )

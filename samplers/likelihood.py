@@ -9,11 +9,12 @@ The divergence is exact, from D derivatives, or Hutchinson's estimate e . (dv/dx
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from samplers.exponential import Exponential
 from samplers.field import DerivedField, Field, Prediction
 from samplers.grids import time_grid
 from samplers.integrate import Solution, integrate
@@ -48,15 +49,10 @@ def log_likelihood(
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
-    method = make_solver(solver, field.schedule)
+    method, ts = _upwards(field, solver, num_steps, grid)
     if not isinstance(method, (RungeKutta, Adaptive)):
         raise ValueError(f"{method.name!r} does not integrate the velocity: take 'dopri5' or a Runge-Kutta method")
-    ts = time_grid(grid, num_steps, schedule=field.schedule).flip(0)
-    for t in (float(ts[0]), float(ts[-1])):
-        if not field.determines_velocity(t):
-            raise ValueError(
-                f"the network does not determine the velocity at t = {t:g}: keep the grid 1e-4 away from it"
-            )
+    _must_determine(field.determines_velocity, ts[0], ts[-1])
     probes = None
     if divergence != "exact":
         own = seeded(generator, len(x_0))
@@ -92,12 +88,31 @@ def invert(
     """The ODE from data to noise: the x that `sample` takes back to x_0 on the same grid, up to the solver's error.
 
     x_0 (B, ...): the state at the last time of the grid. solver: one that can leave t = 0, such as "heun" or "rk4".
+    Raises ValueError where the network does not determine what the first step takes from it, such as a data network
+    at t = 0, which knows nothing of the noise that a picture is to become.
     """
-    method = make_solver(solver, field.schedule)
+    method, ts = _upwards(field, solver, num_steps, grid)
     if method.stochastic:
         raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
+    of_velocity = not isinstance(method, Exponential) or method.view == "velocity"
+    _must_determine(field.determines_velocity if of_velocity else field.determined, ts[0])
     with torch.no_grad():
-        return integrate(field, x_0, method, time_grid(grid, num_steps, schedule=field.schedule).flip(0))
+        return integrate(field, x_0, method, ts)
+
+
+def _upwards(
+    field: Field, solver: str | Solver, num_steps: int, grid: str | Tensor | Sequence[float]
+) -> tuple[Solver, Tensor]:
+    """The solver, and the grid from data to noise."""
+    return make_solver(solver, field.schedule), time_grid(grid, num_steps, schedule=field.schedule).flip(0)
+
+
+def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
+    for t in map(float, ts):
+        if not determined(t):
+            raise ValueError(
+                f"the network does not determine the velocity at t = {t:g}: keep the grid 1e-4 away from it"
+            )
 
 
 def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:

@@ -24,11 +24,16 @@ from samplers.solver import Solver, Step
 
 @dataclass(frozen=True)
 class RungeKutta(Solver):
-    """An explicit method with nodes c, weights a and b. t may also be a time per sample, (B,)."""
+    """An explicit method with nodes c, weights a and b. t may also be a time per sample, (B,).
+
+    in_place: from the second step on x_t itself becomes x_next, which saves Euler's method a third of its memory
+    traffic; only for a network that does not keep what it was given, and without callback and trajectory.
+    """
 
     c: tuple[float, ...]
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
+    in_place: bool = False
     blind: frozenset[float] = frozenset()
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
@@ -40,9 +45,10 @@ class RungeKutta(Solver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         if self.blind and t_next in self.blind:
-            return OPEN[self.order - 1].step(field, x_t, t, t_next)
+            return OPEN[self.order - 1].step(field, x_t, t, t_next)  # a step of its own: never in place
         stages = self.stages(field, x_t, t, t_next)
-        return Step(advance(x_t, t_next - t, self.b, [stage.v for stage in stages]), stages[0])
+        owned = self.in_place and state is not None  # the first x_t is the caller's
+        return Step(advance(x_t, t_next - t, self.b, [stage.v for stage in stages], owned), stages[0], self.in_place)
 
     def stages(self, field: Field, x_t: Tensor, t: Time, t_next: Time) -> list[Prediction]:
         """The predictions at all stages."""
@@ -53,9 +59,8 @@ class RungeKutta(Solver):
         return stages
 
 
-def advance(x: Tensor, dt: Time, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """x + dt sum_i weights_i slopes_i."""
-    owned = False
+def advance(x: Tensor, dt: Time, weights: Sequence[float], slopes: Sequence[Tensor], owned: bool = False) -> Tensor:
+    """x + dt sum_i weights_i slopes_i; in x itself where it is owned."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight == 0:
             continue

@@ -251,7 +251,9 @@ def batch_time(t: Time, x: Tensor) -> Tensor:
         if t.ndim == 1:
             _check_batch(t, x)
         return t.expand(len(x))
-    return torch.full((len(x),), float(as_time(t)), dtype=dtype, device=x.device)
+    if not (isinstance(t, float) and 0 <= t <= 1):
+        t = float(as_time(t))
+    return torch.full((len(x),), t, dtype=dtype, device=x.device)
 
 
 def expand(c: Tensor, x: Tensor) -> Tensor:

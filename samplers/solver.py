@@ -55,11 +55,21 @@ class Solver(ABC):
 
 
 @dataclass(frozen=True)
-class SDESolver(Solver):
-    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t)."""
-
-    diffusion: Diffusion | None = None
+class NoisySolver(Solver):
+    """A stepper that always draws noise."""
 
     @property
     def stochastic(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class SDESolver(NoisySolver):
+    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t)."""
+
+    diffusion: Diffusion | None = None
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        if self.diffusion is None:
+            raise ValueError(f"{self.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)")
+        return self

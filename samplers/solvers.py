@@ -6,7 +6,7 @@ from samplers import exponential, runge_kutta
 from samplers.names import lookup
 from samplers.noise import Diffusion, make_diffusion
 from samplers.schedules import Schedule
-from samplers.solver import SDESolver, Solver
+from samplers.solver import Solver
 from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 
 _ALL: tuple[Solver, ...] = (
@@ -20,7 +20,7 @@ _ALL: tuple[Solver, ...] = (
     *exponential.METHODS,
     EulerMaruyama("euler-maruyama", 1, 1, "Maruyama 1955; SiT, Ma et al. 2024"),
     StochasticHeun("stochastic-heun", 2, 2, "Kloeden & Platen 1992; SiT, Ma et al. 2024"),
-    Churn("edm-churn", 1, 2, "EDM, Karras et al. 2022, alg. 2"),
+    Churn("edm-churn", 2, 2, "EDM, Karras et al. 2022, alg. 2"),
     Langevin("langevin", 1, 2, "Predictor-corrector, Song et al. 2021, alg. 5"),
     Restart("restart", 2, 2, "Restart, Xu et al. 2023, alg. 1"),
 )
@@ -41,9 +41,5 @@ def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | float
         return solver
     diffusion = getattr(solver, "diffusion", None) if diffusion is None else diffusion
     if diffusion is None:
-        if isinstance(solver, SDESolver):
-            raise ValueError(
-                f"{solver.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)"
-            )
-        return solver
+        return solver  # an SDE solver without one says so when it is bound
     return replace(solver, diffusion=make_diffusion(diffusion, schedule))  # type: ignore[call-arg]

@@ -18,7 +18,7 @@ from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
 from samplers.runge_kutta import advance
 from samplers.schedules import Time, check_positive, expand
-from samplers.solver import SDESolver, Solver, Step
+from samplers.solver import NoisySolver, SDESolver, Solver, Step
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Churned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Churn(Solver):
+class Churn(NoisySolver):
     """EDM's stochastic sampler: noise takes x back to sigma (1 + gamma) before each step (Karras et al. 2022, alg. 2).
 
     gamma = min(churn / num_steps, sqrt(2) - 1) where sigma_min <= sigma / alpha <= sigma_max, else 0; the noise is
@@ -103,10 +103,6 @@ class Churn(Solver):
             raise ValueError(
                 f"churn = {self.churn}, sigma {self.sigma_min} ... {self.sigma_max}: give ordered numbers >= 0"
             )
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         schedule, num = field.schedule, len(ts) - 1
@@ -136,7 +132,7 @@ class Churn(Solver):
 
 
 @dataclass(frozen=True)
-class Langevin(Solver):
+class Langevin(NoisySolver):
     """Predictor-corrector: after each step of `inner`, `num_corrections` Langevin steps at the time it reached.
 
     x <- x + e s + sqrt(2 e) z with the score s and e = 2 (snr sigma)^2. That is the 2 (snr |z| / |s|)^2 of Song et al.
@@ -154,8 +150,8 @@ class Langevin(Solver):
         check_positive(snr=self.snr, num_corrections=self.num_corrections)
 
     @property
-    def stochastic(self) -> bool:
-        return True
+    def takes_diffusion(self) -> bool:
+        return self.inner.takes_diffusion
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         inner = self.inner
@@ -177,7 +173,7 @@ class Langevin(Solver):
 
 
 @dataclass(frozen=True)
-class Restart(Solver):
+class Restart(NoisySolver):
     """From a low noise level back up to a high one and down again, some times (Restart, Xu et al. 2023, alg. 1).
 
     intervals: (t_low, t_high, times, num_steps) each; when the grid first reaches t_low or below, noise takes x from
@@ -194,10 +190,6 @@ class Restart(Solver):
                 raise ValueError(
                     f"interval {(low, high, times, num_steps)}: give 0 < t_low < t_high <= 1 and counts >= 1"
                 )
-
-    @property
-    def stochastic(self) -> bool:
-        return True
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         loops = []

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from samplers import SOLVERS, Cosine, Inpaint, RectifiedFlow, randn, sample, start_from
+from samplers import SOLVERS, Cosine, Inpaint, randn, sample, start_from
 from tests.oracles import MIXTURE
+from tests.samplers.common import FLOW, normal
 
-FLOW = RectifiedFlow()
-X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(4, 2)
 KNOWN = MIXTURE.sample(4, torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
 SEEDS = [1, 2, 3, 4]

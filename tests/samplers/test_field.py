@@ -18,9 +18,10 @@ from samplers import (
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
+from tests.samplers.common import normal
 
 SCHEDULES = [RectifiedFlow(), Trig(0.5), VPLinear(), VE(), EDM(15.0), DiscreteVP.scaled_linear()]
-X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(6, 2)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -110,6 +111,16 @@ def test_change_of_schedule_does_not_change_the_solution():
     torch.testing.assert_close(
         sample(GAUSSIAN.field(flow).on(other), X, "rk4", 100).x, exact, rtol=1e-7, atol=1e-7
     )  # both start from eps
+
+
+def test_there_is_no_score_without_noise():
+    field = MIXTURE.field(RectifiedFlow())
+    for seen in (field, field.on(Trig())):
+        with pytest.raises(ValueError, match="there is no score at t = 0, where sigma = 0"):
+            seen.score(X, 0.0)
+    t = torch.linspace(0, 1, 6, dtype=torch.float64)
+    assert not field.score(X, t)[0].any() and field.score(X, t)[1:].all()
+    assert MIXTURE.field(VE()).score(X, 0.0).all()  # where noise is left, there is one
 
 
 def test_bad_fields_are_refused():

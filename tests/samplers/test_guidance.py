@@ -11,7 +11,6 @@ from samplers import (
     VIEWS,
     Cosine,
     Field,
-    RectifiedFlow,
     apg,
     cfg,
     cfg_batched,
@@ -20,9 +19,9 @@ from samplers import (
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
+from tests.samplers.common import FLOW, normal
 
-FLOW = RectifiedFlow()
-X = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(5, 2)
 COND, UNCOND = GAUSSIAN.field(FLOW), MIXTURE.field(FLOW)
 
 
@@ -99,12 +98,12 @@ def test_settings_out_of_range_are_refused(options):
 
 
 SHAPE = (3, 2, 4, 4)
-Z = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Z = normal(*SHAPE, seed=1)
 
 
 def linear_field(seed):
     """A field whose velocity is a fixed random one, plus a little of x_t."""
-    v = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    v = normal(*SHAPE, seed=seed)
     return Field(lambda x_t, t: v[: len(x_t)] + 0.1 * x_t, FLOW)
 
 

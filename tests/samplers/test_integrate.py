@@ -10,7 +10,6 @@ from samplers import (
     Cosine,
     Field,
     Multistep,
-    RectifiedFlow,
     RungeKutta,
     SDESolver,
     cfg,
@@ -19,9 +18,9 @@ from samplers import (
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
+from tests.samplers.common import FLOW, normal
 
-FLOW = RectifiedFlow()
-X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = normal(4, 2)
 
 
 def counting(calls):
@@ -120,11 +119,33 @@ def test_one_generator_reproduces_and_another_seed_does_not():
     assert torch.equal(run(0), run(0)) and not torch.allclose(run(0), run(1))
 
 
-@pytest.mark.parametrize(("bad", "name"), [(math.nan, "step 4 of 10"), (math.inf, "step 4 of 10")])
-def test_nan_is_named_with_its_step_and_time(bad, name):
-    field = Field(lambda x_t, t: torch.where(t[:, None] < 0.75, bad, x_t), FLOW)
-    with pytest.raises(ValueError, match=rf"{name}, from t = 0.7 to 0.6"):
-        sample(field, X, "euler", 10)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("solver", "where"),
+    [(name, "5 of 10, from t = 0.6 to 0.5") for name in ("euler", "dpmpp-2m", "ddpm")]
+    + [("heun", "4 of 10, from t = 0.7 to 0.6")],
+)
+def test_nan_is_named_with_its_step_and_time(bad, solver, where):
+    calls = []
+
+    def network(x_t, t):
+        calls.append(t[0].item())
+        spoilt = x_t.clone()
+        spoilt[1, 0] = bad  # one number of one sample
+        return torch.where(t[:, None] < 0.65, spoilt, x_t)
+
+    field, grid = Field(network, FLOW, "data"), [*(1 - 0.1 * i for i in range(10)), 0.05]
+    with pytest.raises(ValueError, match=f"NaN or inf after step {where}"):
+        sample(field, X, solver, grid=grid, generator=[1, 2, 3, 4])
+    assert len(calls) == 10 * SOLVERS[solver].evals_per_step  # no step is made again
+
+
+def test_large_numbers_are_no_nan():
+    """Sums that overflow do not count: finite states in half precision, and near the end of single precision."""
+    field = Field(lambda x_t, t: torch.zeros_like(x_t), FLOW)
+    for dtype, size in ((torch.float16, 6e4), (torch.bfloat16, 1e38), (torch.float32, 3e38)):
+        x = torch.full((2, 1000), size, dtype=dtype)
+        assert torch.equal(sample(field, x, "euler", 3).x, x)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1.0), torch.zeros(0, 2), [1.0]])

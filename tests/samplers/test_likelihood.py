@@ -10,7 +10,6 @@ from samplers import (
     SOLVERS,
     Cosine,
     Field,
-    RectifiedFlow,
     VPLinear,
     bits_per_dim,
     invert,
@@ -18,8 +17,8 @@ from samplers import (
     sample,
 )
 from tests.oracles import MIXTURE
+from tests.samplers.common import FLOW
 
-FLOW = RectifiedFlow()
 X_0 = MIXTURE.sample(6, torch.Generator().manual_seed(0))
 TIGHT = replace(SOLVERS["dopri5"], atol=1e-7, rtol=1e-7)
 
@@ -111,6 +110,13 @@ def test_what_cannot_be_done_is_refused():
         log_likelihood(MIXTURE.field(FLOW, "noise"), X_0)
     with pytest.raises(ValueError, match="cannot leave t = 0"):
         invert(field, X_0, "dpmpp-2m")
+    for solver, view in (("heun", "data"), ("edm-heun", "data"), ("heun", "score"), ("ab2", "data")):
+        with pytest.raises(ValueError, match="does not determine the velocity at t = 0: keep the grid"):
+            invert(MIXTURE.field(FLOW, view), X_0, solver)
+    with pytest.raises(ValueError, match="does not determine the velocity at t = 0"):  # a pole of the schedule
+        invert(MIXTURE.field(VPLinear()), X_0, "heun")
+    assert invert(MIXTURE.field(FLOW, "data"), X_0, "heun", grid=[1.0, 0.5, 1e-4]).x.isfinite().all()
+    assert invert(MIXTURE.field(VPLinear(), "noise"), X_0, "edm-heun").x.isfinite().all()
     with pytest.raises(ValueError, match="'ddpm' draws noise"):
         invert(field, X_0, "ddpm")
     with pytest.raises(ValueError, match="num_dims = 0"):

@@ -1,6 +1,5 @@
 """Runge-Kutta methods: measured order on exact fields, fixed and adaptive; the end that cannot be seen; names."""
 
-import math
 from dataclasses import replace
 from functools import cache
 
@@ -25,15 +24,11 @@ from samplers import (
 )
 from samplers.solvers import make_solver
 from tests.oracles import GAUSSIAN, MIXTURE, Gaussian
+from tests.samplers.common import SMOOTH, measured_order, normal, own_grid, path_error
 
 ODE = [name for name, solver in SOLVERS.items() if isinstance(solver, RungeKutta)]
 SCHEDULES = [RectifiedFlow(), Cosine()]
-X = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def measured_order(error, coarse):
-    """The slope of log error over log step size, between `coarse` and twice as many steps."""
-    return math.log2(error(coarse) / error(2 * coarse))
+X = normal(8, 2)
 
 
 @cache
@@ -54,6 +49,13 @@ def test_order_on_a_gaussian(name):
     schedule = Cosine()  # on the straight path a Gaussian's field has more symmetry: midpoint gains an order there
     field, exact = GAUSSIAN.field(schedule), GAUSSIAN.solve(X, 1.0, 0.0, schedule)
     order = measured_order(lambda n: (sample(field, X, name, n).x - exact).norm().item(), 32)
+    assert order == pytest.approx(SOLVERS[name].order, abs=0.2)
+
+
+@pytest.mark.parametrize("name", ODE)
+@pytest.mark.parametrize("schedule", SMOOTH, ids=str)
+def test_order_in_the_time_of_every_schedule(name, schedule):
+    order = measured_order(lambda n: path_error(name, schedule, own_grid(schedule, n)), 48)
     assert order == pytest.approx(SOLVERS[name].order, abs=0.2)
 
 
@@ -82,6 +84,25 @@ def test_one_time_per_sample_is_each_sample_alone(name):
     for i in range(8):
         alone = SOLVERS[name].step(field, X[i : i + 1], t[i].item(), t_next[i].item()).x
         torch.testing.assert_close(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_in_place_is_the_same_in_less_memory(name):
+    """But for the caller's own x, which is left as it is; the state is one piece of memory from then on."""
+    places, inner = set(), MIXTURE.field(Cosine())
+
+    def network(x_t, t):
+        if SOLVERS[name].evals_per_step == 1:
+            places.add(x_t.data_ptr())
+        return inner.network(x_t, t)
+
+    x, solver = X.clone(), replace(SOLVERS[name], in_place=True)
+    got = sample(Field(network, Cosine()), x, solver, 9).x
+    torch.testing.assert_close(got, sample(inner, X, name, 9).x)
+    assert torch.equal(x, X) and len(places) in (0, 2)
+    for options in ({"trajectory": True}, {"callback": print}):
+        with pytest.raises(ValueError, match="steps in place"):
+            sample(inner, X, solver, **options)
 
 
 class AdamsBashforth2(Solver):
