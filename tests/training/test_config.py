@@ -151,7 +151,7 @@ def test_the_last_override_wins_and_others_stay():
 
 
 def test_differences_name_the_keys_that_changed():
-    old = load_config("demo")
+    old = load_config("demo", ["model.depth=6"])
     assert settings.differences(old, old) == []
     new = apply_overrides(old, ["model.depth=7", "data.image_size=none", "seed=1"])
     assert settings.differences(old, new) == ["seed: 0 -> 1", 'data.image_size: 64 -> "none"', "model.depth: 6 -> 7"]
@@ -190,7 +190,7 @@ def test_differences_name_the_keys_that_changed():
         ("sampling.solver=huen", 'sampling.solver is "huen", which is no solver; did you mean "heun"?'),
         ("sampling.interval=[0.5, 0.5]", "expected [low, high] with low < high"),
         ("sampling.prompts=a star", 'sampling.prompts is "a star", expected a list [...], each a string'),
-        ("model.dual_attention_layers=[6]", "names blocks [6], but model.depth gives 0 to 5"),
+        ("model.dual_attention_layers=[6]", "names blocks [6], but model.depth gives 0 to 3"),
         ("model.head_dim=33", "sin-cos positions need a multiple of 4"),
         ("text.width=100", "text.width is 100, expected a multiple of 2 * text.num_heads"),
         ("training.grad_accumulation=7", "expected a multiple of training.grad_accumulation = 7"),
