@@ -1,4 +1,7 @@
-"""Where to compute, and in which precision."""
+"""Where to compute, in which precision, and how repeatably."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,3 +20,20 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a CPU, the same bits from the same numbers, at no loss of speed: compiled code too then adds up an embedding's
+    gradient in order, not as its threads come. CUDA is left as it is.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainConfig, apply_overrides
-from training.devices import pick_device, pick_precision
+from training.devices import pick_device, pick_precision, repeatable
 from training.evaluate import evaluate_run, validation_loss
 from training.feed import LatentFeed
 from training.interrupts import Interrupted, Interrupts
@@ -151,6 +151,7 @@ class Trainer:
         model = self._compiled()
         try:
             with (
+                repeatable(self.device),
                 interrupts.deferred(),
                 Progress("training", config.num_steps, self.step, config.batch_size) as progress,
             ):
