@@ -13,10 +13,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types format check docs clean
+.PHONY: help venv demo test bench-gpu lint types format check docs clean
 
 help:  ## show these targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
 venv: $(STAMP)  ## set up .venv with the pinned versions and this package, editable
 
@@ -38,6 +38,10 @@ demo: $(STAMP)  ## set up, then train, sample and score the demo (again: goes on
 
 test: $(STAMP)  ## set up, then run all tests on the CPU
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-gpu: $(STAMP)  ## on a CUDA GPU: its tests, then speed beside diffusers
+	@$(BIN)/python -m pytest -q -m gpu
+	@$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.md
 
 lint: $(STAMP)  ## check lint rules and formatting
 	@$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from training.optim import update_ema
 TEXT = 333
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, NVIDIA's datasheets of the SXM modules
 # depth, latent side in tokens, pictures a step
-SHAPES = ((14, 16, 64), (14, 32, 32), (24, 16, 24), (24, 32, 12))
+SHAPES = ((14, 16, 64), (24, 16, 24), (24, 32, 12))
 
 
 def config(depth: int) -> MMDiTConfig:
@@ -258,7 +258,7 @@ def main() -> None:
         f"a matrix product of 8192 reaches {matmul / 1e12:.0f}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     )
     print(about)
-    sections = {"Training": training(peak), "Attention": attention(), "Sampling": sampling()}
+    sections = {"Attention": attention(), "Sampling": sampling(), "Training": training(peak)}
     text = "\n\n".join([f"# On one GPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())])
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -21,7 +21,7 @@ from samplers import SOLVERS, Progress
 from training.shapes_eval import ShapesEval
 
 NAMES = (
-    *("euler", "midpoint", "heun", "ab2", "ab3", "ddim", "dpm-2", "dpmpp-2m", "dpmpp-3m", "deis", "unipc"),
+    *("euler", "midpoint", "heun", "ab2", "ab3", "abm", "ddim", "dpm-2", "dpmpp-2m", "dpmpp-3m", "deis", "unipc"),
     *("ddpm", "dpmpp-2m-sde", "sa-solver"),
 )
 REFERENCE_STEPS = 60
@@ -54,7 +54,8 @@ def table(pipe: TextToImage, budgets: list[int], prompts_per_question: int) -> s
     prompts = [prompt.caption for prompt in judge.prompts]
 
     def pictures(solver: str, num_steps: int) -> np.ndarray:
-        return np.stack([np.asarray(i) for i in pipe(prompts, solver=solver, num_steps=num_steps, seed=1)])
+        images = pipe(prompts, solver=solver, num_steps=num_steps, seed=1, batch_size=512)
+        return np.stack([np.asarray(i) for i in images])
 
     exact = pictures("heun", REFERENCE_STEPS)
     lines = [
@@ -92,7 +93,8 @@ def main() -> None:
     results = table(pipe, arguments.budgets, arguments.prompts_per_question)
     print(results)
     if arguments.out:
-        machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+        cpu = platform.processor() or platform.machine()
+        machine = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}"
         about = f"`python -m benchmarks.trained {arguments.run}`, {machine}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
         arguments.out.write_text(f"# Solvers on a trained model\n\n{about}\n{results}\n")
 

@@ -14,6 +14,7 @@ Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
 
 
-class Autoencoder(nn.Module):
-    """What every autoencoder answers; a subclass gives `channels`, `factor`, the two scalars, and `raw_latents`,
-    `raw_images`.
-    """
+class Autoencoder(nn.Module, ABC):
+    """What every autoencoder answers; a subclass gives `channels`, `factor`, and what is abstract here."""
 
     channels: int
     """Latent channels C."""
@@ -41,20 +40,26 @@ class Autoencoder(nn.Module):
     """Image pixels per latent pixel, along each side."""
 
     @property
+    @abstractmethod
     def scaling_factor(self) -> float:
         """1 / the standard deviation of the raw latents, as measured."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shift_factor(self) -> float:
         """The mean of the raw latents, as measured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        raise NotImplementedError
+        """Latents as they come, neither shifted nor scaled."""
 
+    @abstractmethod
     def raw_images(self, raw: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Images of such latents, not clamped."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write what `open_autoencoder` reads."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
@@ -77,10 +82,6 @@ class Autoencoder(nn.Module):
             raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
         return self.raw_images(latents / self.scaling_factor + self.shift_factor).clamp(-1, 1)
 
-    def save(self, folder: str | Path) -> None:
-        """Write what `open_autoencoder` reads."""
-        raise NotImplementedError
-
 
 class PixelSpace(Autoencoder):
     """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
@@ -95,6 +96,9 @@ class PixelSpace(Autoencoder):
 
     def raw_images(self, raw: Tensor) -> Tensor:
         return raw
+
+    def save(self, folder: str | Path) -> None:
+        """Nothing: `open_autoencoder("none")` needs no files."""
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------

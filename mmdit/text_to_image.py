@@ -54,7 +54,7 @@ class TextToImage:
     ) -> None:
         self.model, self.autoencoder, self.shift = model, autoencoder, shift
         self.size: tuple[int, int] = (size[0], size[1])
-        self.sampling = {"solver": "heun", "num_steps": 20, "guidance": 4.0, "interval": [0.0, 1.0]} | (sampling or {})
+        self.sampling = {"solver": "ab2", "num_steps": 28, "guidance": 4.0, "interval": [0.0, 1.0]} | (sampling or {})
 
     @property
     def step(self) -> int:
@@ -137,8 +137,7 @@ class TextToImage:
         write_json(folder / "transformer" / "config.json", transformer.config.to_dict())
         write_json(folder / "text" / "config.json", text.config.to_dict())
         text.tokenizer.save(folder / "text" / "tokenizer.json")
-        if not isinstance(self.autoencoder, PixelSpace):
-            self.autoencoder.save(folder / "autoencoder")
+        self.autoencoder.save(folder / "autoencoder")
         self.save_defaults(folder)
         self.save_weights(folder)
 

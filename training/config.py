@@ -242,7 +242,7 @@ class SamplingConfig(Settings):
 
     prompts: tuple[str, ...] = ()
     """Captions of the sample grids; an empty list takes captions of held-out samples."""
-    solver: str = "euler"
+    solver: str = "ab2"
     """Name of the ODE solver, as in `samplers.solver_names()`."""
     num_steps: Count = 28
     """Steps of the solver; heun and midpoint evaluate the network twice a step."""

@@ -38,7 +38,7 @@ def demo() -> TrainConfig:
             checkpoint_every=2000,
         ),
         # 29 network evaluations a picture. Where guidance starts at once, pictures of few objects come out empty.
-        sampling=SamplingConfig(solver="dpmpp-2m", num_steps=16, guidance=3.0, interval=(0.0, 0.9)),
+        sampling=SamplingConfig(num_steps=16, guidance=3.0, interval=(0.0, 0.9)),
         evaluation=EvaluationConfig(prompts_per_question=100),
     )
 

@@ -122,7 +122,7 @@ def test_scores_are_written_and_found_again(run):
     scores = json.loads((run / "scores.json").read_text())
     assert set(scores["shapes_eval"]) == set(training.ShapesEval(32, 1, 0).score([np.zeros((32, 32, 3), np.uint8)] * 6))
     assert scores["validation_loss"] == metrics(run, "validation_loss")[-1][1]
-    assert scores["sampling"] == {"solver": "euler", "num_steps": 2, "guidance": 2.0, "interval": [0.0, 1.0]}
+    assert scores["sampling"] == {"solver": "ab2", "num_steps": 2, "guidance": 2.0, "interval": [0.0, 1.0]}
     assert scores["network_evaluations"] == 4
     again = training.evaluate_run(run)
     assert {**again, "seconds_per_image": 0} == {**scores, "seconds_per_image": 0}
