@@ -2,9 +2,10 @@
 
 import os
 
-# Before torch is imported anywhere: the test processes share the cores.
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
+# Before torch is imported anywhere: test processes side by side share the cores, or their threads wait for each other.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _PROCESSES = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _PROCESSES))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
