@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
-    "mmdit.config": ("MMDiTConfig", "preset", "preset_names"),
+    "mmdit.config": ("MMDiTConfig", "TransfusionConfig", "preset", "preset_names"),
     "mmdit.model": ("MMDiT",),
+    "mmdit.sequences": ("MixedBatch", "pack"),
+    "mmdit.transfusion": ("Transfusion",),
     "mmdit.text": ("TextConfig", "LearnedText", "Tokenizer"),
     "mmdit.autoencoder": ("Autoencoder", "PixelSpace", "open_autoencoder"),
     "mmdit.text_to_image": ("CaptionedMMDiT", "TextToImage"),

@@ -3,6 +3,10 @@
 Shape letters: B batch, H heads, S queries, T keys, d head width.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,11 +14,31 @@ from torch.nn import functional as F
 SHORT = 256  # tokens up to which a CPU is quicker with the formula: torch's fused backward is several times slower
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Packed:
+    """A mask over packed tokens: the documents in one row of S tokens are attended side by side, each alone.
+
+    rows (n, L) int64: the tokens of each document, any token where it has fewer than L; mask (n, 1, L, L): True where
+    one may see the other; places (S,): where in n * L each token stands.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    places: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (1, H, S, d) to (1, S, H*d)."""
+        q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))
+        return attention(q, k, v, self.mask).flatten(0, 1)[self.places][None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, heads side by side again: q (B, H, S, d), k and v (B, H, T, d) to (B, S, H*d).
 
     `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key; None lets all see all.
     """
+    if isinstance(mask, Packed):
+        return mask.attend(q, k, v)
     if q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT:
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
         if mask is not None:

@@ -9,13 +9,14 @@ Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D 
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.attention import attention
+from mmdit.attention import Packed, attention
 from mmdit.embeddings import rotate
 
 EPS = 1e-6  # of every normalisation in SD3
@@ -26,16 +27,38 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
+class PerToken(NamedTuple):
+    """Conditioning of packed tokens: token s takes row `index[s]` of `silu_c`, (n, D); index (S,) int64."""
+
+    silu_c: Tensor
+    index: Tensor
+
+
 class Modulation(nn.Linear):
-    """silu(c) (B, D) or (B, S, D) to `num` modulations, each (B, 1 or S, D): one matrix product for all of them."""
+    """silu(c), (B, D), (B, S, D) or `PerToken`, to `num` modulations, each (B, 1 or S, D), in one matrix product."""
 
     def __init__(self, dim: int, num: int) -> None:
         super().__init__(dim, num * dim)
         self.num = num
 
-    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        out = super().forward(silu_c)
+    def forward(self, silu_c: Tensor | PerToken) -> tuple[Tensor, ...]:  # type: ignore[override]
+        if isinstance(silu_c, PerToken):
+            out = super().forward(silu_c.silu_c)[silu_c.index][None]
+        else:
+            out = super().forward(silu_c)
         return (out if out.ndim == 3 else out[:, None]).chunk(self.num, dim=-1)
+
+
+class Unmodulated(nn.Module):
+    """In the place of a `Modulation` where no time reaches: learnt shifts and scales of two norms, and open gates."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.shift, self.scale = (nn.Parameter(torch.zeros(2, dim)) for _ in range(2))
+
+    def forward(self, _: object) -> tuple[Tensor, ...]:
+        one = torch.ones_like(self.shift[0])
+        return self.shift[0], self.scale[0], one, self.shift[1], self.scale[1], one
 
 
 class QKV(nn.Module):
@@ -85,6 +108,7 @@ class Stream(nn.Module):
     """What one stream owns in one block: its modulations, its projections into and out of the joint attention, its MLP.
 
     dual: a second attention of the stream over itself. pre_only: the stream is read by the others and ends here.
+    modulated: adaLN; without it plain norms and residuals.
     """
 
     def __init__(
@@ -95,10 +119,11 @@ class Stream(nn.Module):
         qk_norm: str | None,
         dual: bool = False,
         pre_only: bool = False,
+        modulated: bool = True,
     ) -> None:
         super().__init__()
         self.pre_only = pre_only
-        self.modulation = Modulation(dim, 2 if pre_only else 9 if dual else 6)
+        self.modulation = Modulation(dim, 2 if pre_only else 9 if dual else 6) if modulated else Unmodulated(dim)
         self.attn = QKV(dim, num_heads, qk_norm, out=not pre_only)
         self.attn2 = QKV(dim, num_heads, qk_norm) if dual else None
         self.mlp = None if pre_only else MLP(dim, int(dim * mlp_ratio))
@@ -123,18 +148,19 @@ class JointBlock(nn.ModuleDict):
     def forward(
         self,
         xs: Sequence[Tensor],
-        silu_c: Tensor,
-        mask: Tensor | None = None,
+        silu_c: Tensor | Sequence[Tensor | PerToken | None],
+        mask: Tensor | Packed | None = None,
         rotaries: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> list[Tensor]:
         """One tensor (B, S_i, D) a stream in and out; a pre-only stream is not among those that come out.
 
-        silu_c: silu of the conditioning, (B, D). mask: boolean, broadcastable to (B, H, sum S, sum S), True = may see.
-        rotaries: one rotary embedding or None a stream.
+        silu_c: silu of the conditioning, (B, D), or one for each stream. mask: boolean, broadcastable to (B, H, sum S,
+        sum S), True = may see. rotaries: one rotary embedding or None a stream.
         """
         streams: list[Stream] = list(self.values())  # type: ignore[arg-type]
         rotaries = rotaries or [None] * len(streams)
-        mods = [stream.modulation(silu_c) for stream in streams]
+        conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
+        mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
         qkv = [s.attn(modulate(x, m[0], m[1]), r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
         heads = attention(q, k, v, mask).split([x.shape[1] for x in xs], dim=1)

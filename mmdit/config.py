@@ -77,6 +77,82 @@ class MMDiTConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TransfusionConfig:
+    """Everything that fixes the tensors and the mathematics of a `Transfusion`.
+
+    Three settings of the one trunk: `weights="shared", time="added"` is the paper's (arXiv 2408.11039),
+    `weights="separate", time="added"` a mixture of transformers as BAGEL is (arXiv 2505.14683),
+    `weights="separate", time="all"` with `attention="full"` and `positions="sincos"` SD3's block.
+    """
+
+    vocab_size: int = 4096
+    """Entries of the embedding table and of the language model's head."""
+    in_channels: int = 16
+    """Channels of the latent (or 3 for pixels)."""
+    patch_size: int = 2
+    """Side of the square patch that becomes one token, in latent pixels."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Attention heads; the width is num_heads * head_dim."""
+    head_dim: int = 64
+    """Width of one head."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the model's width."""
+    qk_norm: Literal["rms_norm"] | None = "rms_norm"
+    """RMS-normalise queries and keys per head, with a learnt scale."""
+    weights: Literal["shared", "separate"] = "shared"
+    """One set of weights for all tokens, or one for text and one for patches, with attention over both."""
+    time: Literal["added", "image", "all"] = "added"
+    """Where an image's time enters: added to its patches, as adaLN of its patches, or as adaLN of all tokens of its
+    document, which then has one image (SD3)."""
+    attention: Literal["transfusion", "causal", "full"] = "transfusion"
+    """Who sees whom within a document: causal but for patches of one image, causal throughout, or all see all."""
+    positions: Literal["rope", "sincos"] = "rope"
+    """Rotary by step of the text and by row and column, or SD3's table added to the patches and none for text."""
+    sample_size: int = 32
+    """Side of the latent that SD3's table is centred on, in latent pixels."""
+    pos_embed_max_size: int = 64
+    """Side of that table, in tokens: the largest height or width of an image."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "in_channels", "patch_size", "depth", "num_heads", "head_dim", "sample_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
+        if self.vocab_size < 5:
+            raise ValueError(f"vocab_size is {self.vocab_size}: four tokens are special, so at least 5")
+        if self.positions == "rope" and self.head_dim % 8:
+            raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
+
+    @property
+    def width(self) -> int:
+        """Width of every token."""
+        return self.num_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values, for JSON."""
+        return asdict(self)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (None, "rms_norm"),
+    "weights": ("shared", "separate"),
+    "time": ("added", "image", "all"),
+    "attention": ("transfusion", "causal", "full"),
+    "positions": ("rope", "sincos"),
+}
+
+_TRANSFUSION_PRESETS: dict[str, dict[str, Any]] = {
+    "transfusion-tiny": dict(vocab_size=512, depth=4, num_heads=4, patch_size=1, sample_size=8),
+    "transfusion-small": dict(vocab_size=8192, depth=12, num_heads=8),
+    "transfusion-0.16b": dict(vocab_size=32000, depth=16, num_heads=12),  # the paper's smallest
+}
 _PRESETS: dict[str, dict[str, Any]] = {
     "sd3-medium": dict(depth=24, num_heads=24),
     "sd3.5-medium": dict(
@@ -107,15 +183,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> MMDiTConfig:
-    """The config of a size by name, published or ready-made (see `preset_names`). Raises ValueError for another."""
+def preset(name: str) -> Any:
+    """The config of a size by name, published or ready-made (see `preset_names`): an `MMDiTConfig`, or for a name that
+    begins with "transfusion" a `TransfusionConfig`. Raises ValueError for another.
+    """
+    if name in _TRANSFUSION_PRESETS:
+        return TransfusionConfig(**_TRANSFUSION_PRESETS[name])
     if name not in _PRESETS:
-        near = get_close_matches(name, _PRESETS, n=1)
+        near = get_close_matches(name, preset_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no preset {name!r}{hint} (there are {', '.join(_PRESETS)})")
+        raise ValueError(f"no preset {name!r}{hint} (there are {', '.join(preset_names())})")
     return MMDiTConfig(**_PRESETS[name])
 
 
 def preset_names() -> list[str]:
     """Names that `preset` takes."""
-    return list(_PRESETS)
+    return [*_PRESETS, *_TRANSFUSION_PRESETS]

@@ -81,6 +81,23 @@ def rotary_2d(
     return angle.cos(), angle.sin()
 
 
+def rotary_mixed(coordinates: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rotary angles of text and patches in one sequence: coordinates (S, 3), step of the text, row, column, to cos and
+    sin, each (S, d / 2).
+
+    Half of the channel pairs turn with the step, as in a language model, a quarter with the row and a quarter with the
+    column, as in `rotary_2d`; text stands at row and column 0.
+    """
+    step, row, column = coordinates.float().unbind(1)
+
+    def angles(at: Tensor, num: int, base: float) -> Tensor:
+        return at[:, None] * base ** (-torch.arange(num, device=at.device, dtype=torch.float32) / num)
+
+    n = head_dim // 8
+    angle = torch.cat([angles(step, 2 * n, 10_000.0), angles(row, n, 100.0), angles(column, n, 100.0)], dim=1)
+    return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the channel pairs (i, i + d/2) of x (B, H, N, d) by the angles whose cos and sin are (N, d / 2)."""
     cos, sin = (a.to(x.dtype) for a in rotary)

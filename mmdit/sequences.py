@@ -1,0 +1,220 @@
+"""Text and images in one sequence: how documents are packed, and which token sees which.
+
+A document is text and images in any order. Every image stands between two tokens of the text, BOI and EOI. Tokens are
+packed without padding, as two runs, one of each modality (so that each can have its own weights); what puts them in
+order is what each carries: its document, its position in it, and the span of one image that it belongs to.
+
+    a query sees a key of its own document   if the key's position is not later, or both are of one span
+
+That is Transfusion's mask, causal for text and bidirectional within an image (Zhou et al. 2024, arXiv 2408.11039,
+section 3.2), and it is written once: `sees`.
+
+Shape letters: T text tokens, I images, N patches of all images, S = N + T tokens, D documents, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmdit.attention import Packed
+
+BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
+Rule = Literal["transfusion", "causal", "full"]
+RULES = ("transfusion", "causal", "full")
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Documents of text and images; `pack` makes one. Raises ValueError for what is no whole document.
+
+    ids (T,) int64: the text of all documents in reading order, BOI and EOI among it. document (T,) int64: which one
+    each token is of, from 0. latents: I tensors (C, h, w), the k-th between the k-th BOI and the EOI that follows it.
+    """
+
+    ids: Tensor
+    document: Tensor
+    latents: tuple[Tensor, ...]
+    boi: int = BOI
+    eoi: int = EOI
+
+    def __post_init__(self) -> None:
+        ids, document = self.ids, self.document
+        if ids.ndim != 1 or ids.dtype != torch.int64 or document.shape != ids.shape or document.dtype != torch.int64:
+            raise ValueError(f"ids and document are {ids.dtype} {tuple(ids.shape)} and {document.dtype} "
+                             f"{tuple(document.shape)}, expected int64 (T,) both")  # fmt: skip
+        steps = document.diff()
+        if not len(ids) or document[0] != 0 or ((steps < 0) | (steps > 1)).any():
+            raise ValueError("document must count 0, 1, 2, ... over the tokens, each document with at least one")
+        opened = self.opened
+        if len(opened) != len(self.latents) or int((ids == self.eoi).sum()) != len(opened):
+            raise ValueError(
+                f"{len(self.latents)} images for {len(opened)} BOI and {int((ids == self.eoi).sum())} EOI tokens: "
+                "each image needs one of each"
+            )
+        if len(opened) and (opened[-1] + 1 >= len(ids) or (ids[opened + 1] != self.eoi).any()):
+            raise ValueError("an image must be closed: EOI has to follow its BOI in the text")
+        if len(opened) and (document[opened] != document[opened + 1]).any():
+            raise ValueError("a document ends inside an image")
+        for i, latent in enumerate(self.latents):
+            if latent.ndim != 3 or latent.shape[0] != self.latents[0].shape[0] or not latent.is_floating_point():
+                raise ValueError(f"image {i} is {latent.dtype} {tuple(latent.shape)}, expected float (C, h, w), one C")
+
+    @cached_property
+    def opened(self) -> Tensor:
+        """Where in `ids` the images begin: the places of BOI (I,)."""
+        return (self.ids == self.boi).nonzero()[:, 0]
+
+    @property
+    def num_documents(self) -> int:
+        return int(self.document[-1]) + 1
+
+    def to(self, device: torch.device | str) -> MixedBatch:
+        latents = tuple(latent.to(device) for latent in self.latents)
+        return MixedBatch(self.ids.to(device), self.document.to(device), latents, self.boi, self.eoi)
+
+    def with_latents(self, latents: Sequence[Tensor]) -> MixedBatch:
+        """The same documents with other images in their places, noised ones, say."""
+        return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi)
+
+    def layout(self, patch_size: int) -> Layout:
+        """Where every token stands. Raises ValueError for sides that the patch does not divide."""
+        device, shapes = self.ids.device, []
+        for i, latent in enumerate(self.latents):
+            height, width = latent.shape[1:]
+            if height % patch_size or width % patch_size or not height or not width:
+                raise ValueError(f"image {i} is {height} x {width}, both sides must divide by the patch ({patch_size})")
+            shapes.append((height // patch_size, width // patch_size))
+        sizes = torch.tensor([h * w for h, w in shapes], dtype=torch.int64, device=device)
+        span = torch.repeat_interleave(torch.arange(len(shapes), device=device), sizes)
+        # In reading order every patch comes after the BOI of its image and before the next token of the text.
+        tokens = torch.arange(len(self.ids), device=device)
+        before = torch.zeros(len(self.ids) + 1, dtype=torch.int64, device=device)
+        before[self.opened + 1] = sizes
+        before = before[:-1].cumsum(0)  # patches before each token of the text
+        first = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])[:-1]
+        inside = torch.arange(len(span), device=device) - first[span]
+        position = torch.cat([(self.opened + before[self.opened])[span] + 1 + inside, tokens + before])
+        document = torch.cat([self.document[self.opened][span], self.document])
+        # A whole image is one step of the text; its patches tell each other apart by row and column from its centre.
+        turn = torch.zeros(len(self.ids) + 1, dtype=torch.int64, device=device)
+        turn[self.opened + 1] = 1
+        turn = tokens + turn[:-1].cumsum(0)
+        start = torch.zeros(self.num_documents, dtype=torch.int64, device=device)
+        start[self.document.flip(0)] = turn.flip(0)  # the last write is that of the document's first token
+        turn = turn - start[self.document]
+        flat = turn.new_zeros(len(turn)).float()
+        rows = [torch.arange(h, device=device).repeat_interleave(w) - (h - 1) / 2 for h, w in shapes]
+        columns = [torch.arange(w, device=device).repeat(h) - (w - 1) / 2 for h, w in shapes]
+        coordinates = torch.stack(
+            [
+                torch.cat([(turn[self.opened] + 1)[span], turn]).float(),
+                torch.cat([*rows, flat]),
+                torch.cat([*columns, flat]),
+            ],
+            dim=1,
+        )
+        everywhere = torch.cat([span, span.new_full((len(self.ids),), -1)])
+        return Layout(document, position, everywhere, coordinates, shapes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each of S = N + T tokens stands, patches first. Two tokens of one span are patches of one image.
+
+    document, position, span (S,) int64, span = -1 for text; coordinates (S, 3): step of the text, row and column from
+    the image's centre, 0 for text. shapes: rows and columns of patches of each image.
+    """
+
+    document: Tensor
+    position: Tensor
+    span: Tensor
+    coordinates: Tensor
+    shapes: list[tuple[int, int]]
+
+    @property
+    def num_patches(self) -> int:
+        return sum(h * w for h, w in self.shapes)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Tokens of each document in reading order, (D, longest), -1 where it is shorter."""
+        order = (self.document * (self.position.max() + 1) + self.position).argsort()
+        counts = torch.bincount(self.document)
+        rows = torch.full((len(counts), int(counts.max())), -1, dtype=torch.int64, device=order.device)
+        rows[torch.arange(rows.shape[1], device=order.device) < counts[:, None]] = order
+        return rows
+
+    def attending(self, rule: Rule = "transfusion") -> Packed:
+        """What `attention` takes as its mask: each document alone, dense."""
+        rows = self.rows
+        mask = sees(self, rows.clamp(min=0)[:, :, None], rows.clamp(min=0)[:, None, :], rule)
+        mask = mask & (rows >= 0)[:, None, :]
+        mask[..., 0] |= rows < 0  # a place without a token has to see something
+        places = torch.empty_like(self.document)
+        places[rows[rows >= 0]] = (rows >= 0).flatten().nonzero()[:, 0]
+        return Packed(rows.clamp(min=0), mask[:, None], places)
+
+    def mask_mod(self, rule: Rule = "transfusion") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The same rule as FlexAttention takes it, over all documents at once."""
+        return lambda b, h, query, key: sees(self, query, key, rule)
+
+    def picture(self, rule: Rule = "transfusion") -> str:
+        """The mask for reading: a row a query, in reading order; `#` a key that it sees, `.` one that it does not."""
+        order = self.rows[self.rows >= 0]
+        mask = sees(self, order[:, None], order[None, :], rule).tolist()
+        names = ["t" if s < 0 else str(s % 10) for s in self.span[order].tolist()]
+        lines = ["  " + "".join(names)]
+        return "\n".join(lines + [f"{n} " + "".join(".#"[k] for k in row) for n, row in zip(names, mask, strict=True)])
+
+
+def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion") -> Tensor:
+    """Whether the tokens `query` see the tokens `key` (numbers into the layout, of shapes that broadcast).
+
+    "causal" is the rule without its second half, "full" without its first: all of the document.
+    """
+    same = layout.document[query] == layout.document[key]
+    if rule == "full":
+        return same
+    seen = layout.position[key] <= layout.position[query]
+    if rule == "transfusion":
+        seen = seen | ((layout.span[query] == layout.span[key]) & (layout.span[key] >= 0))
+    return same & seen
+
+
+def pack(documents: Sequence[Sequence[Tensor]], boi: int = BOI, eoi: int = EOI) -> MixedBatch:
+    """Documents as one batch: each is a list of token ids, int64 (n,), and latents, float (C, h, w), in reading order.
+
+    BOI and EOI are put around every image. Raises ValueError for an empty document, for a part that is neither, and for
+    ids that hold BOI or EOI already.
+    """
+    if not documents:
+        raise ValueError("no document to pack")
+    ids: list[Tensor] = []
+    latents: list[Tensor] = []
+    lengths: list[int] = []
+    for d, document in enumerate(documents):
+        length = 0
+        for part in document:
+            if part.is_floating_point():
+                latents.append(part)
+                part = torch.tensor([boi, eoi], device=part.device)
+            elif part.dtype != torch.int64 or part.ndim != 1:
+                raise ValueError(
+                    f"document {d} holds {part.dtype} {tuple(part.shape)}: text is int64 (n,), an image float (C, h, w)"
+                )
+            elif ((part == boi) | (part == eoi)).any():
+                raise ValueError(f"document {d} has an image token ({boi} or {eoi}) inside its text: pack adds them")
+            ids.append(part)
+            length += len(part)
+        if not length:
+            raise ValueError(f"document {d} is empty")
+        lengths.append(length)
+    device = ids[0].device
+    document_of = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths)).to(device)
+    return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi)

@@ -1,0 +1,183 @@
+"""Transfusion: one transformer that reads and writes text and images (Zhou et al. 2024, arXiv 2408.11039).
+
+Text is learnt by predicting the next token, images by the velocity of a rectified flow, in one sequence and one trunk:
+the MMDiT's blocks, with the mask of `sequences.py`. Text is not modulated by an image's time, and an image in the
+context has one of its own: 0 where it is clean.
+
+Shape letters: T text tokens, I images, N patches of all images, S = N + T, D width, V vocabulary, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, modulate
+from mmdit.config import TransfusionConfig
+from mmdit.embeddings import TimeEmbedding, crop_positions, patchify, position_table, rotary_mixed, unpatchify
+from mmdit.sequences import Layout, MixedBatch
+
+
+class Document(NamedTuple):
+    """The model's answer to one document: `logits` (n, V), row k for what follows its k-th token of text, BOI and EOI
+    counted; `v`, a velocity (C, h, w) for each of its images."""
+
+    logits: Tensor
+    v: list[Tensor]
+
+
+@dataclass(frozen=True)
+class MixedOutput:
+    """What the model says of a batch: text states (T, D), which `head` makes logits of, and v, one (C, h, w) an image.
+
+    Logits of all tokens at once are the largest tensor of a step: take those of some tokens, `head(states[rows])`.
+    """
+
+    states: Tensor
+    v: tuple[Tensor, ...]
+    batch: MixedBatch
+    head: nn.Linear
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, V): row k says what follows token k of the text."""
+        return self.head(self.states)
+
+    def per_document(self) -> list[Document]:
+        """One `Document` each, in order."""
+        counts = torch.bincount(self.batch.document, minlength=self.batch.num_documents).tolist()
+        images = self.batch.document[self.batch.opened].tolist()
+        return [
+            Document(logits, [v for v, of in zip(self.v, images, strict=True) if of == d])
+            for d, logits in enumerate(self.logits.split(counts))
+        ]
+
+
+class Transfusion(nn.Module):
+    """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`."""
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.width, config.in_channels * config.patch_size**2
+        self.embed = nn.Embedding(config.vocab_size, dim)
+        self.patch_in = nn.Linear(patch, dim)
+        self.time_in = TimeEmbedding(dim)
+        self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(dim, eps=EPS)
+        self.modulation_out = Modulation(dim, 2)
+        self.patch_out = nn.Linear(dim, patch)
+        self.head = nn.Linear(dim, config.vocab_size, bias=False)
+        if config.positions == "sincos":
+            table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
+            self.pos_embed: Tensor
+            self.register_buffer("pos_embed", table)
+        self.init_weights()
+
+    def _block(self) -> JointBlock:
+        c = self.config
+        shape = (c.width, c.num_heads, c.mlp_ratio, c.qk_norm)
+        if c.weights == "shared":
+            return JointBlock({"all": Stream(*shape, modulated=c.time != "added")})
+        img = Stream(*shape, modulated=c.time != "added")
+        return JointBlock({"img": img, "txt": Stream(*shape, modulated=c.time == "all")})
+
+    def init_weights(self) -> None:
+        """As in the MMDiT: Xavier for matrices, zero for biases, modulations and the way out of patches; words 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for weight in (self.time_in.fc1.weight, self.time_in.fc2.weight, self.embed.weight, self.head.weight):
+            nn.init.normal_(weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.patch_out.weight)
+
+    def forward(self, batch: MixedBatch, t: Tensor | None = None) -> MixedOutput:
+        """Text states and velocities of documents whose latents are x_t.
+
+        t (I,) in [0, 1], 0 = clean: one time an image, in reading order; None: all are clean. Raises ValueError for
+        another number of times, tokens beyond the vocabulary, other channels, and sides the patch does not divide.
+        """
+        self._check(batch, t)
+        c, images = self.config, len(batch.latents)
+        layout = batch.layout(c.patch_size)
+        span = layout.span[: layout.num_patches]
+        t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.patch_in.weight.dtype)
+        time = self.time_in(t)
+        img = self.patch_in(self._patches(batch, layout))
+        if c.positions == "sincos" and images:
+            img = img + torch.cat([crop_positions(self.pos_embed, *shape)[0] for shape in layout.shapes]).to(img.dtype)
+        if c.time == "added":
+            img = img + time[span]
+        txt = self.embed(batch.ids)
+        conditions = self._conditions(batch, span, F.silu(time))
+        rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions == "rope" else None
+        mask = layout.attending(c.attention)
+        cut = layout.num_patches
+        if c.weights == "shared":
+            streams, rotaries = [torch.cat([img, txt])[None]], [rotary]
+        else:
+            streams = [img[None], txt[None]]
+            rotaries = [None, None] if rotary is None else [(rotary[0][:cut], rotary[1][:cut]),
+                                                            (rotary[0][cut:], rotary[1][cut:])]  # fmt: skip
+        for block in self.blocks:
+            streams = block(streams, conditions, mask, rotaries)
+        x = torch.cat([stream[0] for stream in streams])
+        shift, scale = self.modulation_out(PerToken(F.silu(time), span))
+        patches = self.patch_out(modulate(x[None, :cut], shift, scale))[0]
+        return MixedOutput(self.norm_out(x[cut:]), self._images(patches, layout, batch), batch, self.head)
+
+    def _conditions(self, batch: MixedBatch, span: Tensor, silu_c: Tensor) -> list[PerToken | None]:
+        """For each stream what modulates its tokens; where text is in a modulated stream, it takes a row of zeros."""
+        c = self.config
+        if c.time == "added":
+            return [None] * (1 if c.weights == "shared" else 2)
+        if c.time == "all":
+            text = batch.document  # its one image has the same number
+        else:
+            silu_c = torch.cat([silu_c, silu_c.new_zeros(1, silu_c.shape[1])])
+            text = torch.full_like(batch.ids, len(silu_c) - 1)
+        if c.weights == "shared":
+            return [PerToken(silu_c, torch.cat([span, text]))]
+        return [PerToken(silu_c, span), PerToken(silu_c, text) if c.time == "all" else None]
+
+    def _patches(self, batch: MixedBatch, layout: Layout) -> Tensor:
+        """(N, C*p*p) of all images."""
+        p, dtype = self.config.patch_size, self.patch_in.weight.dtype
+        if not batch.latents:
+            return torch.zeros(0, self.patch_in.in_features, dtype=dtype, device=batch.ids.device)
+        if len(set(layout.shapes)) == 1:
+            return patchify(torch.stack(batch.latents).to(dtype), p).flatten(0, 1)
+        return torch.cat([patchify(latent[None].to(dtype), p)[0] for latent in batch.latents])
+
+    def _images(self, patches: Tensor, layout: Layout, batch: MixedBatch) -> tuple[Tensor, ...]:
+        p = self.config.patch_size
+        if len(set(layout.shapes)) == 1:
+            height, width = batch.latents[0].shape[1:]
+            return unpatchify(patches.unflatten(0, (len(layout.shapes), -1)), p, height, width).unbind(0)
+        parts = patches.split([h * w for h, w in layout.shapes])
+        return tuple(
+            unpatchify(part[None], p, h * p, w * p)[0] for part, (h, w) in zip(parts, layout.shapes, strict=True)
+        )
+
+    def _check(self, batch: MixedBatch, t: Tensor | None) -> None:
+        c = self.config
+        if t is not None and t.shape != (len(batch.latents),):
+            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({len(batch.latents)},): one time an image")
+        if len(batch.ids) and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < c.vocab_size:
+            raise ValueError(
+                f"token {int(batch.ids.max())} is beyond the vocabulary of {c.vocab_size}: "
+                "the tokenizer is of another model"
+            )
+        if batch.latents and batch.latents[0].shape[0] != c.in_channels:
+            raise ValueError(f"images have {batch.latents[0].shape[0]} channels, expected {c.in_channels}")
+        if c.time == "all" and batch.document[batch.opened].tolist() != list(range(batch.num_documents)):
+            raise ValueError('with time = "all" every document has one image')
