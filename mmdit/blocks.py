@@ -28,10 +28,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PerToken(NamedTuple):
-    """Conditioning of packed tokens: token s takes row `index[s]` of `silu_c`, (n, D); index (S,) int64."""
+    """Conditioning of packed tokens: token s takes row `rows[s]` of `silu_c`, (n, D); rows (S,) int64."""
 
     silu_c: Tensor
-    index: Tensor
+    rows: Tensor
 
 
 class Modulation(nn.Linear):
@@ -43,7 +43,7 @@ class Modulation(nn.Linear):
 
     def forward(self, silu_c: Tensor | PerToken) -> tuple[Tensor, ...]:  # type: ignore[override]
         if isinstance(silu_c, PerToken):
-            out = super().forward(silu_c.silu_c)[silu_c.index][None]
+            out = super().forward(silu_c.silu_c)[silu_c.rows][None]
         else:
             out = super().forward(silu_c)
         return (out if out.ndim == 3 else out[:, None]).chunk(self.num, dim=-1)

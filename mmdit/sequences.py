@@ -70,6 +70,13 @@ class MixedBatch:
         """Where in `ids` the images begin: the places of BOI (I,)."""
         return (self.ids == self.boi).nonzero()[:, 0]
 
+    @cached_property
+    def predicting(self) -> Tensor:
+        """The places in `ids` from which the next token is to be predicted: the next is of the same document, and the
+        place is no BOI, after which comes an image."""
+        place = (self.document[1:] == self.document[:-1]) & (self.ids[:-1] != self.boi)
+        return place.nonzero()[:, 0]
+
     @property
     def num_documents(self) -> int:
         return int(self.document[-1]) + 1

@@ -4,19 +4,26 @@ Flow matching (Lipman et al. 2022; SD3, arXiv 2403.03206, section 2): x_t = (1 -
 the velocity v = eps - x_0, the loss is the mean square error, and t is drawn from a density that says where to learn
 most.
 
-Shape letters: B batch, C channels, h w latent sides, L text tokens, E text encoders.
+Text and images (Transfusion, Zhou et al. 2024, arXiv 2408.11039, section 3.3): the cross entropy of the next token, and
+the same loss for each image.
+
+Shape letters: B batch, C channels, h w latent sides, L text tokens, E text encoders; T tokens and I images of a packed
+batch, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from mmdit.sequences import MixedBatch
 from mmdit.text import Tokens
-from samplers import RectifiedFlow
+from samplers import RectifiedFlow, Schedule
 from training.time_density import TimeDensity
 
 
@@ -67,3 +74,82 @@ class FlowMatching:
         v = model(self.schedule.mix(x_0, eps, t), t, batch.tokens, drop)
         loss = (v.float() - self.schedule.velocity(x_0, eps, t)).square().mean()
         return Loss(loss, {"loss": loss.detach()})
+
+
+@dataclass(frozen=True)
+class TextAndImages:
+    """L_LM + image_weight L_image: next tokens, each with the same weight, and images, each with the same weight.
+
+    Flow matching, or with `schedule=samplers.Cosine(), prediction="noise"` the paper's own diffusion loss. Images that
+    open a document with text after them are there to be described: their times are scaled by `image_first_cap`, 0.5 in
+    the paper (table 8). z_loss adds that much of log^2 Z, which keeps logits from drifting (Chameleon, arXiv
+    2405.09818).
+    """
+
+    density: TimeDensity
+    image_weight: float = 5.0
+    image_first_cap: float = 0.5
+    z_loss: float = 0.0
+    schedule: Schedule = field(default_factory=RectifiedFlow)
+    prediction: Literal["velocity", "noise"] = "velocity"
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("velocity", "noise"):
+            raise ValueError(f"prediction is {self.prediction!r}, expected 'velocity' or 'noise'")
+        if not 0 < self.image_first_cap <= 1 or self.image_weight < 0 or self.z_loss < 0:
+            raise ValueError("expected 0 < image_first_cap <= 1, and image_weight and z_loss of at least 0")
+
+    def __call__(
+        self, model: nn.Module, batch: MixedBatch, generator: torch.Generator, t: Tensor | float | None = None
+    ) -> Loss:
+        """Loss of `model(batch, t)` on clean documents; parts "text" (nats a token) and "image" (per number).
+
+        Draws from `generator`, on the CPU: times, then noise image by image. A given `t` replaces the drawn times.
+        """
+        images, device = len(batch.latents), batch.ids.device
+        if t is None:
+            t = self.density.sample(images, generator, stratified=self.stratified) if images else torch.zeros(0)
+            t = torch.where(opens_text(batch).cpu(), t * self.image_first_cap, t)
+        t = torch.as_tensor(t, dtype=torch.float32).expand(images).to(device)
+        noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device) for x in batch.latents]
+        noised = [self.schedule.mix(x, e, s) for x, e, s in zip(batch.latents, noise, t, strict=True)]
+        out = model(batch.with_latents(noised), t)
+        text = next_token_loss(out.states, out.head, batch, self.z_loss)
+        errors = [
+            (v.float() - (e if self.prediction == "noise" else self.schedule.velocity(x, e, s))).square().mean()
+            for v, x, e, s in zip(out.v, batch.latents, noise, t, strict=True)
+        ]
+        image = torch.stack(errors).mean() if errors else text.new_zeros(())
+        return Loss(text + self.image_weight * image, {"text": text.detach(), "image": image.detach()})
+
+
+def opens_text(batch: MixedBatch) -> Tensor:
+    """Which images (I,) open a document that goes on with text after them."""
+    last = torch.cat([batch.document.diff() != 0, batch.document.new_ones(1, dtype=torch.bool)])
+    first = last.roll(1)
+    return first[batch.opened] & ~last[batch.opened + 1]
+
+
+def next_token_loss(
+    states: Tensor, head: nn.Linear, batch: MixedBatch, z_loss: float = 0.0, chunk: int = 1024
+) -> Tensor:
+    """Mean cross entropy of the next token, in nats, over `batch.predicting`; 0 where there is none.
+
+    states (T, D). Logits are made `chunk` tokens at a time, and again in the backward pass: of a large vocabulary they
+    would be the largest tensor of the step.
+    """
+    rows = batch.predicting
+    total = states.new_zeros((), dtype=torch.float32)
+    if not len(rows):
+        return total + 0 * states.sum()
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        logits = head(x).float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return loss + z_loss * logits.logsumexp(-1).square().sum() if z_loss else loss
+
+    for some in rows.split(chunk):
+        x, targets = states[some], batch.ids[some + 1]
+        total = total + (part(x, targets) if len(rows) <= chunk else checkpoint(part, x, targets, use_reentrant=False))
+    return total / len(rows)

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit.config import TransfusionConfig
+from mmdit.sequences import pack
 from mmdit.text import Tokens
-from training.objectives import Batch, FlowMatching
+from mmdit.transfusion import Transfusion
+from samplers import Cosine
+from training.objectives import Batch, FlowMatching, TextAndImages, next_token_loss, opens_text
 from training.time_density import LogitNormal, TimeDensity, Uniform
 
 
@@ -152,3 +156,112 @@ def test_half_precision_models_are_scored_in_float():
     spy = Spy()
     spy.forward = lambda x_t, t, tokens, drop=None: x_t.to(torch.bfloat16)
     assert FlowMatching(Uniform())(spy, batch(), generator()).total.dtype == torch.float32
+
+
+# --- text and images ----------------------------------------------------------------------------------------------
+
+TINY = TransfusionConfig(vocab_size=40, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16)
+
+
+def trunk(seed=0):
+    model, g = Transfusion(TINY), generator(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def picture(height=4, width=4, seed=0):
+    return torch.randn(3, height, width, generator=generator(seed))
+
+
+DOCUMENTS = [
+    [torch.tensor([5, 6, 7]), picture(seed=1), torch.tensor([8, 9])],
+    [picture(2, 6, seed=2), torch.tensor([10, 11])],
+    [torch.tensor([12, 13])],
+    [picture(seed=3)],
+]
+
+
+def test_the_mixed_loss_is_the_formula():
+    model, data = trunk(), pack(DOCUMENTS)
+    times = torch.tensor([0.3, 0.8, 0.6])
+    objective = TextAndImages(Given(times), image_weight=3.0, image_first_cap=0.5)
+    loss = objective(model, data, generator())
+    g, t = generator(), torch.tensor([0.3, 0.4, 0.6])  # the second opens a document with text
+    noise = [torch.randn(x.shape, generator=g) for x in data.latents]
+    noised = [(1 - s) * x + s * e for x, e, s in zip(data.latents, noise, t, strict=True)]
+    out = model(data.with_latents(noised), t)
+    image = torch.stack([(v - (e - x)).square().mean() for v, x, e in zip(out.v, data.latents, noise, strict=True)])
+    # 5 6 7 BOI EOI 8 9 | BOI EOI 10 11 | 12 13 | BOI EOI: from 5, 6, 7, EOI, 8; EOI, 10; 12; none
+    rows, targets = [0, 1, 2, 4, 5, 8, 9, 11], [6, 7, 2, 8, 9, 10, 11, 13]
+    assert data.predicting.tolist() == rows
+    text = nn.functional.cross_entropy(out.logits[rows], torch.tensor(targets))
+    torch.testing.assert_close(loss.parts["text"], text)
+    torch.testing.assert_close(loss.parts["image"], image.mean())
+    torch.testing.assert_close(loss.total, text + 3 * image.mean())
+
+
+def test_the_papers_own_loss_is_of_the_noise_on_the_cosine_schedule():
+    model, data, schedule = trunk(), pack(DOCUMENTS[:1]), Cosine()
+    loss = TextAndImages(Uniform(), schedule=schedule, prediction="noise")(model, data, generator(), 0.7)
+    eps = torch.randn(data.latents[0].shape, generator=generator())
+    t = torch.tensor([0.7])
+    v = model(data.with_latents([schedule.mix(data.latents[0], eps, 0.7)]), t).v[0]
+    torch.testing.assert_close(loss.parts["image"], (v - eps).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_cost_what_they_cost_alone():
+    """The text of clean images: its loss is a mean over all tokens, with the gradients of the documents' own."""
+    model, objective = trunk(), TextAndImages(Uniform(), image_weight=0.0)
+
+    def cost(documents):
+        model.zero_grad()
+        loss = objective(model, pack(documents), generator(), 0.0).total
+        loss.backward()
+        num = len(pack(documents).predicting)
+        gradients = [torch.zeros_like(p) if p.grad is None else num * p.grad for p in model.parameters()]
+        return num * loss.detach(), gradients, num
+
+    alone, together = [cost([document]) for document in DOCUMENTS], cost(DOCUMENTS)
+    assert together[2] == sum(num for *_, num in alone)
+    torch.testing.assert_close(together[0], sum(loss for loss, *_ in alone))
+    summed = [sum(parts) for parts in zip(*(gradients for _, gradients, _ in alone), strict=True)]
+    for a, b in zip(together[1], summed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_chunks_change_neither_the_loss_nor_the_gradients(z_loss):
+    data, head = pack([[torch.arange(4, 34)]]), nn.Linear(8, 40, bias=False)
+    states = torch.randn(30, 8, generator=generator()).requires_grad_()
+    found = []
+    for chunk in (7, 1000):
+        states.grad = head.weight.grad = None
+        loss = next_token_loss(states, head, data, z_loss, chunk)
+        loss.backward()
+        found.append((loss.detach(), states.grad, head.weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    logits = head(states[:-1])
+    expected = nn.functional.cross_entropy(logits, data.ids[1:]) + z_loss * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(found[0][0], expected.detach())
+
+
+def test_logits_are_never_whole():
+    """With a vocabulary of 50,000 and 4,096 tokens they would be 800 MB; no tensor that autograd keeps is near that."""
+    data = pack([[torch.randint(4, 50_000, (4096,), generator=generator())]])
+    states, head, kept = torch.randn(4096, 16).requires_grad_(), nn.Linear(16, 50_000, bias=False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        next_token_loss(states, head, data, chunk=256)
+    assert max(kept) < 1e6
+
+
+def test_which_images_open_text():
+    assert opens_text(pack(DOCUMENTS)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("wrong", [dict(prediction="data"), dict(image_first_cap=0.0), dict(image_weight=-1.0)])
+def test_settings_of_the_mixed_loss_are_checked(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        TextAndImages(Uniform(), **wrong)
