@@ -6,6 +6,7 @@ Shape letters: B batch, H heads, S queries, T keys, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,16 +29,29 @@ class Packed:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
-        q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))
-        return attention(q, k, v, self.mask).flatten(0, 1)[self.places][None]
+        return self.together(attention(*map(self.apart, (q, k, v)), self.mask))
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Tokens in one row (1, H, S, d) as documents side by side, (n, H, L, d)."""
+        return x[0][:, self.rows].transpose(0, 1)
+
+    def together(self, heads: Tensor) -> Tensor:
+        """(n, L, H*d) as one row again, (1, S, H*d)."""
+        return heads.flatten(0, 1)[self.places][None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None = None) -> Tensor:
+class Mask(Protocol):
+    """What computes an attention in its own way; `Packed` is one, and a part of a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, heads side by side again: q (B, H, S, d), k and v (B, H, T, d) to (B, S, H*d).
 
     `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key; None lets all see all.
     """
-    if isinstance(mask, Packed):
+    if not (mask is None or isinstance(mask, Tensor)):
         return mask.attend(q, k, v)
     if q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT:
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5

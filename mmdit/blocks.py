@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.attention import Packed, attention
+from mmdit.attention import Mask, attention
 from mmdit.embeddings import rotate
 
 EPS = 1e-6  # of every normalisation in SD3
@@ -149,7 +149,7 @@ class JointBlock(nn.ModuleDict):
         self,
         xs: Sequence[Tensor],
         silu_c: Tensor | Sequence[Tensor | PerToken | None],
-        mask: Tensor | Packed | None = None,
+        mask: Tensor | Mask | None = None,
         rotaries: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> list[Tensor]:
         """One tensor (B, S_i, D) a stream in and out; a pre-only stream is not among those that come out.

@@ -89,8 +89,11 @@ class MixedBatch:
         """The same documents with other images in their places, noised ones, say."""
         return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi)
 
-    def layout(self, patch_size: int) -> Layout:
-        """Where every token stands. Raises ValueError for sides that the patch does not divide."""
+    def layout(self, patch_size: int, steps: Tensor | None = None) -> Layout:
+        """Where every token stands; steps (D,): of the text that each document has behind it already (None: none).
+
+        Raises ValueError for sides that the patch does not divide.
+        """
         device, shapes = self.ids.device, []
         for i, latent in enumerate(self.latents):
             height, width = latent.shape[1:]
@@ -114,7 +117,7 @@ class MixedBatch:
         turn = tokens + turn[:-1].cumsum(0)
         start = torch.zeros(self.num_documents, dtype=torch.int64, device=device)
         start[self.document.flip(0)] = turn.flip(0)  # the last write is that of the document's first token
-        turn = turn - start[self.document]
+        turn = turn - (start if steps is None else start - steps)[self.document]
         flat = turn.new_zeros(len(turn)).float()
         rows = [torch.arange(h, device=device).repeat_interleave(w) - (h - 1) / 2 for h, w in shapes]
         columns = [torch.arange(w, device=device).repeat(h) - (w - 1) / 2 for h, w in shapes]

@@ -9,17 +9,19 @@ Shape letters: T text tokens, I images, N patches of all images, S = N + T, D wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, modulate
+from mmdit.cache import Cache, Reading
 from mmdit.config import TransfusionConfig
 from mmdit.embeddings import TimeEmbedding, crop_positions, patchify, position_table, rotary_mixed, unpatchify
-from mmdit.sequences import Layout, MixedBatch
+from mmdit.sequences import BOI, EOI, Layout, MixedBatch
 
 
 class Document(NamedTuple):
@@ -58,7 +60,9 @@ class MixedOutput:
 
 
 class Transfusion(nn.Module):
-    """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`."""
+    """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`; `model.generate` writes on."""
+
+    boi, eoi = BOI, EOI
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
@@ -100,15 +104,21 @@ class Transfusion(nn.Module):
                 nn.init.zeros_(module.weight)
         nn.init.zeros_(self.patch_out.weight)
 
-    def forward(self, batch: MixedBatch, t: Tensor | None = None) -> MixedOutput:
+    def cache(self, num_rows: int) -> Cache:
+        """An empty cache for `num_rows` documents."""
+        c = self.config
+        return Cache(num_rows, c.depth, c.num_heads, c.head_dim, self.head.weight)
+
+    def forward(self, batch: MixedBatch, t: Tensor | None = None, past: Reading | None = None) -> MixedOutput:
         """Text states and velocities of documents whose latents are x_t.
 
-        t (I,) in [0, 1], 0 = clean: one time an image, in reading order; None: all are clean. Raises ValueError for
-        another number of times, tokens beyond the vocabulary, other channels, and sides the patch does not divide.
+        t (I,) in [0, 1], 0 = clean: one time an image, in reading order; None: all are clean. past: what the documents
+        go on from (see cache.py). Raises ValueError for another number of times, tokens beyond the vocabulary, other
+        channels, and sides the patch does not divide.
         """
         self._check(batch, t)
         c, images = self.config, len(batch.latents)
-        layout = batch.layout(c.patch_size)
+        layout = batch.layout(c.patch_size, None if past is None else past.steps)
         span = layout.span[: layout.num_patches]
         t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.patch_in.weight.dtype)
         time = self.time_in(t)
@@ -120,7 +130,8 @@ class Transfusion(nn.Module):
         txt = self.embed(batch.ids)
         conditions = self._conditions(batch, span, F.silu(time))
         rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions == "rope" else None
-        mask = layout.attending(c.attention)
+        packed = layout.attending(c.attention)
+        masks = [packed] * c.depth if past is None else past.attending(packed, layout)
         cut = layout.num_patches
         if c.weights == "shared":
             streams, rotaries = [torch.cat([img, txt])[None]], [rotary]
@@ -128,12 +139,18 @@ class Transfusion(nn.Module):
             streams = [img[None], txt[None]]
             rotaries = [None, None] if rotary is None else [(rotary[0][:cut], rotary[1][:cut]),
                                                             (rotary[0][cut:], rotary[1][cut:])]  # fmt: skip
-        for block in self.blocks:
+        for block, mask in zip(self.blocks, masks, strict=True):
             streams = block(streams, conditions, mask, rotaries)
         x = torch.cat([stream[0] for stream in streams])
         shift, scale = self.modulation_out(PerToken(F.silu(time), span))
         patches = self.patch_out(modulate(x[None, :cut], shift, scale))[0]
         return MixedOutput(self.norm_out(x[cut:]), self._images(patches, layout, batch), batch, self.head)
+
+    def generate(self, prompts: Sequence[Sequence[Tensor]], **how: Any) -> list[Any]:
+        """Text and images that go on from prompts: see `generate.generate`."""
+        from mmdit.generate import generate
+
+        return generate(self, prompts, **how)
 
     def _conditions(self, batch: MixedBatch, span: Tensor, silu_c: Tensor) -> list[PerToken | None]:
         """For each stream what modulates its tokens; where text is in a modulated stream, it takes a row of zeros."""

@@ -1,0 +1,239 @@
+"""Writing on: cached is uncached, alone is in a batch, images wait for BOI, and every rule of drawing does its part."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmdit.config import TransfusionConfig
+from mmdit.generate import EOS, PAD, ImageSampling, TextSampling, generate
+from mmdit.sequences import BOI, EOI, pack
+from mmdit.transfusion import Transfusion
+
+TINY = TransfusionConfig(vocab_size=24, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16)
+SETTINGS = {
+    "shared, added": TINY,
+    "shared, image": replace(TINY, time="image"),
+    "separate, image": replace(TINY, weights="separate", time="image"),
+    "no qk-norm, causal": replace(TINY, qk_norm=None, attention="causal"),
+}
+SMALL = ImageSampling(size=(4, 4), num_steps=3, guidance=2.0)
+
+
+def alive(config, seed=0, scale=0.3):
+    model, generator = Transfusion(config).double().eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def text(*ids):
+    return torch.tensor(ids)
+
+
+def image(height, width, seed=0):
+    return torch.randn(3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=SETTINGS, ids=str)
+def model(request):
+    return alive(SETTINGS[request.param])
+
+
+DOCUMENT = [text(5, 6), image(4, 6, 1), text(7), image(2, 2, 2), image(4, 4, 3), text(8, 9, 10)]
+
+
+@torch.no_grad()
+def test_read_in_parts_is_read_at_once(model):
+    """Across several images, beside a row that reads other things in between."""
+    cache, states = model.cache(2), []
+    for k, part in enumerate(DOCUMENT):
+        reading = cache.reading([1])
+        states.append(model(pack([[part]]), None, reading).states)
+        reading.keep()
+        if k % 2:
+            other = cache.reading([0])
+            model(pack([[text(*range(11, 12 + k))]]), None, other)
+            other.keep()
+    whole = model(pack([DOCUMENT])).states
+    torch.testing.assert_close(torch.cat(states), whole, rtol=1e-9, atol=1e-10)
+    # And an image that is being denoised in that context, again and again, without a trace.
+    for t in (0.9, 0.3):
+        time = torch.tensor([t], dtype=torch.float64)
+        x = model(pack([[image(4, 4, 7)]]), time, cache.reading([1])).v[0]
+        expected = model(pack([[*DOCUMENT, image(4, 4, 7)]]), torch.tensor([0, 0, 0, t], dtype=torch.float64)).v[-1]
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_greedy_writing_is_what_the_whole_model_would_say(model):
+    """Token by token without a cache, with the images that were drawn."""
+    [written] = generate(model, [[text(5, 6, 7)]], 8, 2, TextSampling(temperature=0), SMALL)
+    document = [text(5, 6, 7)]
+    for part in written.parts:
+        if part.is_floating_point():
+            document.append(part)
+            continue
+        for token in part:
+            logits = model(pack([document])).logits[-1]
+            logits[[PAD, EOI]] = -math.inf
+            if sum(p.is_floating_point() for p in document) >= 2:
+                logits[BOI] = -math.inf
+            assert int(logits.argmax()) == token
+            last_is_text = not document[-1].is_floating_point()
+            document = (
+                [*document[:-1], torch.cat([document[-1], token[None]])] if last_is_text else [*document, token[None]]
+            )
+
+
+@torch.no_grad()
+def test_an_image_is_drawn_in_its_context_and_read_as_finished(model):
+    """The solver's own loop on the whole documents, without a cache."""
+    from samplers import Field, RectifiedFlow, cfg, randn, sample, uniform
+
+    prompt = [text(5, 6), image(2, 4, 1), text(7)]
+    [written] = generate(model, [prompt], 2, 1, TextSampling(temperature=0), SMALL, seed=4, begin="image")
+
+    def v(context):
+        def network(x_t, t):
+            times = torch.cat([torch.zeros(len(context) // 3, dtype=torch.float64), t])
+            return model(pack([[*context, x_t[0]]]), times).v[-1][None]
+
+        return Field(network, RectifiedFlow())
+
+    x = randn((1, 3, 4, 4), [torch.Generator().manual_seed(4)], torch.float64)
+    drawn = sample(cfg(v(prompt), v([]), 2.0), x, "ab2", grid=uniform(3)).x[0]
+    torch.testing.assert_close(written.parts[0], drawn, rtol=1e-8, atol=1e-9)
+    logits = model(pack([[*prompt, drawn]])).logits[-1]
+    logits[[PAD, EOI, BOI]] = -math.inf
+    assert int(logits.argmax()) == (
+        EOS if written.stopped == "end" and len(written.parts) == 1 else written.parts[1][0]
+    )
+
+
+def test_a_prompt_gives_the_same_alone_and_in_a_batch(model):
+    prompts = [[text(5, 6, 7)], [image(4, 2, 1), text(8)], [], [text(*range(4, 20)), image(2, 2, 2)]]
+    how = dict(max_tokens=5, max_images=2, image=SMALL)
+    together = generate(model, prompts, seed=[3, 1, 4, 1], **how)
+    for prompt, seed, written in zip(prompts, [3, 1, 4, 1], together, strict=True):
+        [alone] = generate(model, [prompt], seed=[seed], **how)
+        assert alone.stopped == written.stopped and len(alone.parts) == len(written.parts)
+        for a, b in zip(alone.parts, written.parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    assert together[2].parts[0].is_floating_point()  # nothing to go on from: an image
+    other = generate(model, prompts, seed=[5, 6, 7, 8], **how)
+    assert not torch.equal(other[2].parts[0], together[2].parts[0])
+
+
+def saying(*ids, vocabulary=24):
+    """A model whose text says these ids whatever it reads: the bias of its last norm decides."""
+    model = alive(TINY)
+    with torch.no_grad():
+        model.norm_out.weight.zero_()
+        model.norm_out.bias.copy_(torch.ones(32))
+        model.head.weight.zero_()
+        for strength, token in enumerate(reversed(ids)):
+            model.head.weight[token] = 1.0 + strength
+    return model
+
+
+def test_it_ends_at_the_end_token_at_the_limit_and_never_says_what_is_no_text():
+    greedy = TextSampling(temperature=0)
+    [ended] = generate(saying(PAD, EOI, EOS, 9), [[text(5)]], text=greedy)
+    assert ended.parts == [] and ended.stopped == "end"
+    [limited] = generate(saying(PAD, EOI, 9), [[text(5)]], 4, text=greedy)
+    assert [p.tolist() for p in limited.parts] == [[9] * 4] and limited.stopped == "length"
+    [drawn] = generate(saying(BOI, 9), [[text(5)]], 3, 2, greedy, SMALL)
+    assert [p.is_floating_point() for p in drawn.parts] == [True, True, False] and drawn.parts[2].tolist() == [9] * 3
+    assert drawn.parts[0].shape == (3, 4, 4)
+    [none] = generate(saying(BOI, 9), [[text(5)]], 3, 0, greedy, SMALL)
+    assert [p.tolist() for p in none.parts] == [[9] * 3]
+
+
+def test_parts_are_told_as_they_come():
+    seen = []
+
+    def told(i, part):
+        seen.append((i, part.shape if part.is_floating_point() else part.tolist()))
+
+    generate(saying(BOI, 9), [[text(5)], [text(6)]], 2, 1, TextSampling(temperature=0), SMALL, told=told)
+    assert seen == [(0, (3, 4, 4)), (1, (3, 4, 4)), (0, [9]), (1, [9]), (0, [9]), (1, [9])]
+
+
+@pytest.mark.parametrize(
+    "option", [dict(guidance=5.0), dict(solver="heun"), dict(num_steps=5), dict(interval=(0.0, 0.5)), dict(shift=3.0)]
+)
+def test_every_option_of_an_image_changes_it(option):
+    model = alive(TINY)
+
+    def drawn(how):
+        return generate(model, [[text(5)]], 0, image=how, begin="image")[0].parts[0]
+
+    assert (drawn(SMALL) - drawn(replace(SMALL, **option))).abs().max() > 1e-6
+
+
+# --- drawing a token ----------------------------------------------------------------------------------------------
+
+P = torch.tensor([[0.4, 0.05, 0.3, 0.15, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [
+        (dict(), [0, 1, 2, 3, 4]),
+        (dict(top_k=2), [0, 2]),
+        (dict(top_p=0.69), [0, 2]),
+        (dict(top_p=0.71), [0, 2, 3]),
+        (dict(top_p=0.01), [0]),
+        (dict(min_p=0.3), [0, 2, 3]),
+        (dict(min_p=1.0), [0]),
+        (dict(top_k=3, min_p=0.5), [0, 2]),
+        (dict(temperature=0), [0]),
+    ],
+)
+def test_what_each_rule_leaves(how, left):
+    generator = torch.Generator().manual_seed(0)
+    drawn = TextSampling(**how).draw(P.log().expand(2000, 5), [generator] * 2000)
+    counts = torch.bincount(drawn, minlength=5) / 2000
+    assert counts.nonzero()[:, 0].tolist() == left
+    expected = torch.zeros(5)
+    expected[left] = P[0, left] / P[0, left].sum()
+    assert (counts - expected).abs().max() < 0.05
+
+
+def test_temperature_sharpens():
+    generator = torch.Generator().manual_seed(0)
+    drawn = TextSampling(temperature=0.5).draw(P.log().expand(4000, 5), [generator] * 4000)
+    expected = P[0] ** 2 / (P[0] ** 2).sum()
+    assert (torch.bincount(drawn, minlength=5) / 4000 - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(prompts=[]), "no prompt given"),
+        (dict(begin="sound"), "begin is 'sound'"),
+        (dict(max_tokens=-1), "max_tokens = -1"),
+        (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
+        (dict(image=ImageSampling(size=(3, 4))), "both sides must divide by 2"),
+        (dict(prompts=[[text(5, 99)]]), "beyond the vocabulary"),
+        (dict(prompts=[[text(5, BOI)]]), "image token"),
+        (dict(image=ImageSampling(size=(4, 4), solver="euller"), begin="image"), "euler"),
+    ],
+)
+def test_bad_input_is_refused(change, what):
+    with pytest.raises(ValueError, match=what):
+        generate(alive(TINY), **({"prompts": [[text(5)]]} | change))
+
+
+def test_a_model_that_sees_what_follows_cannot_write():
+    with pytest.raises(ValueError, match="cannot write"):
+        generate(alive(replace(TINY, attention="full")), [[text(5)]])
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(min_p=1.5)])
+def test_rules_are_checked(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        TextSampling(**wrong)
