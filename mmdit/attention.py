@@ -29,7 +29,7 @@ class Packed:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
-        return self.together(attention(*map(self.apart, (q, k, v)), self.mask))
+        return self.together(attention(self.apart(q), self.apart(k), self.apart(v), self.mask))
 
     def apart(self, x: Tensor) -> Tensor:
         """Tokens in one row (1, H, S, d) as documents side by side, (n, H, L, d)."""
