@@ -83,10 +83,11 @@ METHODS: dict[str, Solver] = {
         "ab2",
         "ab3",
         "abm",
+        "abm4",
+        "abm5",
     )
 } | {
-    "abm4": replace(SOLVERS["abm"], num_nodes=4, corrector=4),
-    "abm5": replace(SOLVERS["abm"], num_nodes=4, corrector=5),
+    "abm4, 4 nodes": replace(SOLVERS["abm"], num_nodes=4, corrector=4),
     "flow-3": FLOW3,
     "flow-2c": replace(FLOW3, num_nodes=2, corrector=3),
     "flow-3c": replace(FLOW3, num_nodes=3, corrector=4),
@@ -245,15 +246,15 @@ OVERHEAD: dict[str, tuple[Solver, str, dict[str, object]]] = {
 }
 
 
-def overhead(steps: int = 20, repeats: int = 25) -> str:
-    """Milliseconds of a step on (8, 16, 64, 64) float32 latents with a network that returns a fixed tensor.
+def overhead(dtype: torch.dtype, steps: int = 20, repeats: int = 25) -> str:
+    """Milliseconds of a step on (8, 16, 64, 64) latents with a network that returns a fixed tensor.
 
     Ours is all of `sample`, its setting up and its look for NaN included, over the number of steps; theirs is the time
     within scheduler.step alone. By turns; the median, and the least, which other work on the machine hardly moves.
     """
     import diffusers
 
-    x, v = torch.randn(8, 16, 64, 64), torch.randn(8, 16, 64, 64)
+    x, v = torch.randn(2, 8, 16, 64, 64, dtype=dtype).unbind(0)
     field = Field(lambda x_t, t: v, FLOW)
 
     def of_ours(solver: Solver) -> float:
@@ -273,7 +274,12 @@ def overhead(steps: int = 20, repeats: int = 25) -> str:
             spent += time.perf_counter() - begin
         return spent / steps * 1e3  # two calls of Heun's scheduler are one of our steps
 
-    lines = ["\n| solver | ours, ms a step | diffusers, ms a step | ratio | ratio of the least |", "|---" * 5 + "|"]
+    title = f"\n## Latents in {str(dtype).removeprefix('torch.')}\n"
+    lines = [
+        title,
+        "| solver | ours, ms a step | diffusers, ms a step | ratio | ratio of the least |",
+        "|---" * 5 + "|",
+    ]
     for name, (solver, scheduler, options) in OVERHEAD.items():
         pairs = [(of_ours(solver), of_theirs(scheduler, options)) for _ in range(repeats)]
         (mine, other), (least, of_them) = ([f(column) for column in zip(*pairs, strict=True)] for f in (middle, min))
@@ -307,7 +313,7 @@ def main() -> None:
     ]
     tables = {}
     if args.overhead:
-        text.append(overhead())
+        text += [overhead(dtype) for dtype in (torch.float32, torch.bfloat16)]
     else:
         for title, data in (("8 modes in 2-D", ring()), ("8 modes in 64-D", ring(dims=64, std=0.3))):
             tables[title] = errors(data, args.batch, args.k_diffusion)

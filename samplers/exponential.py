@@ -341,6 +341,8 @@ METHODS: tuple[Solver, ...] = (
     Multistep("ab3", 3, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=3),
     Multistep("ab4", 4, 1, "Bashforth & Adams 1883", view="velocity", num_nodes=4),
     Multistep("abm", 3, 1, "Moulton 1926", view="velocity", num_nodes=2, corrector=3),
+    Multistep("abm4", 4, 1, "Moulton 1926", view="velocity", num_nodes=3, corrector=4),
+    Multistep("abm5", 5, 1, "Moulton 1926", view="velocity", num_nodes=4, corrector=5),
     Multistep("ddpm", 1, 1, "DDPM, Ho et al. 2020, alg. 2: the posterior's variance", diffusion=1.0),
     Multistep("euler-ancestral", 1, 1, "k-diffusion; DDPM's step on any schedule", diffusion=1.0),
     Multistep("dpmpp-2m-sde", 2, 1, f"{_DPMPP}, app. D", rule="half", num_nodes=2, diffusion=1.0),

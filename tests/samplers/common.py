@@ -37,7 +37,7 @@ def own_grid(schedule, n):
 @cache
 def path_end():
     """x / alpha at log-SNR 2 from x = sigma X at -2, on the rectified flow: it is the same on every schedule."""
-    grid = log_snr_grid(FLOW, 300)
+    grid = log_snr_grid(FLOW, 2000)
     return sample(MIXTURE.field(FLOW), FLOW.sigma(grid[0]) * normal(4, 2), "rk4", grid=grid).x / FLOW.alpha(grid[-1])
 
 
