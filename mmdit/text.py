@@ -23,6 +23,7 @@ from mmdit.embeddings import rotate
 from mmdit.weights_io import write_aside
 
 PAD, EOS = "<pad>", "<eos>"
+IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images: ids 2 and 3
 
 
 class Tokens(NamedTuple):
@@ -55,13 +56,19 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "<pad>" written in a caption is text like any other
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
-        """A tokenizer whose merges are learnt from `captions`; vocab_size >= 258 (256 bytes and two special tokens)."""
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int, images: bool = False) -> Tokenizer:
+        """A tokenizer whose merges are learnt from `captions`; vocab_size >= 258 (256 bytes and two special tokens).
+
+        images: two more special tokens stand around images, for a `Transfusion`.
+        """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-        if vocab_size < 258:
-            raise ValueError(f"vocab_size is {vocab_size}, expected at least 258: 256 bytes and two special tokens")
+        special = [PAD, EOS, *(IMAGE if images else ())]
+        if vocab_size < 256 + len(special):
+            raise ValueError(
+                f"vocab_size is {vocab_size}, expected at least {256 + len(special)}: 256 bytes and the special tokens"
+            )
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2: one token and the end")
         backend = Backend(models.BPE())
@@ -70,7 +77,7 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[PAD, EOS],
+            special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -88,6 +95,12 @@ class Tokenizer:
             tokens = [*encoding.ids[: self.max_length - 1], self.eos]
             row[: len(tokens)] = torch.tensor(tokens)
         return Tokens(ids, ids != self.pad)
+
+    @property
+    def image_tokens(self) -> tuple[int, int] | None:
+        """Ids of the two tokens around an image, where there are such."""
+        begin, end = map(self.backend.token_to_id, IMAGE)
+        return None if begin is None or end is None else (begin, end)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens."""

@@ -44,9 +44,11 @@ class TextToImage:
     eq. 23).
     """
 
+    format = "mmdit text-to-image 1"
+
     def __init__(
         self,
-        model: CaptionedMMDiT,
+        model: Any,
         autoencoder: Autoencoder,
         size: tuple[int, int],
         shift: float = 1.0,
@@ -86,8 +88,6 @@ class TextToImage:
         alone and in any batch. guidance: classifier-free guidance scale, 1 = none. callback: told of each solver
         step. Raises ValueError for an unknown solver and for sizes that do not divide by `step`.
         """
-        from PIL import Image
-
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompt given: pass at least one caption")
@@ -100,16 +100,22 @@ class TextToImage:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
         how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
-        pictures: list[Image.Image] = []
+        pictures: list[Image] = []
         for first in range(0, len(prompts), batch_size):
             rows = slice(first, first + batch_size)
             x = self._noise(seeds[rows], height, width)
             field = self._field(prompts[rows], how["guidance"], how["interval"])
             grid = samplers.shift_time(samplers.uniform(how["num_steps"]), self._shift_at(height, width))
             x_0 = samplers.sample(field, x, how["solver"], grid=grid, callback=callback).x
-            pixels = ((self.autoencoder.decode(x_0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            pictures += [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+            pictures += self._pictures(x_0)
         return pictures
+
+    def _pictures(self, x_0: Tensor) -> list[Image]:
+        """PIL images of scaled latents (B, C, h, w)."""
+        from PIL import Image
+
+        pixels = ((self.autoencoder.decode(x_0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def _shift_at(self, height: int, width: int) -> float:
         return self.shift * samplers.resolution_shift(height * width, self.size[0] * self.size[1])
@@ -146,7 +152,7 @@ class TextToImage:
         write_json(
             Path(folder) / "pipeline.json",
             {
-                "format": "mmdit text-to-image 1",
+                "format": self.format,
                 "size": list(self.size),
                 "shift": self.shift,
                 "sampling": self.sampling,
@@ -173,15 +179,24 @@ class TextToImage:
         missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
         if missing:
             raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
+        kind = cls
+        if about.get("format") != cls.format:
+            from mmdit.text_and_images import TransfusionPipeline
+
+            kind = TransfusionPipeline if about.get("format") == TransfusionPipeline.format else cls
+        model = kind._load_model(folder)
+        spec = about["autoencoder"]
+        autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
+        pipe = kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @staticmethod
+    def _load_model(folder: Path) -> nn.Module:
+        """The trunk and the text encoder in a folder that `save` wrote."""
         text_config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", text_config.max_length)
         transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
         text = LearnedText(text_config, tokenizer)
         load_weights(transformer, folder / "transformer" / "model.safetensors")
         load_weights(text, folder / "text" / "model.safetensors")
-        spec = about["autoencoder"]
-        autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
-        pipe = cls(
-            CaptionedMMDiT(transformer, text).eval(), autoencoder, about["size"], about["shift"], about["sampling"]
-        )
-        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return CaptionedMMDiT(transformer, text)

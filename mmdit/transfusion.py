@@ -104,6 +104,14 @@ class Transfusion(nn.Module):
                 nn.init.zeros_(module.weight)
         nn.init.zeros_(self.patch_out.weight)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_in.weight.device
+
     def cache(self, num_rows: int) -> Cache:
         """An empty cache for `num_rows` documents."""
         c = self.config

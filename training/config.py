@@ -46,6 +46,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "TrainingConfig",
+    "TransfusionConfig",
     "apply_overrides",
     "describe",
     "load_config",
@@ -163,6 +164,30 @@ class ObjectiveConfig(Settings):
             raise ConfigError(f"objective.s is {self.s}, the logit-normal density needs a number > 0")
         if self.time_density == "mode" and not -1 <= self.s <= MODE_S_MAX:
             raise ConfigError(f"objective.s is {self.s}, the mode density needs a number in [-1, {MODE_S_MAX:.4g}]")
+
+
+@dataclass(frozen=True)
+class TransfusionConfig(Settings):
+    """One trunk that reads and writes text and images (Transfusion), in the place of the MMDiT and its text encoder."""
+
+    section: ClassVar[str] = "transfusion"
+
+    enabled: bool = False
+    """Train such a trunk, of [model]'s size; of [text] it takes vocab_size and max_length alone."""
+    weights: Literal["shared", "separate"] = "shared"
+    """One set of weights for all tokens (the paper), or one for text and one for patches (mixture of transformers)."""
+    time: Literal["added", "image"] = "added"
+    """How an image's time enters: added to its patches, or as adaLN of its patches."""
+    attention: Literal["transfusion", "causal"] = "transfusion"
+    """Whether patches of an image see each other, or only those before them."""
+    image_weight: NotNegative = 5.0
+    """Weight of the image loss beside the loss of the next token."""
+    caption_first: Fraction = 0.8
+    """Chance that a sample's caption stands before its picture, to draw from, and not after it, to describe it."""
+    image_first_cap: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    """What the times of pictures before their captions are scaled by: such a picture is there to be seen."""
+    z_loss: NotNegative = 0.0
+    """Weight of log^2 Z of the logits, which keeps them from drifting."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +320,7 @@ class TrainConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    transfusion: TransfusionConfig = field(default_factory=TransfusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -303,6 +329,15 @@ class TrainConfig(Settings):
     def check(self) -> None:
         if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
             raise ConfigError(f'name is "{self.name}", expected one word that can name a folder')
+        if self.transfusion.enabled and self.model.dual_attention_layers:
+            raise ConfigError(
+                "model.dual_attention_layers is for the MMDiT: a transfusion trunk has no second attention"
+            )
+        if self.transfusion.enabled and (self.model.positions != "rope" or self.model.head_dim % 8):
+            raise ConfigError(
+                f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
+                'a transfusion trunk needs "rope", which gives text its places too, and a multiple of 8'
+            )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
 
@@ -394,6 +429,7 @@ def _sections() -> list[type[Settings]]:
         ModelConfig,
         TextConfig,
         ObjectiveConfig,
+        TransfusionConfig,
         OptimizerConfig,
         TrainingConfig,
         SamplingConfig,

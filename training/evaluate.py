@@ -11,19 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import samplers
+from mmdit.generate import TextSampling
+from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import TrainConfig
 from training.data import open_source, split_by_key
 from training.feed import LatentFeed, NothingUsable
-from training.objectives import FlowMatching
+from training.objectives import FlowMatching, TextAndImages, documents
 from training.plots import caption_grid, loss_plot
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.shapes_eval import ShapesEval
+from training.shapes import ShapesWorld
+from training.shapes_eval import ShapesEval, describes
 from training.time_density import Uniform
 
 
@@ -34,17 +38,28 @@ def fixed_times(n: int) -> list[float]:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> dict[str, float]:
-    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise."""
+    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise.
+
+    A model of text and images is also asked for the captions: nats a token of captions alone ("validation_text"), and
+    of captions after their clean image ("validation_caption").
+    """
     times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
-    objective = FlowMatching(Uniform())
+    objective: Any = TextAndImages(Uniform()) if config.transfusion.enabled else FlowMatching(Uniform())
     sums = dict.fromkeys(times, 0.0)
+    nats: dict[str, list[tuple[float, int]]] = {"validation_text": [], "validation_caption": []}
     for first in range(0, len(feed), size):
         batch = feed.at(range(first, min(first + size, len(feed))))
         for t in times:  # the same noise at every time: the curve over t is then smooth
             loss = objective(model, batch, generator_for(config.evaluation.seed, first), t)
-            sums[t] += loss.total.item() * len(batch.latents)
+            sums[t] += loss.parts.get("image", loss.total).item() * len(batch.latents)
+        if config.transfusion.enabled:
+            for name, image_first in (("validation_text", False), ("validation_caption", True)):
+                found = documents(batch, torch.full((len(batch.latents),), image_first))
+                loss = TextAndImages(Uniform())(model, found, generator_for(config.evaluation.seed, first), 0.0)
+                nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
-    return {"validation_loss": float(np.mean(list(losses.values()))), **losses}
+    text = {name: sum(x * n for x, n in rows) / sum(n for _, n in rows) for name, rows in nats.items() if rows}
+    return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **text}
 
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
@@ -67,6 +82,20 @@ def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tup
     captions = [prompt.caption for prompt in judge.prompts]
     images = pipe(captions, seed=config.evaluation.seed, batch_size=config.evaluation.batch_size, **sampling)
     return judge.score([np.asarray(image) for image in images]), images, captions
+
+
+def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
+    """Share of right descriptions (`describes`) of drawn pictures whose captions were held out, greedily written."""
+    world = ShapesWorld(pipe.size, config.evaluation.seed, split="held-out")
+    samples = [world[i] for i in range(6 * config.evaluation.prompts_per_question)]
+    right = 0
+    for first in range(0, len(samples), config.evaluation.batch_size):
+        some = samples[first : first + config.evaluation.batch_size]
+        prompts = [[Image.fromarray(image)] for image, _, _ in some]
+        how: dict[str, Any] = dict(max_tokens=config.text.max_length, max_images=0, text=TextSampling(temperature=0))
+        for written, (_, _, scene) in zip(pipe.generate(prompts, **how), some, strict=True):
+            right += describes(" ".join(str(part) for part in written), scene)
+    return right / len(samples)
 
 
 def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
@@ -92,6 +121,8 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
         start = time.perf_counter()
         scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=count)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
+        if isinstance(pipe, TransfusionPipeline):
+            scores["captions_right"] = caption_score(pipe, config)
         pick = np.linspace(0, len(images) - 1, 32).astype(int)  # some of each question
         images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder
 from mmdit.text import LearnedText
+from mmdit.text_and_images import Words
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
 from training.objectives import Batch
@@ -41,7 +42,7 @@ class ImageFeed:
         source: Source,
         indices: np.ndarray,
         autoencoder: Autoencoder,
-        text: LearnedText,
+        text: LearnedText | Words,
         device: torch.device,
         num_workers: int,
         skipped: Skipped,
@@ -71,7 +72,7 @@ class LatentFeed:
         source: Source,
         indices: np.ndarray,
         autoencoder: Autoencoder,
-        text: LearnedText,
+        text: LearnedText | Words,
         device: torch.device,
         num_workers: int,
         skipped: Skipped,

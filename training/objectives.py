@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmdit.sequences import MixedBatch
+from mmdit.sequences import MixedBatch, pack
 from mmdit.text import Tokens
 from samplers import RectifiedFlow, Schedule
-from training.time_density import TimeDensity
+from training.config import TrainConfig
+from training.time_density import Shifted, TimeDensity, make_time_density
 
 
 class Batch(NamedTuple):
@@ -90,6 +91,8 @@ class TextAndImages:
     image_weight: float = 5.0
     image_first_cap: float = 0.5
     z_loss: float = 0.0
+    caption_first: float = 0.8
+    caption_dropout: float = 0.1
     schedule: Schedule = field(default_factory=RectifiedFlow)
     prediction: Literal["velocity", "noise"] = "velocity"
     stratified: bool = True
@@ -99,14 +102,24 @@ class TextAndImages:
             raise ValueError(f"prediction is {self.prediction!r}, expected 'velocity' or 'noise'")
         if not 0 < self.image_first_cap <= 1 or self.image_weight < 0 or self.z_loss < 0:
             raise ValueError("expected 0 < image_first_cap <= 1, and image_weight and z_loss of at least 0")
+        if not 0 <= self.caption_first <= 1 or not 0 <= self.caption_dropout <= 1:
+            raise ValueError("expected caption_first and caption_dropout in [0, 1]")
 
     def __call__(
-        self, model: nn.Module, batch: MixedBatch, generator: torch.Generator, t: Tensor | float | None = None
+        self,
+        model: nn.Module,
+        batch: MixedBatch | Batch,
+        generator: torch.Generator,
+        t: Tensor | float | None = None,
     ) -> Loss:
         """Loss of `model(batch, t)` on clean documents; parts "text" (nats a token) and "image" (per number).
 
-        Draws from `generator`, on the CPU: times, then noise image by image. A given `t` replaces the drawn times.
+        Captioned images become documents first: the caption before its image with chance `caption_first`, and then left
+        out with chance `caption_dropout`, else after it. Draws from `generator`, on the CPU: these, times, then noise
+        image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
         """
+        if isinstance(batch, Batch):
+            batch = documents(batch, *(self._orders(len(batch.latents), generator) if t is None else (None, None)))
         images, device = len(batch.latents), batch.ids.device
         if t is None:
             t = self.density.sample(images, generator, stratified=self.stratified) if images else torch.zeros(0)
@@ -123,12 +136,34 @@ class TextAndImages:
         image = torch.stack(errors).mean() if errors else text.new_zeros(())
         return Loss(text + self.image_weight * image, {"text": text.detach(), "image": image.detach()})
 
+    def _orders(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which samples have their image first, and which no caption."""
+        image_first, dropped = torch.rand(2, num, generator=generator) < torch.tensor(
+            [[1 - self.caption_first], [self.caption_dropout]]
+        )
+        return image_first, dropped & ~image_first
+
+
+def documents(batch: Batch, image_first: Tensor | None = None, dropped: Tensor | None = None) -> MixedBatch:
+    """Captioned images as documents that end with the end token: caption and image, image and caption where
+    `image_first` (B,), the image alone where `dropped` (B,).
+    """
+    out = []
+    first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
+    for latent, ids, mask, image, alone in zip(batch.latents, *batch.tokens, first, without, strict=True):
+        words = ids[mask]
+        if alone:
+            out.append([latent, words[-1:]])
+        else:
+            out.append([latent, words] if image else [words[:-1], latent, words[-1:]])
+    return pack(out)
+
 
 def opens_text(batch: MixedBatch) -> Tensor:
-    """Which images (I,) open a document that goes on with text after them."""
-    last = torch.cat([batch.document.diff() != 0, batch.document.new_ones(1, dtype=torch.bool)])
-    first = last.roll(1)
-    return first[batch.opened] & ~last[batch.opened + 1]
+    """Which images (I,) open a document that goes on with text after them; the end token alone is none."""
+    counts = torch.bincount(batch.document, minlength=batch.num_documents)
+    first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the place where each image's document begins
+    return (batch.opened == first) & (counts[batch.document[batch.opened]] > 3)
 
 
 def next_token_loss(
@@ -153,3 +188,14 @@ def next_token_loss(
         x, targets = states[some], batch.ids[some + 1]
         total = total + (part(x, targets) if len(rows) <= chunk else checkpoint(part, x, targets, use_reentrant=False))
     return total / len(rows)
+
+
+def make_objective(config: TrainConfig) -> FlowMatching | TextAndImages:
+    """What a run's model learns."""
+    o, mixed = config.objective, config.transfusion
+    density = Shifted(make_time_density(o.time_density, m=o.m, s=o.s), o.shift)
+    if not mixed.enabled:
+        return FlowMatching(density, o.caption_dropout, o.stratified)
+    names = ("image_weight", "image_first_cap", "z_loss", "caption_first")
+    own = {name: getattr(mixed, name) for name in names}
+    return TextAndImages(density, caption_dropout=o.caption_dropout, stratified=o.stratified, **own)

@@ -1,6 +1,7 @@
 """Ready-made configs: each is a function that says what it is for and returns a `TrainConfig`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from training.config import (
     ConfigError,
@@ -13,6 +14,7 @@ from training.config import (
     TextConfig,
     TrainConfig,
     TrainingConfig,
+    TransfusionConfig,
 )
 from training.settings import suggestion
 
@@ -40,6 +42,16 @@ def demo() -> TrainConfig:
         # 29 network evaluations a picture. Where guidance starts at once, pictures of few objects come out empty.
         sampling=SamplingConfig(num_steps=16, guidance=3.0, interval=(0.0, 0.9)),
         evaluation=EvaluationConfig(prompts_per_question=100),
+    )
+
+
+def transfusion_demo() -> TrainConfig:
+    """The drawn world in one trunk that draws captions and describes pictures, in half an hour on two CPU cores."""
+    return replace(
+        demo(),
+        name="transfusion-demo",
+        model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, positions="rope"),
+        transfusion=TransfusionConfig(enabled=True, weights="separate", time="image"),
     )
 
 
@@ -79,7 +91,12 @@ def pixels_tiny() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "latent": latent, "pixels-tiny": pixels_tiny}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "transfusion-demo": transfusion_demo,
+    "latent": latent,
+    "pixels-tiny": pixels_tiny,
+}
 
 
 def preset(name: str) -> TrainConfig:

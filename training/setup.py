@@ -11,11 +11,14 @@ from contextlib import suppress
 
 import torch
 
+import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
+from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
+from mmdit.transfusion import Transfusion
 from training.config import TrainConfig
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import ImageFeed, LatentFeed, NothingUsable
@@ -41,16 +44,31 @@ def fingerprint(source: Source) -> str:
 
 def build_model(
     config: TrainConfig, run: RunFolder, source: Source, autoencoder: Autoencoder, resumed: bool
-) -> CaptionedMMDiT:
+) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the source's latents, and captions: a resumed run has its tokenizer, else one is trained."""
     text = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
     if resumed:
         tokenizer = Tokenizer.load(run.path / "pipeline" / "text" / "tokenizer.json", text.max_length)
     else:
         captions = (source.caption(i) for i in range(len(source)))
-        tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
+        tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length, images=config.transfusion.enabled)
     patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
+    model = (_transfusion if config.transfusion.enabled else _mmdit)(
+        config, text, tokenizer, autoencoder, height, width
+    )
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    run.log(
+        f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
+        f"{height * width // patch**2} image tokens, up to {text.max_length} text tokens"
+    )
+    return model
+
+
+def _mmdit(
+    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
+) -> CaptionedMMDiT:
+    patch = config.model.patch_size
     own = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__ if name != "section"}
     own["pos_embed_max_size"] = max(own["pos_embed_max_size"], height // patch, width // patch)
     shape = MMDiTConfig(
@@ -60,13 +78,23 @@ def build_model(
         sample_size=max(patch, round((height * width) ** 0.5)),
         **own,
     )
-    model = CaptionedMMDiT(MMDiT(shape), LearnedText(text, tokenizer))
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    run.log(
-        f"model: {count:.1f} M parameters, {shape.depth} blocks of width {shape.width}, "
-        f"{height * width // patch**2} image tokens, up to {text.max_length} text tokens"
+    return CaptionedMMDiT(MMDiT(shape), LearnedText(text, tokenizer))
+
+
+def _transfusion(
+    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
+) -> CaptionedTransfusion:
+    model, mixed = config.model, config.transfusion
+    names = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "qk_norm", "positions")
+    shape = mmdit.config.TransfusionConfig(
+        vocab_size=text.vocab_size,
+        in_channels=autoencoder.channels,
+        weights=mixed.weights,
+        time=mixed.time,
+        attention=mixed.attention,
+        **{name: getattr(model, name) for name in names},
     )
-    return model
+    return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))
 
 
 def open_feeds(
@@ -74,7 +102,7 @@ def open_feeds(
     run: RunFolder,
     source: Source,
     autoencoder: Autoencoder,
-    text: LearnedText,
+    text: LearnedText | Words,
     device: torch.device,
 ) -> tuple[ImageFeed | LatentFeed, LatentFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from training.shapes import (
     draw_facts,
     image_height_width,
     is_held_out,
+    parse_caption,
     related,
     render,
     scene_for,
@@ -364,3 +366,19 @@ def _changed(question: str, facts: Facts, rng: np.random.Generator) -> Facts:
     elif question == "colour attribution":
         first, rest = replace(first, colour=rest[0].colour), [replace(rest[0], colour=first.colour)]
     return replace(facts, items=(first, *rest))
+
+
+def describes(caption: str, scene: Scene) -> bool:
+    """Whether a caption names every object of a scene and no other: its shape and, where one is stated, its colour.
+
+    False for what is no caption of this world.
+    """
+    try:
+        facts = parse_caption(caption)
+    except ValueError:
+        return False
+    named = facts.items * facts.count
+    return len(named) == len(scene.objects) and any(
+        all(item.shape == o.shape and item.colour in (None, o.colour) for item, o in zip(named, order, strict=True))
+        for order in permutations(scene.objects)
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mmdit.autoencoder import open_autoencoder
+from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import assign_weights
 from training.checkpoint import (
@@ -32,20 +33,19 @@ from training.devices import pick_device, pick_precision, repeatable
 from training.evaluate import evaluate_run, validation_loss
 from training.feed import LatentFeed
 from training.interrupts import Interrupted, Interrupts
-from training.objectives import FlowMatching
+from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_data, open_feeds
-from training.time_density import Shifted, make_time_density
 
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
-KEPT = ("model", "text", "autoencoder", "seed", "data.num_samples", "data.image_size", "data.held_out")
+KEPT = ("model", "text", "transfusion", "autoencoder", "seed", "data.num_samples", "data.image_size", "data.held_out")
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -119,11 +119,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
-        density = make_time_density(config.objective.time_density, m=config.objective.m, s=config.objective.s)
-        self.objective = FlowMatching(
-            Shifted(density, config.objective.shift), config.objective.caption_dropout, config.objective.stratified
-        )
-        self.pipe = TextToImage(
+        self.objective = make_objective(config)
+        self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
             self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
         )
         if resumed:
@@ -227,6 +224,8 @@ class Trainer:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():
             run.log(f"  ShapesEval {question:20s} {score:.3f}")
+        if "captions_right" in scores:
+            run.log(f"  captions that name every object {scores['captions_right']:.3f}")
         run.log(
             f"done. Pictures: {run.path}/samples.png   loss: {run.path}/loss.png   scores: {run.path}/scores.json\n"
             f'Try: mmdit sample {run.path} "{_example(self.validation)}" --out out.png'
@@ -274,6 +273,10 @@ class Trainer:
             self.run.log("no C++ compiler found: the model runs uncompiled, a little slower")
             return self.model
         self.run.log("compiling the model (under a minute)")
+        if self.config.transfusion.enabled:  # packed batches are of any length, and what packs them is no graph
+            for block in self.model.transformer.blocks:
+                block.compile(dynamic=True)
+            return self.model
         compiled: Any = torch.compile(self.model)
         return compiled
 

@@ -9,7 +9,7 @@ from mmdit.sequences import pack
 from mmdit.text import Tokens
 from mmdit.transfusion import Transfusion
 from samplers import Cosine
-from training.objectives import Batch, FlowMatching, TextAndImages, next_token_loss, opens_text
+from training.objectives import Batch, FlowMatching, TextAndImages, documents, next_token_loss, opens_text
 from training.time_density import LogitNormal, TimeDensity, Uniform
 
 
@@ -265,3 +265,40 @@ def test_which_images_open_text():
 def test_settings_of_the_mixed_loss_are_checked(wrong):
     with pytest.raises(ValueError, match="expected"):
         TextAndImages(Uniform(), **wrong)
+
+
+def captions():
+    ids = torch.tensor([[5, 6, 7, 1, 0], [8, 1, 0, 0, 0], [9, 10, 1, 0, 0]])
+    return Batch(torch.stack([picture(seed=i) for i in range(3)]), Tokens(ids, ids != 0))
+
+
+def test_captioned_images_become_documents():
+    data = documents(captions(), torch.tensor([False, True, False]), torch.tensor([False, False, True]))
+    ids = data.ids.split(torch.bincount(data.document).tolist())
+    assert [row.tolist() for row in ids] == [[5, 6, 7, 2, 3, 1], [2, 3, 8, 1], [2, 3, 1]]
+    assert opens_text(data).tolist() == [False, True, False]  # an image alone is learnt at all times, for guidance
+    plain = documents(captions())
+    assert [int(x) for x in plain.document.diff().nonzero()[:, 0]] == [5, 9]
+
+
+def test_orders_are_drawn_as_asked():
+    seen = []
+
+    class Keep(nn.Module):
+        def forward(self, batch, t):
+            seen.append((batch, t))
+            return trunk()(batch, t)
+
+    data = captions()
+    for first, dropout, expected in (
+        (1.0, 0.0, [5, 6, 7, 2, 3, 1]),
+        (0.0, 1.0, [2, 3, 5, 6, 7, 1]),
+        (1.0, 1.0, [2, 3, 1]),
+    ):
+        objective = TextAndImages(Uniform(), caption_first=first, caption_dropout=dropout, image_first_cap=0.5)
+        objective(Keep(), data, generator())
+        assert seen[-1][0].ids[: len(expected)].tolist() == expected
+        assert (seen[-1][1] <= 0.5).all() or first == 1.0
+    image_first, dropped = TextAndImages(Uniform())._orders(10_000, generator())
+    assert image_first.float().mean() == pytest.approx(0.2, abs=0.02)
+    assert dropped.float().mean() == pytest.approx(0.08, abs=0.01) and not (image_first & dropped).any()

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from training.shapes import COLOURS, SHAPES, Facts, Item, Object, Scene, ShapesWorld, is_held_out, parse_caption, render
-from training.shapes_eval import QUESTIONS, Prompt, ShapesEval, answers, detect
+from training.shapes_eval import QUESTIONS, Prompt, ShapesEval, answers, describes, detect
 
 NUM_PROMPTS = 100
 SPOILT = {"true": (0, 0), "blur": (0.8, 0), "noise": (0, 8), "blur and noise": (0.8, 8)}
@@ -253,3 +253,26 @@ def test_an_odd_colour_is_not_forced_into_a_name():
 def test_bad_arguments_are_refused_with_what_is_expected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_describes_a_scene():
+    def thing(shape, colour):
+        return Object(shape, colour, "small", 0.25, 0.25)
+
+    pair, three = (
+        Scene("white", (thing("circle", "red"), thing("star", "blue"))),
+        Scene("black", (thing("ring", "red"),) * 3),
+    )
+    for caption in ("a red circle and a blue star", "a blue star left of a red circle on gray", "a circle and a star"):
+        assert describes(caption, pair) and not describes(caption, three)
+    for caption in (
+        "a red star and a blue circle",
+        "a red circle",
+        "two red circles",
+        "a red circle and",
+        "",
+        "nonsense",
+    ):
+        assert not describes(caption, pair)
+    assert describes("three red rings on white", three) and describes("there are three rings", three)
+    assert not describes("two red rings", three) and not describes("three blue rings", three)

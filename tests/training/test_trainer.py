@@ -699,9 +699,22 @@ SETTINGS = {
     "evaluation.batch_size": ("evaluation.batch_size=3", "scores =weights"),
     "evaluation.seed": ("evaluation.seed=4", "scores =weights"),
 }
+TRANSFUSION = ("transfusion.enabled=true", "model.positions=rope", "text.vocab_size=400")
+MIXED = {
+    "weights": "separate",
+    "time": "image",
+    "attention": "causal",
+    "image_weight": "1",
+    "caption_first": "0",
+    "image_first_cap": "1",
+    "z_loss": "0.1",
+}
+
 ELSEWHERE = {
     "name": "the folder of a run without training.out: test_the_run_is_named_by_its_config",
     "training.out": "every test here",
+    **{f"transfusion.{name}": "test_a_setting_of_transfusion_changes_what_it_should" for name in MIXED},
+    "transfusion.enabled": "test_text_and_images_in_one_trunk",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.device": "test_the_device_is_the_one_asked_for",
 }
@@ -718,6 +731,58 @@ def material(tmp_path_factory) -> dict[str, Path]:
 def plain(tmp_path_factory):
     torch.set_num_threads(1)
     return traces(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    return training.train(config_for(tmp_path_factory.mktemp("mixed") / "run", *TRANSFUSION))
+
+
+def test_text_and_images_in_one_trunk(mixed, tmp_path):
+    """Trained, stopped and resumed to the same bits, scored, drawn from and asked, as any other run."""
+    losses = [loss for _, loss in metrics(mixed, "loss")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    part = training.train(config_for(tmp_path / "part", *TRANSFUSION, "training.num_steps=3"))
+    training.resume(part, ["training.num_steps=6"])
+    assert_bit_equal(part, mixed)
+    training.resume(part, ["training.num_steps=7", "evaluation.prompts_per_question=1"])
+    scores = json.loads((part / "scores.json").read_text())
+    assert {
+        "validation_loss",
+        "validation_text",
+        "validation_caption",
+        "shapes_eval",
+        "captions_right",
+    } <= scores.keys()
+    assert 0 < scores["validation_text"] < 10 and 0 <= scores["captions_right"] <= 1
+    pipe = mmdit.TextToImage.load(part, "cpu")
+    [picture] = pipe(["a red circle"])
+    assert picture.size == (32, 32)
+    [written] = pipe.generate([[picture]], max_tokens=3, max_images=0)
+    assert all(isinstance(text, str) for text in written)
+    with pytest.raises(ValueError, match="was trained with another transfusion"):
+        training.resume(part, ["transfusion.weights=separate"])
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_setting_of_transfusion_changes_what_it_should(name, mixed, tmp_path):
+    run = training.train(config_for(tmp_path / "run", *TRANSFUSION, f"transfusion.{name}={MIXED[name]}"))
+    assert metrics(run, "loss") != metrics(mixed, "loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (["model.positions=sincos"], 'a transfusion trunk needs "rope"'),
+        (["model.head_dim=12"], "a multiple of 8"),
+        (["model.dual_attention_layers=[0]"], "no second attention"),
+        (["transfusion.image_first_cap=0"], "image_first_cap"),
+    ],
+)
+def test_settings_that_do_not_go_with_transfusion_are_refused(tmp_path, changes, what):
+    with pytest.raises(ValueError, match=what):
+        config_for(tmp_path, *TRANSFUSION, *changes)
 
 
 def test_every_setting_is_tested():
