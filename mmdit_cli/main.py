@@ -1,7 +1,8 @@
 """The `mmdit` command: its options, its subcommands, and the way it ends on bad input.
 
 mmdit train demo                                  mmdit evaluate RUN
-mmdit sample RUN "a red circle" --out out.png     mmdit autoencoder train --data FOLDER --out FOLDER
+mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
+mmdit autoencoder train --data FOLDER --out FOLDER
 """
 
 import os
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 
 from mmdit_cli import autoencoder, errors
 from mmdit_cli.evaluate import evaluate
+from mmdit_cli.generate import generate
 from mmdit_cli.sample import sample
 from mmdit_cli.train import train
 
@@ -59,6 +61,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sample)
+app.command()(generate)
 app.command()(evaluate)
 app.add_typer(autoencoder.app, name="autoencoder")
 

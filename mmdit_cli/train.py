@@ -38,7 +38,7 @@ def train(
 
       mmdit train --resume runs/mine
 
-    All keys with their meanings: docs/config.md. Presets: demo, latent, pixels-tiny.
+    All keys with their meanings: docs/config.md. Presets: demo, transfusion-demo, latent, pixels-tiny.
     """
     config_name, settings = split_words(words or [])
     if resume is not None and out is not None:

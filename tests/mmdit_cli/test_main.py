@@ -181,11 +181,45 @@ def test_evaluate_prints_every_number(monkeypatch):
     ]
 
 
+# --- generate --------------------------------------------------------------------------------------
+
+
+def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
+    from mmdit.text_and_images import TransfusionPipeline
+
+    asked = []
+    picture = Image.new("RGB", (8, 8), "red")
+    pipe = TransfusionPipeline.__new__(TransfusionPipeline)
+    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
+    monkeypatch.setattr(
+        TransfusionPipeline, "generate", lambda self, *a, **k: asked.append((a, k)) or [["two words", picture, picture]]
+    )
+    picture.save(tmp_path / "given.png")
+    words = ("--top-k", "5", "--temperature", "0.5", "--max-images", "2", "--seed", "3", "--draw")
+    result = run("generate", "r", tmp_path / "given.png", "and then", *words, "--out", tmp_path / "o.png")
+    assert result.exit_code == 0, result.stderr
+    assert (
+        result.stdout.splitlines()[0] == "two words"
+        and (tmp_path / "o-0.png").exists()
+        and (tmp_path / "o-1.png").exists()
+    )
+    [(([prompt], seed), options)] = asked
+    assert prompt[0].size == (8, 8) and prompt[1] == "and then" and seed == 3
+    assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
+    assert options["max_images"] == 2 and options["max_tokens"] == 64
+
+
+def test_generate_wants_a_model_of_both(pipe):
+    result = run("generate", "r", "a star")
+    assert result.exit_code == 2 and "writes no text: draw with" in result.stderr
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "evaluate", "autoencoder train", "autoencoder evaluate", "autoencoder", ""]
+    "command",
+    ["train", "sample", "generate", "evaluate", "autoencoder train", "autoencoder evaluate", "autoencoder", ""],
 )
 def test_help_shows_examples(command):
     result = run(*command.split(), "--help")

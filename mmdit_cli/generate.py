@@ -1,0 +1,85 @@
+"""`mmdit generate`: text and pictures that go on from text and pictures, from a run of a model of both."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmdit_cli.sample import out_files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)],
+    parts: Annotated[
+        list[str], typer.Argument(metavar="PART", help="Text, or a picture's file, in order.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
+        "out.png"
+    ),
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Begin with a picture, whatever the text would say next.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Most tokens of text.")] = 64,
+    max_images: Annotated[int, typer.Option(min=0, metavar="N", help="Most pictures.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, metavar="X", help="0 takes the likeliest token always.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Draw from the N likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that have P together.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from tokens at least P times as likely as the first.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of words and noise.")] = 0,
+) -> None:
+    """Go on from text and pictures: describe a picture, draw a text, or let the model choose.
+
+    [bold]Examples[/bold]
+
+      mmdit generate runs/transfusion-demo "a red circle" --draw --max-tokens 0
+
+      mmdit generate runs/transfusion-demo picture.png --temperature 0
+    """
+    prompt = [_part(part) for part in parts]
+    out_files(out, 1)
+
+    import mmdit
+    from mmdit.generate import TextSampling
+    from mmdit.text_and_images import TransfusionPipeline
+
+    pipe = mmdit.TextToImage.load(run)
+    if not isinstance(pipe, TransfusionPipeline):
+        raise ValueError(f"{run} is a text-to-image model, which writes no text: draw with `mmdit sample {run} PROMPT`")
+    text = TextSampling(temperature, top_k, top_p, min_p)
+    [written] = pipe.generate(
+        [prompt],
+        seed,
+        max_tokens=max_tokens,
+        max_images=max_images,
+        text=text,
+        begin="image" if draw else "text",
+    )
+    pictures = [part for part in written if not isinstance(part, str)]
+    files = iter(out_files(out, max(1, len(pictures))))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for part in written:
+        if isinstance(part, str):
+            print(part)
+        else:
+            file = next(files)
+            part.save(file)
+            print(f"{file}  {part.height}x{part.width}")
+
+
+def _part(part: str) -> "str | Image":
+    """A picture where the part names one's file, else the text itself."""
+    path = Path(part)
+    if len(part) > 255 or not path.suffix or not path.is_file():
+        return part
+    from PIL import Image
+
+    from training.images import read_image
+
+    return Image.fromarray(read_image(path))
