@@ -61,6 +61,18 @@ class Unmodulated(nn.Module):
         return self.shift[0], self.scale[0], one, self.shift[1], self.scale[1], one
 
 
+def init_linear(model: nn.Module) -> None:
+    """DiT's start: Xavier for every matrix, zero for biases and modulations, so that a new block is the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Modulation):
+            nn.init.zeros_(module.weight)
+
+
 class QKV(nn.Module):
     """Queries, keys and values of one stream, RMS-normalised per head where asked; and the way out of the heads."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.attention import key_mask
-from mmdit.blocks import JointBlock, Modulation, Stream, modulate
+from mmdit.blocks import JointBlock, Modulation, Stream, init_linear, modulate
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import (
     TimeEmbedding,
@@ -51,19 +51,11 @@ class MMDiT(nn.Module):
         return JointBlock({"img": img, "txt": Stream(*shape, pre_only=i == c.depth - 1)})
 
     def init_weights(self) -> None:
-        """Xavier for every matrix, zero for biases, modulations and the output, so that a new block is the identity
-        (DiT).
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for embedding in (self.time_in, self.pooled_in):  # DiT's: small, so that modulations start gently
+        """DiT's (see `init_linear`), with a zero way out, and time and text small, so that modulations start gently."""
+        init_linear(self)
+        for embedding in (self.time_in, self.pooled_in):
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.normal_(embedding.fc2.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                nn.init.zeros_(module.weight)
         nn.init.zeros_(self.patch_out.weight)
 
     def forward(

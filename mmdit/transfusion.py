@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, modulate
+from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_linear, modulate
 from mmdit.cache import Cache, Reading
 from mmdit.config import TransfusionConfig
 from mmdit.embeddings import TimeEmbedding, crop_positions, patchify, position_table, rotary_mixed, unpatchify
@@ -91,17 +91,10 @@ class Transfusion(nn.Module):
         return JointBlock({"img": img, "txt": Stream(*shape, modulated=c.time == "all")})
 
     def init_weights(self) -> None:
-        """As in the MMDiT: Xavier for matrices, zero for biases, modulations and the way out of patches; words 0.02."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """As the MMDiT's; words and the head are small too."""
+        init_linear(self)
         for weight in (self.time_in.fc1.weight, self.time_in.fc2.weight, self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                nn.init.zeros_(module.weight)
         nn.init.zeros_(self.patch_out.weight)
 
     @property
