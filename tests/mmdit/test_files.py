@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mmdit
-from mmdit.config import MMDiTConfig
+from mmdit.config import MMDiTConfig, TransfusionConfig
+from mmdit.transfusion import Transfusion
 
 TINY = MMDiTConfig(
     in_channels=3,
@@ -123,3 +124,15 @@ def test_weights_cut_short_are_named(model, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.safetensors is no readable safetensors file"):
         mmdit.load(tmp_path)
+
+
+def test_a_model_of_text_and_images_is_written_and_read(tmp_path):
+    config = TransfusionConfig(vocab_size=20, in_channels=3, depth=1, num_heads=2, head_dim=8, weights="separate")
+    model = Transfusion(config)
+    mmdit.save(model, tmp_path / "ours")
+    again = mmdit.load(tmp_path / "ours")
+    assert isinstance(again, Transfusion) and again.config == config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="diffusers has no model of text and images"):
+        mmdit.save(model, tmp_path / "theirs", layout="diffusers")
+    assert not (tmp_path / "theirs").exists()
