@@ -52,6 +52,7 @@ def transfusion_demo() -> TrainConfig:
         name="transfusion-demo",
         model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, positions="rope"),
         transfusion=TransfusionConfig(enabled=True, weights="separate", time="image"),
+        training=replace(demo().training, num_steps=9000),
     )
 
 
