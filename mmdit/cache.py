@@ -58,7 +58,6 @@ class Reading:
     cache: Cache
     rows: Tensor
     masks: list[Continued] = field(default_factory=list)
-    packed: Packed | None = None
     layout: Layout | None = None
 
     @property
@@ -71,7 +70,7 @@ class Reading:
         held = self.cache.valid[self.rows]  # (r, L)
         new = packed.mask.shape[-1]
         mask = torch.cat([held[:, None, None, :].expand(-1, 1, new, -1), packed.mask], dim=-1)
-        self.packed, self.layout = packed, layout
+        self.layout = layout
         pairs = zip(self.cache.keys, self.cache.values, strict=True)
         self.masks = [Continued(keys[self.rows], values[self.rows], packed, mask) for keys, values in pairs]
         return self.masks

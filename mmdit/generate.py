@@ -112,8 +112,7 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     cache, out = model.cache(len(prompts)), [Written() for _ in rows]
-    vocabulary = model.config.vocab_size
-    logits = model.head.weight.new_full((len(prompts), vocabulary), -torch.inf)
+    logits = model.head.weight.new_full((len(prompts), model.config.vocab_size), -torch.inf)
     drawing = {i for i in rows if begin == "image" or not prompts[i]}
     counts, images = [0] * len(prompts), [0] * len(prompts)
 
@@ -201,7 +200,7 @@ def _check(
         raise ValueError(f"begin is {begin!r}, expected 'text' or 'image'")
     if tokens < 0 or images < 0:
         raise ValueError(f"max_tokens = {tokens} and max_images = {images}: give numbers of at least 0")
-    if model.config.attention != "transfusion" and model.config.attention != "causal":
+    if model.config.attention == "full":
         raise ValueError("a model whose text sees what follows cannot write: attention must be causal over the text")
     if any(side < 1 or side % model.config.patch_size for side in image.size):
         raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")

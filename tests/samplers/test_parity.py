@@ -6,6 +6,7 @@ Their tables are float32, so that equality is to 1e-5 of the largest number. The
 import inspect
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
@@ -23,8 +24,6 @@ from samplers import (
     twice_shifted,
 )
 from samplers.solvers import make_solver
-
-diffusers = pytest.importorskip("diffusers")
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BETAS, FLOW = DiscreteVP.scaled_linear(), RectifiedFlow()

@@ -22,7 +22,7 @@ import training
 import training.evaluate
 import training.setup
 import training.trainer
-from mmdit.autoencoder import SHIPPED, PatchAutoencoder, PatchAutoencoderConfig
+from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
@@ -188,7 +188,6 @@ def test_latents_of_an_autoencoder(tmp_path, monkeypatch):
     assert "6 image tokens" in (out / "log.txt").read_text()
 
 
-@pytest.mark.skipif(not (SHIPPED / "config.json").exists(), reason="no autoencoder is shipped")
 def test_latents_of_the_shipped_autoencoder(tmp_path):
     changes = ["autoencoder=shapes", "model.patch_size=2", "data.image_size=64", "training.num_steps=2"]
     out = training.train(config_for(tmp_path / "run", *changes, "data.num_samples=32", "training.sample_every=2"))
