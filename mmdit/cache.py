@@ -65,6 +65,11 @@ class Reading:
         """Steps of the text behind each document, (r,)."""
         return self.cache.steps[self.rows]
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens behind each document, patches counted, (r,)."""
+        return self.cache.valid[self.rows].sum(1)
+
     def attending(self, packed: Packed, layout: Layout) -> list[Continued]:
         """The mask of each block."""
         held = self.cache.valid[self.rows]  # (r, L)

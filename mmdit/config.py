@@ -115,9 +115,28 @@ class TransfusionConfig:
     """Side of the latent that SD3's table is centred on, in latent pixels."""
     pos_embed_max_size: int = 64
     """Side of that table, in tokens: the largest height or width of an image."""
+    max_tokens: int = 4096
+    """Most tokens of one document, patches counted."""
+    pad: int = 0
+    """Id of the token that is never written."""
+    eos: int = 1
+    """Id of the token that ends a document."""
+    boi: int = 2
+    """Id of the token before an image."""
+    eoi: int = 3
+    """Id of the token after an image."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "in_channels", "patch_size", "depth", "num_heads", "head_dim", "sample_size"):
+        for name in (
+            "max_tokens",
+            "vocab_size",
+            "in_channels",
+            "patch_size",
+            "depth",
+            "num_heads",
+            "head_dim",
+            "sample_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
         for name, choices in _CHOICES.items():
@@ -125,6 +144,9 @@ class TransfusionConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
         if self.vocab_size < 5:
             raise ValueError(f"vocab_size is {self.vocab_size}: four tokens are special, so at least 5")
+        special = {name: getattr(self, name) for name in ("pad", "eos", "boi", "eoi")}
+        if len(set(special.values())) < 4 or not all(0 <= i < self.vocab_size for i in special.values()):
+            raise ValueError(f"{special}: expected four tokens of the vocabulary of {self.vocab_size}, no two the same")
         if self.positions == "rope" and self.head_dim % 8:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
         if self.positions == "sincos" and self.width % 4:

@@ -19,11 +19,9 @@ from torch import Tensor
 
 import samplers
 from mmdit.cache import Cache
-from mmdit.sequences import pack
+from mmdit.sequences import Part
 from mmdit.transfusion import Transfusion
 
-PAD, EOS = 0, 1  # ids that end a text, as BOI and EOI in sequences.py
-Part = Tensor  # int64 (n,) token ids, or a float (C, h, w) latent
 Stopped = Literal["end", "length"]
 
 
@@ -106,7 +104,7 @@ def generate(
     """
     text, image = text or TextSampling(), image or ImageSampling()
     _check(model, prompts, image, begin, max_tokens, max_images)
-    rows = range(len(prompts))
+    config, rows = model.config, range(len(prompts))
     seeds = [seed + i for i in rows] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
@@ -118,7 +116,7 @@ def generate(
 
     def read(which: Sequence[int], documents: Sequence[Sequence[Part]]) -> None:
         """Read finished parts into rows; their last logits are kept."""
-        reading, batch = cache.reading(which), pack(documents)
+        reading, batch = cache.reading(which), model.pack(documents)
         states = model(batch, None, reading).states
         reading.keep()
         ends = torch.cat([batch.document.diff() != 0, batch.document.new_ones(1, dtype=torch.bool)])
@@ -151,16 +149,16 @@ def generate(
         if not which:
             continue
         allowed = logits[which].clone()
-        allowed[:, [PAD, model.eoi]] = -torch.inf
+        allowed[:, [config.pad, config.eoi]] = -torch.inf
         full = torch.tensor([images[i] >= max_images for i in which], device=allowed.device)
-        allowed[:, model.boi] = allowed[:, model.boi].masked_fill(full, -torch.inf)
+        allowed[:, config.boi] = allowed[:, config.boi].masked_fill(full, -torch.inf)
         drawn = text.draw(allowed, [generators[i] for i in which]).tolist()
         more: list[int] = []
         for i, token in zip(which, drawn, strict=True):
-            if token == EOS:
+            if token == config.eos:
                 out[i].stopped = "end"
                 writing.discard(i)
-            elif token == model.boi:
+            elif token == config.boi:
                 writing.discard(i)
                 drawing.add(i)
             else:
@@ -182,7 +180,7 @@ def _draw(
     def velocity(in_context: bool) -> samplers.Field:
         def network(x_t: Tensor, t: Tensor) -> Tensor:
             past = cache.reading(rows) if in_context else None
-            return torch.stack(model(pack([[latent] for latent in x_t]), t, past).v)
+            return torch.stack(model(model.pack([[latent] for latent in x_t]), t, past).v)
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from mmdit.attention import Packed
 
 BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
+Part = Tensor  # of a document: int64 (n,) token ids, or a float (C, h, w) latent
 Rule = Literal["transfusion", "causal", "full"]
 RULES = ("transfusion", "causal", "full")
 
@@ -197,7 +198,7 @@ def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion")
     return same & seen
 
 
-def pack(documents: Sequence[Sequence[Tensor]], boi: int = BOI, eoi: int = EOI) -> MixedBatch:
+def pack(documents: Sequence[Sequence[Part]], boi: int = BOI, eoi: int = EOI) -> MixedBatch:
     """Documents as one batch: each is a list of token ids, int64 (n,), and latents, float (C, h, w), in reading order.
 
     BOI and EOI are put around every image. Raises ValueError for an empty document, for a part that is neither, and for

@@ -97,10 +97,10 @@ class Tokenizer:
         return Tokens(ids, ids != self.pad)
 
     @property
-    def image_tokens(self) -> tuple[int, int] | None:
-        """Ids of the two tokens around an image, where there are such."""
+    def special(self) -> tuple[int, int, int | None, int | None]:
+        """Ids of padding, the end, and the two tokens around an image, None where there are none such."""
         begin, end = map(self.backend.token_to_id, IMAGE)
-        return None if begin is None or end is None else (begin, end)
+        return self.pad, self.eos, begin, end
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens."""

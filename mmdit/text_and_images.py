@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import samplers
 from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate
-from mmdit.sequences import MixedBatch, pack
+from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
 from mmdit.text_to_image import TextToImage
 from mmdit.transfusion import MixedOutput, Transfusion
@@ -34,7 +34,7 @@ class Words(nn.Module):
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
-        if tokenizer.image_tokens is None:
+        if None in tokenizer.special:
             raise ValueError("the tokenizer has no tokens for images: it is not of a model of text and images")
         self.config, self.tokenizer = config, tokenizer
 
@@ -53,7 +53,17 @@ class CaptionedTransfusion(nn.Module):
                 f"the tokenizer has {conditioner.tokenizer.vocab_size} tokens, the trunk only "
                 f"{transformer.config.vocab_size}: they are not of one model"
             )
+        own, found = conditioner.tokenizer.special, transformer.config
+        if own != (found.pad, found.eos, found.boi, found.eoi):
+            raise ValueError(
+                f"the tokenizer's end, padding and image tokens are {own}, the trunk's "
+                f"{(found.pad, found.eos, found.boi, found.eoi)}: they are not of one model"
+            )
         self.transformer, self.conditioner = transformer, conditioner
+
+    def pack(self, documents: Sequence[Sequence[Tensor]]) -> MixedBatch:
+        """As the trunk's."""
+        return self.transformer.pack(documents)
 
     def forward(self, batch: MixedBatch, t: Tensor | None = None) -> MixedOutput:
         """As the trunk's."""
@@ -108,13 +118,13 @@ class TransfusionPipeline(TextToImage):
         parts = [self._parts([prompt]) for prompt in prompts]
         if rows:
             reading = cache.reading(rows)
-            trunk(pack([parts[i] for i in rows]), None, reading)
+            trunk(trunk.pack([parts[i] for i in rows]), None, reading)
             reading.keep()
 
         def field(in_context: bool) -> samplers.Field:
             def network(x_t: Tensor, t: Tensor) -> Tensor:
                 past = cache.reading(range(len(x_t))) if in_context else None
-                return torch.stack(trunk(pack([[x] for x in x_t]), t, past).v)
+                return torch.stack(trunk(trunk.pack([[x] for x in x_t]), t, past).v)
 
             return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 

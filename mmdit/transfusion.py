@@ -21,7 +21,7 @@ from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_lin
 from mmdit.cache import Cache, Reading
 from mmdit.config import TransfusionConfig
 from mmdit.embeddings import TimeEmbedding, crop_positions, patchify, position_table, rotary_mixed, unpatchify
-from mmdit.sequences import BOI, EOI, Layout, MixedBatch
+from mmdit.sequences import Layout, MixedBatch, Part, pack
 
 
 class Document(NamedTuple):
@@ -61,8 +61,6 @@ class MixedOutput:
 
 class Transfusion(nn.Module):
     """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`; `model.generate` writes on."""
-
-    boi, eoi = BOI, EOI
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
@@ -105,6 +103,10 @@ class Transfusion(nn.Module):
     def device(self) -> torch.device:
         return self.patch_in.weight.device
 
+    def pack(self, documents: Sequence[Sequence[Part]]) -> MixedBatch:
+        """Documents of ids and latents as one batch (`sequences.pack`), with this model's tokens around images."""
+        return pack(documents, self.config.boi, self.config.eoi)
+
     def cache(self, num_rows: int) -> Cache:
         """An empty cache for `num_rows` documents."""
         c = self.config
@@ -131,6 +133,7 @@ class Transfusion(nn.Module):
         txt = self.embed(batch.ids)
         conditions = self._conditions(batch, span, F.silu(time))
         rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions == "rope" else None
+        self._check_length(layout, past)
         packed = layout.attending(c.attention)
         masks = [packed] * c.depth if past is None else past.attending(packed, layout)
         cut = layout.num_patches
@@ -186,6 +189,15 @@ class Transfusion(nn.Module):
             unpatchify(part[None], p, h * p, w * p)[0] for part, (h, w) in zip(parts, layout.shapes, strict=True)
         )
 
+    def _check_length(self, layout: Layout, past: Reading | None) -> None:
+        lengths = torch.bincount(layout.document)
+        longest = int((lengths if past is None else lengths + past.lengths).max())
+        if longest > self.config.max_tokens:
+            raise ValueError(
+                f"a document of {longest} tokens, patches counted, is longer than the model's limit of "
+                f"{self.config.max_tokens} (max_tokens): cut it"
+            )
+
     def _check(self, batch: MixedBatch, t: Tensor | None) -> None:
         c = self.config
         if t is not None and t.shape != (len(batch.latents),):
@@ -194,6 +206,11 @@ class Transfusion(nn.Module):
             raise ValueError(
                 f"token {int(batch.ids.max())} is beyond the vocabulary of {c.vocab_size}: "
                 "the tokenizer is of another model"
+            )
+        if (batch.boi, batch.eoi) != (c.boi, c.eoi):
+            raise ValueError(
+                f"images stand between tokens {batch.boi} and {batch.eoi}, this model's are {c.boi} and {c.eoi}: "
+                "pack with model.pack"
             )
         if batch.latents and batch.latents[0].shape[0] != c.in_channels:
             raise ValueError(f"images have {batch.latents[0].shape[0]} channels, expected {c.in_channels}")

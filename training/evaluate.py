@@ -54,7 +54,7 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
             sums[t] += loss.parts.get("image", loss.total).item() * len(batch.latents)
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
-                found = documents(batch, torch.full((len(batch.latents),), image_first))
+                found = documents(batch, torch.full((len(batch.latents),), image_first), pack=model.pack)
                 loss = TextAndImages(Uniform())(model, found, generator_for(config.evaluation.seed, first), 0.0)
                 nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}

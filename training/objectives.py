@@ -13,6 +13,7 @@ batch, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -119,7 +120,8 @@ class TextAndImages:
         image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
         """
         if isinstance(batch, Batch):
-            batch = documents(batch, *(self._orders(len(batch.latents), generator) if t is None else (None, None)))
+            orders = self._orders(len(batch.latents), generator) if t is None else (None, None)
+            batch = documents(batch, *orders, pack=model.pack)  # type: ignore[arg-type]
         images, device = len(batch.latents), batch.ids.device
         if t is None:
             t = self.density.sample(images, generator, stratified=self.stratified) if images else torch.zeros(0)
@@ -144,11 +146,16 @@ class TextAndImages:
         return image_first, dropped & ~image_first
 
 
-def documents(batch: Batch, image_first: Tensor | None = None, dropped: Tensor | None = None) -> MixedBatch:
+def documents(
+    batch: Batch,
+    image_first: Tensor | None = None,
+    dropped: Tensor | None = None,
+    pack: Callable[[list[list[Tensor]]], MixedBatch] = pack,
+) -> MixedBatch:
     """Captioned images as documents that end with the end token: caption and image, image and caption where
-    `image_first` (B,), the image alone where `dropped` (B,).
+    `image_first` (B,), the image alone where `dropped` (B,). pack: the model's own, which knows its tokens.
     """
-    out = []
+    out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
     for latent, ids, mask, image, alone in zip(batch.latents, *batch.tokens, first, without, strict=True):
         words = ids[mask]

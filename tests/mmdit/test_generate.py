@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from mmdit.config import TransfusionConfig
-from mmdit.generate import EOS, PAD, ImageSampling, TextSampling, generate
+from mmdit.generate import ImageSampling, TextSampling, generate
 from mmdit.sequences import BOI, EOI, pack
 from mmdit.transfusion import Transfusion
 
+PAD, EOS = 0, 1
 TINY = TransfusionConfig(vocab_size=24, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16)
 SETTINGS = {
     "shared, added": TINY,

@@ -76,7 +76,7 @@ def test_a_tokenizer_of_another_model_is_refused(pipe):
 
 def test_image_tokens_are_reserved():
     tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True)
-    assert tokenizer.image_tokens == (2, 3) and Tokenizer.train(PROMPTS, 280, 8).image_tokens is None
+    assert tokenizer.special == (0, 1, 2, 3) and Tokenizer.train(PROMPTS, 280, 8).special == (0, 1, None, None)
     assert not {2, 3} & set(tokenizer(["<image></image>"]).ids[0].tolist())  # written in a caption they are text
     with pytest.raises(ValueError, match="at least 260"):
         Tokenizer.train(PROMPTS, 259, 8, images=True)

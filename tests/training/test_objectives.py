@@ -285,6 +285,8 @@ def test_orders_are_drawn_as_asked():
     seen = []
 
     class Keep(nn.Module):
+        pack = staticmethod(pack)
+
         def forward(self, batch, t):
             seen.append((batch, t))
             return trunk()(batch, t)
