@@ -18,6 +18,8 @@ from torch import Tensor
 from mmdit.attention import Packed, attention
 from mmdit.sequences import Layout
 
+NOTHING = -1  # a row that holds nothing, for a document without what was before
+
 
 @dataclass
 class Continued:
@@ -47,7 +49,7 @@ class Cache:
         self.steps = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
 
     def reading(self, rows: Sequence[int]) -> Reading:
-        """To read on with document k of a batch as row `rows[k]`."""
+        """To read on with document k of a batch as row `rows[k]`; `NOTHING` has no row, and cannot be kept."""
         return Reading(self, torch.tensor(rows, device=self.valid.device))
 
 
@@ -63,16 +65,21 @@ class Reading:
     @property
     def steps(self) -> Tensor:
         """Steps of the text behind each document, (r,)."""
-        return self.cache.steps[self.rows]
+        return self.cache.steps[self.rows].masked_fill(self.rows < 0, 0)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens behind each document, patches counted, (r,)."""
-        return self.cache.valid[self.rows].sum(1)
+        return self._held.sum(1)
+
+    @property
+    def _held(self) -> Tensor:
+        """Which of the cache's places are of each row, (r, L)."""
+        return self.cache.valid[self.rows] & (self.rows >= 0)[:, None]
 
     def attending(self, packed: Packed, layout: Layout) -> list[Continued]:
         """The mask of each block."""
-        held = self.cache.valid[self.rows]  # (r, L)
+        held = self._held
         new = packed.mask.shape[-1]
         mask = torch.cat([held[:, None, None, :].expand(-1, 1, new, -1), packed.mask], dim=-1)
         self.layout = layout
@@ -83,7 +90,7 @@ class Reading:
     def keep(self) -> None:
         """Add what was read to the rows. The rest of the cache gets places that no one sees."""
         cache, layout = self.cache, self.layout
-        assert layout is not None
+        assert layout is not None and (self.rows >= 0).all()
         real = layout.rows >= 0  # (r, n)
         valid = cache.valid.new_zeros(len(cache.valid), real.shape[1])
         valid[self.rows] = real

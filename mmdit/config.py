@@ -4,6 +4,7 @@ Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model c
 SD3 scales a model by its depth d alone: d blocks, d heads of 64.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -115,6 +116,10 @@ class TransfusionConfig:
     """Side of the latent that SD3's table is centred on, in latent pixels."""
     pos_embed_max_size: int = 64
     """Side of that table, in tokens: the largest height or width of an image."""
+    codec: Literal["linear", "unet"] = "linear"
+    """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
+    codec_width: int = 64
+    """Channels of the U-Net at the latent's own size; twice as many at each half."""
     max_tokens: int = 4096
     """Most tokens of one document, patches counted."""
     pad: int = 0
@@ -125,6 +130,11 @@ class TransfusionConfig:
     """Id of the token before an image."""
     eoi: int = 3
     """Id of the token after an image."""
+    size_tokens: int = 0
+    """Tokens for sizes: two of them before each BOI say how many rows and columns of patches follow, up to so many, so
+    that the model can choose; 0: none."""
+    first_size: int = 4
+    """Id of the token for one row or column."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -144,18 +154,44 @@ class TransfusionConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
         if self.vocab_size < 5:
             raise ValueError(f"vocab_size is {self.vocab_size}: four tokens are special, so at least 5")
-        special = {name: getattr(self, name) for name in ("pad", "eos", "boi", "eoi")}
-        if len(set(special.values())) < 4 or not all(0 <= i < self.vocab_size for i in special.values()):
-            raise ValueError(f"{special}: expected four tokens of the vocabulary of {self.vocab_size}, no two the same")
+        special = [self.eos, *self.reserved]
+        if len(set(special)) < len(special) or not all(0 <= i < self.vocab_size for i in special):
+            raise ValueError(
+                f"pad {self.pad}, eos {self.eos}, boi {self.boi}, eoi {self.eoi} and sizes {self.sizes}: expected "
+                f"tokens of the vocabulary of {self.vocab_size}, no two the same"
+            )
         if self.positions == "rope" and self.head_dim % 8:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
         if self.positions == "sincos" and self.width % 4:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
+        if self.codec == "unet" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"patch_size is {self.patch_size}, a U-Net halves to patches of 2, 4, 8, ...")
+        if self.codec_width < 4 or self.codec_width % 4 or (self.codec_width > 128 and self.codec_width % 32):
+            raise ValueError(f"codec_width is {self.codec_width}, expected a multiple of 4, above 128 of 32")
 
     @property
     def width(self) -> int:
         """Width of every token."""
         return self.num_heads * self.head_dim
+
+    @property
+    def sizes(self) -> range:
+        """Ids of the tokens for sizes 1, 2, ..."""
+        return range(self.first_size, self.first_size + self.size_tokens)
+
+    @property
+    def opening(self) -> Sequence[int]:
+        """Ids with which an image begins."""
+        return self.sizes or (self.boi,)
+
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        """Ids that are no text; the end token is."""
+        return self.pad, self.boi, self.eoi, *self.sizes
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of a document that an image of latent size (h, w) takes, those around it counted."""
+        return size[0] * size[1] // self.patch_size**2 + (4 if self.size_tokens else 2)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values, for JSON."""
@@ -168,6 +204,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "time": ("added", "image", "all"),
     "attention": ("transfusion", "causal", "full"),
     "positions": ("rope", "sincos"),
+    "codec": ("linear", "unet"),
 }
 
 _TRANSFUSION_PRESETS: dict[str, dict[str, Any]] = {

@@ -1,9 +1,10 @@
 """Writing with a `Transfusion`: text token by token, images by solving their flow, in any order (Zhou et al. 2024,
 arXiv 2408.11039, section 3.4).
 
-A prompt is read once into a cache. Then the language model writes; where it writes BOI, an image is denoised in its
-place from noise, with any solver and guidance of `samplers`; when it is done it is read as finished, at t = 0, and
-writing goes on after its EOI. Prompts of a batch wait for each other only where images are drawn, together.
+A prompt is read once into a cache. Then the language model writes; where it writes BOI (or the size that stands before
+it), an image is denoised in its place from noise, with any solver and guidance of `samplers`; when it is done it is
+read as finished, at t = 0, and writing goes on after its EOI. Prompts of a batch wait for each other only where images
+are drawn, together.
 
 Shape letters: R prompts, V vocabulary, C h w a latent.
 """
@@ -12,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import samplers
-from mmdit.cache import Cache
-from mmdit.sequences import Part
+from mmdit.cache import NOTHING, Cache
+from mmdit.sequences import MixedBatch, Part
 from mmdit.transfusion import Transfusion
 
 Stopped = Literal["end", "length"]
+Told = Callable[[int, Part], object]
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,12 @@ class TextSampling:
 
 @dataclass(frozen=True)
 class ImageSampling:
-    """How an image is drawn: size (h, w) of its latent, solver, steps, guidance over the same image without context."""
+    """How an image is drawn: size (h, w) of its latent, solver, steps, guidance over the same image without context.
 
-    size: tuple[int, int] = (8, 8)
+    size None: the model chooses, if it has tokens for sizes.
+    """
+
+    size: tuple[int, int] | None = (8, 8)
     solver: str = "ab2"
     num_steps: int = 28
     guidance: float = 3.0
@@ -73,14 +78,14 @@ class ImageSampling:
 
 @dataclass
 class Written:
-    """What came of one prompt: new parts in reading order, token ids int64 (n,) and latents (C, h, w); and why it
-    ended: "end" at the end token, "length" where max_tokens or max_images was reached first."""
+    """What came of one prompt: new parts in reading order, token ids int64 (n,) and latents (C, h, w), or from a
+    pipeline strings and PIL images; and why it ended.
 
-    parts: list[Part] = field(default_factory=list)
+    stopped: "end" at the end token; "length" where max_tokens, or the longest document of the model, was reached first.
+    """
+
+    parts: list[Any] = field(default_factory=list)
     stopped: Stopped = "length"
-
-
-Told = Callable[[int, Part], object]
 
 
 @torch.no_grad()
@@ -104,89 +109,163 @@ def generate(
     """
     text, image = text or TextSampling(), image or ImageSampling()
     _check(model, prompts, image, begin, max_tokens, max_images)
-    config, rows = model.config, range(len(prompts))
-    seeds = [seed + i for i in rows] if isinstance(seed, int) else list(seed)
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    cache, out = model.cache(len(prompts)), [Written() for _ in rows]
-    logits = model.head.weight.new_full((len(prompts), model.config.vocab_size), -torch.inf)
-    drawing = {i for i in rows if begin == "image" or not prompts[i]}
-    counts, images = [0] * len(prompts), [0] * len(prompts)
+    writer = _Writer(model, seeds, max_tokens, max_images, text, image, told)
+    writer.begin(prompts, begin == "image")
+    while writer.writing or writer.drawing:
+        if writer.writing:
+            writer.write()
+        else:
+            writer.draw()
+    return writer.out
 
-    def read(which: Sequence[int], documents: Sequence[Sequence[Part]]) -> None:
-        """Read finished parts into rows; their last logits are kept."""
-        reading, batch = cache.reading(which), model.pack(documents)
-        states = model(batch, None, reading).states
+
+class _Writer:
+    """Documents that are being written: which of them write text, which wait to draw, and what each has so far."""
+
+    def __init__(
+        self,
+        model: Transfusion,
+        seeds: Sequence[int],
+        max_tokens: int,
+        max_images: int,
+        text: TextSampling,
+        image: ImageSampling,
+        told: Told | None,
+    ) -> None:
+        self.model, self.config, self.text, self.image, self.told = model, model.config, text, image, told
+        self.max_tokens, self.max_images, num = max_tokens, max_images, len(seeds)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.cache, self.out = model.cache(num), [Written() for _ in seeds]
+        self.logits = model.head.weight.new_zeros(num, self.config.vocab_size)  # of what follows
+        self.writing: set[int] = set()
+        self.drawing: dict[int, tuple[int, int]] = {}  # with the sizes of their latents
+        self.tokens, self.images, self.lengths = [0] * num, [0] * num, [0] * num
+
+    def begin(self, prompts: Sequence[Sequence[Part]], draw: bool) -> None:
+        """Read the prompts."""
+        given = [i for i, prompt in enumerate(prompts) if prompt]
+        if given:
+            self._read(given, [prompts[i] for i in given])
+        for i, prompt in enumerate(prompts):
+            if draw or not prompt:
+                self._wait_to_draw(i)
+            else:
+                self.writing.add(i)
+
+    def write(self) -> None:
+        """One token more for each that writes."""
+        self.writing = {i for i in self.writing if self.tokens[i] < self.max_tokens and self._room(i)}
+        rows = sorted(self.writing)
+        if not rows:
+            return
+        drawn = self.text.draw(self._allowed(rows), [self.generators[i] for i in rows]).tolist()
+        for i, token in zip(rows, drawn, strict=True):
+            if token == self.config.eos:
+                self.out[i].stopped = "end"
+                self.writing.discard(i)
+            elif token in self.config.opening:
+                self.writing.discard(i)
+                self._wait_to_draw(i, token)
+            else:
+                self.tokens[i] += 1
+                self._add(i, torch.tensor([token]))
+        more = [(i, token) for i, token in zip(rows, drawn, strict=True) if i in self.writing]
+        if more:
+            ids = torch.tensor([[token] for _, token in more], device=self.logits.device)
+            self._read([i for i, _ in more], [[row] for row in ids])
+
+    def draw(self) -> None:
+        """An image for each that waits, those of one size together; then they go on writing."""
+        for size in sorted(set(self.drawing.values())):
+            rows = [i for i in sorted(self.drawing) if self.drawing[i] == size]
+            latents = self._denoised(rows, size)
+            self._read(rows, [[x] for x in latents])
+            for i, x in zip(rows, latents, strict=True):
+                self.images[i] += 1
+                self._add(i, x)
+        self.writing = set(self.drawing)
+        self.drawing = {}
+
+    def _read(self, rows: Sequence[int], documents: Sequence[Sequence[Part]]) -> None:
+        """Read finished parts; the logits after the last are kept."""
+        reading, batch = self.cache.reading(rows), self.model.pack(documents)
+        states = self.model(batch, None, reading).states
         reading.keep()
         ends = torch.cat([batch.document.diff() != 0, batch.document.new_ones(1, dtype=torch.bool)])
-        logits[list(which)] = model.head(states[ends])
+        self.logits[list(rows)] = self.model.head(states[ends])
+        for i, length in zip(rows, reading.lengths.tolist(), strict=True):
+            self.lengths[i] = length
 
-    def add(i: int, part: Part) -> None:
-        parts = out[i].parts
+    def _room(self, i: int, size: tuple[int, int] | None = None) -> bool:
+        """Whether one token more, or an image of a size, fits into the longest document of the model."""
+        new = 1 if size is None else self.config.image_tokens(size)
+        return self.lengths[i] + new <= self.config.max_tokens
+
+    def _allowed(self, rows: list[int]) -> Tensor:
+        """The logits of rows without what may not come next: what is no text, and an image too many."""
+        allowed, opening = self.logits[rows].clone(), list(self.config.opening)
+        allowed[:, [i for i in self.config.reserved if i not in opening]] = -torch.inf
+        full = [self.images[i] >= self.max_images for i in rows]
+        allowed[:, opening] = allowed[:, opening].masked_fill(
+            torch.tensor(full, device=allowed.device)[:, None], -torch.inf
+        )
+        return allowed
+
+    def _wait_to_draw(self, i: int, token: int | None = None) -> None:
+        """Row i goes on with an image, if there is room: of the size asked for, or that its tokens say."""
+        size = self.image.size or self._chosen_size(i, token)
+        if self._room(i, size):
+            self.drawing[i] = size
+
+    def _chosen_size(self, i: int, rows: int | None) -> tuple[int, int]:
+        """The size that the model writes in two tokens, of which the first may have been drawn."""
+        opening, patch = torch.tensor(self.config.opening), self.config.patch_size
+
+        def drawn(logits: Tensor) -> int:
+            return int(opening[self.text.draw(logits[None, opening.to(logits.device)], [self.generators[i]])[0].cpu()])
+
+        rows = drawn(self.logits[i]) if rows is None else rows
+        ids = torch.tensor([rows], device=self.logits.device)
+        batch = MixedBatch(ids, torch.zeros_like(ids), (), self.config.boi, self.config.eoi)
+        states = self.model(batch, None, self.cache.reading([i])).states  # read again with its image, so not kept
+        columns = drawn(self.model.head(states[-1]))
+        return (rows - opening[0].item() + 1) * patch, (columns - opening[0].item() + 1) * patch
+
+    def _denoised(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
+        how, generators, like = self.image, [self.generators[i] for i in rows], self.model.head.weight
+        x = samplers.randn((len(rows), self.config.in_channels, *size), generators, like.dtype, None).to(like.device)
+        field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
+        grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
+        return list(samplers.sample(field, x, how.solver, grid=grid, generator=generators).x)
+
+    def _add(self, i: int, part: Part) -> None:
+        parts = self.out[i].parts
         if parts and not parts[-1].is_floating_point() and not part.is_floating_point():
             parts[-1] = torch.cat([parts[-1], part])
         else:
             parts.append(part)
-        if told is not None:
-            told(i, part)
-
-    given = [i for i in rows if prompts[i]]
-    if given:
-        read(given, [prompts[i] for i in given])
-    writing = {i for i in rows if i not in drawing}
-    while writing or drawing:
-        if not writing:
-            which = sorted(drawing)
-            latents = _draw(model, cache, which, image, [generators[i] for i in which])
-            read(which, [[x] for x in latents])
-            for i, x in zip(which, latents, strict=True):
-                images[i] += 1
-                add(i, x)
-            writing, drawing = drawing, set()
-        writing = {i for i in writing if counts[i] < max_tokens}
-        which = sorted(writing)
-        if not which:
-            continue
-        allowed = logits[which].clone()
-        allowed[:, [config.pad, config.eoi]] = -torch.inf
-        full = torch.tensor([images[i] >= max_images for i in which], device=allowed.device)
-        allowed[:, config.boi] = allowed[:, config.boi].masked_fill(full, -torch.inf)
-        drawn = text.draw(allowed, [generators[i] for i in which]).tolist()
-        more: list[int] = []
-        for i, token in zip(which, drawn, strict=True):
-            if token == config.eos:
-                out[i].stopped = "end"
-                writing.discard(i)
-            elif token == config.boi:
-                writing.discard(i)
-                drawing.add(i)
-            else:
-                counts[i] += 1
-                add(i, torch.tensor([token]))
-                more.append(i)
-        if more:
-            read(more, [[out[i].parts[-1][-1:].to(logits.device)] for i in more])
-    return out
+        if self.told is not None:
+            self.told(i, part)
 
 
-def _draw(
-    model: Transfusion, cache: Cache, rows: Sequence[int], how: ImageSampling, generators: list[torch.Generator]
-) -> list[Tensor]:
-    """An image for each of some rows, from noise, in the context that they hold."""
-    c, like = model.config, model.head.weight
-    x = samplers.randn((len(rows), c.in_channels, *how.size), generators, like.dtype, None).to(like.device)
+def velocity(
+    model: Transfusion, cache: Cache, rows: Sequence[int], guidance: float = 1.0, interval: Sequence[float] = (0, 1)
+) -> samplers.Field:
+    """The field of an image (B, C, h, w) that follows what B rows of a cache hold, guided away from that of an image
+    without context; both are asked in one pass.
+    """
 
-    def velocity(in_context: bool) -> samplers.Field:
+    def field(rows: Sequence[int]) -> samplers.Field:
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            past = cache.reading(rows) if in_context else None
-            return torch.stack(model(model.pack([[latent] for latent in x_t]), t, past).v)
+            return torch.stack(model(model.pack([[x] for x in x_t]), t, cache.reading(rows)).v)
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 
-    field = samplers.cfg(velocity(True), velocity(False), how.guidance, how.interval)
-    grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
-    return list(samplers.sample(field, x, how.solver, grid=grid, generator=generators).x)
+    pair = field([*rows, *[NOTHING] * len(rows)])
+    return samplers.cfg_batched(field(rows), pair, guidance, (interval[0], interval[1]))
 
 
 def _check(
@@ -200,5 +279,10 @@ def _check(
         raise ValueError(f"max_tokens = {tokens} and max_images = {images}: give numbers of at least 0")
     if model.config.attention == "full":
         raise ValueError("a model whose text sees what follows cannot write: attention must be causal over the text")
-    if any(side < 1 or side % model.config.patch_size for side in image.size):
+    if image.size is None:
+        if not model.config.size_tokens or not all(prompts):
+            raise ValueError(
+                "no size is given for an image: a model with size tokens (size_tokens) chooses one after a prompt"
+            )
+    elif any(side < 1 or side % model.config.patch_size for side in image.size):
         raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")

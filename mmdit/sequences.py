@@ -43,6 +43,8 @@ class MixedBatch:
     latents: tuple[Tensor, ...]
     boi: int = BOI
     eoi: int = EOI
+    lead: int = 0
+    """Tokens before BOI that say the image's size."""
 
     def __post_init__(self) -> None:
         ids, document = self.ids, self.document
@@ -84,11 +86,11 @@ class MixedBatch:
 
     def to(self, device: torch.device | str) -> MixedBatch:
         latents = tuple(latent.to(device) for latent in self.latents)
-        return MixedBatch(self.ids.to(device), self.document.to(device), latents, self.boi, self.eoi)
+        return MixedBatch(self.ids.to(device), self.document.to(device), latents, self.boi, self.eoi, self.lead)
 
     def with_latents(self, latents: Sequence[Tensor]) -> MixedBatch:
         """The same documents with other images in their places, noised ones, say."""
-        return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi)
+        return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi, self.lead)
 
     def layout(self, patch_size: int, steps: Tensor | None = None) -> Layout:
         """Where every token stands; steps (D,): of the text that each document has behind it already (None: none).
@@ -198,11 +200,14 @@ def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion")
     return same & seen
 
 
-def pack(documents: Sequence[Sequence[Part]], boi: int = BOI, eoi: int = EOI) -> MixedBatch:
+def pack(
+    documents: Sequence[Sequence[Part]], boi: int = BOI, eoi: int = EOI, sizes: range = range(0), patch_size: int = 1
+) -> MixedBatch:
     """Documents as one batch: each is a list of token ids, int64 (n,), and latents, float (C, h, w), in reading order.
 
-    BOI and EOI are put around every image. Raises ValueError for an empty document, for a part that is neither, and for
-    ids that hold BOI or EOI already.
+    BOI and EOI are put around every image, and before BOI, where there are ids for `sizes` 1, 2, ..., those of its rows
+    and columns of patches. Raises ValueError for an empty document, for a part that is neither, for ids that hold a
+    token of images already, and for an image that is larger than the largest size.
     """
     if not documents:
         raise ValueError("no document to pack")
@@ -214,12 +219,12 @@ def pack(documents: Sequence[Sequence[Part]], boi: int = BOI, eoi: int = EOI) ->
         for part in document:
             if part.is_floating_point():
                 latents.append(part)
-                part = torch.tensor([boi, eoi], device=part.device)
+                part = torch.tensor([*_said(part, sizes, patch_size), boi, eoi], device=part.device)
             elif part.dtype != torch.int64 or part.ndim != 1:
                 raise ValueError(
                     f"document {d} holds {part.dtype} {tuple(part.shape)}: text is int64 (n,), an image float (C, h, w)"
                 )
-            elif ((part == boi) | (part == eoi)).any():
+            elif torch.isin(part, torch.tensor([boi, eoi, *sizes], device=part.device)).any():
                 raise ValueError(f"document {d} has an image token ({boi} or {eoi}) inside its text: pack adds them")
             ids.append(part)
             length += len(part)
@@ -228,4 +233,14 @@ def pack(documents: Sequence[Sequence[Part]], boi: int = BOI, eoi: int = EOI) ->
         lengths.append(length)
     device = ids[0].device
     document_of = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths)).to(device)
-    return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi)
+    return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi, 2 if sizes else 0)
+
+
+def _said(latent: Tensor, sizes: range, patch_size: int) -> list[int]:
+    """The tokens for an image's size."""
+    if not sizes:
+        return []
+    rows, columns = (side // patch_size for side in latent.shape[1:])
+    if min(rows, columns) < 1 or max(rows, columns) > len(sizes):
+        raise ValueError(f"an image of {rows} x {columns} patches: there are tokens for sizes of 1 to {len(sizes)}")
+    return [sizes[rows - 1], sizes[columns - 1]]

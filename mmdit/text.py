@@ -26,6 +26,9 @@ PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images: ids 2 and 3
 
 
+SIZE = "<size {}>"  # so many rows or columns of patches
+
+
 class Tokens(NamedTuple):
     """Captions as numbers: `ids` (B, L) int64 and `mask` (B, L) boolean, True where a token is real."""
 
@@ -56,15 +59,18 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "<pad>" written in a caption is text like any other
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int, images: bool = False) -> Tokenizer:
+    def train(
+        cls, captions: Iterable[str], vocab_size: int, max_length: int, images: bool = False, sizes: int = 0
+    ) -> Tokenizer:
         """A tokenizer whose merges are learnt from `captions`; vocab_size >= 258 (256 bytes and two special tokens).
 
-        images: two more special tokens stand around images, for a `Transfusion`.
+        images: two more special tokens stand around images, for a `Transfusion`; sizes: so many more say how many rows
+        and columns of patches an image has.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-        special = [PAD, EOS, *(IMAGE if images else ())]
+        special = [PAD, EOS, *(IMAGE if images else ()), *map(SIZE.format, range(1, sizes + 1))]
         if vocab_size < 256 + len(special):
             raise ValueError(
                 f"vocab_size is {vocab_size}, expected at least {256 + len(special)}: 256 bytes and the special tokens"
@@ -101,6 +107,17 @@ class Tokenizer:
         """Ids of padding, the end, and the two tokens around an image, None where there are none such."""
         begin, end = map(self.backend.token_to_id, IMAGE)
         return self.pad, self.eos, begin, end
+
+    @property
+    def sizes(self) -> range:
+        """Ids of the tokens for sizes 1, 2, ... of images."""
+        first = self.backend.token_to_id(SIZE.format(1))
+        if first is None:
+            return range(0)
+        last = first
+        while self.backend.token_to_id(SIZE.format(last - first + 2)) == last + 1:
+            last += 1
+        return range(first, last + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens."""

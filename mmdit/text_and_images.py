@@ -6,7 +6,7 @@ text and pictures with both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import samplers
 from mmdit.config import TransfusionConfig
-from mmdit.generate import ImageSampling, Written, generate
+from mmdit.generate import ImageSampling, Written, generate, velocity
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
 from mmdit.text_to_image import TextToImage
@@ -53,11 +53,12 @@ class CaptionedTransfusion(nn.Module):
                 f"the tokenizer has {conditioner.tokenizer.vocab_size} tokens, the trunk only "
                 f"{transformer.config.vocab_size}: they are not of one model"
             )
-        own, found = conditioner.tokenizer.special, transformer.config
-        if own != (found.pad, found.eos, found.boi, found.eoi):
+        tokenizer, config = conditioner.tokenizer, transformer.config
+        own, others = (*tokenizer.special, *tokenizer.sizes), (config.pad, config.eos, config.boi, config.eoi)
+        if own != (*others, *config.sizes):
             raise ValueError(
-                f"the tokenizer's end, padding and image tokens are {own}, the trunk's "
-                f"{(found.pad, found.eos, found.boi, found.eoi)}: they are not of one model"
+                f"the tokenizer's tokens for padding, end, images and sizes are {own}, the trunk's "
+                f"{(*others, *config.sizes)}: they are not of one model"
             )
         self.transformer, self.conditioner = transformer, conditioner
 
@@ -77,22 +78,51 @@ class TransfusionPipeline(TextToImage):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[str | Image]], seed: int | Sequence[int] = 0, **how: Any
-    ) -> list[list[str | Image]]:
+        self,
+        prompts: Sequence[Sequence[str | Image]],
+        seed: int | Sequence[int] = 0,
+        told: Callable[[int, str | Image], object] | None = None,
+        **how: Any,
+    ) -> list[Written]:
         """Go on from prompts, each a list of strings and PIL images of sides that divide by `step`.
 
-        Gives the new parts of each. how: as `mmdit.generate.generate` takes it (max_tokens, max_images, text, begin,
-        ...); pictures are drawn as the model's own defaults say unless `image` is given.
+        Gives the new parts of each, strings and PIL images, and why it ended. told(i, part) is called with each piece
+        of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
+        max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
         """
-        how.setdefault("image", self._image_sampling())
-        written = generate(self.model.transformer, [self._parts(p) for p in prompts], seed=seed, **how)
-        return [self._shown(one) for one in written]
+        how.setdefault("image", self.image_sampling(free=all(prompts)))
+        streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 
-    def _image_sampling(self) -> ImageSampling:
-        s: dict[str, Any] = self.sampling
-        factor = self.autoencoder.factor
-        size = (self.size[0] // factor, self.size[1] // factor)
-        return ImageSampling(size, s["solver"], s["num_steps"], s["guidance"], tuple(s["interval"]), self.shift)
+        def tell(i: int, part: Tensor) -> None:
+            new = self._pictures(part[None])[0] if part.is_floating_point() else streams[i].add(part)
+            if told is not None and new != "":
+                told(i, new)
+
+        parts = [self._parts(p) for p in prompts]
+        written = generate(self.model.transformer, parts, seed=seed, told=tell if told else None, **how)
+        return [Written([self._shown(part) for part in one.parts], one.stopped) for one in written]
+
+    def image_sampling(
+        self,
+        num_steps: int | None = None,
+        solver: str | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        free: bool = False,
+    ) -> ImageSampling:
+        """How pictures are drawn, by the model's own defaults where nothing is said; height and width in pixels.
+
+        free: a model with tokens for sizes chooses the size where none is given.
+        """
+        given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
+        how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
+        size, shift = None, self.shift
+        if not (free and height is None and width is None and self.model.transformer.config.size_tokens):
+            height, width = self._fitting(height, width)
+            size = (height // self.autoencoder.factor, width // self.autoencoder.factor)
+            shift = self._shift_at(height, width)
+        return ImageSampling(size, how["solver"], how["num_steps"], how["guidance"], tuple(how["interval"]), shift)
 
     def _parts(self, prompt: Sequence[str | Image]) -> list[Tensor]:
         trunk, parts = self.model.transformer, []
@@ -105,11 +135,10 @@ class TransfusionPipeline(TextToImage):
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 
-    def _shown(self, written: Written) -> list[str | Image]:
-        return [
-            self._pictures(part[None])[0] if part.is_floating_point() else self.model.conditioner.tokenizer.decode(part)
-            for part in written.parts
-        ]
+    def _shown(self, part: Tensor) -> str | Image:
+        if part.is_floating_point():
+            return self._pictures(part[None])[0]
+        return self.model.conditioner.tokenizer.decode(part)
 
     def _field(self, prompts: Sequence[str], guidance: float, interval: Sequence[float]) -> samplers.Field:
         """The velocity of a picture after each prompt, guided over that of a picture alone."""
@@ -120,15 +149,7 @@ class TransfusionPipeline(TextToImage):
             reading = cache.reading(rows)
             trunk(trunk.pack([parts[i] for i in rows]), None, reading)
             reading.keep()
-
-        def field(in_context: bool) -> samplers.Field:
-            def network(x_t: Tensor, t: Tensor) -> Tensor:
-                past = cache.reading(range(len(x_t))) if in_context else None
-                return torch.stack(trunk(trunk.pack([[x] for x in x_t]), t, past).v)
-
-            return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
-
-        return samplers.cfg(field(True), field(False), guidance, (interval[0], interval[1]))
+        return velocity(trunk, cache, range(len(prompts)), guidance, interval)
 
     @staticmethod
     def _load_model(folder: Path) -> nn.Module:
@@ -137,3 +158,18 @@ class TransfusionPipeline(TextToImage):
         transformer = Transfusion(read_config(TransfusionConfig, folder / "transformer" / "config.json"))
         load_weights(transformer, folder / "transformer" / "model.safetensors")
         return CaptionedTransfusion(transformer, Words(config, tokenizer))
+
+
+class _Stream:
+    """Tokens one by one to the pieces of text that they add; a character of several tokens comes when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), ""
+
+    def add(self, ids: Tensor) -> str:
+        self.ids += ids.tolist()
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") or not text.startswith(self.shown):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new

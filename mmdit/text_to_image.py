@@ -94,10 +94,7 @@ class TextToImage:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
-        height = self.size[0] if height is None else height
-        width = self.size[1] if width is None else width
-        if min(height, width) < 1 or height % self.step or width % self.step:
-            raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
+        height, width = self._fitting(height, width)
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
         how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
         pictures: list[Image] = []
@@ -116,6 +113,14 @@ class TextToImage:
 
         pixels = ((self.autoencoder.decode(x_0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def _fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The size asked for, the model's own where none is; ValueError where it does not divide."""
+        height = self.size[0] if height is None else height
+        width = self.size[1] if width is None else width
+        if min(height, width) < 1 or height % self.step or width % self.step:
+            raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
+        return height, width
 
     def _shift_at(self, height: int, width: int) -> float:
         return self.shift * samplers.resolution_shift(height * width, self.size[0] * self.size[1])

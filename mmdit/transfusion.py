@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_linear, modulate
 from mmdit.cache import Cache, Reading
+from mmdit.codecs import CODECS, Skips
 from mmdit.config import TransfusionConfig
-from mmdit.embeddings import TimeEmbedding, crop_positions, patchify, position_table, rotary_mixed, unpatchify
+from mmdit.embeddings import TimeEmbedding, crop_positions, position_table, rotary_mixed
 from mmdit.sequences import Layout, MixedBatch, Part, pack
 
 
@@ -65,14 +66,15 @@ class Transfusion(nn.Module):
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
         self.config = config
-        dim, patch = config.width, config.in_channels * config.patch_size**2
+        dim = config.width
         self.embed = nn.Embedding(config.vocab_size, dim)
-        self.patch_in = nn.Linear(patch, dim)
+        patch_in, patch_out = CODECS[config.codec]
+        self.patch_in = patch_in(config)
         self.time_in = TimeEmbedding(dim)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(dim, eps=EPS)
         self.modulation_out = Modulation(dim, 2)
-        self.patch_out = nn.Linear(dim, patch)
+        self.patch_out = patch_out(config)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if config.positions == "sincos":
             table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
@@ -93,19 +95,19 @@ class Transfusion(nn.Module):
         init_linear(self)
         for weight in (self.time_in.fc1.weight, self.time_in.fc2.weight, self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
-        nn.init.zeros_(self.patch_out.weight)
+        self.patch_out.init_weights()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patch_in.weight.dtype
+        return self.head.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.patch_in.weight.device
+        return self.head.weight.device
 
     def pack(self, documents: Sequence[Sequence[Part]]) -> MixedBatch:
         """Documents of ids and latents as one batch (`sequences.pack`), with this model's tokens around images."""
-        return pack(documents, self.config.boi, self.config.eoi)
+        return pack(documents, self.config.boi, self.config.eoi, self.config.sizes, self.config.patch_size)
 
     def cache(self, num_rows: int) -> Cache:
         """An empty cache for `num_rows` documents."""
@@ -123,9 +125,10 @@ class Transfusion(nn.Module):
         c, images = self.config, len(batch.latents)
         layout = batch.layout(c.patch_size, None if past is None else past.steps)
         span = layout.span[: layout.num_patches]
-        t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.patch_in.weight.dtype)
+        t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.head.weight.dtype)
         time = self.time_in(t)
-        img = self.patch_in(self._patches(batch, layout))
+        groups = _groups(batch)
+        img, skips = self._patches(batch, groups, F.silu(time))
         if c.positions == "sincos" and images:
             img = img + torch.cat([crop_positions(self.pos_embed, *shape)[0] for shape in layout.shapes]).to(img.dtype)
         if c.time == "added":
@@ -147,8 +150,9 @@ class Transfusion(nn.Module):
             streams = block(streams, conditions, mask, rotaries)
         x = torch.cat([stream[0] for stream in streams])
         shift, scale = self.modulation_out(PerToken(F.silu(time), span))
-        patches = self.patch_out(modulate(x[None, :cut], shift, scale))[0]
-        return MixedOutput(self.norm_out(x[cut:]), self._images(patches, layout, batch), batch, self.head)
+        patches = modulate(x[None, :cut], shift, scale)[0]
+        v = self._velocities(patches, batch, groups, F.silu(time), skips)
+        return MixedOutput(self.norm_out(x[cut:]), v, batch, self.head)
 
     def generate(self, prompts: Sequence[Sequence[Tensor]], **how: Any) -> list[Any]:
         """Text and images that go on from prompts: see `generate.generate`."""
@@ -170,24 +174,27 @@ class Transfusion(nn.Module):
             return [PerToken(silu_c, torch.cat([span, text]))]
         return [PerToken(silu_c, span), PerToken(silu_c, text) if c.time == "all" else None]
 
-    def _patches(self, batch: MixedBatch, layout: Layout) -> Tensor:
-        """(N, C*p*p) of all images."""
-        p, dtype = self.config.patch_size, self.patch_in.weight.dtype
-        if not batch.latents:
-            return torch.zeros(0, self.patch_in.in_features, dtype=dtype, device=batch.ids.device)
-        if len(set(layout.shapes)) == 1:
-            return patchify(torch.stack(batch.latents).to(dtype), p).flatten(0, 1)
-        return torch.cat([patchify(latent[None].to(dtype), p)[0] for latent in batch.latents])
+    def _patches(self, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor) -> tuple[Tensor, list[Skips]]:
+        """Tokens (N, D) of all images in order, and what each group of one size keeps for `_velocities`."""
+        if not groups:
+            return silu_c.new_zeros(0, self.config.width), []
+        pairs = [
+            self.patch_in(torch.stack([batch.latents[i] for i in group]).to(self.dtype), _some(silu_c, group, groups))
+            for group in groups
+        ]
+        return torch.cat(_in_order([x for x, _ in pairs], groups)), [skips for _, skips in pairs]
 
-    def _images(self, patches: Tensor, layout: Layout, batch: MixedBatch) -> tuple[Tensor, ...]:
-        p = self.config.patch_size
-        if len(set(layout.shapes)) == 1:
-            height, width = batch.latents[0].shape[1:]
-            return unpatchify(patches.unflatten(0, (len(layout.shapes), -1)), p, height, width).unbind(0)
-        parts = patches.split([h * w for h, w in layout.shapes])
-        return tuple(
-            unpatchify(part[None], p, h * p, w * p)[0] for part, (h, w) in zip(parts, layout.shapes, strict=True)
-        )
+    def _velocities(
+        self, x: Tensor, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor, kept: list[Skips]
+    ) -> tuple[Tensor, ...]:
+        """One (C, h, w) an image of the patches' last states (N, D)."""
+        states = x.split([latent[0].numel() // self.config.patch_size**2 for latent in batch.latents])
+        v = []
+        for group, skips in zip(groups, kept, strict=True):
+            height, width = batch.latents[group[0]].shape[1:]
+            some = torch.stack([states[i] for i in group])
+            v.append(self.patch_out(some, (height, width), _some(silu_c, group, groups), skips))
+        return tuple(_in_order(v, groups))
 
     def _check_length(self, layout: Layout, past: Reading | None) -> None:
         lengths = torch.bincount(layout.document)
@@ -216,3 +223,21 @@ class Transfusion(nn.Module):
             raise ValueError(f"images have {batch.latents[0].shape[0]} channels, expected {c.in_channels}")
         if c.time == "all" and batch.document[batch.opened].tolist() != list(range(batch.num_documents)):
             raise ValueError('with time = "all" every document has one image')
+
+
+def _groups(batch: MixedBatch) -> list[list[int]]:
+    """The images of each size, by number."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, latent in enumerate(batch.latents):
+        groups.setdefault(latent.shape, []).append(i)
+    return list(groups.values())
+
+
+def _some(x: Tensor, group: list[int], groups: list[list[int]]) -> Tensor:
+    return x if len(groups) == 1 else x[group]
+
+
+def _in_order(parts: list[Tensor], groups: list[list[int]]) -> list[Tensor]:
+    """Rows of the groups' tensors as one list, row i that of image i."""
+    rows = {i: row for part, group in zip(parts, groups, strict=True) for i, row in zip(group, part, strict=True)}
+    return [rows[i] for i in range(len(rows))]

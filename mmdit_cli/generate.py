@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_cli.sample import out_files
+from mmdit_cli.sample import out_files, parse_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +32,12 @@ def generate(
     min_p: Annotated[
         float, typer.Option(metavar="P", help="Draw from tokens at least P times as likely as the first.")
     ] = 0.0,
+    solver: Annotated[str | None, typer.Option(metavar="NAME", help="ODE or SDE solver of pictures.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of pictures, in pixels.")] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of words and noise.")] = 0,
 ) -> None:
     """Go on from text and pictures: describe a picture, draw a text, or let the model choose.
@@ -43,7 +49,8 @@ def generate(
       mmdit generate runs/transfusion-demo picture.png --temperature 0
     """
     prompt = [_part(part) for part in parts]
-    out_files(out, 1)
+    height, width = parse_size(size) if size is not None else (None, None)
+    files = iter(out_files(out, max(1, max_images)))
 
     import mmdit
     from mmdit.generate import TextSampling
@@ -53,24 +60,28 @@ def generate(
     if not isinstance(pipe, TransfusionPipeline):
         raise ValueError(f"{run} is a text-to-image model, which writes no text: draw with `mmdit sample {run} PROMPT`")
     text = TextSampling(temperature, top_k, top_p, min_p)
-    [written] = pipe.generate(
-        [prompt],
-        seed,
-        max_tokens=max_tokens,
-        max_images=max_images,
-        text=text,
-        begin="image" if draw else "text",
+    image = pipe.image_sampling(
+        num_steps=steps, solver=solver, guidance=guidance, height=height, width=width, free=bool(prompt)
     )
-    pictures = [part for part in written if not isinstance(part, str)]
-    files = iter(out_files(out, max(1, len(pictures))))
     out.parent.mkdir(parents=True, exist_ok=True)
-    for part in written:
+    midway = False  # in a line of text
+
+    def told(_: int, part: "str | Image") -> None:
+        nonlocal midway
         if isinstance(part, str):
-            print(part)
+            print(part, end="", flush=True)
         else:
             file = next(files)
             part.save(file)
-            print(f"{file}  {part.height}x{part.width}")
+            print("\n" * midway + f"{file}  {part.height}x{part.width}", flush=True)
+        midway = isinstance(part, str)
+
+    limits = dict(max_tokens=max_tokens, max_images=max_images)
+    begin = "image" if draw else "text"
+    [written] = pipe.generate([prompt], seed, told, text=text, image=image, begin=begin, **limits)
+    print("\n" * midway, end="")
+    if written.stopped == "length" and max_tokens:
+        print(f"stopped at a limit, not at an end: {max_tokens} tokens (--max-tokens), or the longest the model takes")
 
 
 def _part(part: str) -> "str | Image":

@@ -180,6 +180,14 @@ class TransfusionConfig(Settings):
     """How an image's time enters: added to its patches, or as adaLN of its patches."""
     attention: Literal["transfusion", "causal"] = "transfusion"
     """Whether patches of an image see each other, or only those before them."""
+    codec: Literal["linear", "unet"] = "linear"
+    """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
+    codec_width: Annotated[int, Range(4)] = 64
+    """Channels of the U-Net at the latent's own size, a multiple of 4; twice as many at each half."""
+    size_tokens: CountOrZero = 0
+    """Tokens for sizes up to so many rows or columns of patches, with which the model chooses an image's size."""
+    max_tokens: Count = 4096
+    """Most tokens of a document, patches counted, in training and in writing."""
     image_weight: NotNegative = 5.0
     """Weight of the image loss beside the loss of the next token."""
     caption_first: Fraction = 0.8

@@ -94,7 +94,7 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
         prompts = [[Image.fromarray(image)] for image, _, _ in some]
         how: dict[str, Any] = dict(max_tokens=config.text.max_length, max_images=0, text=TextSampling(temperature=0))
         for written, (_, _, scene) in zip(pipe.generate(prompts, **how), some, strict=True):
-            right += describes(" ".join(str(part) for part in written), scene)
+            right += describes(" ".join(str(part) for part in written.parts), scene)
     return right / len(samples)
 
 

@@ -170,7 +170,8 @@ def opens_text(batch: MixedBatch) -> Tensor:
     """Which images (I,) open a document that goes on with text after them; the end token alone is none."""
     counts = torch.bincount(batch.document, minlength=batch.num_documents)
     first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the place where each image's document begins
-    return (batch.opened == first) & (counts[batch.document[batch.opened]] > 3)
+    lead = batch.lead  # of tokens that say a size
+    return (batch.opened == first + lead) & (counts[batch.document[batch.opened]] > 3 + lead)
 
 
 def next_token_loss(

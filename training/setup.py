@@ -51,7 +51,9 @@ def build_model(
         tokenizer = Tokenizer.load(run.path / "pipeline" / "text" / "tokenizer.json", text.max_length)
     else:
         captions = (source.caption(i) for i in range(len(source)))
-        tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length, images=config.transfusion.enabled)
+        mixed = config.transfusion
+        sizes = mixed.size_tokens if mixed.enabled else 0
+        tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length, mixed.enabled, sizes)
     patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
     model = (_transfusion if config.transfusion.enabled else _mmdit)(
@@ -85,13 +87,12 @@ def _transfusion(
     config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
 ) -> CaptionedTransfusion:
     model, mixed = config.model, config.transfusion
+    own = ("weights", "time", "attention", "codec", "codec_width", "size_tokens", "max_tokens")
     names = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "qk_norm", "positions")
     shape = mmdit.config.TransfusionConfig(
         vocab_size=text.vocab_size,
         in_channels=autoencoder.channels,
-        weights=mixed.weights,
-        time=mixed.time,
-        attention=mixed.attention,
+        **{name: getattr(mixed, name) for name in own},
         **{name: getattr(model, name) for name in names},
     )
     return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))

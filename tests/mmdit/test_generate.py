@@ -17,6 +17,7 @@ SETTINGS = {
     "shared, added": TINY,
     "shared, image": replace(TINY, time="image"),
     "separate, image": replace(TINY, weights="separate", time="image"),
+    "unet": replace(TINY, codec="unet", codec_width=8),
     "no qk-norm, causal": replace(TINY, qk_norm=None, attention="causal"),
 }
 SMALL = ImageSampling(size=(4, 4), num_steps=3, guidance=2.0)
@@ -151,6 +152,64 @@ def test_it_ends_at_the_end_token_at_the_limit_and_never_says_what_is_no_text():
     assert drawn.parts[0].shape == (3, 4, 4)
     [none] = generate(saying(BOI, 9), [[text(5)]], 3, 0, greedy, SMALL)
     assert [p.tolist() for p in none.parts] == [[9] * 3]
+
+
+def test_it_stops_at_the_longest_document_of_the_model():
+    greedy, limit = TextSampling(temperature=0), 12
+    model = saying(9)
+    model.config = replace(TINY, max_tokens=limit)
+    [written] = generate(model, [[text(*range(5, 13))]], 64, text=greedy)
+    assert [p.tolist() for p in written.parts] == [[9] * 4] and written.stopped == "length"
+    model = saying(BOI, 9)
+    model.config = replace(TINY, max_tokens=limit)
+    [drawn, full] = generate(model, [[text(5, 6)], [text(*range(5, 12))]], 64, 9, greedy, SMALL)
+    # 2 + an image of 6 + nothing of 6 more; the other has no room for one
+    assert [p.shape for p in drawn.parts] == [(3, 4, 4)] and drawn.stopped == full.stopped == "length"
+    assert full.parts == []
+    with pytest.raises(ValueError, match="of 13 tokens, patches counted, is longer than the model's limit of 12"):
+        generate(model, [[text(*range(5, 18))]])
+
+
+SIZED = replace(TINY, size_tokens=3, first_size=10)
+
+
+def test_the_size_of_an_image_is_said_before_it():
+    batch = Transfusion(SIZED).pack([[text(5), image(4, 6)]])
+    assert batch.ids.tolist() == [5, 11, 12, BOI, EOI] and batch.lead == 2
+    with pytest.raises(ValueError, match="sizes of 1 to 3"):
+        Transfusion(SIZED).pack([[image(8, 4)]])
+    with pytest.raises(ValueError, match="inside its text"):
+        Transfusion(SIZED).pack([[text(5, 11)]])
+
+
+@torch.no_grad()
+def test_the_model_chooses_the_size_of_an_image():
+    """Of each greedily written image the whole model, without a cache, would say rows and columns."""
+    model, free = alive(SIZED), replace(SMALL, size=None)
+    greedy, prompts = TextSampling(temperature=0), [[text(5, i)] for i in range(14, 22)]
+    written = generate(model, prompts, 0, 1, greedy, free, begin="image")
+    for prompt, one in zip(prompts, written, strict=True):
+        rows = 10 + int(model(model.pack([prompt])).logits[-1, 10:13].argmax())
+        begun = pack([[torch.cat([prompt[0], text(rows)])]])
+        columns = 10 + int(model(begun).logits[-1, 10:13].argmax())
+        assert one.parts[0].shape == (3, 2 * (rows - 9), 2 * (columns - 9))
+    assert len({one.parts[0].shape for one in written}) > 1
+    [asked] = generate(model, prompts[:1], 0, 1, greedy, SMALL, begin="image")
+    assert asked.parts[0].shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="no size is given"):
+        generate(model, [[]], image=free)
+    with pytest.raises(ValueError, match="no size is given"):
+        generate(alive(TINY), [[text(5)]], image=free)
+
+
+def test_an_image_begins_where_the_model_says_a_size():
+    model = saying(11, 9)
+    model.config = SIZED
+    free, greedy = replace(SMALL, size=None), TextSampling(temperature=0)
+    [written] = generate(model, [[text(5)]], 2, 1, greedy, free)
+    assert [p.shape for p in written.parts] == [(3, 4, 4), (2,)] and written.parts[1].tolist() == [9, 9]
+    [none] = generate(model, [[text(5)]], 2, 0, greedy, free)
+    assert [p.tolist() for p in none.parts] == [[9, 9]]
 
 
 def test_parts_are_told_as_they_come():

@@ -1,5 +1,7 @@
 """The pipeline of text and images: saved and read again, drawn from prompts, and written on in both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,17 +12,22 @@ from mmdit.autoencoder import PixelSpace
 from mmdit.config import TransfusionConfig
 from mmdit.generate import TextSampling
 from mmdit.text import TextConfig, Tokenizer
-from mmdit.text_and_images import CaptionedTransfusion, TransfusionPipeline, Words
+from mmdit.text_and_images import CaptionedTransfusion, TransfusionPipeline, Words, _Stream
 from mmdit.transfusion import Transfusion
 
 PROMPTS = ["a red circle", "two blue stars", ""]
 
 
+TINY = TransfusionConfig(vocab_size=280, in_channels=3, patch_size=4, depth=2, num_heads=2, head_dim=8)
+
+
 @pytest.fixture(scope="module")
 def pipe():
+    return pipeline(TINY, Tokenizer.train(PROMPTS, 280, 8, images=True))
+
+
+def pipeline(config, tokenizer):
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True)
-    config = TransfusionConfig(vocab_size=280, in_channels=3, patch_size=4, depth=2, num_heads=2, head_dim=8)
     model = CaptionedTransfusion(Transfusion(config), Words(TextConfig(280, 8), tokenizer)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -51,13 +58,49 @@ def test_saved_and_read_again_it_is_the_same(pipe, tmp_path):
 def test_it_writes_on_from_words_and_pictures(pipe):
     picture = Image.fromarray(np.full((8, 12, 3), 200, np.uint8))
     how = dict(max_tokens=3, max_images=1, text=TextSampling(temperature=0))
-    out = pipe.generate([["a red circle"], [picture, "two"], []], **how)
+    out = [one.parts for one in pipe.generate([["a red circle"], [picture, "two"], []], **how)]
     assert len(out) == 3 and all(isinstance(part, str | Image.Image) for parts in out for part in parts)
     assert isinstance(out[2][0], Image.Image) and out[2][0].size == (12, 8)
     [drawn] = pipe.generate([["a red circle"]], seed=5, begin="image", max_tokens=0)
-    assert np.abs(pixels(drawn) - pixels(pipe(["a red circle"], seed=5))).max() <= 1  # what a call draws
+    assert (
+        drawn.stopped == "length" and np.abs(pixels(drawn.parts) - pixels(pipe(["a red circle"], seed=5))).max() <= 1
+    )  # what a call draws
     [alone] = pipe.generate([[picture, "two"]], seed=1, **how)
-    assert [p for p in alone if isinstance(p, str)] == [p for p in out[1] if isinstance(p, str)]
+    assert [p for p in alone.parts if isinstance(p, str)] == [p for p in out[1] if isinstance(p, str)]
+
+
+def test_it_tells_what_it_writes_as_it_comes(pipe):
+    heard = []
+    [written] = pipe.generate([["a red"]], 3, lambda i, part: heard.append(part), max_tokens=12, max_images=1)
+    texts = [p for p in heard if isinstance(p, str)]
+    assert len(texts) > 1 and [type(p) for p in heard if not isinstance(p, str)] == [
+        type(p) for p in written.parts if not isinstance(p, str)
+    ]
+    first = next(p for p in written.parts if isinstance(p, str))
+    assert "".join(texts).strip().startswith(first[:3])
+
+
+def test_a_character_of_several_tokens_is_told_whole():
+    tokenizer = Tokenizer.train(["plain words"], 280, 32, images=True)
+    ids = tokenizer(["café ☃ ok"]).ids[0]
+    stream = _Stream(tokenizer)
+    pieces = [stream.add(i[None]) for i in ids[: tokenizer(["café ☃ ok"]).mask.sum() - 1]]
+    assert "".join(pieces) == "café ☃ ok" and "\ufffd" not in "".join(pieces) and "" in pieces
+
+
+def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
+    tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True, sizes=4)
+    assert tokenizer.sizes == range(4, 8)
+    assert not set(tokenizer.sizes) & set(tokenizer(["<size 1>"]).ids[0].tolist())
+    config = replace(TINY, size_tokens=4)
+    pipe = pipeline(config, tokenizer)
+    pipe.save(tmp_path)
+    again = TextToImage.load(tmp_path, "cpu")
+    [drawn] = again.generate([["a red circle"]], begin="image", max_tokens=0)
+    width, height = drawn.parts[0].size
+    assert width % again.step == height % again.step == 0 and max(width, height) <= 4 * again.step
+    with pytest.raises(ValueError, match="they are not of one model"):
+        CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
 
 
 def test_a_picture_that_does_not_fit_is_refused(pipe):

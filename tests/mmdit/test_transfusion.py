@@ -20,6 +20,7 @@ SETTINGS = {
     "separate, image": replace(TINY, weights="separate", time="image"),
     "causal": replace(TINY, attention="causal"),
     "table": replace(TINY, positions="sincos"),
+    "unet": replace(TINY, codec="unet", codec_width=8),
 }
 
 
@@ -189,7 +190,10 @@ def test_an_image_batch_and_an_empty_one_train(model):
     model.zero_grad()
     out = model(pack([[image(4, 4)]]), torch.tensor([0.5], dtype=torch.float64))
     out.v[0].square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in (model.patch_in.weight, model.patch_out.weight))
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in [*model.patch_in.parameters(), *model.patch_out.parameters()]
+    )
     model.zero_grad()
     model(pack([[text(5, 6, 7)]])).logits.sum().backward()
     assert model.embed.weight.grad.isfinite().all()
