@@ -153,14 +153,15 @@ def documents(
     pack: Callable[[list[list[Tensor]]], MixedBatch] = pack,
 ) -> MixedBatch:
     """Captioned images as documents that end with the end token: caption and image, image and caption where
-    `image_first` (B,), the image alone where `dropped` (B,). pack: the model's own, which knows its tokens.
+    `image_first` (B,); the image alone where `dropped` (B,), with no end, which would say that a picture first has no
+    caption. pack: the model's own, which knows its tokens.
     """
     out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
     for latent, ids, mask, image, alone in zip(batch.latents, *batch.tokens, first, without, strict=True):
         words = ids[mask]
         if alone:
-            out.append([latent, words[-1:]])
+            out.append([latent])
         else:
             out.append([latent, words] if image else [words[:-1], latent, words[-1:]])
     return pack(out)

@@ -275,8 +275,9 @@ def captions():
 def test_captioned_images_become_documents():
     data = documents(captions(), torch.tensor([False, True, False]), torch.tensor([False, False, True]))
     ids = data.ids.split(torch.bincount(data.document).tolist())
-    assert [row.tolist() for row in ids] == [[5, 6, 7, 2, 3, 1], [2, 3, 8, 1], [2, 3, 1]]
+    assert [row.tolist() for row in ids] == [[5, 6, 7, 2, 3, 1], [2, 3, 8, 1], [2, 3]]
     assert opens_text(data).tolist() == [False, True, False]  # an image alone is learnt at all times, for guidance
+    assert data.predicting.tolist() == [0, 1, 2, 4, 7, 8]  # after an image alone nothing is said, least of all the end
     plain = documents(captions())
     assert [int(x) for x in plain.document.diff().nonzero()[:, 0]] == [5, 9]
 
@@ -295,7 +296,7 @@ def test_orders_are_drawn_as_asked():
     for first, dropout, expected in (
         (1.0, 0.0, [5, 6, 7, 2, 3, 1]),
         (0.0, 1.0, [2, 3, 5, 6, 7, 1]),
-        (1.0, 1.0, [2, 3, 1]),
+        (1.0, 1.0, [2, 3, 2, 3]),
     ):
         objective = TextAndImages(Uniform(), caption_first=first, caption_dropout=dropout, image_first_cap=0.5)
         objective(Keep(), data, generator())
