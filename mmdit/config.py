@@ -34,8 +34,8 @@ class MMDiTConfig:
     """RMS-normalise queries and keys per head, with a learnt scale (SD3.5; needed for long bf16 training)."""
     dual_attention_layers: tuple[int, ...] = ()
     """Blocks whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
-    positions: Literal["sincos", "rope"] = "sincos"
-    """Image positions: SD3's table added to the patches, or 2-D rotary embedding of queries and keys."""
+    positions: Literal["sincos", "rope", "both"] = "sincos"
+    """Image positions: SD3's table added to the patches, 2-D rotary embedding of queries and keys, or both."""
     sample_size: int = 128
     """Side of the latent that training is centred on, in latent pixels; fixes the spacing of the position table."""
     pos_embed_max_size: int = 192
@@ -51,11 +51,11 @@ class MMDiTConfig:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected a positive number")
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}, expected None or 'rms_norm'")
-        if self.positions not in ("sincos", "rope"):
-            raise ValueError(f"positions is {self.positions!r}, expected 'sincos' or 'rope'")
-        if self.positions == "rope" and self.head_dim % 4:
+        if self.positions not in ("sincos", "rope", "both"):
+            raise ValueError(f"positions is {self.positions!r}, expected 'sincos', 'rope' or 'both'")
+        if self.positions != "sincos" and self.head_dim % 4:
             raise ValueError(f"head_dim is {self.head_dim}, 2-D rotary positions need a multiple of 4")
-        if self.positions == "sincos" and self.width % 4:
+        if self.positions != "rope" and self.width % 4:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
         if self.sample_size < self.patch_size:
             raise ValueError(f"sample_size {self.sample_size} is smaller than one patch ({self.patch_size})")
@@ -110,8 +110,9 @@ class TransfusionConfig:
     document, which then has one image (SD3)."""
     attention: Literal["transfusion", "causal", "full"] = "transfusion"
     """Who sees whom within a document: causal but for patches of one image, causal throughout, or all see all."""
-    positions: Literal["rope", "sincos"] = "rope"
-    """Rotary by step of the text and by row and column, or SD3's table added to the patches and none for text."""
+    positions: Literal["rope", "sincos", "both"] = "both"
+    """Rotary by step of the text and by row and column, SD3's table added to the patches and none for text, or both (as
+    in BAGEL)."""
     sample_size: int = 32
     """Side of the latent that SD3's table is centred on, in latent pixels."""
     pos_embed_max_size: int = 64
@@ -160,9 +161,9 @@ class TransfusionConfig:
                 f"pad {self.pad}, eos {self.eos}, boi {self.boi}, eoi {self.eoi} and sizes {self.sizes}: expected "
                 f"tokens of the vocabulary of {self.vocab_size}, no two the same"
             )
-        if self.positions == "rope" and self.head_dim % 8:
+        if self.positions != "sincos" and self.head_dim % 8:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
-        if self.positions == "sincos" and self.width % 4:
+        if self.positions != "rope" and self.width % 4:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
         if self.codec == "unet" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"patch_size is {self.patch_size}, a U-Net halves to patches of 2, 4, 8, ...")
@@ -203,7 +204,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("shared", "separate"),
     "time": ("added", "image", "all"),
     "attention": ("transfusion", "causal", "full"),
-    "positions": ("rope", "sincos"),
+    "positions": ("rope", "sincos", "both"),
     "codec": ("linear", "unet"),
 }
 

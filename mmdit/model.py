@@ -38,7 +38,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
         self.modulation_out = Modulation(dim, 2)
         self.patch_out = nn.Linear(dim, patch)
-        if config.positions == "sincos":
+        if config.positions != "rope":
             table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
             self.pos_embed: Tensor
             self.register_buffer("pos_embed", table)
@@ -72,9 +72,9 @@ class MMDiT(nn.Module):
         rows, columns = height // p, width // p
         img = self.patch_in(patchify(x_t, p))
         rotaries = None
-        if self.config.positions == "sincos":
+        if self.config.positions != "rope":
             img = img + crop_positions(self.pos_embed, rows, columns).to(img.dtype)
-        else:
+        if self.config.positions != "sincos":
             rotaries = [rotary_2d(rows, columns, self.config.head_dim, x_t.device), None]
         txt = self.context_in(context)
         silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))

@@ -76,7 +76,7 @@ class Transfusion(nn.Module):
         self.modulation_out = Modulation(dim, 2)
         self.patch_out = patch_out(config)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
-        if config.positions == "sincos":
+        if config.positions != "rope":
             table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
             self.pos_embed: Tensor
             self.register_buffer("pos_embed", table)
@@ -129,13 +129,13 @@ class Transfusion(nn.Module):
         time = self.time_in(t)
         groups = _groups(batch)
         img, skips = self._patches(batch, groups, F.silu(time))
-        if c.positions == "sincos" and images:
+        if c.positions != "rope" and images:
             img = img + torch.cat([crop_positions(self.pos_embed, *shape)[0] for shape in layout.shapes]).to(img.dtype)
         if c.time == "added":
             img = img + time[span]
         txt = self.embed(batch.ids)
         conditions = self._conditions(batch, span, F.silu(time))
-        rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions == "rope" else None
+        rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions != "sincos" else None
         self._check_length(layout, past)
         packed = layout.attending(c.attention)
         masks = [packed] * c.depth if past is None else past.attending(packed, layout)

@@ -96,17 +96,17 @@ class ModelConfig(Settings):
     """Side of the square patch that becomes one token, in latent pixels (image pixels without an autoencoder)."""
     qk_norm: Literal["rms_norm"] | None = "rms_norm"
     """RMS-normalise queries and keys per head (SD3.5), or "none" (SD3)."""
-    positions: Literal["sincos", "rope"] = "sincos"
-    """Image positions: SD3's table added to the patches, or 2-D rotary embedding of queries and keys."""
+    positions: Literal["sincos", "rope", "both"] = "sincos"
+    """Image positions: SD3's table added to the patches, 2-D rotary embedding of queries and keys, or both."""
     pos_embed_max_size: Count = 64
     """Side of the position table, in tokens: the largest height or width that can be sampled."""
     dual_attention_layers: tuple[CountOrZero, ...] = ()
     """Blocks, from 0, whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
 
     def check(self) -> None:
-        if self.positions == "rope" and self.head_dim % 4:
+        if self.positions != "sincos" and self.head_dim % 4:
             raise ConfigError(f"model.head_dim is {self.head_dim}, rotary positions need a multiple of 4")
-        if self.positions == "sincos" and self.num_heads * self.head_dim % 4:
+        if self.positions != "rope" and self.num_heads * self.head_dim % 4:
             width = self.num_heads * self.head_dim
             raise ConfigError(f"model.num_heads * model.head_dim is {width}, sin-cos positions need a multiple of 4")
         wrong = [block for block in self.dual_attention_layers if block >= self.depth]
@@ -341,10 +341,10 @@ class TrainConfig(Settings):
             raise ConfigError(
                 "model.dual_attention_layers is for the MMDiT: a transfusion trunk has no second attention"
             )
-        if self.transfusion.enabled and (self.model.positions != "rope" or self.model.head_dim % 8):
+        if self.transfusion.enabled and (self.model.positions == "sincos" or self.model.head_dim % 8):
             raise ConfigError(
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
-                'a transfusion trunk needs "rope", which gives text its places too, and a multiple of 8'
+                'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')

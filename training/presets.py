@@ -50,9 +50,9 @@ def transfusion_demo() -> TrainConfig:
     return replace(
         demo(),
         name="transfusion-demo",
-        model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, positions="rope"),
+        model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, positions="both", pos_embed_max_size=32),
         transfusion=TransfusionConfig(enabled=True, weights="separate", time="image"),
-        training=replace(demo().training, num_steps=9000),
+        training=replace(demo().training, num_steps=8000),
     )
 
 

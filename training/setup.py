@@ -92,6 +92,8 @@ def _transfusion(
     shape = mmdit.config.TransfusionConfig(
         vocab_size=text.vocab_size,
         in_channels=autoencoder.channels,
+        sample_size=max(model.patch_size, round((height * width) ** 0.5)),
+        pos_embed_max_size=max(model.pos_embed_max_size, height // model.patch_size, width // model.patch_size),
         **{name: getattr(mixed, name) for name in own},
         **{name: getattr(model, name) for name in names},
     )
