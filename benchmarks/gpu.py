@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
 from mmdit.config import MMDiTConfig
-from mmdit.formats import config_to_diffusers, to_diffusers
 from mmdit.model import MMDiT
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 from training.optim import update_ema
@@ -54,38 +54,6 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int =
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def ours(depth: int) -> MMDiT:
-    model = MMDiT(config(depth)).cuda()
-    for parameter in model.parameters():  # the modulations start at zero: there the block would be the identity
-        if parameter.ndim == 1 or not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def theirs(model: MMDiT) -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("cuda"):
-        other = SD3Transformer2DModel(**config_to_diffusers(model.config))
-    other.load_state_dict(to_diffusers(model.state_dict(), model.config))
-    return other
-
-
-def inputs(c: MMDiTConfig, side: int, batch: int) -> tuple[Tensor, ...]:
-    x = torch.randn(batch, c.in_channels, side * c.patch_size, side * c.patch_size, device="cuda")
-    t = torch.rand(batch, device="cuda")
-    context = torch.randn(batch, TEXT, c.context_dim, device="cuda")
-    return x, t, context, torch.randn(batch, c.pooled_dim, device="cuda")
-
-
-def call_ours(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    return model(x, t, context, pooled)
-
-
-def call_theirs(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    return model(x, context, pooled, t * 1000, return_dict=False)[0]
-
-
 def bf16() -> torch.autocast:
     return torch.autocast("cuda", torch.bfloat16)
 
@@ -115,10 +83,10 @@ def compiled(model: nn.Module, blocks: str) -> nn.Module:
 def models(depth: int) -> list[tuple[str, Callable[[], nn.Module], Callable[..., Tensor]]]:
     """Name, maker and call of the two; made one at a time where both with their optimisers do not fit."""
     torch.manual_seed(0)
-    state = {name: value.cpu() for name, value in ours(depth).state_dict().items()}
+    state = {name: value.cpu() for name, value in ours(config(depth), "cuda").state_dict().items()}
 
     def first() -> nn.Module:
-        model = ours(depth)
+        model = ours(config(depth), "cuda")
         model.load_state_dict(state)
         return model
 
@@ -132,7 +100,7 @@ def flops(depth: int, side: int) -> int:
     """FLOPs of one picture's forward and backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = MMDiT(config(depth))
-        x, t, context, pooled = (part.to("meta") for part in inputs(model.config, side, 1))
+        x, t, context, pooled = (part.to("meta") for part in inputs(model.config, side, 1, TEXT))
         model(x, t, context, pooled).sum().backward()
     return counter.get_total_flops()
 
@@ -163,7 +131,7 @@ def training(peak: float) -> list[str]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                forward, step = measure(make(), call, inputs(config(depth), side, batch))
+                forward, step = measure(make(), call, inputs(config(depth), side, batch, TEXT, "cuda"))
                 memory = torch.cuda.max_memory_allocated() / 1e9
                 cells = f"{forward * 1e3:.1f} | {step * 1e3:.1f} | {batch / step:.0f} | {work / step / peak:.1%}"
                 cells += f" | {memory:.1f}"
@@ -214,7 +182,7 @@ def sampling() -> list[str]:
     lines = ["| pictures | ours, s | diffusers, s | difference of the latents |", "|---|---|---|---|"]
     model, other = make().bfloat16(), make_other().bfloat16()
     for batch in (1, 4):
-        x, _, context, pooled = (part.bfloat16() for part in inputs(config(24), 32, batch))
+        x, _, context, pooled = (part.bfloat16() for part in inputs(config(24), 32, batch, TEXT, "cuda"))
         both = [torch.cat([part, torch.zeros_like(part)]) for part in (context, pooled)]
 
         def by_us() -> Tensor:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "mmdit.attention": ("attention_backend", "attention_backends"),
     "mmdit.config": ("MMDiTConfig", "TransfusionConfig", "preset", "preset_names"),
     "mmdit.model": ("MMDiT",),
     "mmdit.sequences": ("MixedBatch", "pack"),

@@ -1,12 +1,16 @@
-"""The one place where attention is computed.
+"""The one place where attention is computed, with a kernel that can be chosen: `with attention_backend("flex"): ...`.
 
 Shape letters: B batch, H heads, S queries, T keys, d head width.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +44,17 @@ class Packed:
         return heads.flatten(0, 1)[self.places][None]
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A mask that FlexAttention knows in blocks (a `BlockMask`), of which it leaves out those that are empty."""
+
+    mask: Any
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, S, d) to (B, S, H*d)."""
+        return _flex()(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
+
+
 class Mask(Protocol):
     """What computes an attention in its own way; `Packed` is one, and a part of a cache."""
 
@@ -49,18 +64,140 @@ class Mask(Protocol):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, heads side by side again: q (B, H, S, d), k and v (B, H, T, d) to (B, S, H*d).
 
-    `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key; None lets all see all.
+    `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key; None lets all see all. Raises
+    ValueError where the chosen kernel cannot run on this device.
     """
     if not (mask is None or isinstance(mask, Tensor)):
         return mask.attend(q, k, v)
-    if q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT:
-        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        heads = scores.softmax(-1).to(v.dtype) @ v
+    if _current != "sdpa" and (why := why_not(_current, q.device)):
+        raise ValueError(why)
+    return _KERNELS[_current](q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Compute attention in this block with a kernel of `attention_backends()`; "sdpa" is the default.
+
+    Raises ValueError for an unknown name; `attention` raises it where the kernel cannot run.
+    """
+    global _current
+    if name not in _KERNELS:
+        raise ValueError(f"no attention backend {name!r}, there are {', '.join(_KERNELS)}")
+    before, _current = _current, name
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current_backend() -> str:
+    """The name of the kernel that is chosen now."""
+    return _current
+
+
+def attention_backends(device: torch.device | str = "cpu") -> list[str]:
+    """Names of the kernels that can run on a device."""
+    return [name for name in _KERNELS if why_not(name, device) is None]
+
+
+def why_not(name: str, device: torch.device | str) -> str | None:
+    """Why a kernel cannot run on a device, and what can; None where it can."""
+    kind, reason = torch.device(device).type, None
+    if name in ("varlen", "xformers") and kind != "cuda":
+        reason = f"it needs a CUDA device, this is {kind}"
+    elif name == "xformers" and importlib.util.find_spec("xformers") is None:
+        reason = "xformers is not installed (pip install 'mmdit[xformers]')"
+    elif name == "flex" and kind == "cpu" and torch.is_grad_enabled():
+        reason = "FlexAttention has no backward pass on a CPU (under torch.no_grad it runs)"
+    if reason is None:
+        return None
+    others = [other for other in _KERNELS if why_not(other, device) is None]
+    return f"attention backend {name!r} cannot run here: {reason}; here there are {', '.join(others)}"
+
+
+# --- kernels: q (B, H, S, d), k and v (B, H, T, d), a boolean mask or None, to (B, H, S, d) ---------------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if q.device.type != "cpu" or max(q.shape[-2], k.shape[-2]) > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return _flex()(q, k, v)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (batch, _, queries, _), keys = q.shape, k.shape[-2]
+    full = mask.expand(batch, mask.shape[1], queries, keys)
+    heads = full.shape[1]
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return full[b, h if heads > 1 else 0, query, key]
+
+    blocks = create_block_mask(sees, batch, heads if heads > 1 else None, queries, keys, device=str(q.device))
+    return _flex()(q, k, v, block_mask=blocks)
+
+
+@cache
+def _flex() -> Callable[..., Any]:
+    """FlexAttention, compiled: otherwise it would write out all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Sequences without their padding; a mask says which keys are real, for all queries alike."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, _, queries, _ = q.shape
+    real = _keys_alone(mask, "varlen", batch, k.shape[-2])
+    packed = [x.transpose(1, 2) for x in (q, k, v)]
+    if real is None:
+        counts = torch.full((batch,), k.shape[-2], device=q.device)
+        keys, values = (x.flatten(0, 1) for x in packed[1:])
     else:
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return heads.transpose(1, 2).flatten(2)
+        counts = real.sum(1)
+        keys, values = (x[real] for x in packed[1:])
+    ends = F.pad(counts.cumsum(0), (1, 0)).int()
+    starts = torch.arange(0, (batch + 1) * queries, queries, device=q.device, dtype=torch.int32)
+    out = varlen_attn(packed[0].flatten(0, 1), keys, values, starts, ends, queries, k.shape[-2])
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, queries)).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    bias = None
+    if mask is not None:
+        full = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        bias = torch.zeros_like(full, dtype=q.dtype).masked_fill(~full, -torch.inf)
+    out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+    return out.transpose(1, 2)
+
+
+def _keys_alone(mask: Tensor | None, name: str, batch: int, keys: int) -> Tensor | None:
+    """A mask of keys (B, T) from one (B or 1, 1, 1, T). Raises ValueError where queries differ in what they see."""
+    if mask is None:
+        return None
+    if mask.shape[-2] != 1 or mask.shape[-3] != 1:
+        raise ValueError(f"attention backend {name!r} takes masks of keys, (B, 1, 1, T), not {tuple(mask.shape)}")
+    return mask[:, 0, 0].expand(batch, keys)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "sdpa": _sdpa,
+    "flex": _flexible,
+    "varlen": _varlen,
+    "xformers": _xformers,
+}
+_current = "sdpa"
 
 
 def key_mask(num_img: int, context_mask: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmdit.attention import Packed
+from mmdit.attention import Blocks, Packed
 
 BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
 Part = Tensor  # of a document: int64 (n,) token ids, or a float (C, h, w) latent
@@ -176,6 +176,13 @@ class Layout:
     def mask_mod(self, rule: Rule = "transfusion") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same rule as FlexAttention takes it, over all documents at once."""
         return lambda b, h, query, key: sees(self, query, key, rule)
+
+    def blocks(self, rule: Rule = "transfusion") -> Blocks:
+        """The same as FlexAttention's block mask."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        n = len(self.document)
+        return Blocks(create_block_mask(self.mask_mod(rule), None, None, n, n, device=str(self.document.device)))
 
     def picture(self, rule: Rule = "transfusion") -> str:
         """The mask for reading: a row a query, in reading order; `#` a key that it sees, `.` one that it does not."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdit.attention import Mask, current_backend
 from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_linear, modulate
 from mmdit.cache import Cache, Reading
 from mmdit.codecs import CODECS, Skips
@@ -137,8 +138,11 @@ class Transfusion(nn.Module):
         conditions = self._conditions(batch, span, F.silu(time))
         rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions != "sincos" else None
         self._check_length(layout, past)
-        packed = layout.attending(c.attention)
-        masks = [packed] * c.depth if past is None else past.attending(packed, layout)
+        if past is not None:
+            masks: Sequence[Mask] = past.attending(layout.attending(c.attention), layout)
+        else:
+            flex = current_backend() == "flex"
+            masks = [layout.blocks(c.attention) if flex else layout.attending(c.attention)] * c.depth
         cut = layout.num_patches
         if c.weights == "shared":
             streams, rotaries = [torch.cat([img, txt])[None]], [rotary]

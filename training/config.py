@@ -244,6 +244,8 @@ class TrainingConfig(Settings):
     """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes CUDA if present."""
+    attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
+    """Kernel of the attention; all but "sdpa" want CUDA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     log_every: Count = 10

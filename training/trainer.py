@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
@@ -108,6 +109,8 @@ class Trainer:
         self.config, self.run, self.step = config, run, 0
         self.device = pick_device(config.training.device)
         self.precision = pick_precision(config.training.precision, self.device)
+        if why := why_not(config.training.attention, self.device):
+            raise ValueError(why)
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
@@ -149,6 +152,7 @@ class Trainer:
         try:
             with (
                 repeatable(self.device),
+                attention_backend(config.attention),
                 interrupts.deferred(),
                 Progress("training", config.num_steps, self.step, config.batch_size) as progress,
             ):

@@ -1,0 +1,156 @@
+"""Forward and backward of our MMDiT beside diffusers' transformer of the same weights, on a CPU in fp32.
+
+    python -m benchmarks.forward --out benchmarks/results/forward.md
+
+Width 384, 12 blocks, QK-norm. Both are measured in turn in one process, medians; compiled means `torch.compile` of each
+block. Memory is what the process grew by at its peak in one forward and backward pass, each model in a process of its
+own. Sampling is 28 guided Euler steps, both predictions in one batch, beside diffusers' scheduler and loop.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, machine, medians, ours, theirs
+from mmdit.config import MMDiTConfig
+from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
+
+CONFIG = MMDiTConfig(depth=12, num_heads=6, qk_norm="rms_norm", context_dim=512, pooled_dim=256, sample_size=32)
+SHAPES = ((16, 77, 4), (16, 333, 4), (32, 333, 1))  # tokens a side, text tokens, batch
+CALLS: dict[str, Callable[..., Tensor]] = {"ours": call_ours, "diffusers": call_theirs}
+
+
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    first = ours(CONFIG)
+    return {"ours": first, "diffusers": theirs(first)}
+
+
+def forward(name: str, model: nn.Module, given: tuple[Tensor, ...]) -> Callable[[], object]:
+    def run() -> None:
+        with torch.no_grad():
+            CALLS[name](model, *given)
+
+    return run
+
+
+def backward(name: str, model: nn.Module, given: tuple[Tensor, ...]) -> Callable[[], object]:
+    def run() -> None:
+        CALLS[name](model, *given).square().mean().backward()
+        model.zero_grad()
+
+    return run
+
+
+def speed(repeats: int) -> list[str]:
+    lines = [
+        "| image tokens | text tokens | batch | | forward: ours, s | diffusers, s | ratio | and backward: ours, s |"
+        " diffusers, s | ratio |",
+        "|---" * 10 + "|",
+    ]
+    for how in ("eager", "compiled"):
+        both = models()
+        if how == "compiled":
+            for model in both.values():
+                for block in getattr(model, "blocks", None) or model.transformer_blocks:  # type: ignore[union-attr]
+                    block.compile()  # type: ignore[operator]
+        for side, text, batch in SHAPES:
+            given = inputs(CONFIG, side, batch, text)
+            cells = []
+            for kind in (forward, backward):
+                t = medians({name: kind(name, model, given) for name, model in both.items()}, repeats)
+                cells += [f"{t['ours']:.3f}", f"{t['diffusers']:.3f}", f"{t['diffusers'] / t['ours']:.2f}"]
+            lines.append(f"| {side * side} | {text} | {batch} | {how} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def memory_of(name: str, shape: tuple[int, int, int]) -> float:
+    """Megabytes that one forward and backward pass adds to this process at its peak (Linux)."""
+    model, given = models()[name], inputs(CONFIG, shape[0], shape[2], shape[1])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    backward(name, model, given)()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def memory() -> list[str]:
+    lines = ["| image tokens | text tokens | batch | ours, MB | diffusers, MB |", "|---" * 5 + "|"]
+    for i, (side, text, batch) in enumerate(SHAPES):
+        found = [
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.forward", "--memory-of", name, str(i)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.split()[-1]
+            for name in CALLS
+        ]
+        lines.append(f"| {side * side} | {text} | {batch} | {' | '.join(found)} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+@torch.no_grad()
+def sampling(repeats: int) -> list[str]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    both = models()
+    model, other = both["ours"], both["diffusers"]
+    lines = ["| pictures | ours, s | diffusers, s | ratio | largest difference |", "|---" * 5 + "|"]
+    for batch in (1, 4):
+        x, _, context, pooled = inputs(CONFIG, 16, batch, 77)
+        pair = [torch.cat([part, torch.zeros_like(part)]) for part in (context, pooled)]
+
+        def by_us() -> Tensor:
+            cond = Field(lambda x_t, t: model(x_t, t, context, pooled), RectifiedFlow())  # noqa: B023
+            two = Field(lambda x_t, t: model(x_t, t, *pair), RectifiedFlow())  # noqa: B023
+            return sample(cfg_batched(cond, two, 4.0), x, "euler", grid=shift_time(uniform(28), 3.0)).x  # noqa: B023
+
+        def by_them() -> Tensor:
+            scheduler, state = FlowMatchEulerDiscreteScheduler(shift=1.0), x  # noqa: B023
+            scheduler.set_timesteps(sigmas=shift_time(uniform(28), 3.0)[:-1].tolist())
+            for t in scheduler.timesteps:
+                v, v_null = other(torch.cat([state] * 2), *pair, t.expand(2 * batch), return_dict=False)[0].chunk(2)  # noqa: B023
+                state = scheduler.step(v_null + 4.0 * (v - v_null), t, state, return_dict=False)[0]
+            return state
+
+        t = medians({"ours": by_us, "diffusers": by_them}, max(3, repeats // 2), warm=1)
+        difference = (by_us() - by_them()).abs().max()
+        ratio = t["diffusers"] / t["ours"]
+        lines.append(f"| {batch} | {t['ours']:.2f} | {t['diffusers']:.2f} | {ratio:.2f} | {difference:.1e} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        name, shape = arguments.memory_of
+        print(f"{memory_of(name, SHAPES[int(shape)]):.0f}")
+        return
+    sections = {"Speed": speed(arguments.repeats), "Sampling": sampling(arguments.repeats), "Memory": memory()}
+    about = f"`python -m benchmarks.forward`, {machine()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
+    text = "\n\n".join(
+        [f"# Beside diffusers on a CPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())]
+    )
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

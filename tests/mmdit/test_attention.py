@@ -1,0 +1,106 @@
+"""Attention kernels: one number whichever computes it, and a clear word from those that cannot run here."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mmdit
+from mmdit.attention import SHORT, attention, attention_backend, attention_backends, current_backend, key_mask
+from mmdit.config import MMDiTConfig, TransfusionConfig
+from mmdit.model import MMDiT
+from mmdit.sequences import pack
+from mmdit.transfusion import Transfusion
+
+KEYS = key_mask(5, torch.tensor([[True, True, False], [True, False, False]]))
+PAIRS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.6
+PAIRS |= torch.eye(8, dtype=torch.bool)
+MASKS = {"none": None, "keys": KEYS, "pairs": PAIRS, "heads": PAIRS.expand(2, 3, 8, 8).clone()}
+MASKS["heads"][:, 1] |= True
+
+
+def qkv(tokens=8, device="cpu", dtype=torch.float32, dim=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, tokens, dim, generator=generator).to(device, dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_formula_of_short_sequences_is_torchs(mask):
+    q, k, v = qkv()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[mask]).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(q, k, v, MASKS[mask]), expected, rtol=1e-5, atol=1e-6)
+    long = qkv(SHORT + 3)
+    expected = F.scaled_dot_product_attention(*long).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(*long), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_gives_the_same():
+    q, k, v = qkv()
+    for mask in MASKS.values():
+        with attention_backend("flex"):
+            out = attention(q, k, v, mask)
+        torch.testing.assert_close(out, attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_computes_the_trunks():
+    torch.manual_seed(0)
+    config = MMDiTConfig(in_channels=4, depth=1, num_heads=2, head_dim=16, context_dim=8, pooled_dim=8, sample_size=8)
+    model = MMDiT(config)
+    mixed = Transfusion(TransfusionConfig(vocab_size=40, in_channels=3, depth=1, num_heads=2, head_dim=16))
+    for p in [*model.parameters(), *mixed.parameters()]:
+        p.copy_(0.2 * torch.randn(p.shape))
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.randn(2, 5, 8), torch.randn(2, 8))
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    text = torch.tensor([5, 6, 7])
+    batch = pack([[text, torch.randn(3, 4, 6)], [torch.randn(3, 4, 4), text], [text]])
+    expected, said = model(*inputs, mask), mixed(batch, torch.tensor([0.5, 0.1]))
+    with attention_backend("flex"):
+        torch.testing.assert_close(model(*inputs, mask), expected, rtol=1e-4, atol=1e-5)
+        out = mixed(batch, torch.tensor([0.5, 0.1]))
+    torch.testing.assert_close(out.states, said.states, rtol=1e-4, atol=1e-5)
+    for a, b in zip(out.v, said.v, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("varlen", "needs a CUDA device"), ("xformers", "needs a CUDA device"), ("flex", "no backward")]
+)
+def test_a_kernel_that_cannot_run_says_why_and_what_can(name, why):
+    with attention_backend(name), pytest.raises(ValueError, match=f"{why}.*here there are sdpa"):
+        attention(*qkv())
+    assert current_backend() == "sdpa"
+
+
+def test_names():
+    assert attention_backends() == ["sdpa"]
+    with torch.no_grad():
+        assert mmdit.attention_backends("cpu") == ["sdpa", "flex"]
+    with pytest.raises(ValueError, match="no attention backend 'flash', there are sdpa"), attention_backend("flash"):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "flex", "varlen", "xformers"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_kernels_agree_on_cuda_and_so_do_their_gradients(name, mask):
+    if name not in attention_backends("cuda"):
+        pytest.skip(f"{name} is not installed")
+    given = None if MASKS[mask] is None else MASKS[mask].cuda()
+    ours, reference = (qkv(device="cuda", dtype=torch.bfloat16, dim=64) for _ in range(2))
+    with attention_backend(name):
+        if name == "varlen" and mask in ("pairs", "heads"):
+            with pytest.raises(ValueError, match="takes masks of keys"):
+                attention(*ours, given)
+            return
+        out = attention(*[x.requires_grad_() for x in ours], given)
+    exact = [x.float().requires_grad_() for x in reference]
+    expected = attention(*exact, given)
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(expected)
+    (out.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for x, y in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.grad.float(), y.grad, rtol=5e-2, atol=5e-2)
