@@ -12,6 +12,7 @@ seven runs, of five by turns in sampling.
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,16 +43,27 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int =
     for run in runs.values():
         for _ in range(warm):
             run()
+    clock = _on_gpu if torch.cuda.is_available() else _on_cpu
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
+            times[name].append(clock(run))
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _on_gpu(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def ours(depth: int) -> MMDiT:
