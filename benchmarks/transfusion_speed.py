@@ -118,8 +118,6 @@ def writing(model: Transfusion, peer: Any, num: int) -> Runs:
         how: dict[str, Any] = dict(max_length=NEW - 1, text_temperature=0.0)
         runs["sample_many"] = lambda: peer.sample_many(list(prompts), **how)
         runs["generate_text_only"] = lambda: peer.generate_text_only(prompts, PROMPT + NEW, temperature=0.0)
-        if num == 1:
-            runs["sample, cache_kv=True"] = lambda: peer.sample(prompts[0], cache_kv=True, **how)
     return runs
 
 
@@ -143,7 +141,7 @@ def beside(peer: Any, repeats: int) -> Iterator[str]:
     model = ours().eval()
     for num in (1, 4):
         yield from rows(f"{NEW} tokens, batch {num}", writing(model, peer, num), repeats, num * NEW, "tokens/s")
-    for num, guidance in ((1, 1.0), (1, 3.0), (4, 3.0)):
+    for num, guidance in ((1, 1.0), (1, 3.0), (4, 1.0)):
         title = f"{num} image(s), {STEPS} steps, guidance {guidance:g}"
         yield from rows(title, drawing(model, peer, num, guidance), repeats, num, "images/s")
 
@@ -212,7 +210,7 @@ def packing(data: dict[str, list[Tensor]], repeats: int) -> Iterator[str]:
                 OBJECTIVE(model, batch, generator).total.backward()
             model.zero_grad()
 
-        times = seconds({"packed": partial(run, model, every[:3]), "padded": partial(run, wide, every[:3])}, repeats, 1)
+        times = seconds({"packed": partial(run, model, every[:2]), "padded": partial(run, wide, every[:2])}, repeats, 1)
         low, high = lengths.min(), lengths.max()
         yield (
             f"| {name} | {low} to {high} | {real.float().mean():.0f} | {full.float().mean():.0f} "
