@@ -49,8 +49,8 @@ class Continued:
 
 
 class Cache:
-    """What R documents hold: of each block keys and values (R, H, room, d), of which the first `length` are kept, which
-    of these are a row's own, valid (R, length), and the steps of its text.
+    """What R documents hold: of each block keys and values (R, H, room, d), of which the first L are kept, which of
+    these are a row's own, valid (R, L), and the steps of its text.
 
     The room doubles when it is full, so that a token costs no copy of all that was read.
     """
