@@ -1,10 +1,5 @@
 """Our MMDiT and diffusers' transformer with the same weights, for benchmarks."""
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -46,28 +41,3 @@ def call_ours(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: T
 
 def call_theirs(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
     return model(x, context, pooled, t * 1000, return_dict=False)[0]
-
-
-def medians(runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int = 2) -> dict[str, float]:
-    """Median seconds of each, run in turn, on the CPU."""
-    for run in runs.values():
-        for _ in range(warm):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-def machine() -> str:
-    """The processor and torch, in words."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"

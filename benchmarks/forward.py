@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, machine, medians, ours, theirs
+from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
+from benchmarks.timing import hardware, seconds
 from mmdit.config import MMDiTConfig
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 
@@ -63,7 +64,7 @@ def speed(repeats: int) -> list[str]:
             given = inputs(CONFIG, side, batch, text)
             cells = []
             for kind in (forward, backward):
-                t = medians({name: kind(name, model, given) for name, model in both.items()}, repeats)
+                t = seconds({name: kind(name, model, given) for name, model in both.items()}, repeats)
                 cells += [f"{t['ours']:.3f}", f"{t['diffusers']:.3f}", f"{t['diffusers'] / t['ours']:.2f}"]
             lines.append(f"| {side * side} | {text} | {batch} | {how} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
@@ -125,7 +126,7 @@ def sampling(repeats: int) -> list[str]:
                 state = scheduler.step(v_null + 4.0 * (v - v_null), t, state, return_dict=False)[0]
             return state
 
-        t = medians({"ours": by_us, "diffusers": by_them}, max(3, repeats // 2), warm=1)
+        t = seconds({"ours": by_us, "diffusers": by_them}, max(3, repeats // 2), warm=1)
         difference = (by_us() - by_them()).abs().max()
         ratio = t["diffusers"] / t["ours"]
         lines.append(f"| {batch} | {t['ours']:.2f} | {t['diffusers']:.2f} | {ratio:.2f} | {difference:.1e} |")
@@ -144,7 +145,7 @@ def main() -> None:
         print(f"{memory_of(name, SHAPES[int(shape)]):.0f}")
         return
     sections = {"Speed": speed(arguments.repeats), "Sampling": sampling(arguments.repeats), "Memory": memory()}
-    about = f"`python -m benchmarks.forward`, {machine()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
+    about = f"`python -m benchmarks.forward`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     text = "\n\n".join(
         [f"# Beside diffusers on a CPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())]
     )

@@ -11,8 +11,8 @@ seven runs, of five by turns in sampling.
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import timing
 from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
@@ -37,21 +38,7 @@ def config(depth: int) -> MMDiTConfig:
     return MMDiTConfig(depth=depth, num_heads=depth, qk_norm="rms_norm", sample_size=64, pos_embed_max_size=64)
 
 
-def seconds(runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int = 3) -> dict[str, float]:
-    """Median seconds of each, run in turn."""
-    for run in runs.values():
-        for _ in range(warm):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(each) for name, each in times.items()}
+seconds = partial(timing.seconds, cuda=True)
 
 
 def bf16() -> torch.autocast:

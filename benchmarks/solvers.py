@@ -15,7 +15,6 @@ Wasserstein distance between the two sets of ends, which forgives a path for end
 import argparse
 import importlib
 import math
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.timing import hardware
 from samplers import EDM, SOLVERS, Field, Multistep, RectifiedFlow, Solver, grids, sample, shift_time, uniform
 from tests.oracles import Mixture
 
@@ -289,16 +289,6 @@ def overhead(dtype: torch.dtype, steps: int = 20, repeats: int = 25) -> str:
 
 def middle(values: Sequence[float]) -> float:
     return statistics.median(values)
-
-
-def hardware() -> str:
-    """The processor and what torch runs on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHORT = 256  # tokens up to which a CPU is quicker with the formula: torch's fused backward is several times slower
+SHORT = 256  # tokens up to which a CPU learns quicker with the formula: torch's fused backward is several times slower
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Packed:
     """A mask over packed tokens: the documents in one row of S tokens are attended side by side, each alone.
 
     rows (n, L) int64: the tokens of each document, any token where it has fewer than L; mask (n, 1, L, L): True where
-    one may see the other; places (S,): where in n * L each token stands.
+    one may see the other; places (S,): where in n * L each token stands. ordered: token s stands at place s, so that
+    nothing has to be moved.
     """
 
     rows: Tensor
     mask: Tensor
     places: Tensor
+    ordered: bool = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
@@ -37,11 +39,14 @@ class Packed:
 
     def apart(self, x: Tensor) -> Tensor:
         """Tokens in one row (1, H, S, d) as documents side by side, (n, H, L, d)."""
+        if self.ordered:
+            return x[0].unflatten(1, self.rows.shape).transpose(0, 1)
         return x[0][:, self.rows].transpose(0, 1)
 
     def together(self, heads: Tensor) -> Tensor:
         """(n, L, H*d) as one row again, (1, S, H*d)."""
-        return heads.flatten(0, 1)[self.places][None]
+        together = heads.flatten(0, 1)
+        return (together if self.ordered else together[self.places])[None]
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def why_not(name: str, device: torch.device | str) -> str | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if q.device.type != "cpu" or max(q.shape[-2], k.shape[-2]) > SHORT:
+    if q.device.type != "cpu" or max(q.shape[-2], k.shape[-2]) > SHORT or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if mask is not None:

@@ -23,8 +23,14 @@ EPS = 1e-6  # of every normalisation in SD3
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D)."""
+    """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D), or (D,)."""
+    if shift.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, EPS)
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate * x
 
 
 class PerToken(NamedTuple):
@@ -56,9 +62,8 @@ class Unmodulated(nn.Module):
         super().__init__()
         self.shift, self.scale = (nn.Parameter(torch.zeros(2, dim)) for _ in range(2))
 
-    def forward(self, _: object) -> tuple[Tensor, ...]:
-        one = torch.ones_like(self.shift[0])
-        return self.shift[0], self.scale[0], one, self.shift[1], self.scale[1], one
+    def forward(self, _: object) -> tuple[Tensor | None, ...]:
+        return self.shift[0], self.scale[0], None, self.shift[1], self.scale[1], None
 
 
 def init_linear(model: nn.Module) -> None:
@@ -97,9 +102,9 @@ class QKV(nn.Module):
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU (Hendrycks & Gimpel 2016), x (1 + tanh u) / 2 = x sigmoid(2 u).
 
-    A CPU takes the sigmoid, whose one exponential costs half of a tanh.
+    To learn, a CPU takes the sigmoid, whose one exponential costs half of a tanh.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
 
@@ -146,12 +151,12 @@ class Stream(nn.Module):
         """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D)."""
         assert self.attn.out is not None and self.mlp is not None
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, *second = mods
-        y = x + gate * self.attn.out(heads)
+        y = x + _gated(self.attn.out(heads), gate)
         if self.attn2 is not None:
             shift2, scale2, gate2 = second
             own = attention(*self.attn2(modulate(x, shift2, scale2), rotary))
             y = y + gate2 * self.attn2.out(own)  # type: ignore[misc]
-        return y + gate_mlp * self.mlp(modulate(y, shift_mlp, scale_mlp))
+        return y + _gated(self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
 
 
 class JointBlock(nn.ModuleDict):
@@ -174,7 +179,7 @@ class JointBlock(nn.ModuleDict):
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
         qkv = [s.attn(modulate(x, m[0], m[1]), r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
+        q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
         heads = attention(q, k, v, mask).split([x.shape[1] for x in xs], dim=1)
         return [
             s.attend(x, h, m, r)

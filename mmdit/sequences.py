@@ -171,7 +171,8 @@ class Layout:
         mask[..., 0] |= rows < 0  # a place without a token has to see something
         places = torch.empty_like(self.document)
         places[rows[rows >= 0]] = (rows >= 0).flatten().nonzero()[:, 0]
-        return Packed(rows.clamp(min=0), mask[:, None], places)
+        ordered = torch.equal(places, torch.arange(rows.numel(), device=rows.device))
+        return Packed(rows.clamp(min=0), mask[:, None], places, ordered)
 
     def mask_mod(self, rule: Rule = "transfusion") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same rule as FlexAttention takes it, over all documents at once."""

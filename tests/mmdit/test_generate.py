@@ -70,6 +70,24 @@ def test_read_in_parts_is_read_at_once(model):
 
 
 @torch.no_grad()
+def test_only_the_last_pass_can_be_kept():
+    """The room behind what is kept is that of the last pass: another's keys would be taken for its own."""
+    model = alive(TINY)
+    cache = model.cache(1)
+    first, second = cache.reading([0]), cache.reading([0])
+    with pytest.raises(ValueError, match="last pass"):
+        first.keep()
+    for reading in (first, second):
+        model(pack([[text(5, 6)]]), None, reading)
+    with pytest.raises(ValueError, match="last pass"):
+        first.keep()
+    second.keep()
+    with pytest.raises(ValueError, match="last pass"):
+        second.keep()
+    assert second.lengths.tolist() == [2]
+
+
+@torch.no_grad()
 def test_greedy_writing_is_what_the_whole_model_would_say(model):
     """Token by token without a cache, with the images that were drawn."""
     [written] = generate(model, [[text(5, 6, 7)]], 8, 2, TextSampling(temperature=0), SMALL)

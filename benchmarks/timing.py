@@ -1,0 +1,51 @@
+"""Times of several things by turns, and the name of the machine, for benchmarks."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def seconds(
+    runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int = 3, cuda: bool = False
+) -> dict[str, float]:
+    """Median seconds of each, run in turn; of a CUDA device's work if `cuda`."""
+    clock = _on_gpu if cuda else _on_cpu
+    for run in runs.values():
+        for _ in range(warm):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(clock(run))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _on_gpu(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _on_cpu(run: Callable[[], object]) -> float:
+    """On one thread the processor's time, in which other work on the machine does not count."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    run()
+    return clock() - start
+
+
+def hardware() -> str:
+    """The processor and what torch runs on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
