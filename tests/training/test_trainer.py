@@ -30,7 +30,7 @@ from training.interrupts import Interrupted, Interrupts
 from training.objectives import Loss
 from training.run import RunFolder
 from training.settings import field_docs
-from training.trainer import Trainer
+from training.trainer import Trainer, compiled
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -808,14 +808,14 @@ def test_compile_is_asked_for_where_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     config = config_for(tmp_path / "run")
     trainer = Trainer(config, RunFolder.create(config.run_folder, config))
-    for how, num_steps, compiled in (("off", 10**6, 0), ("on", 6, 1), ("auto", 6, 0), ("auto", 10**6, 1)):
+    for how, num_steps, times in (("off", 10**6, 0), ("on", 6, 1), ("auto", 6, 0), ("auto", 10**6, 1)):
         asked.clear()
         trainer.config = config_for(tmp_path / "run", f"training.compile={how}", f"training.num_steps={num_steps}")
-        assert trainer._compiled() is trainer.model
-        assert asked == [trainer.model] * compiled
+        assert compiled(trainer.model, trainer.config, trainer.device, trainer.run.log) is trainer.model
+        assert asked == [trainer.model] * times
     monkeypatch.setattr(shutil, "which", lambda name: None)
     asked.clear()
-    trainer._compiled()
+    compiled(trainer.model, trainer.config, trainer.device, trainer.run.log)
     if trainer.device.type == "cpu":
         assert not asked and "no C++ compiler found" in (tmp_path / "run" / "log.txt").read_text()
 
