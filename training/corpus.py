@@ -94,7 +94,7 @@ class Pieces:
                 numbers.extend([*ids, tokenizer.eos])
                 places += [(i, min(i + length, len(numbers))) for i in range(first, len(numbers) - 1, length - 1)]
         if not places:
-            raise DataError("no text left: none of the documents gives a token")
+            raise DataError("no text to learn from: add documents, or lower data.held_out if all of them are held out")
         self.places = np.array(places[:most])
         self.ids = torch.from_numpy(np.array(numbers, dtype=np.int32))
 

@@ -169,5 +169,5 @@ def test_an_epoch_has_each_piece_once():
 
 def test_as_many_pieces_as_asked():
     assert len(Pieces(DOCUMENTS, tokenizer(), 8, CPU, most=5)) == 5
-    with pytest.raises(DataError, match="no text left"):
+    with pytest.raises(DataError, match="no text to learn from"):
         Pieces([], tokenizer(), 8, CPU)
