@@ -1,4 +1,5 @@
-"""Text without downloads: a tokenizer trained on the captions, and a small transformer trained together with the model.
+"""Text without downloads: a tokenizer trained on the captions (or any from disk), and a small transformer trained
+together with the model.
 
 A *conditioner* turns captions into what the trunk takes: `context`, `pooled` and the mask of real tokens. This one
 learns; frozen encoders have the same three methods (`tokenize`, `forward`, `num_encoders`).
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
 from mmdit.embeddings import rotate
-from mmdit.weights_io import write_aside
+from mmdit.weights_io import read_json, write_aside, write_json
 
 PAD, EOS = "<pad>", "<eos>"
-IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images: ids 2 and 3
+IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
 
 
 SIZE = "<size {}>"  # so many rows or columns of patches
@@ -48,14 +49,24 @@ class Condition(NamedTuple):
 
 
 class Tokenizer:
-    """Byte-level BPE (any text can be written, nothing is unknown), ended by one token, padded to a fixed length."""
+    """Text to numbers, ended by one token, padded to a fixed length.
 
-    def __init__(self, backend: Any, max_length: int) -> None:
-        self.backend = backend
-        self.max_length = max_length
-        self.pad, self.eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
-        if self.pad is None or self.eos is None:
-            raise ValueError(f"the tokenizer has no {PAD} or {EOS} token; train one with Tokenizer.train")
+    `train` makes one (byte-level BPE: any text can be written, nothing is unknown), `adopt` takes any of Hugging Face.
+    special: the ids of padding, the end, and the two tokens around an image, None where there are none such; sizes:
+    those of the tokens for 1, 2, ... rows or columns of patches.
+    """
+
+    def __init__(self, backend: Any, max_length: int, pad: str = PAD, eos: str = EOS) -> None:
+        self.backend, self.max_length, self.names = backend, max_length, (pad, eos)
+        self.pad, self.eos = backend.token_to_id(pad), backend.token_to_id(eos)
+        if self.pad is None or self.eos is None or self.pad == self.eos:
+            raise ValueError(
+                f"the tokenizer has no {pad} or {eos} token, or they are one; make one with Tokenizer.train or adopt"
+            )
+        begin, end = map(backend.token_to_id, IMAGE)
+        self.special: tuple[int, int, int | None, int | None] = (self.pad, self.eos, begin, end)
+        self.sizes = _sizes(backend)
+        self.vocab_size = 1 + max(backend.get_vocab().values())  # ids can have gaps
         backend.encode_special_tokens = True  # "<pad>" written in a caption is text like any other
 
     @classmethod
@@ -90,52 +101,99 @@ class Tokenizer:
         backend.train_from_iterator(map(_encodable, captions), trainer)
         return cls(backend, max_length)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
+    @classmethod
+    def adopt(cls, folder: str | Path, max_length: int, images: bool = False, sizes: int = 0) -> Tokenizer:
+        """The tokenizer in a Hugging Face folder: tokenizer.json, and the files that name its special tokens, if any.
+
+        Its padding and end are those that it names; ours are added where it names none, and for padding where that is
+        its end. images: `<image>` and `</image>` are special tokens, added where they are missing, and so are `sizes`
+        tokens for sizes. Raises ValueError for a folder that holds no tokenizer.
+        """
+        from tokenizers import AddedToken
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} is no tokenizer's folder: it has no tokenizer.json, which save_pretrained of a fast "
+                "tokenizer writes"
+            )
+        backend, (pad, eos) = _backend(path), _names(path.parent)
+        pad = PAD if pad == eos else pad
+        names = (pad, eos, *(IMAGE if images else ()), *map(SIZE.format, range(1, sizes + 1)))
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend, max_length, pad, eos)
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Captions to ids (B, max_length); one that is too long is cut, and keeps its end token."""
         ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64)
-        for row, encoding in zip(ids, self.backend.encode_batch([_encodable(c) for c in captions]), strict=True):
-            tokens = [*encoding.ids[: self.max_length - 1], self.eos]
+        for row, found in zip(ids, self.encode(captions), strict=True):
+            tokens = [*found[: self.max_length - 1], self.eos]
             row[: len(tokens)] = torch.tensor(tokens)
         return Tokens(ids, ids != self.pad)
 
-    @property
-    def special(self) -> tuple[int, int, int | None, int | None]:
-        """Ids of padding, the end, and the two tokens around an image, None where there are none such."""
-        begin, end = map(self.backend.token_to_id, IMAGE)
-        return self.pad, self.eos, begin, end
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, however long, without the end; `special` ones are never among them.
 
-    @property
-    def sizes(self) -> range:
-        """Ids of the tokens for sizes 1, 2, ... of images."""
-        first = self.backend.token_to_id(SIZE.format(1))
-        if first is None:
-            return range(0)
-        last = first
-        while self.backend.token_to_id(SIZE.format(last - first + 2)) == last + 1:
-            last += 1
-        return range(first, last + 1)
+        Raises ValueError for what an adopted tokenizer has no token for, not even one for the unknown.
+        """
+        try:
+            found = self.backend.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
+        except Exception as error:  # the backend raises bare Exception
+            raise ValueError(f"the tokenizer cannot read a text: {error}") from error
+        reserved = {*self.special, *self.sizes}
+        return [[i for i in encoding.ids if i not in reserved] for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`."""
+        """Write `tokenizer.json`, and beside it what names its special tokens, as transformers reads them."""
         write_aside(Path(path), lambda aside: self.backend.save(str(aside)))
+        pad, eos = self.names
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": eos}
+        write_json(Path(path).with_name("tokenizer_config.json"), about)
 
     @classmethod
     def load(cls, path: str | Path, max_length: int) -> Tokenizer:
-        """A tokenizer from its `tokenizer.json`. Raises ValueError where that is no such file."""
-        from tokenizers import Tokenizer as Backend
+        """A tokenizer that `save` wrote, from its `tokenizer.json`. Raises ValueError where that is no such file."""
+        return cls(_backend(Path(path)), max_length, *_names(Path(path).parent))
 
-        try:
-            return cls(Backend.from_file(str(path)), max_length)
-        except Exception as error:  # the backend raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+
+def _sizes(backend: Any) -> range:
+    first = backend.token_to_id(SIZE.format(1))
+    if first is None:
+        return range(0)
+    last = first
+    while backend.token_to_id(SIZE.format(last - first + 2)) == last + 1:
+        last += 1
+    return range(first, last + 1)
+
+
+def _backend(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the backend raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+
+
+def _names(folder: Path) -> tuple[str, str]:
+    """What the files beside a tokenizer call padding and the end; ours where they do not say."""
+    found = {"pad_token": PAD, "eos_token": EOS}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        about = read_json(path) if path.is_file() else {}
+        if not isinstance(about, dict):
+            raise ValueError(f"{path} is no table of names: it does not belong to a tokenizer")
+        for name in found:
+            token = about.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                found[name] = token
+    return found["pad_token"], found["eos_token"]
 
 
 def _encodable(caption: str) -> str:

@@ -128,8 +128,8 @@ class TransfusionPipeline(TextToImage):
         trunk, parts = self.model.transformer, []
         for part in prompt:
             if isinstance(part, str):
-                ids, mask = self.model.conditioner.tokenize([part])
-                parts.append(ids[0, mask[0]][:-1].to(trunk.device))  # without the end: there is more to come
+                ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
+                parts.append(ids.to(trunk.device))  # without an end: there is more to come
             else:
                 pixels = torch.tensor(np.asarray(part.convert("RGB"))).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))

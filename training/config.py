@@ -118,12 +118,14 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class TextConfig(Settings):
-    """The tokenizer made from the captions and the text encoder that is trained with the model."""
+    """The tokenizer, and the text encoder that is trained with the model."""
 
     section: ClassVar[str] = "text"
 
     vocab_size: Annotated[int, Range(258)] = 4096
-    """Most tokens of the tokenizer; 256 bytes and two special tokens are always there."""
+    """Most tokens of the tokenizer; one that is trained has 256 bytes and two special tokens, four beside images."""
+    tokenizer: str = "train"
+    """How text becomes numbers: "train" learns it from captions and transfusion.text; or a tokenizer's folder."""
     max_length: Annotated[int, Range(2)] = 64
     """Tokens a caption, the end token counted; longer captions are cut."""
     width: Count = 256
@@ -173,7 +175,7 @@ class TransfusionConfig(Settings):
     section: ClassVar[str] = "transfusion"
 
     enabled: bool = False
-    """Train such a trunk, of [model]'s size; of [text] it takes vocab_size and max_length alone."""
+    """Train such a trunk, of [model]'s size; of [text] it takes vocab_size, tokenizer and max_length."""
     weights: Literal["shared", "separate"] = "shared"
     """One set of weights for all tokens (the paper), or one for text and one for patches (mixture of transformers)."""
     time: Literal["added", "image"] = "added"
@@ -196,6 +198,21 @@ class TransfusionConfig(Settings):
     """What the times of pictures before their captions are scaled by: such a picture is there to be seen."""
     z_loss: NotNegative = 0.0
     """Weight of log^2 Z of the logits, which keeps them from drifting."""
+    text: str | None = None
+    """Text without pictures to learn from too: a .txt, .jsonl or .parquet file, a folder or a glob of such."""
+    text_fraction: BelowOne = 0.0
+    """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
+    text_length: Annotated[int, Range(2, 4096)] = 256
+    """Tokens of such a document, the end counted; longer ones are cut into pieces."""
+
+    def check(self) -> None:
+        if self.text == "":
+            raise ConfigError('transfusion.text is empty, expected a file, a folder, a glob or "none"')
+        if (self.text is None) != (self.text_fraction == 0):
+            raise ConfigError(
+                f"transfusion.text is {self.text or 'none'} and transfusion.text_fraction {self.text_fraction:g}: "
+                "text alone needs both, a file and a share of the batch above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -348,8 +365,22 @@ class TrainConfig(Settings):
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
                 'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
+        if self.transfusion.text is not None and not self.transfusion.enabled:
+            raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
+        if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
+            raise ConfigError(
+                f"transfusion.text_fraction is {self.transfusion.text_fraction:g}: of training.batch_size = "
+                f"{self.training.batch_size} that is {self.text_documents} documents of text; at least one, and one "
+                "picture, have to be in each of training.grad_accumulation's parts"
+            )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
+
+    @property
+    def text_documents(self) -> int:
+        """How many of a batch's samples are documents of text alone: the same number in each part of the batch."""
+        parts = self.training.grad_accumulation
+        return parts * round(self.training.batch_size // parts * self.transfusion.text_fraction)
 
     @property
     def run_folder(self) -> Path:

@@ -150,12 +150,13 @@ def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, 
     """
     if not 0 <= held_out_fraction <= 1:
         raise DataError(f"held_out_fraction must be in [0, 1], not {held_out_fraction}")
-    held_out = np.array([_hash(key) < held_out_fraction for key in source.keys], dtype=bool)
+    held_out = np.array([place_of(key.partition("#")[0]) < held_out_fraction for key in source.keys], dtype=bool)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _hash(key: str) -> float:
-    digest = hashlib.sha256(key.partition("#")[0].encode()).digest()
+def place_of(text: str) -> float:
+    """Where the SHA-256 of a text falls in [0, 1)."""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
 
 

@@ -20,12 +20,14 @@ from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import TrainConfig
+from training.corpus import Corpus, Pieces
 from training.data import open_source, split_by_key
 from training.feed import LatentFeed, NothingUsable
-from training.objectives import FlowMatching, TextAndImages, documents
+from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss
 from training.plots import caption_grid, loss_plot
 from training.run import RunFolder
 from training.seeds import generator_for
+from training.setup import held_out_pieces
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
 from training.time_density import Uniform
@@ -54,12 +56,26 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
             sums[t] += loss.parts.get("image", loss.total).item() * len(batch.latents)
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
-                found = documents(batch, torch.full((len(batch.latents),), image_first), pack=model.pack)
+                first_of = torch.full((len(batch.latents),), image_first)
+                found = documents(batch, first_of, pack=model.pack)  # type: ignore[arg-type]
                 loss = TextAndImages(Uniform())(model, found, generator_for(config.evaluation.seed, first), 0.0)
                 nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
     text = {name: sum(x * n for x, n in rows) / sum(n for _, n in rows) for name, rows in nats.items() if rows}
     return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **text}
+
+
+@torch.no_grad()
+def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str, float]:
+    """Nats a token of held-out text without pictures ("validation_corpus"), which is a mean over all its tokens."""
+    total, count = 0.0, 0
+    for first in range(0, len(text), config.evaluation.batch_size):
+        ids, mask = text.at(range(first, min(first + config.evaluation.batch_size, len(text))))
+        batch = model.pack([[row[real]] for row, real in zip(ids, mask, strict=True)])  # type: ignore[operator]
+        out = model(batch)
+        total += next_token_loss(out.states, out.head, batch).item() * len(batch.predicting)
+        count += len(batch.predicting)
+    return {"validation_corpus": total / count}
 
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
@@ -111,6 +127,10 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
     feed = held_out_feed(config, pipe)
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
+    if config.transfusion.text is not None:
+        corpus, tokenizer = Corpus(config.transfusion.text), pipe.model.conditioner.tokenizer
+        text = held_out_pieces(config, corpus, tokenizer, pipe.model.transformer.device)
+        scores |= corpus_loss(pipe.model, text, config) if text is not None else {}
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
     counted: list[int] = []  # network evaluations a picture; a guided one is two
 

@@ -1,7 +1,8 @@
 """From images to what the objective takes: batches of scaled latents and tokens, number after number.
 
 Two feeds answer the same calls. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` has encoded every
-image once and keeps the latents in memory. In both, batch number `step` is a pure function of (seed, step).
+image once and keeps the latents in memory. `WithText` adds documents of text to either. In all, batch number `step` is
+a pure function of (seed, step).
 
 Shape letters: B batch, C channels, h w latent sides.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from mmdit.autoencoder import Autoencoder
 from mmdit.text import LearnedText
 from mmdit.text_and_images import Words
+from training.corpus import Pieces
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
 from training.objectives import Batch
@@ -112,3 +114,19 @@ class LatentFeed:
         while True:
             yield self.at([order[position] for position in range(first, first + batch_size)])
             first += batch_size
+
+
+class WithText:
+    """A feed of pictures in which `num_documents` of each batch are text alone."""
+
+    def __init__(self, feed: ImageFeed | LatentFeed, text: Pieces, num_documents: int) -> None:
+        self.feed, self.text, self.num_documents = feed, text, num_documents
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on; batch_size counts pictures and documents."""
+        pictures = self.feed.batches(batch_size - self.num_documents, seed, start_step)
+        try:
+            for batch, text in zip(pictures, self.text.batches(self.num_documents, seed, start_step), strict=True):
+                yield batch._replace(text=text)
+        finally:
+            pictures.close()  # type: ignore[attr-defined]

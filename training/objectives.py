@@ -13,7 +13,7 @@ batch, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -30,13 +30,26 @@ from training.time_density import Shifted, TimeDensity, make_time_density
 
 
 class Batch(NamedTuple):
-    """Scaled latents (B, C, h, w) of the images and the tokens (B, L) of their captions."""
+    """Scaled latents (B, C, h, w) of the images, the tokens (B, L) of their captions, and documents of text alone, if
+    there are any: their tokens (D, P).
+    """
 
     latents: Tensor
     tokens: Tokens
+    text: Tokens | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.latents.to(device), self.tokens.to(device))
+        return Batch(self.latents.to(device), self.tokens.to(device), self.text and self.text.to(device))
+
+    def split(self, parts: int) -> list[Batch]:
+        """In equal parts, each with its share of images and of text."""
+
+        def cut(x: Tensor) -> Sequence[Tensor]:
+            return x.split(len(x) // parts)
+
+        tokens = list(map(Tokens, *map(cut, self.tokens)))
+        text = list(map(Tokens, *map(cut, self.text))) if self.text else [None] * parts
+        return list(map(Batch, cut(self.latents), tokens, text))
 
 
 class Loss(NamedTuple):
@@ -120,8 +133,8 @@ class TextAndImages:
         image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
         """
         if isinstance(batch, Batch):
-            orders = self._orders(len(batch.latents), generator) if t is None else (None, None)
-            batch = documents(batch, *orders, pack=model.pack)  # type: ignore[arg-type]
+            first, dropped = self._orders(len(batch.latents), generator) if t is None else (None, None)
+            batch = documents(batch, first, dropped, model.pack)  # type: ignore[arg-type]
         images, device = len(batch.latents), batch.ids.device
         if t is None:
             t = self.density.sample(images, generator, stratified=self.stratified) if images else torch.zeros(0)
@@ -154,7 +167,7 @@ def documents(
 ) -> MixedBatch:
     """Captioned images as documents that end with the end token: caption and image, image and caption where
     `image_first` (B,); the image alone where `dropped` (B,), with no end, which would say that a picture first has no
-    caption. pack: the model's own, which knows its tokens.
+    caption; then the documents of text alone. pack: the model's own, which knows its tokens.
     """
     out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
@@ -164,6 +177,7 @@ def documents(
             out.append([latent])
         else:
             out.append([latent, words] if image else [words[:-1], latent, words[-1:]])
+    out += [[ids[mask]] for ids, mask in zip(*batch.text, strict=True)] if batch.text else []
     return pack(out)
 
 

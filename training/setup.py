@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
 
 import torch
 
@@ -19,7 +21,8 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
+from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import ImageFeed, LatentFeed, NothingUsable
 from training.progress import Progress
@@ -42,18 +45,52 @@ def fingerprint(source: Source) -> str:
     return hashlib.sha256("\n".join([str(tuple(source.image_size)), *source.keys]).encode()).hexdigest()
 
 
+def open_corpus(config: TrainConfig, run: RunFolder) -> Corpus | None:
+    """The run's text without pictures, if it has any."""
+    if config.transfusion.text is None:
+        return None
+    corpus = Corpus(config.transfusion.text, run.log_skipped)
+    run.log(f"text: {corpus.num_documents} documents of {config.transfusion.text}")
+    return corpus
+
+
+def open_pieces(
+    config: TrainConfig, run: RunFolder, corpus: Corpus, tokenizer: Tokenizer, device: torch.device
+) -> tuple[Pieces, Pieces | None]:
+    """(pieces to train on, held-out pieces or None). Raises DataError where no document is left to train on."""
+    length = config.transfusion.text_length
+    training = Pieces(corpus.part(False, config.data.held_out), tokenizer, length, device)
+    run.log(f"text: {training.num_tokens} tokens in {len(training)} pieces to train on")
+    held_out = held_out_pieces(config, corpus, tokenizer, device)
+    if held_out is None:
+        run.log("warning: no text is held out, so it has no validation loss: raise data.held_out or add documents")
+    return training, held_out
+
+
+def held_out_pieces(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, device: torch.device) -> Pieces | None:
+    """The held-out part of the text, up to evaluation.validation_samples pieces; None where there is none."""
+    documents = corpus.part(True, config.data.held_out)
+    with suppress(DataError):
+        return Pieces(
+            documents, tokenizer, config.transfusion.text_length, device, config.evaluation.validation_samples
+        )
+    return None
+
+
 def build_model(
-    config: TrainConfig, run: RunFolder, source: Source, autoencoder: Autoencoder, resumed: bool
+    config: TrainConfig,
+    run: RunFolder,
+    source: Source,
+    autoencoder: Autoencoder,
+    resumed: bool,
+    corpus: Iterable[str] | None = None,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
-    """A fresh model for the source's latents, and captions: a resumed run has its tokenizer, else one is trained."""
+    """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
     text = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
     if resumed:
         tokenizer = Tokenizer.load(run.path / "pipeline" / "text" / "tokenizer.json", text.max_length)
     else:
-        captions = (source.caption(i) for i in range(len(source)))
-        mixed = config.transfusion
-        sizes = mixed.size_tokens if mixed.enabled else 0
-        tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length, mixed.enabled, sizes)
+        tokenizer = make_tokenizer(config, chain((source.caption(i) for i in range(len(source))), corpus or ()))
     patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
     model = (_transfusion if config.transfusion.enabled else _mmdit)(
@@ -65,6 +102,21 @@ def build_model(
         f"{height * width // patch**2} image tokens, up to {text.max_length} text tokens"
     )
     return model
+
+
+def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that text.tokenizer names, or one trained on the texts. Raises ConfigError for one too large."""
+    text, mixed = config.text, config.transfusion
+    sizes = mixed.size_tokens if mixed.enabled else 0
+    if text.tokenizer == "train":
+        return Tokenizer.train(texts, text.vocab_size, text.max_length, mixed.enabled, sizes)
+    tokenizer = Tokenizer.adopt(text.tokenizer, text.max_length, mixed.enabled, sizes)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {text.tokenizer} has {tokenizer.vocab_size} tokens, the added ones counted, and "
+            f"text.vocab_size is {text.vocab_size}: set text.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return tokenizer
 
 
 def _mmdit(
@@ -95,6 +147,8 @@ def _transfusion(
         sample_size=max(model.patch_size, round((height * width) ** 0.5)),
         pos_embed_max_size=max(model.pos_embed_max_size, height // model.patch_size, width // model.patch_size),
         **{name: getattr(mixed, name) for name in own},
+        first_size=tokenizer.sizes.start,
+        **dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True)),  # type: ignore[arg-type]
         **{name: getattr(model, name) for name in names},
     )
     return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))

@@ -95,7 +95,7 @@ class Index:
 
     def _add(self, key: str, longer_key: str, caption: str | None, path: str | Path, *place: int) -> None:
         """Append a sample; where the key is taken it becomes the longer key, then that with a number."""
-        key, longer_key = _printable(key), _printable(longer_key)
+        key, longer_key = printable(key), printable(longer_key)
         if key in self._keys:
             key = longer_key
         while key in self._keys:
@@ -126,7 +126,7 @@ class Index:
             with open(path, "rb") as file:
                 return _caption_in(kind, file.read(4 * MAX_CAPTION if kind == ".txt" else -1))
         except OSError as error:
-            self.skipped.append((_printable(str(path)), f"caption not readable: {error.strerror}"))
+            self.skipped.append((printable(str(path)), f"caption not readable: {error.strerror}"))
             return None
 
     # --- Hugging Face metadata ---
@@ -212,7 +212,7 @@ def _list_files(spec: str) -> tuple[Path, list[str]]:
     """(root, the sorted paths below it with "/") of all regular files that `spec` names; hidden ones are left out."""
     path = Path(spec).expanduser()
     if path.is_dir():
-        return path, sorted(_walk(path))
+        return path, sorted(walk(path))
     if path.is_file():
         if path.name.lower().endswith(SHARD_SUFFIXES) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
@@ -228,7 +228,7 @@ def _list_files(spec: str) -> tuple[Path, list[str]]:
     raise DataError(f"no images found: there is no folder or file {spec}; give a folder, shards, or 'shapes'")
 
 
-def _walk(root: Path) -> Iterator[str]:
+def walk(root: Path) -> Iterator[str]:
     """Paths of the files below root; follows links to folders, but enters each folder once."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -244,7 +244,7 @@ def _walk(root: Path) -> Iterator[str]:
                 yield path.relative_to(root).as_posix()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file name as text that can be written to a log: bytes that are no UTF-8 are replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainConfig, apply_overrides
+from training.corpus import Pieces
 from training.devices import pick_device, pick_precision, repeatable
-from training.evaluate import evaluate_run, validation_loss
-from training.feed import LatentFeed
+from training.evaluate import corpus_loss, evaluate_run, validation_loss
+from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, update_ema
@@ -40,7 +41,7 @@ from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.setup import build_model, fingerprint, open_data, open_feeds
+from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
 
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
@@ -116,8 +117,9 @@ class Trainer:
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
-        self.samples = fingerprint(source)
-        self.model = build_model(config, run, source, self.autoencoder, resumed).to(self.device)
+        corpus = open_corpus(config, run)
+        self.samples, self.text = fingerprint(source), corpus and corpus.digest
+        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus).to(self.device)
         run.log(f"computing on {self.device} in {str(self.precision).removeprefix('torch.')}")
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -128,9 +130,14 @@ class Trainer:
         )
         if resumed:
             self._load()
+        self.feed: ImageFeed | LatentFeed | WithText
         self.feed, self.validation = open_feeds(
             config, run, source, self.autoencoder, self.model.conditioner, self.device
         )
+        self.held_out_text: Pieces | None = None
+        if corpus is not None:
+            pieces, self.held_out_text = open_pieces(config, run, corpus, self.model.conditioner.tokenizer, self.device)
+            self.feed = WithText(self.feed, pieces, config.text_documents)
         if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
             self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)
@@ -147,14 +154,15 @@ class Trainer:
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
         config, run = self.config.training, self.run
+        pictures = config.batch_size - self.config.text_documents
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step)
-        model = self._compiled()
+        model = compiled(self.model, self.config, self.device, run.log)
         try:
             with (
                 repeatable(self.device),
                 attention_backend(config.attention),
                 interrupts.deferred(),
-                Progress("training", config.num_steps, self.step, config.batch_size) as progress,
+                Progress("training", config.num_steps, self.step, pictures) as progress,
             ):
                 while self.step < config.num_steps and not interrupts.caught:
                     loss, norm = self._train_step(model, next(batches))
@@ -176,7 +184,7 @@ class Trainer:
     def _train_step(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         parts = self.config.training.grad_accumulation
         total = torch.zeros((), device=self.device)
-        for i, part in enumerate(_split(batch, parts)):
+        for i, part in enumerate(batch.split(parts)):
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 loss = self.objective(model, part, generator_for(self.config.seed, self.step, i))
             (loss.total / parts).backward()
@@ -204,14 +212,20 @@ class Trainer:
             self.run.write_metrics(self.step, loss=loss, grad_norm=float(norm), **rates)
         else:
             progress.show(self.step)
-        if self._due(config.validate_every) and self.validation is not None:
-            losses = validation_loss(self.ema, self.validation, self.config)
-            self.run.write_metrics(self.step, **losses)
-            progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
+        if self._due(config.validate_every):
+            self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.checkpoint_every):
             self._checkpoint()
+
+    def _validate(self, progress: Progress) -> None:
+        if self.held_out_text is not None:
+            self.run.write_metrics(self.step, **corpus_loss(self.ema, self.held_out_text, self.config))
+        if self.validation is not None:
+            losses = validation_loss(self.ema, self.validation, self.config)
+            self.run.write_metrics(self.step, **losses)
+            progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
         prompts = list(self.config.sampling.prompts) or (self.validation.captions if self.validation else [""])
@@ -245,6 +259,7 @@ class Trainer:
         }
         losses = [loss.item() for loss in self._losses]
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
+        state |= {"text": self.text} if self.text else {}
         save_checkpoint(self.run.path, state, weights, self.config.training.keep_checkpoints)
         self.pipe.save_weights(self.run.path / "pipeline")
 
@@ -257,6 +272,11 @@ class Trainer:
             if new != old:
                 raise _other(self.run, "data.source", old, new)
             self.run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
+        if state.get("text") != self.text:
+            raise ValueError(
+                f"{self.config.transfusion.text} has changed since {self.run.path} was trained on it: put the text "
+                "back as it was, or train afresh into another folder"
+            )
         assign_weights(self.model, weights["model"], str(self.run.path))
         assign_weights(self.ema, weights["ema"], str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
@@ -264,33 +284,23 @@ class Trainer:
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.run.log(f"resumed at step {self.step}")
 
-    def _compiled(self) -> torch.nn.Module:
-        config = self.config.training
-        wanted = config.compile == "on" or (config.compile == "auto" and config.num_steps >= COMPILE_MIN_STEPS)
-        if not wanted:
-            return self.model
-        if (
-            config.compile == "auto"
-            and self.device.type == "cpu"
-            and not any(map(shutil.which, ("g++", "clang++", "c++")))
-        ):
-            self.run.log("no C++ compiler found: the model runs uncompiled, a little slower")
-            return self.model
-        self.run.log("compiling the model (under a minute)")
-        if self.config.transfusion.enabled:  # packed batches are of any length, and what packs them is no graph
-            for block in self.model.transformer.blocks:
-                block.compile(dynamic=True)
-            return self.model
-        compiled: Any = torch.compile(self.model)
-        return compiled
 
-
-def _split(batch: Any, parts: int) -> Iterator[Any]:
-    """A batch in equal parts."""
-    size = len(batch.latents) // parts
-    for i in range(parts):
-        rows = slice(i * size, (i + 1) * size)
-        yield batch._replace(latents=batch.latents[rows], tokens=type(batch.tokens)(*(x[rows] for x in batch.tokens)))
+def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None]) -> torch.nn.Module:
+    """The model as it is trained: compiled where the config asks for it and the machine can."""
+    asked = config.training
+    wanted = asked.compile == "on" or (asked.compile == "auto" and asked.num_steps >= COMPILE_MIN_STEPS)
+    if not wanted:
+        return model
+    if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        log("no C++ compiler found: the model runs uncompiled, a little slower")
+        return model
+    log("compiling the model (under a minute)")
+    if config.transfusion.enabled:  # packed batches are of any length, and what packs them is no graph
+        for block in model.transformer.blocks:
+            block.compile(dynamic=True)
+        return model
+    whole: Any = torch.compile(model)
+    return whole
 
 
 def _example(validation: LatentFeed | None) -> str:

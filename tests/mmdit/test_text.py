@@ -98,7 +98,7 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     again = Tokenizer.load(tmp_path / "text" / "tokenizer.json", 12)
     for caption in (*CAPTIONS, "unseen <pad> Wörter 星", ""):
         assert torch.equal(again([caption]).ids, tokenizer([caption]).ids)
-    assert [path.name for path in (tmp_path / "text").iterdir()] == ["tokenizer.json"]
+    assert {path.name for path in (tmp_path / "text").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_files_and_settings_that_do_not_work_are_named(tmp_path):
@@ -119,6 +119,147 @@ def test_a_tokenizer_without_our_special_tokens_is_refused():
 
     with pytest.raises(ValueError, match="no <pad> or <eos>"):
         Tokenizer(Backend(models.BPE()), 12)
+
+
+# --- other tokenizers ---------------------------------------------------------------------------------------------
+
+
+def bpe(special=("<s>", "</s>", "<unk>")):
+    """Byte-level, with a beginning and an end that its own template puts around, cutting and padding switched on."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend, bytes_of = Backend(models.BPE()), pre_tokenizers.ByteLevel
+    backend.pre_tokenizer, backend.decoder = bytes_of(add_prefix_space=False), decoders.ByteLevel()
+    how = dict(vocab_size=290, initial_alphabet=bytes_of.alphabet(), show_progress=False)
+    backend.train_from_iterator(CAPTIONS, trainers.BpeTrainer(special_tokens=list(special), **how))
+    around = [(name, backend.token_to_id(name)) for name in special[:2]]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A {special[1]}", special_tokens=around
+    )
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9, pad_token=special[2], pad_id=2)
+    return backend
+
+
+def word_piece():
+    """Words of the captions in small letters, and as words the names of special tokens; no end."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[PAD]", "<image>"]
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(CAPTIONS, trainer)
+    return backend
+
+
+def unigram():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    how = dict(vocab_size=60, special_tokens=["<unk>", "</s>", "<pad>"], unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CAPTIONS, trainers.UnigramTrainer(**how))
+    return backend
+
+
+def saved(folder, backend, **names):
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+OTHERS = {
+    "bpe": (bpe, dict(bos_token="<s>", eos_token="</s>", pad_token="<unk>")),
+    "padded with the end": (bpe, dict(eos_token="</s>", pad_token="</s>")),
+    "of other names": (lambda: bpe(("<end>", "<begin>", "<fill>")), dict(eos_token="<end>", pad_token="<fill>")),
+    "word piece": (word_piece, dict(unk_token="[UNK]", pad_token="[PAD]")),
+    "unigram": (unigram, dict(unk_token="<unk>", eos_token="</s>", pad_token="<pad>")),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_tokenizer_is_taken_as_it_is(kind, tmp_path):
+    """Its own ids, as its backend gives them without a template; its own names; and text comes back."""
+    from tokenizers import Tokenizer as Backend
+
+    make, names = OTHERS[kind]
+    folder = saved(tmp_path, make(), **names)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.adopt(folder, 40, images=True)
+    backend.no_truncation()
+    backend.no_padding()
+    for caption in CAPTIONS:
+        ids, mask = (x[0] for x in tokenizer([caption]))
+        own = backend.encode(caption, add_special_tokens=False).ids
+        assert ids[mask].tolist() == [*own, tokenizer.eos] and (ids[~mask] == tokenizer.pad).all()
+        assert tokenizer.decode(ids) == caption
+    assert len(set(tokenizer.special)) == 4 and max(tokenizer.special) < tokenizer.vocab_size
+    if "eos_token" in names:
+        assert tokenizer.eos == backend.token_to_id(names["eos_token"])
+    if kind != "padded with the end":
+        assert tokenizer.pad == backend.token_to_id(names["pad_token"])
+    assert Tokenizer.adopt(folder, 40).special[2:] == ((3, None) if kind == "word piece" else (None, None))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_tokenizer_is_saved_whole(kind, tmp_path):
+    """The folder that it came from may go; transformers reads ours."""
+    from transformers import AutoTokenizer
+
+    make, names = OTHERS[kind]
+    tokenizer = Tokenizer.adopt(saved(tmp_path / "from", make(), **names), 40, images=True)
+    tokenizer.save(tmp_path / "to" / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "to" / "tokenizer.json", 40)
+    assert again.special == tokenizer.special and again.vocab_size == tokenizer.vocab_size
+    assert torch.equal(again(CAPTIONS).ids, tokenizer(CAPTIONS).ids)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert (theirs.pad_token_id, theirs.eos_token_id) == tokenizer.special[:2]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_no_text_holds_a_token_that_is_ours(kind, tmp_path):
+    """Word pieces know "<image>" as a word: as an image's token it would begin a picture in the middle of a caption."""
+    make, names = OTHERS[kind]
+    tokenizer = Tokenizer.adopt(saved(tmp_path, make(), **names), 40, images=True)
+    written = " ".join(tokenizer.backend.id_to_token(i) for i in tokenizer.special)
+    [ids] = tokenizer.encode([f"a red {written} circle"])
+    assert ids and not set(ids) & set(tokenizer.special)
+
+
+def test_names_are_read_wherever_they_are_written(tmp_path):
+    """As strings or tables, in either file; tokenizer_config.json has the last word."""
+    folder = saved(tmp_path, bpe())
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<unk>", "eos_token": {"content": "</s>"}}')
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer.adopt(folder, 8).special[:2] == (2, 1)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>", "pad_token": null}')
+    assert Tokenizer.adopt(folder, 8).special[:2] == (2, 0)
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json is no table"):
+        Tokenizer.adopt(folder, 8)
+
+
+def test_folders_that_hold_no_tokenizer_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no tokenizer's folder: it has no tokenizer.json"):
+        Tokenizer.adopt(tmp_path / "nowhere", 8)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer file"):
+        Tokenizer.adopt(tmp_path, 8)
+
+
+def test_a_tokenizer_that_cannot_read_a_text_says_so(tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    tokenizer = Tokenizer.adopt(saved(tmp_path, Backend(models.WordPiece({"red": 0}, unk_token="[UNK]"))), 8)
+    with pytest.raises(ValueError, match="cannot read a text: .*UNK"):
+        tokenizer(["blue"])
 
 
 # --- encoder ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from mmdit import TextToImage
 from mmdit.autoencoder import PixelSpace
@@ -115,6 +117,42 @@ def test_a_tokenizer_of_another_model_is_refused(pipe):
     large = Tokenizer.train([" ".join(f"word{i}" for i in range(99))], 400, 8, images=True)
     with pytest.raises(ValueError, match="they are not of one model"):
         CaptionedTransfusion(pipe.model.transformer, Words(TextConfig(400, 8), large))
+
+
+def test_tokens_stand_where_the_tokenizer_has_them(tmp_path):
+    """The ids of padding, the end and images need not be 0 to 3; a trunk that has them elsewhere is refused."""
+    special, vocabulary = ["<image>", "<eos>", "</image>", "<pad>"], {"red": 0, "circle": 1, "?": 2}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(special)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    words = Words(TextConfig(9, 8), Tokenizer.adopt(tmp_path, 8, images=True))
+    assert words.tokenizer.special == (6, 4, 3, 5)
+    shape = dict(vocab_size=9, in_channels=3, patch_size=4, depth=1, num_heads=2, head_dim=8)
+    config = TransfusionConfig(**shape, pad=6, eos=4, boi=3, eoi=5)
+    torch.manual_seed(0)
+    pipe = TransfusionPipeline(CaptionedTransfusion(Transfusion(config), words).eval(), PixelSpace(), (8, 8))
+    picture, [[written]] = Image.new("RGB", (8, 8)), pipe.generate([["red circle"]], max_tokens=5, max_images=0)
+    assert set(written.split()) <= {"red", "circle"} and pipe.generate([[picture, "red"]], max_tokens=0) == [[]]
+    pipe.save(tmp_path / "saved")
+    assert TextToImage.load(tmp_path / "saved", "cpu").generate([["red circle"]], max_tokens=5, max_images=0) == [
+        [written]
+    ]
+    with pytest.raises(ValueError, match=r"image tokens are \(6, 4, 3, 5\), the trunk's \(0, 1, 2, 3\)"):
+        CaptionedTransfusion(Transfusion(TransfusionConfig(**shape)), words)
+
+
+def test_a_saved_model_with_another_tokenizer_is_refused(pipe, tmp_path):
+    """Larger, of other special tokens, or without tokens for images."""
+    pipe.save(tmp_path)
+    many = [" ".join(f"word{i}" for i in range(99))]
+    for other, what in (
+        (Tokenizer.train(many, 400, 8, images=True), "the tokenizer has 353 tokens, the trunk only 280"),
+        (Tokenizer.train(PROMPTS, 270, 8), "no tokens for images"),
+    ):
+        other.save(tmp_path / "text" / "tokenizer.json")
+        with pytest.raises(ValueError, match=what):
+            TextToImage.load(tmp_path, "cpu")
 
 
 def test_image_tokens_are_reserved():

@@ -8,8 +8,9 @@ import torch
 
 from mmdit.autoencoder import PixelSpace
 from mmdit.text import LearnedText, TextConfig, Tokenizer
+from training.corpus import Pieces
 from training.data import DataError, Sample
-from training.feed import ImageFeed, LatentFeed, NothingUsable, to_signed
+from training.feed import ImageFeed, LatentFeed, NothingUsable, WithText, to_signed
 
 CPU = torch.device("cpu")
 
@@ -145,3 +146,19 @@ def test_progress_counts_to_the_end(text, monkeypatch):
     seen = []
     latent_feed(text, Numbers(bad=(9,)), range(10), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+@pytest.mark.parametrize("make", [latent_feed, image_feed])
+def test_text_stands_beside_as_many_pictures_less(text, make):
+    """From any step on the same batches, of the feed's own pictures and the text's own pieces."""
+    feed, _ = make(text, Numbers(), range(10))
+    pieces = Pieces(["one two", "three", "four five six"], text.tokenizer, 5, CPU)
+    batches, pictures, words = WithText(feed, pieces, 3).batches(8, 1), feed.batches(5, 1), pieces.batches(3, 1)
+    later = WithText(feed, pieces, 3).batches(8, 1, start_step=2)
+    for step in range(4):
+        batch, own = next(batches), next(pictures)
+        assert torch.equal(batch.latents, own.latents) and torch.equal(batch.tokens.ids, own.tokens.ids)
+        assert torch.equal(batch.text.ids, next(words).ids)
+        if step >= 2:
+            again = next(later)
+            assert torch.equal(again.latents, batch.latents) and torch.equal(again.text.ids, batch.text.ids)

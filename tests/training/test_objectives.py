@@ -305,3 +305,40 @@ def test_orders_are_drawn_as_asked():
     image_first, dropped = TextAndImages(Uniform())._orders(10_000, generator())
     assert image_first.float().mean() == pytest.approx(0.2, abs=0.02)
     assert dropped.float().mean() == pytest.approx(0.08, abs=0.01) and not (image_first & dropped).any()
+
+
+def with_text():
+    ids = torch.tensor([[11, 12, 13, 1], [14, 1, 0, 0], [15, 16, 1, 0]])
+    return captions()._replace(text=Tokens(ids, ids != 0))
+
+
+def test_text_alone_stands_after_the_pictures():
+    data = documents(with_text(), torch.tensor([False, True, False]))
+    ids = data.ids.split(torch.bincount(data.document).tolist())
+    assert [row.tolist() for row in ids[3:]] == [[11, 12, 13, 1], [14, 1], [15, 16, 1]]
+    assert torch.equal(torch.cat(ids[:3]), documents(captions(), torch.tensor([False, True, False])).ids)
+
+
+def test_text_alone_joins_the_mean_of_the_next_token_and_leaves_the_images_loss():
+    model, objective = trunk(), TextAndImages(Uniform())
+    alone, both = (objective(model, batch, generator()).parts for batch in (captions(), with_text()))
+    text = pack([[row[mask]] for row, mask in zip(*with_text().text, strict=True)])
+    own = objective(model, text, generator()).parts
+    assert own["image"] == 0
+    rows, num = len(documents(captions()).predicting), len(text.predicting)
+    torch.testing.assert_close(alone["image"], both["image"])  # and the same draws
+    assert num == 6
+    objective = TextAndImages(Uniform(), caption_first=1.0, caption_dropout=0.0)  # tokens that are known
+    alone, both = (objective(model, batch, generator()).parts["text"] for batch in (captions(), with_text()))
+    torch.testing.assert_close(both, (alone * rows + own["text"] * num) / (rows + num))
+
+
+@pytest.mark.parametrize("make", [captions, with_text])
+def test_a_batch_is_split_into_equal_parts(make):
+    whole, parts = make(), make().split(3)
+    assert [len(part.latents) for part in parts] == [1, 1, 1]
+    assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
+    for name in ("tokens", "text"):
+        assert all((getattr(part, name) is None) == (getattr(whole, name) is None) for part in parts)
+        for k in range(2 if getattr(whole, name) else 0):
+            assert torch.equal(torch.cat([getattr(part, name)[k] for part in parts]), getattr(whole, name)[k])

@@ -26,11 +26,12 @@ from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
+from training.data import place_of
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import Loss
 from training.run import RunFolder
 from training.settings import field_docs
-from training.trainer import Trainer
+from training.trainer import Trainer, compiled
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -656,6 +657,7 @@ SETTINGS = {
     "model.pos_embed_max_size": ("model.pos_embed_max_size=9", "shapes"),
     "model.dual_attention_layers": ("model.dual_attention_layers=[0]", "shapes"),
     "text.vocab_size": ("text.vocab_size=280", "shapes"),
+    "text.tokenizer": ("text.tokenizer={tokenizer}; text.vocab_size=300", "loss"),
     "text.max_length": ("text.max_length=4", "loss"),
     "text.width": ("text.width=16", "shapes"),
     "text.depth": ("text.depth=0", "shapes"),
@@ -713,17 +715,35 @@ ELSEWHERE = {
     "name": "the folder of a run without training.out: test_the_run_is_named_by_its_config",
     "training.out": "every test here",
     **{f"transfusion.{name}": "test_a_setting_of_transfusion_changes_what_it_should" for name in MIXED},
+    **{f"transfusion.{name}": "test_text_alone_is_learnt_beside" for name in ("text", "text_fraction", "text_length")},
     "transfusion.enabled": "test_text_and_images_in_one_trunk",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.device": "test_the_device_is_the_one_asked_for",
 }
 
 
+def make_tokenizer(folder: Path) -> Path:
+    """As transformers saves one: byte pairs with an end and padding of other names and ids than ours."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend, bytes_of = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    backend.pre_tokenizer, backend.decoder = bytes_of(), decoders.ByteLevel()
+    how = dict(vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=bytes_of.alphabet())
+    backend.train_from_iterator(["a red circle", "two blue stars"], trainers.BpeTrainer(show_progress=False, **how))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<s>").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> dict[str, Path]:
     """Pictures and an autoencoder, for the settings that name some."""
     folder = tmp_path_factory.mktemp("material")
-    return {"pictures": make_pictures(folder / "pictures", 24), "autoencoder": make_autoencoder(folder / "autoencoder")}
+    return {
+        "pictures": make_pictures(folder / "pictures", 24),
+        "autoencoder": make_autoencoder(folder / "autoencoder"),
+        "tokenizer": make_tokenizer(folder / "tokenizer"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -777,11 +797,136 @@ def test_a_setting_of_transfusion_changes_what_it_should(name, mixed, tmp_path):
         (["model.head_dim=12"], "a multiple of 8"),
         (["model.dual_attention_layers=[0]"], "no second attention"),
         (["transfusion.image_first_cap=0"], "image_first_cap"),
+        (["transfusion.text=words.txt"], "text_fraction 0: text alone needs both"),
+        (["transfusion.text_fraction=0.5"], "text is none and transfusion.text_fraction 0.5"),
+        (["transfusion.text=", "transfusion.text_fraction=0.5"], "transfusion.text is empty"),
+        (["transfusion.text=a", "transfusion.text_fraction=0.5", "transfusion.enabled=false"], "enabled=true too"),
+        (["transfusion.text=a", "transfusion.text_fraction=0.05"], "= 8 that is 0 documents of text"),
+        (["transfusion.text=a", "transfusion.text_fraction=0.99"], "= 8 that is 8 documents of text"),
+        (["transfusion.text=a", "transfusion.text_fraction=0.1", "training.grad_accumulation=2"], "is 0 documents"),
     ],
 )
 def test_settings_that_do_not_go_with_transfusion_are_refused(tmp_path, changes, what):
     with pytest.raises(ValueError, match=what):
         config_for(tmp_path, *TRANSFUSION, *changes)
+
+
+# --- text alone, other tokenizers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """Twenty documents, of which two to five are held out."""
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    rows = [{"text": f"number {i} comes after number {i - 1}, " * (1 + i % 3)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
+    return path
+
+
+def with_words(words: Path, *overrides: str) -> tuple[str, ...]:
+    return (*TRANSFUSION, f"transfusion.text={words}", "transfusion.text_fraction=0.25", *overrides)
+
+
+@pytest.fixture(scope="module")
+def beside(words, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("beside") / "run"
+    return training.train(config_for(out, *with_words(words, "training.validate_every=3")))
+
+
+def test_text_alone_is_learnt_beside(beside, words, mixed, tmp_path):
+    """Read, held out in part, scored; each setting of it counts; and a batch has as many pictures less."""
+    log = (beside / "log.txt").read_text()
+    assert f"text: 40 documents of {words}" in log and "words.jsonl:41: no JSON" in log and " pieces to train on" in log
+    losses = metrics(beside, "validation_corpus")
+    assert [step for step, _ in losses] == [3, 6] and losses[1][1] < losses[0][1] < 8
+    assert json.loads((beside / "scores.json").read_text())["validation_corpus"] == losses[1][1]
+    others = [
+        with_words(words, "transfusion.text_length=8"),
+        with_words(words, "transfusion.text_fraction=0.5"),
+        with_words(words, "training.grad_accumulation=2"),
+    ]
+    runs = [training.train(config_for(tmp_path / str(i), *other)) for i, other in enumerate(others)]
+    assert len({tuple(metrics(run, "loss")) for run in (mixed, beside, *runs)}) == 5
+    config = config_for(tmp_path / "batch", *others[2])
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    batch = next(trainer.feed.batches(8, 0))
+    assert len(batch.latents) == len(batch.tokens.ids) == 6 and len(batch.text.ids) == 2
+    assert [(len(part.latents), len(part.text.ids)) for part in batch.split(2)] == [(3, 1), (3, 1)]
+
+
+def test_a_run_with_text_goes_on_to_the_same_bits(words, beside, tmp_path, monkeypatch):
+    """Over the end of the text's epoch; and only with the text as it was."""
+    text = Path(shutil.copy(words, tmp_path / "words.jsonl"))
+    settings = with_words(text, *LONG, "transfusion.text_fraction=0.5", "transfusion.text_length=32")
+    whole = training.train(config_for(tmp_path / "whole", *settings))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        out = training.train(config_for(tmp_path / "run", *settings))
+    before, good = contents(out), text.read_text()
+    for content, what in ((good.replace("after", "past"), "words.jsonl has changed since"), ("", "no text found")):
+        text.write_text(content)
+        with pytest.raises(ValueError, match=what):
+            training.resume(out)
+    with pytest.raises(ValueError, match="was trained with another transfusion"):
+        training.resume(out, [f"transfusion.text={words}"])
+    assert contents(out) == before
+    text.write_text(good)
+    training.resume(out)
+    assert metrics(out, "loss") == metrics(whole, "loss")
+    assert_bit_equal(out, whole)
+
+
+def test_the_tokenizer_learns_from_the_text_too(beside, mixed):
+    text = "number 17 comes after"
+    lengths = [
+        len(mmdit.TextToImage.load(run, "cpu").model.conditioner.tokenizer.encode([text])[0]) for run in (beside, mixed)
+    ]
+    assert lengths[0] < lengths[1]
+
+
+def test_text_that_cannot_be_learnt_from_leaves_the_name_free(tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text(next(text for text in map(str, range(99)) if place_of(text) < 0.1))  # held out
+    for path, message in ((one, "no text to learn from: .* lower data.held_out"), ("nowhere", "no file or folder")):
+        with pytest.raises(ValueError, match=message):
+            training.train(config_for(tmp_path / "run", *with_words(path)))
+        assert not (tmp_path / "run").exists()
+
+
+def test_text_of_which_nothing_is_held_out_is_said(words, tmp_path):
+    out = training.train(config_for(tmp_path / "run", *with_words(words, "data.held_out=0", "training.num_steps=1")))
+    assert "warning: no text is held out" in (out / "log.txt").read_text()
+    assert metrics(out, "validation_corpus") == []
+
+
+def test_a_run_with_another_tokenizer_holds_all_of_it(material, tmp_path):
+    """Trained, resumed, sampled and asked when the tokenizer's own folder is gone."""
+    folder = Path(shutil.copytree(material["tokenizer"], tmp_path / "tokenizer"))
+    settings = (*TRANSFUSION, f"text.tokenizer={folder}")
+    whole = training.train(config_for(tmp_path / "whole", *settings))
+    part = training.train(config_for(tmp_path / "run", *settings, "training.num_steps=3"))
+    shutil.rmtree(folder)
+    training.resume(part, ["training.num_steps=6"])
+    assert_bit_equal(part, whole)
+    pipe = mmdit.TextToImage.load(part, "cpu")
+    config = pipe.model.transformer.config
+    assert (config.pad, config.eos, config.vocab_size) == (0, 1, 400) and {config.boi, config.eoi} == {280, 281}
+    [picture] = pipe(["a red circle"])
+    assert all(isinstance(text, str) for text in pipe.generate([[picture]], max_tokens=3, max_images=0)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["text.tokenizer={tokenizer}", "text.vocab_size=281"], "has 282 tokens, .*: set text.vocab_size=282 or more"),
+        (["text.tokenizer={pictures}"], "pictures is no tokenizer's folder: it has no tokenizer.json"),
+    ],
+)
+def test_tokenizers_that_do_not_work_leave_the_name_free(material, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(config_for(tmp_path / "run", *TRANSFUSION, *(change.format(**material) for change in changes)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_setting_is_tested():
@@ -808,14 +953,14 @@ def test_compile_is_asked_for_where_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     config = config_for(tmp_path / "run")
     trainer = Trainer(config, RunFolder.create(config.run_folder, config))
-    for how, num_steps, compiled in (("off", 10**6, 0), ("on", 6, 1), ("auto", 6, 0), ("auto", 10**6, 1)):
+    for how, num_steps, times in (("off", 10**6, 0), ("on", 6, 1), ("auto", 6, 0), ("auto", 10**6, 1)):
         asked.clear()
         trainer.config = config_for(tmp_path / "run", f"training.compile={how}", f"training.num_steps={num_steps}")
-        assert trainer._compiled() is trainer.model
-        assert asked == [trainer.model] * compiled
+        assert compiled(trainer.model, trainer.config, trainer.device, trainer.run.log) is trainer.model
+        assert asked == [trainer.model] * times
     monkeypatch.setattr(shutil, "which", lambda name: None)
     asked.clear()
-    trainer._compiled()
+    compiled(trainer.model, trainer.config, trainer.device, trainer.run.log)
     if trainer.device.type == "cpu":
         assert not asked and "no C++ compiler found" in (tmp_path / "run" / "log.txt").read_text()
 
