@@ -188,6 +188,23 @@ class TransfusionConfig(Settings):
     """What the times of pictures before their captions are scaled by: such a picture is there to be seen."""
     z_loss: NotNegative = 0.0
     """Weight of log^2 Z of the logits, which keeps them from drifting."""
+    init: str | tuple[str, ...] | None = None
+    """Weights to start from: the folder of a run, of a diffusers SD3 transformer, of a language model in Hugging Face's
+    format, or a list of these, where the first gives a tensor that several have."""
+    freeze_text: bool = False
+    """Leave the text's weights as `init` gave them: its stream, embedding and head (LMFusion)."""
+
+    def check(self) -> None:
+        if self.freeze_text and (self.weights != "separate" or not self.init):
+            raise ConfigError(
+                f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}", and in '
+                f"transfusion.init a language model, which is {self.init or 'none'}"
+            )
+
+    @property
+    def init_paths(self) -> tuple[str, ...]:
+        """The folders that `init` names."""
+        return (self.init,) if isinstance(self.init, str) else self.init or ()
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import torch
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import MMDiTConfig
+from mmdit.init_from import init_from, text_parameters
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import ImageFeed, LatentFeed, NothingUsable
 from training.progress import Progress
@@ -57,6 +58,8 @@ def build_model(
     model = (_transfusion if config.transfusion.enabled else _mmdit)(
         config, text, tokenizer, autoencoder, height, width
     )
+    if isinstance(model, CaptionedTransfusion):
+        _start(config, run, model.transformer, resumed)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     run.log(
         f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
@@ -95,6 +98,24 @@ def _transfusion(
         **{name: getattr(model, name) for name in names},
     )
     return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))
+
+
+def _start(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
+    """Weights that are there already, but where the run has its own; and none to learn for text that is frozen."""
+    mixed = config.transfusion
+    if mixed.init_paths and not resumed:
+        started = init_from(trunk, mixed.init_paths)
+        for line in started.lines:
+            run.log(f"weights {line}")
+        own = sorted(text_parameters(trunk).keys() & set(started.fresh)) if mixed.freeze_text else []
+        if own:
+            raise ConfigError(
+                f"transfusion.freeze_text is set, but {' and '.join(mixed.init_paths)} did not give, {own[0]} for one, "
+                "what is to be frozen: name a language model in transfusion.init"
+            )
+    if mixed.freeze_text:
+        for parameter in text_parameters(trunk).values():
+            parameter.requires_grad_(False)
 
 
 def open_feeds(

@@ -1,0 +1,185 @@
+"""Language models in Hugging Face's format: which a `Transfusion` can hold exactly, and their tensors by our names.
+
+GPT-NeoX (Black et al. 2022, arXiv 2204.06745) in the form of our block: sequential residuals, the tanh form of GELU,
+and half of each head's channels turning with the step. Its queries, keys and values are interleaved head by head, and
+its turning channels come first in a head, where ours are paired over the whole head.
+
+Shape letters: V vocabulary, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.blocks import EPS
+from mmdit.weights_io import read_json, read_weights
+
+Fields = Mapping[str, Any]
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # tables that old files hold
+
+
+class LanguageModel(NamedTuple):
+    """A model on disk: its kind, what a trunk's config has to say to hold it, its embedding, its head (V, D) and final
+    norm by our names, and the tensors of each block by their names inside a stream.
+    """
+
+    kind: str
+    needs: dict[str, Any]
+    ends: dict[str, Tensor]
+    blocks: list[dict[str, Tensor]]
+
+
+class _Family(NamedTuple):
+    allowed: dict[str, tuple[Any, tuple[Any, ...]]]  # a field's value where it is not given, and those that are held
+    needs: Callable[[Fields], dict[str, Any]]
+    ends: dict[str, str]
+    prefix: str
+    block: Callable[[dict[str, Tensor], Fields], dict[str, Tensor]]
+
+
+def read_language_model(folder: Path) -> LanguageModel:
+    """The model in a folder that `save_pretrained` wrote.
+
+    Raises ValueError that names the fields of its config that our blocks cannot represent, and tensors that are missing
+    or of nothing that is known.
+    """
+    family, config = _supported(folder)
+    state = dict(_shards(folder))
+    ends = {ours: state.pop(theirs) for ours, theirs in family.ends.items() if theirs in state}
+    if "head.weight" not in ends and config.get("tie_word_embeddings", True):
+        ends["head.weight"] = ends.get("embed.weight", torch.empty(0))
+    layers: list[dict[str, Tensor]] = [{} for _ in range(config["num_hidden_layers"])]
+    for name in list(state):
+        number, _, rest = name.removeprefix(family.prefix).partition(".")
+        if name.endswith(IGNORED):
+            del state[name]
+        elif name.startswith(family.prefix) and number.isdigit() and int(number) < len(layers):
+            layers[int(number)][rest] = state.pop(name)
+    try:
+        blocks = [family.block(layer, config) for layer in layers]
+    except KeyError as error:
+        raise ValueError(f"{folder} lacks the tensor {error.args[0]} of a layer: the files are not whole") from error
+    unknown = [*state, *(name for layer in layers for name in layer)]
+    if unknown or len(ends) < len(family.ends):
+        missing = [theirs for ours, theirs in family.ends.items() if ours not in ends]
+        raise ValueError(f"{folder} is no whole {config['model_type']}: missing {missing[:4]}, unknown {unknown[:4]}")
+    return LanguageModel(config["model_type"], family.needs(config), ends, blocks)
+
+
+def language_needs(folder: Path) -> dict[str, Any]:
+    """What a trunk's config has to say to hold the model in a folder; raises as `read_language_model`."""
+    family, config = _supported(folder)
+    return family.needs(config)
+
+
+def _supported(folder: Path) -> tuple[_Family, dict[str, Any]]:
+    config = _normal(read_json(folder / "config.json"))
+    if config.get("model_type") not in _FAMILIES:
+        raise ValueError(
+            f"{folder} holds a {config.get('model_type')!r}; language models that can be started from are "
+            f"{', '.join(_FAMILIES)}"
+        )
+    family = _FAMILIES[config["model_type"]]
+    values = {key: config.get(key, default) for key, (default, _) in family.allowed.items()}
+    wrong = [
+        f"{key} is {values[key]!r}, supported: {' or '.join(map(repr, allowed))}"
+        for key, (_, allowed) in family.allowed.items()
+        if values[key] not in allowed
+    ]
+    if wrong:
+        raise ValueError(f"{folder} cannot be held exactly, so it is not taken: {'; '.join(wrong)}")
+    return family, config
+
+
+def _normal(config: Any) -> dict[str, Any]:
+    """The config with what concerns rotary positions under the same names whoever wrote it."""
+    if not isinstance(config, dict):
+        return {}
+    rope, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    found = {
+        "rope_theta": rope.get("rope_theta", config.get("rotary_emb_base")),
+        "rotary_pct": rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
+        "rope_type": rope.get("rope_type", old.get("rope_type", old.get("type"))),
+    }
+    return {**config, **{name: value for name, value in found.items() if value is not None}}
+
+
+def _shards(folder: Path) -> Iterable[tuple[str, Tensor]]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        yield from read_weights(folder / name).items()
+
+
+# --- GPT-NeoX -----------------------------------------------------------------------------------------------------
+
+
+def _neox_needs(config: Fields) -> dict[str, Any]:
+    return {
+        **_shape(config),
+        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
+        "qk_norm": None,
+    }
+
+
+def _neox_block(layer: dict[str, Tensor], config: Fields) -> dict[str, Tensor]:
+    heads = config["num_attention_heads"]
+    out = {
+        "modulation.shift": torch.stack([layer.pop(f"{norm}.bias") for norm in _NEOX_NORMS]),
+        "modulation.scale": torch.stack([layer.pop(f"{norm}.weight") for norm in _NEOX_NORMS]) - 1,
+    }
+    for leaf in ("weight", "bias"):
+        fused = layer.pop(f"attention.query_key_value.{leaf}").unflatten(0, (heads, 3, -1))
+        q, k, v = fused.unbind(1)  # each (H, d, ...)
+        out[f"attn.qkv.{leaf}"] = torch.cat([_paired(q), _paired(k), v]).flatten(0, 1)
+        for ours, theirs in _NEOX_LINEAR.items():
+            out[f"{ours}.{leaf}"] = layer.pop(f"{theirs}.{leaf}")
+    return out
+
+
+def _paired(x: Tensor) -> Tensor:
+    """Channels of heads (H, d, ...): the turning pairs (i, i + d/4) of the first half become pairs (i, i + d/2)."""
+    a, b, c, e = x.chunk(4, dim=1)
+    return torch.cat([a, c, b, e], dim=1)
+
+
+def _shape(config: Fields) -> dict[str, Any]:
+    return {
+        "vocab_size": config["vocab_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "positions": "rope",
+    }
+
+
+_NEOX_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NEOX_LINEAR = {"attn.out": "attention.dense", "mlp.fc1": "mlp.dense_h_to_4h", "mlp.fc2": "mlp.dense_4h_to_h"}
+_FAMILIES = {
+    "gpt_neox": _Family(
+        allowed={
+            "use_parallel_residual": (True, (False,)),
+            "attention_bias": (True, (True,)),
+            "hidden_act": ("gelu", TANH_GELU),
+            "layer_norm_eps": (1e-5, (EPS,)),
+            "rotary_pct": (0.25, (0.5,)),
+            "rope_theta": (10_000, (10_000,)),
+            "rope_type": ("default", ("default",)),
+        },
+        needs=_neox_needs,
+        ends={
+            "embed.weight": "gpt_neox.embed_in.weight",
+            "norm_out.weight": "gpt_neox.final_layer_norm.weight",
+            "norm_out.bias": "gpt_neox.final_layer_norm.bias",
+            "head.weight": "embed_out.weight",
+        },
+        prefix="gpt_neox.layers.",
+        block=_neox_block,
+    ),
+}

@@ -1,0 +1,128 @@
+"""Language models of transformers held by a trunk: the same logits, and a refusal that names what cannot be held."""
+
+import json
+
+import pytest
+import torch
+
+from mmdit.config import TransfusionConfig
+from mmdit.init_from import init_from, needs
+from mmdit.transfusion import Transfusion
+from mmdit.weights_io import read_weights, save_weights
+
+SHAPE = dict(vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+KINDS = {
+    "gpt_neox": dict(
+        use_parallel_residual=False,
+        hidden_act="gelu_new",
+        layer_norm_eps=1e-6,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+    ),
+}
+
+
+def language_model(kind, folder, **changes):
+    """A random model of transformers in which every tensor matters, saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SHAPE | KINDS[kind] | changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+def trunk_of(folder, **changes):
+    fields = needs([folder]) | dict(weights="separate", time="image", in_channels=3) | changes
+    return Transfusion(TransfusionConfig(**fields))
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["separate", "shared"])
+def test_its_logits_are_those_of_transformers(kind, weights, tmp_path):
+    """Of two documents of different lengths, packed."""
+    theirs = language_model(kind, tmp_path)
+    trunk = trunk_of(tmp_path, weights=weights, time="added")
+    init_from(trunk, [tmp_path])
+    generator = torch.Generator().manual_seed(1)
+    documents = [[torch.randint(4, 40, (n,), generator=generator)] for n in (50, 7)]
+    for [ids], ours in zip(documents, trunk(trunk.pack(documents)).per_document(), strict=True):
+        expected = theirs(ids[None]).logits[0]
+        assert expected.std() > 0.3
+        torch.testing.assert_close(ours.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
+    theirs = language_model(kind, tmp_path, tie_word_embeddings=True)
+    state = read_weights(tmp_path / "model.safetensors")
+    names = sorted(state)
+    files = {name: f"model-{1 + (i > 9)}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_weights({name: state[name] for name in names if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    trunk = trunk_of(tmp_path)
+    init_from(trunk, [tmp_path])
+    ids = torch.arange(4, 12)
+    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-2"):
+        init_from(trunk, [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("kind_", "changes", "what"),
+    [
+        ("gpt_neox", dict(use_parallel_residual=True), "use_parallel_residual is True, supported: False"),
+        ("gpt_neox", dict(hidden_act="gelu"), "hidden_act is 'gelu', supported: 'gelu_new'"),
+        ("gpt_neox", dict(layer_norm_eps=1e-5), "layer_norm_eps is 1e-05, supported: 1e-06"),
+        ("gpt_neox", dict(rope_parameters=None), "rotary_pct is 0.25, supported: 0.5"),
+        ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=500), "rope_theta is 500"),
+        ("gpt_neox", dict(model_type="gpt2"), "holds a 'gpt2'; language models .* gpt_neox"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(kind_, changes, what, tmp_path):
+    language_model(kind_, tmp_path)
+    trunk = trunk_of(tmp_path)
+    before = {name: x.clone() for name, x in trunk.state_dict().items()}
+    edit(tmp_path, **changes)
+    for ask in (lambda: needs([tmp_path]), lambda: init_from(trunk, [tmp_path])):
+        with pytest.raises(ValueError, match=what):
+            ask()
+    assert all(torch.equal(x, before[name]) for name, x in trunk.state_dict().items())
+
+
+def test_the_same_config_in_the_words_of_older_files(tmp_path):
+    language_model("gpt_neox", tmp_path)
+    found = needs([tmp_path])
+    edit(tmp_path, rope_parameters=None, rotary_pct=0.5, rotary_emb_base=10000)
+    assert needs([tmp_path]) == found
+
+
+@pytest.mark.parametrize("change", ["cut", "more"])
+def test_tensors_that_are_missing_or_unknown_are_named(change, kind, tmp_path):
+    language_model(kind, tmp_path)
+    trunk = trunk_of(tmp_path)
+    state = read_weights(tmp_path / "model.safetensors")
+    lost = next(name for name in state if "mlp" in name)
+    if change == "cut":
+        del state[lost]
+    else:
+        state["model.adapter.weight"] = torch.zeros(2)
+    save_weights(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=lost.partition("mlp")[2] if change == "cut" else "model.adapter.weight"):
+        init_from(trunk, [tmp_path])
