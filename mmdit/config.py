@@ -78,6 +78,26 @@ class MMDiTConfig:
 
 
 @dataclass(frozen=True)
+class LlamaConfig:
+    """What Llama's block has and SD3's has not (`mmdit/llama.py`); width and heads are the trunk's."""
+
+    hidden: int
+    """Hidden width of the MLP."""
+    num_kv_heads: int
+    """Heads of keys and values, each shared by a group of the heads of queries."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2)."""
+    eps: float = 1e-5
+    """Added to the mean square in the norms."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.num_kv_heads < 1 or self.eps < 0 or self.rope_theta <= 0:
+            raise ValueError(f"{self}: expected positive numbers")
+
+
+@dataclass(frozen=True)
 class TransfusionConfig:
     """Everything that fixes the tensors and the mathematics of a `Transfusion`.
 
@@ -115,6 +135,9 @@ class TransfusionConfig:
     """Side of the latent that SD3's table is centred on, in latent pixels."""
     pos_embed_max_size: int = 64
     """Side of that table, in tokens: the largest height or width of an image."""
+    llama: LlamaConfig | None = None
+    """Llama's block in the place of SD3's, of this shape, for the streams that no time modulates; there mlp_ratio and
+    qk_norm say nothing, and rotary positions are Llama's."""
     max_tokens: int = 4096
     """Most tokens of one document, patches counted."""
     pad: int = 0
@@ -147,10 +170,27 @@ class TransfusionConfig:
         special = {name: getattr(self, name) for name in ("pad", "eos", "boi", "eoi")}
         if len(set(special.values())) < 4 or not all(0 <= i < self.vocab_size for i in special.values()):
             raise ValueError(f"{special}: expected four tokens of the vocabulary of {self.vocab_size}, no two the same")
-        if self.positions == "rope" and self.head_dim % 8:
+        if self.llama is not None:
+            self._check_llama()
+        elif self.positions == "rope" and self.head_dim % 8:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
         if self.positions == "sincos" and self.width % 4:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
+
+    def _check_llama(self) -> None:
+        if not isinstance(self.llama, LlamaConfig):  # from JSON
+            object.__setattr__(self, "llama", LlamaConfig(**self.llama))  # type: ignore[arg-type]
+        assert self.llama is not None
+        if self.time == "all" or (self.time == "image" and self.weights == "shared"):
+            raise ValueError(
+                f'weights = "{self.weights}" with time = "{self.time}" modulates all streams, and llama is for those '
+                'that nothing modulates: take weights = "separate" or time = "added"'
+            )
+        if self.num_heads % self.llama.num_kv_heads or self.head_dim % 2 or self.positions != "rope":
+            raise ValueError(
+                f'llama needs positions = "rope", an even head_dim and num_heads that llama.num_kv_heads divides, not '
+                f"{self.positions!r}, {self.head_dim}, {self.num_heads} and {self.llama.num_kv_heads}"
+            )
 
     @property
     def width(self) -> int:

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import TransfusionConfig
-from mmdit.files import load
+from mmdit.files import find, load
 from mmdit.language_models import language_needs, read_language_model
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import read_json
+from mmdit.weights_io import read_config, read_json
 
 TABLES = ("embed.weight", "head.weight")  # a row a token
 TEXT = ("embed.", "norm_out.", "head.")  # of the text alone, beside its stream
 _SAME_MMDIT = ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "qk_norm")
-_SAME = (*_SAME_MMDIT, "weights", "time", "positions")
+_SAME = (*_SAME_MMDIT, "weights", "time", "positions", "llama")
 
 
 @dataclass
@@ -57,12 +57,18 @@ def is_language_model(path: str | Path) -> bool:
 
 
 def needs(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """What a trunk's config has to say to take the language model among `paths`; empty where there is none.
+    """What a trunk's config has to say to take the language model or trunk among `paths`; empty where there is none.
 
-    Raises ValueError for a language model that our blocks cannot represent.
+    Raises ValueError for a language model that our blocks cannot represent, FileNotFoundError for a path of no model.
     """
-    models = [Path(path) for path in paths if is_language_model(path)]
-    return language_needs(models[0]) if models else {}
+    for path in map(Path, paths):
+        if is_language_model(path):
+            return language_needs(path)
+        config = find(path) / "config.json"
+        if "vocab_size" in read_json(config):
+            found = read_config(TransfusionConfig, config)
+            return {name: getattr(found, name) for name in ("vocab_size", *_SAME)}
+    return {}
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ GPT-NeoX (Black et al. 2022, arXiv 2204.06745) in the form of our block: sequent
 and half of each head's channels turning with the step. Its queries, keys and values are interleaved head by head, and
 its turning channels come first in a head, where ours are paired over the whole head.
 
+Llama, Mistral without a window and Qwen2 as streams of `llama.py`.
+
 Shape letters: V vocabulary, D width, H heads, d head width.
 """
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdit.blocks import EPS
+from mmdit.config import LlamaConfig
 from mmdit.weights_io import read_json, read_weights
 
 Fields = Mapping[str, Any]
@@ -37,7 +40,7 @@ class LanguageModel(NamedTuple):
 
 class _Family(NamedTuple):
     allowed: dict[str, tuple[Any, tuple[Any, ...]]]  # a field's value where it is not given, and those that are held
-    needs: Callable[[Fields], dict[str, Any]]
+    needs: Callable[[Fields], dict[str, Any]]  # from a config that is allowed
     ends: dict[str, str]
     prefix: str
     block: Callable[[dict[str, Tensor], Fields], dict[str, Tensor]]
@@ -117,6 +120,21 @@ def _shards(folder: Path) -> Iterable[tuple[str, Tensor]]:
         yield from read_weights(folder / name).items()
 
 
+def _shape(config: Fields) -> dict[str, Any]:
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    if config.get("head_dim") not in (None, head_dim):
+        raise ValueError(
+            f"head_dim is {config['head_dim']}, supported: hidden_size / num_attention_heads = {head_dim}, as a trunk's"
+        )
+    return {
+        "vocab_size": config["vocab_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "head_dim": head_dim,
+        "positions": "rope",
+    }
+
+
 # --- GPT-NeoX -----------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +143,7 @@ def _neox_needs(config: Fields) -> dict[str, Any]:
         **_shape(config),
         "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
         "qk_norm": None,
+        "llama": None,
     }
 
 
@@ -149,18 +168,57 @@ def _paired(x: Tensor) -> Tensor:
     return torch.cat([a, c, b, e], dim=1)
 
 
-def _shape(config: Fields) -> dict[str, Any]:
-    return {
-        "vocab_size": config["vocab_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "head_dim": config["hidden_size"] // config["num_attention_heads"],
-        "positions": "rope",
-    }
-
-
 _NEOX_NORMS = ("input_layernorm", "post_attention_layernorm")
 _NEOX_LINEAR = {"attn.out": "attention.dense", "mlp.fc1": "mlp.dense_h_to_4h", "mlp.fc2": "mlp.dense_4h_to_h"}
+
+
+# --- Llama, Mistral, Qwen2 ----------------------------------------------------------------------------------------
+
+
+def _llama_needs(config: Fields) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    llama = LlamaConfig(
+        hidden=config["intermediate_size"],
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        qkv_bias=config["model_type"] == "qwen2",
+        eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=config.get("rope_theta", 10_000.0),
+    )
+    return {**_shape(config), "llama": llama}
+
+
+def _llama_block(layer: dict[str, Tensor], config: Fields) -> dict[str, Tensor]:
+    out = {ours: layer.pop(theirs) for ours, theirs in _LLAMA_LAYER.items()}
+    for leaf in ("weight", "bias") if config["model_type"] == "qwen2" else ("weight",):
+        out[f"qkv.{leaf}"] = torch.cat([layer.pop(f"self_attn.{part}_proj.{leaf}") for part in "qkv"])
+    return out
+
+
+_LLAMA_LAYER = {
+    "norm1.weight": "input_layernorm.weight",
+    "norm2.weight": "post_attention_layernorm.weight",
+    "out.weight": "self_attn.o_proj.weight",
+    "gate.weight": "mlp.gate_proj.weight",
+    "up.weight": "mlp.up_proj.weight",
+    "down.weight": "mlp.down_proj.weight",
+}
+_LLAMA = _Family(
+    allowed={
+        "hidden_act": ("silu", ("silu", "swish")),
+        "attention_bias": (False, (False,)),
+        "mlp_bias": (False, (False,)),
+        "rotary_pct": (1.0, (1.0,)),
+        "rope_type": ("default", ("default",)),
+    },
+    needs=_llama_needs,
+    ends={
+        "embed.weight": "model.embed_tokens.weight",
+        "norm_out.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    prefix="model.layers.",
+    block=_llama_block,
+)
 _FAMILIES = {
     "gpt_neox": _Family(
         allowed={
@@ -182,4 +240,7 @@ _FAMILIES = {
         prefix="gpt_neox.layers.",
         block=_neox_block,
     ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA._replace(allowed=_LLAMA.allowed | {"sliding_window": (4096, (None,))}),
+    "qwen2": _LLAMA._replace(allowed=_LLAMA.allowed | {"use_sliding_window": (False, (False,))}),
 }

@@ -13,13 +13,15 @@ import torch
 
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
-from mmdit.config import MMDiTConfig
-from mmdit.init_from import init_from, text_parameters
+from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.files import find
+from mmdit.init_from import init_from, needs, text_parameters
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from mmdit.weights_io import read_config
 from training.config import ConfigError, TrainConfig
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import ImageFeed, LatentFeed, NothingUsable
@@ -55,9 +57,11 @@ def build_model(
         tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length, images=config.transfusion.enabled)
     patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
-    model = (_transfusion if config.transfusion.enabled else _mmdit)(
-        config, text, tokenizer, autoencoder, height, width
-    )
+    model: CaptionedMMDiT | CaptionedTransfusion
+    if config.transfusion.enabled:
+        model = _transfusion(config, text, tokenizer, autoencoder, _llama(config, run, resumed))
+    else:
+        model = _mmdit(config, text, tokenizer, autoencoder, height, width)
     if isinstance(model, CaptionedTransfusion):
         _start(config, run, model.transformer, resumed)
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -85,7 +89,7 @@ def _mmdit(
 
 
 def _transfusion(
-    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
+    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, llama: LlamaConfig | None
 ) -> CaptionedTransfusion:
     model, mixed = config.model, config.transfusion
     names = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "qk_norm", "positions")
@@ -95,9 +99,28 @@ def _transfusion(
         weights=mixed.weights,
         time=mixed.time,
         attention=mixed.attention,
+        llama=llama,
         **{name: getattr(model, name) for name in names},
     )
     return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))
+
+
+def _llama(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
+    """The form of the streams of text, which follows from what the run starts from; a resumed run has it written."""
+    if resumed:
+        return read_config(mmdit.config.TransfusionConfig, find(run.path) / "config.json").llama
+    paths = config.transfusion.init_paths
+    wanted, model = needs(paths), config.model
+    wrong = [
+        f"model.{name}={'none' if value is None else value}"
+        for name, value in wanted.items()
+        if name in model.__dataclass_fields__ and getattr(model, name) != value
+    ]
+    if config.text.vocab_size < wanted.get("vocab_size", 0):
+        wrong.append(f"text.vocab_size={wanted['vocab_size']}")
+    if wrong:
+        raise ConfigError(f"to start from {' and '.join(paths)} set {' '.join(wrong)}")
+    return wanted.get("llama")
 
 
 def _start(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:

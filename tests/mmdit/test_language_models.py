@@ -18,6 +18,11 @@ KINDS = {
         layer_norm_eps=1e-6,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5},
     ),
+    "llama": dict(
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    ),
+    "mistral": dict(num_key_value_heads=1, sliding_window=None),
+    "qwen2": dict(num_key_value_heads=2),
 }
 
 
@@ -84,6 +89,20 @@ def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
         init_from(trunk, [tmp_path])
 
 
+def test_patches_begin_as_the_text_does_where_their_stream_is_of_the_same_form(kind, tmp_path):
+    """LMFusion's start; a stream that is modulated by the time is of another form, and starts fresh."""
+    language_model(kind, tmp_path)
+    trunk = trunk_of(tmp_path, time="added")
+    started = init_from(trunk, [tmp_path])
+    state = trunk.state_dict()
+    names = [name for name in state if ".txt." in name]
+    assert len(names) > 10 and all(torch.equal(state[name], state[name.replace("txt", "img")]) for name in names)
+    assert "copied from the text's stream: blocks.*.img" in started.lines
+    assert not [name for name in started.fresh if "blocks" in name]
+    modulated = init_from(trunk_of(tmp_path), [tmp_path])
+    assert {name.split(".")[2] for name in modulated.fresh if "blocks" in name} == {"img"}
+
+
 @pytest.mark.parametrize(
     ("kind_", "changes", "what"),
     [
@@ -93,6 +112,12 @@ def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
         ("gpt_neox", dict(rope_parameters=None), "rotary_pct is 0.25, supported: 0.5"),
         ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=500), "rope_theta is 500"),
         ("gpt_neox", dict(model_type="gpt2"), "holds a 'gpt2'; language models .* gpt_neox"),
+        ("llama", dict(attention_bias=True, mlp_bias=True), "attention_bias is True.*; mlp_bias is True"),
+        ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type is 'linear'"),
+        ("llama", dict(head_dim=32), "head_dim is 32, supported: hidden_size / num_attention_heads = 16"),
+        ("llama", dict(hidden_act="gelu"), "hidden_act is 'gelu', supported: 'silu'"),
+        ("mistral", dict(sliding_window=8), "sliding_window is 8, supported: None"),
+        ("qwen2", dict(use_sliding_window=True), "use_sliding_window is True"),
     ],
 )
 def test_what_cannot_be_held_is_refused_by_name(kind_, changes, what, tmp_path):

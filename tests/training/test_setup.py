@@ -14,7 +14,7 @@ from training.config import ConfigError, load_config
 from training.run import RunFolder
 from training.trainer import Trainer
 
-LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,14 +28,10 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
     """A folder with a small language model, and the model."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
-    config = GPTNeoXConfig(
-        **LANGUAGE, use_parallel_residual=False, hidden_act="gelu_new", layer_norm_eps=1e-6, rope_parameters=rope
-    )
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig(**LANGUAGE, intermediate_size=80, tie_word_embeddings=True)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -57,7 +53,7 @@ def config_for(out, *overrides):
 
 
 def starting(folder, *overrides):
-    return (f"transfusion.init={folder}", "model.qk_norm=none", *overrides)
+    return (f"transfusion.init={folder}", *overrides)
 
 
 def started(config):
@@ -100,7 +96,7 @@ def test_its_text_is_still_the_language_models(frozen, language):
 
 def test_what_was_taken_and_what_starts_fresh_is_said(frozen, language):
     log = (frozen / "log.txt").read_text()
-    assert f"weights from {language[0]} (gpt_neox): blocks.*.txt, embed, head, norm_out" in log
+    assert f"weights from {language[0]} (llama): blocks.*.txt, embed, head, norm_out" in log
     assert "weights starts fresh: blocks.*.img.attn.out" in log
 
 
@@ -121,15 +117,15 @@ def test_a_language_model_and_an_image_model(language, tmp_path):
     """The text of one, the image side of the other."""
     images = load_config(
         "pixels-tiny",
-        ["training.num_steps=1", "model.qk_norm=none", "training.sample_every=0", "training.validate_every=0",
+        ["training.num_steps=1", "training.sample_every=0", "training.validate_every=0",
          "evaluation.prompts_per_question=0", f"training.out={tmp_path / 'images'}"],
     )  # fmt: skip
     training.train(images)
     both = f"transfusion.init=['{language[0]}', '{tmp_path / 'images'}']"
-    trunk = started(config_for(tmp_path / "both", both, "model.qk_norm=none")).state_dict()
+    trunk = started(config_for(tmp_path / "both", both)).state_dict()
     image_model = mmdit.load(tmp_path / "images").state_dict()
     taken = [name for name in image_model if ".img." in name or name.startswith(("patch", "time", "modulation"))]
-    assert len(taken) == 30 and all(torch.equal(trunk[name], image_model[name]) for name in taken)
+    assert len(taken) == 34 and all(torch.equal(trunk[name], image_model[name]) for name in taken)
     assert torch.equal(trunk["head.weight"][:390], language[1].get_output_embeddings().weight)
 
 
@@ -141,10 +137,11 @@ def test_a_run_goes_on_from_another(frozen, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        (["model.depth=1"], "depth is 1, there 2"),
-        (["text.vocab_size=300"], "vocab_size is 300, but there are 390 tokens"),
-        (["model.qk_norm=rms_norm"], "qk_norm is 'rms_norm', there None"),
-        (["transfusion.weights=shared"], 'weights = "shared", time = "image"'),
+        (
+            ["model.depth=1", "model.num_heads=4", "text.vocab_size=300"],
+            "set model.depth=2 model.num_heads=2 text.vocab_size=390$",
+        ),
+        (["transfusion.weights=shared"], 'weights = "shared" with time = "image"'),
         (["transfusion.init=nowhere"], "nowhere holds no model"),
     ],
 )
