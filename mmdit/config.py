@@ -91,8 +91,12 @@ class LlamaConfig:
     """Added to the mean square in the norms."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """Llama 3.1's longer context: factor, low_freq_factor, high_freq_factor and original_max_position_embeddings."""
 
     def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists only
         if self.hidden < 1 or self.num_kv_heads < 1 or self.eps < 0 or self.rope_theta <= 0:
             raise ValueError(f"{self}: expected positive numbers")
 

@@ -24,6 +24,7 @@ from mmdit.weights_io import read_json, read_weights
 
 Fields = Mapping[str, Any]
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # tables that old files hold
 
 
@@ -88,6 +89,8 @@ def _supported(folder: Path) -> tuple[_Family, dict[str, Any]]:
             f"{folder} holds a {config.get('model_type')!r}; language models that can be started from are "
             f"{', '.join(_FAMILIES)}"
         )
+    if missing := [key for key in _SIZES if key not in config]:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}: the file is not whole")
     family = _FAMILIES[config["model_type"]]
     values = {key: config.get(key, default) for key, (default, _) in family.allowed.items()}
     wrong = [
@@ -104,11 +107,12 @@ def _normal(config: Any) -> dict[str, Any]:
     """The config with what concerns rotary positions under the same names whoever wrote it."""
     if not isinstance(config, dict):
         return {}
-    rope, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {
         "rope_theta": rope.get("rope_theta", config.get("rotary_emb_base")),
         "rotary_pct": rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
-        "rope_type": rope.get("rope_type", old.get("rope_type", old.get("type"))),
+        "rope_type": rope.get("rope_type", rope.get("type")),
+        "rope": rope,
     }
     return {**config, **{name: value for name, value in found.items() if value is not None}}
 
@@ -183,6 +187,7 @@ def _llama_needs(config: Fields) -> dict[str, Any]:
         qkv_bias=config["model_type"] == "qwen2",
         eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=config.get("rope_theta", 10_000.0),
+        rope_scaling=tuple(config["rope"][key] for key in _LLAMA3) if config.get("rope_type") == "llama3" else None,
     )
     return {**_shape(config), "llama": llama}
 
@@ -194,6 +199,7 @@ def _llama_block(layer: dict[str, Tensor], config: Fields) -> dict[str, Tensor]:
     return out
 
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LLAMA_LAYER = {
     "norm1.weight": "input_layernorm.weight",
     "norm2.weight": "post_attention_layernorm.weight",
@@ -208,7 +214,7 @@ _LLAMA = _Family(
         "attention_bias": (False, (False,)),
         "mlp_bias": (False, (False,)),
         "rotary_pct": (1.0, (1.0,)),
-        "rope_type": ("default", ("default",)),
+        "rope_type": ("default", ("default", "llama3")),
     },
     needs=_llama_needs,
     ends={

@@ -1,13 +1,14 @@
 """The block of Llama (Touvron et al. 2023, arXiv 2302.13971) as a stream beside SD3's: RMSNorm, SwiGLU, no biases, keys
 and values shared by groups of heads; Qwen2 (arXiv 2407.10671) adds biases to queries, keys and values.
 
-A stream that no time modulates may have this form, so that text can be a pretrained language model, bit for bit.
+A stream that no time modulates may have this form, so that text can be a pretrained language model, exactly.
 
 Shape letters: B batch, S tokens, D width, H heads, K heads of keys and values, d head width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,10 +63,20 @@ def rotary_llama(coordinates: Tensor, head_dim: int, config: LlamaConfig) -> tup
     column in another (the axes of Qwen2-VL, arXiv 2409.12191, section 2.1, but interleaved), so that text, at row and
     column 0, is what the language model knows.
     """
-    half = head_dim // 2
-    pairs = torch.arange(half, device=coordinates.device)
-    omega = config.rope_theta ** (-pairs.float() / half)
+    pairs = torch.arange(head_dim // 2, device=coordinates.device)
+    omega = _frequencies(pairs, config)
     step, row, column = coordinates.float().unbind(1)
     at = torch.stack([step, step + row, step + column], dim=1)[:, pairs % 3]
     angle = at * omega
     return angle.cos(), angle.sin()
+
+
+def _frequencies(pairs: Tensor, config: LlamaConfig) -> Tensor:
+    """theta^(-k / (d/2)); in a longer context (Llama 3.1, arXiv 2407.21783) slow ones are slower by a factor."""
+    omega = config.rope_theta ** (-pairs.float() / len(pairs))
+    if config.rope_scaling is None:
+        return omega
+    factor, low, high, length = config.rope_scaling
+    turns = length * omega / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return omega * (kept + (1 - kept) / factor)

@@ -21,6 +21,16 @@ KINDS = {
     "llama": dict(
         num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
     ),
+    "llama 3.1": dict(
+        rope_parameters=dict(
+            rope_theta=500.0,
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    ),
     "mistral": dict(num_key_value_heads=1, sliding_window=None),
     "qwen2": dict(num_key_value_heads=2),
 }
@@ -31,7 +41,7 @@ def language_model(kind, folder, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SHAPE | KINDS[kind] | changes))
+    config = AutoConfig.for_model(kind.split()[0], **(SHAPE | KINDS[kind] | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -116,6 +126,12 @@ def test_patches_begin_as_the_text_does_where_their_stream_is_of_the_same_form(k
         ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type is 'linear'"),
         ("llama", dict(head_dim=32), "head_dim is 32, supported: hidden_size / num_attention_heads = 16"),
         ("llama", dict(hidden_act="gelu"), "hidden_act is 'gelu', supported: 'silu'"),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+            "'yarn', supported: 'default' or 'll",
+        ),
+        ("llama", dict(model_type="qwen3"), "holds a 'qwen3'"),
         ("mistral", dict(sliding_window=8), "sliding_window is 8, supported: None"),
         ("qwen2", dict(use_sliding_window=True), "use_sliding_window is True"),
     ],

@@ -97,7 +97,7 @@ def test_its_text_is_still_the_language_models(frozen, language):
 def test_what_was_taken_and_what_starts_fresh_is_said(frozen, language):
     log = (frozen / "log.txt").read_text()
     assert f"weights from {language[0]} (llama): blocks.*.txt, embed, head, norm_out" in log
-    assert "weights starts fresh: blocks.*.img.attn.out" in log
+    assert "weights starts fresh: blocks.*.img.attn.k_norm" in log
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
