@@ -75,16 +75,17 @@ def needs(paths: Sequence[str | Path]) -> dict[str, Any]:
 def init_from(model: Transfusion, paths: Sequence[str | Path]) -> Started:
     """Start a trunk from folders: a run, a diffusers SD3 transformer, a causal language model in Hugging Face's format.
 
-    Where several give a tensor, the first one's is taken. A vocabulary that is larger than the source's gets new rows:
-    of the embedding drawn from the normal distribution of the rows that are there, channel by channel; of the head
-    their mean, so that a new token has at most an even share of the probability (Hewitt 2021). Raises ValueError where
-    a config does not fit the trunk's, naming what differs, FileNotFoundError where a folder holds no model. A trunk
-    that is refused is left as it was.
+    Of a tensor that several give a language model's is taken, else the first one's. A vocabulary that is larger than
+    the source's gets new rows: of the embedding drawn from the normal distribution of the rows that are there, channel
+    by channel; of the head their mean, so that a new token has at most an even share of the probability (Hewitt 2021).
+    Raises ValueError where a config does not fit the trunk's, naming what differs, FileNotFoundError where a folder
+    holds no model. A trunk that is refused is left as it was.
     """
     own = model.state_dict()
     taken: dict[str, Tensor] = {}
     by_source: dict[str, list[str]] = {}
-    sources = [_source(Path(path), model.config) for path in paths]
+    paths = sorted(map(Path, paths), key=lambda path: not is_language_model(path))  # never half a language model
+    sources = [_source(path, model.config) for path in paths]
     for source in sources:
         names = sorted(source.tensors.keys() - taken.keys())
         taken |= {name: source.tensors[name] for name in names}
@@ -149,7 +150,8 @@ def _of_mmdit(path: Path, found: MMDiT, config: TransfusionConfig) -> Source:
     out = Source(f"{path} (MMDiT)", {})
     for name, tensor in found.state_dict().items():
         ours = name.replace(".img.", ".all.") if config.weights == "shared" else name
-        text = ".txt." in name and (config.weights == "shared" or (".modulation." in name and config.time != "all"))
+        other = config.weights == "shared" or config.llama is not None
+        text = ".txt." in name and (other or (".modulation." in name and config.time != "all"))
         table = name == "pos_embed" and config.positions != "sincos"
         if text or table or name.startswith(("context_in.", "pooled_in.")):
             out.left.append(name)

@@ -190,7 +190,7 @@ class TransfusionConfig(Settings):
     """Weight of log^2 Z of the logits, which keeps them from drifting."""
     init: str | tuple[str, ...] | None = None
     """Weights to start from: the folder of a run, of a diffusers SD3 transformer, of a language model in Hugging Face's
-    format, or a list of these, where the first gives a tensor that several have."""
+    format, or a list of these; of a tensor that several have, a language model's is taken, else the first one's."""
     freeze_text: bool = False
     """Leave the text's weights as `init` gave them: its stream, embedding and head (LMFusion)."""
 

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from mmdit.config import TransfusionConfig
+from mmdit.config import MMDiTConfig, TransfusionConfig
+from mmdit.files import save
 from mmdit.init_from import init_from, needs
+from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
 from mmdit.weights_io import read_weights, save_weights
 
@@ -97,6 +99,23 @@ def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2"):
         init_from(trunk, [tmp_path])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [1, -1])
+def test_beside_an_mmdit_the_text_is_the_language_models_alone(kind, order, tmp_path):
+    """In whichever order they are named; the patches' side is the MMDiT's."""
+    theirs = language_model(kind, tmp_path / "text")
+    fields = needs([tmp_path / "text"])
+    same = {name: fields[name] for name in ("depth", "num_heads", "head_dim", "mlp_ratio") if name in fields}
+    images = MMDiT(MMDiTConfig(in_channels=3, context_dim=8, pooled_dim=8, **same))
+    save(images, tmp_path / "images")
+    trunk = trunk_of(tmp_path / "text", qk_norm=None)
+    started = init_from(trunk, [tmp_path / "text", tmp_path / "images"][::order])
+    assert started.fresh == []
+    ids, state = torch.arange(4, 30), trunk.state_dict()
+    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(state[name], x) for name, x in images.state_dict().items() if ".img." in name)
 
 
 def test_patches_begin_as_the_text_does_where_their_stream_is_of_the_same_form(kind, tmp_path):
