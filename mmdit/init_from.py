@@ -61,7 +61,7 @@ def needs(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Raises ValueError for a language model that our blocks cannot represent, FileNotFoundError for a path of no model.
     """
-    for path in map(Path, paths):
+    for path in _ordered(paths):
         if is_language_model(path):
             return language_needs(path)
         config = find(path) / "config.json"
@@ -84,8 +84,7 @@ def init_from(model: Transfusion, paths: Sequence[str | Path]) -> Started:
     own = model.state_dict()
     taken: dict[str, Tensor] = {}
     by_source: dict[str, list[str]] = {}
-    paths = sorted(map(Path, paths), key=lambda path: not is_language_model(path))  # never half a language model
-    sources = [_source(path, model.config) for path in paths]
+    sources = [_source(path, model.config) for path in _ordered(paths)]
     for source in sources:
         names = sorted(source.tensors.keys() - taken.keys())
         taken |= {name: source.tensors[name] for name in names}
@@ -114,6 +113,11 @@ def text_parameters(model: Transfusion) -> dict[str, nn.Parameter]:
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
+
+
+def _ordered(paths: Sequence[str | Path]) -> list[Path]:
+    """Language models first, so that none is taken by half."""
+    return sorted(map(Path, paths), key=lambda path: not is_language_model(path))
 
 
 def _source(path: Path, config: TransfusionConfig) -> Source:
