@@ -195,6 +195,8 @@ class TransfusionConfig(Settings):
     """Leave the text's weights as `init` gave them: its stream, embedding and head (LMFusion)."""
 
     def check(self) -> None:
+        if self.init and not self.enabled:
+            raise ConfigError("transfusion.init needs transfusion.enabled = true: an MMDiT starts from nothing")
         if self.freeze_text and (self.weights != "separate" or not self.init):
             raise ConfigError(
                 f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}", and in '

@@ -152,6 +152,8 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(changes, what, language,
 
 
 def test_text_is_frozen_only_where_it_is_given_and_apart(language, tmp_path):
+    with pytest.raises(ConfigError, match="needs transfusion.enabled = true"):
+        config_for(tmp_path, *starting(language[0]), "transfusion.enabled=false")
     with pytest.raises(ConfigError, match="freeze_text needs .* a language model, which is none"):
         config_for(tmp_path, "transfusion.freeze_text=true")
     with pytest.raises(ConfigError, match='"separate", which is "shared"'):
