@@ -145,6 +145,12 @@ class Stream(nn.Module):
         self.attn2 = QKV(dim, num_heads, qk_norm) if dual else None
         self.mlp = None if pre_only else MLP(dim, int(dim * mlp_ratio))
 
+    def read(
+        self, x: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values for the joint attention, each (B, H, S, d)."""
+        return self.attn(modulate(x, mods[0], mods[1]), rotary)
+
     def attend(
         self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
@@ -178,7 +184,7 @@ class JointBlock(nn.ModuleDict):
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
-        qkv = [s.attn(modulate(x, m[0], m[1]), r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
+        qkv = [s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
         heads = attention(q, k, v, mask).split([x.shape[1] for x in xs], dim=1)
         return [

@@ -79,6 +79,30 @@ class MMDiTConfig:
 
 
 @dataclass(frozen=True)
+class LlamaConfig:
+    """What Llama's block has and SD3's has not (`mmdit/llama.py`); width and heads are the trunk's."""
+
+    hidden: int
+    """Hidden width of the MLP."""
+    num_kv_heads: int
+    """Heads of keys and values, each shared by a group of the heads of queries."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2)."""
+    eps: float = 1e-5
+    """Added to the mean square in the norms."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """Llama 3.1's longer context: factor, low_freq_factor, high_freq_factor and original_max_position_embeddings."""
+
+    def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists only
+        if self.hidden < 1 or self.num_kv_heads < 1 or self.eps < 0 or self.rope_theta <= 0:
+            raise ValueError(f"{self}: expected positive numbers")
+
+
+@dataclass(frozen=True)
 class TransfusionConfig:
     """Everything that fixes the tensors and the mathematics of a `Transfusion`.
 
@@ -121,6 +145,9 @@ class TransfusionConfig:
     """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
     codec_width: int = 64
     """Channels of the U-Net at the latent's own size; twice as many at each half."""
+    llama: LlamaConfig | None = None
+    """Llama's block in the place of SD3's, of this shape, for the streams that no time modulates; there mlp_ratio and
+    qk_norm say nothing, and rotary positions are Llama's."""
     max_tokens: int = 4096
     """Most tokens of one document, patches counted."""
     pad: int = 0
@@ -161,7 +188,9 @@ class TransfusionConfig:
                 f"pad {self.pad}, eos {self.eos}, boi {self.boi}, eoi {self.eoi} and sizes {self.sizes}: expected "
                 f"tokens of the vocabulary of {self.vocab_size}, no two the same"
             )
-        if self.positions != "sincos" and self.head_dim % 8:
+        if self.llama is not None:
+            self._check_llama()
+        elif self.positions != "sincos" and self.head_dim % 8:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions of text and image need a multiple of 8")
         if self.positions != "rope" and self.width % 4:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
@@ -169,6 +198,21 @@ class TransfusionConfig:
             raise ValueError(f"patch_size is {self.patch_size}, a U-Net halves to patches of 2, 4, 8, ...")
         if self.codec_width < 4 or self.codec_width % 4 or (self.codec_width > 128 and self.codec_width % 32):
             raise ValueError(f"codec_width is {self.codec_width}, expected a multiple of 4, above 128 of 32")
+
+    def _check_llama(self) -> None:
+        if not isinstance(self.llama, LlamaConfig):  # from JSON
+            object.__setattr__(self, "llama", LlamaConfig(**self.llama))  # type: ignore[arg-type]
+        assert self.llama is not None
+        if self.time == "all" or (self.time == "image" and self.weights == "shared"):
+            raise ValueError(
+                f'weights = "{self.weights}" with time = "{self.time}" modulates all streams, and llama is for those '
+                'that nothing modulates: take weights = "separate" or time = "added"'
+            )
+        if self.num_heads % self.llama.num_kv_heads or self.head_dim % 2 or self.positions == "sincos":
+            raise ValueError(
+                'llama needs positions = "rope" or "both", an even head_dim and num_heads that llama.num_kv_heads divides, '
+                f"not {self.positions!r}, {self.head_dim}, {self.num_heads} and {self.llama.num_kv_heads}"
+            )
 
     @property
     def width(self) -> int:

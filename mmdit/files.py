@@ -25,17 +25,21 @@ from mmdit.weights_io import (
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def find(path: str | Path) -> Path:
+    """Where a trunk's config.json is: in a run folder, or in this one. Raises FileNotFoundError where there is none."""
+    root = Path(path)
+    for folder in (root / "pipeline" / "transformer", root / "transformer", root):
+        if (folder / "config.json").exists():
+            return folder
+    raise FileNotFoundError(f"{root} holds no model: expected a run folder, or a folder with config.json")
+
+
 def load(path: str | Path) -> MMDiT | Transfusion:
     """The trunk in a run folder, in a folder that `save` wrote, or in a diffusers transformer folder, on the CPU.
 
     Raises FileNotFoundError where there is none, ValueError where the weights do not fit the config.
     """
-    root = Path(path)
-    for folder in (root / "pipeline" / "transformer", root / "transformer", root):
-        if (folder / "config.json").exists():
-            break
-    else:
-        raise FileNotFoundError(f"{root} holds no model: expected a run folder, or a folder with config.json")
+    folder = find(path)
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("_class_name") == "SD3Transformer2DModel":
         shape = config_from_diffusers(config)

@@ -23,6 +23,7 @@ from mmdit.cache import Cache, Reading
 from mmdit.codecs import CODECS, Skips
 from mmdit.config import TransfusionConfig
 from mmdit.embeddings import TimeEmbedding, crop_positions, position_table, rotary_mixed
+from mmdit.llama import LlamaStream, rotary_llama
 from mmdit.sequences import Layout, MixedBatch, Part, pack
 
 
@@ -73,7 +74,7 @@ class Transfusion(nn.Module):
         self.patch_in = patch_in(config)
         self.time_in = TimeEmbedding(dim)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
-        self.norm_out = nn.LayerNorm(dim, eps=EPS)
+        self.norm_out = nn.LayerNorm(dim, eps=EPS) if config.llama is None else nn.RMSNorm(dim, eps=config.llama.eps)
         self.modulation_out = Modulation(dim, 2)
         self.patch_out = patch_out(config)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
@@ -85,11 +86,15 @@ class Transfusion(nn.Module):
 
     def _block(self) -> JointBlock:
         c = self.config
-        shape = (c.width, c.num_heads, c.mlp_ratio, c.qk_norm)
+
+        def stream(modulated: bool) -> nn.Module:
+            if c.llama is not None and not modulated:
+                return LlamaStream(c.width, c.num_heads, c.llama)
+            return Stream(c.width, c.num_heads, c.mlp_ratio, c.qk_norm, modulated=modulated)
+
         if c.weights == "shared":
-            return JointBlock({"all": Stream(*shape, modulated=c.time != "added")})
-        img = Stream(*shape, modulated=c.time != "added")
-        return JointBlock({"img": img, "txt": Stream(*shape, modulated=c.time == "all")})
+            return JointBlock({"all": stream(c.time != "added")})
+        return JointBlock({"img": stream(c.time != "added"), "txt": stream(c.time == "all")})
 
     def init_weights(self) -> None:
         """As the MMDiT's; words and the head are small too."""
@@ -136,7 +141,7 @@ class Transfusion(nn.Module):
             img = img + time[span]
         txt = self.embed(batch.ids)
         conditions = self._conditions(batch, span, F.silu(time))
-        rotary = rotary_mixed(layout.coordinates, c.head_dim) if c.positions != "sincos" else None
+        rotary = self._rotary(layout.coordinates) if c.positions != "sincos" else None
         self._check_length(layout, past)
         if past is not None:
             masks: Sequence[Mask] = past.attending(layout.attending(c.attention), layout)
@@ -177,6 +182,11 @@ class Transfusion(nn.Module):
         if c.weights == "shared":
             return [PerToken(silu_c, torch.cat([span, text]))]
         return [PerToken(silu_c, span), PerToken(silu_c, text) if c.time == "all" else None]
+
+    def _rotary(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.llama is not None:
+            return rotary_llama(coordinates, self.config.head_dim, self.config.llama)
+        return rotary_mixed(coordinates, self.config.head_dim)
 
     def _patches(self, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor) -> tuple[Tensor, list[Skips]]:
         """Tokens (N, D) of all images in order, and what each group of one size keeps for `_velocities`."""

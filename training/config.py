@@ -204,6 +204,11 @@ class TransfusionConfig(Settings):
     """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
     text_length: Annotated[int, Range(2, 4096)] = 256
     """Tokens of such a document, the end counted; longer ones are cut into pieces."""
+    init: str | tuple[str, ...] | None = None
+    """Weights to start from: the folder of a run, of a diffusers SD3 transformer, of a language model in Hugging Face's
+    format, or a list of these; of a tensor that several have, a language model's is taken, else the first one's."""
+    freeze_text: bool = False
+    """Leave the text's weights as `init` gave them: its stream, embedding and head (LMFusion)."""
 
     def check(self) -> None:
         if self.text == "":
@@ -213,6 +218,18 @@ class TransfusionConfig(Settings):
                 f"transfusion.text is {self.text or 'none'} and transfusion.text_fraction {self.text_fraction:g}: "
                 "text alone needs both, a file and a share of the batch above 0"
             )
+        if self.init and not self.enabled:
+            raise ConfigError("transfusion.init needs transfusion.enabled = true: an MMDiT starts from nothing")
+        if self.freeze_text and (self.weights != "separate" or not self.init):
+            raise ConfigError(
+                f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}", and in '
+                f"transfusion.init a language model, which is {self.init or 'none'}"
+            )
+
+    @property
+    def init_paths(self) -> tuple[str, ...]:
+        """The folders that `init` names."""
+        return (self.init,) if isinstance(self.init, str) else self.init or ()
 
 
 @dataclass(frozen=True)

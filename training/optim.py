@@ -141,7 +141,9 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], fl
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten
-    fast.
+    fast. Frozen parameters are left alone.
     """
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - d)
+    pairs = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    averages, weights = zip(*pairs, strict=True)
+    torch._foreach_lerp_(averages, weights, 1 - d)

@@ -15,12 +15,15 @@ import torch
 
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
-from mmdit.config import MMDiTConfig
+from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.files import find
+from mmdit.init_from import init_from, needs, text_parameters
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from mmdit.weights_io import read_config
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
@@ -93,9 +96,13 @@ def build_model(
         tokenizer = make_tokenizer(config, chain((source.caption(i) for i in range(len(source))), corpus or ()))
     patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
-    model = (_transfusion if config.transfusion.enabled else _mmdit)(
-        config, text, tokenizer, autoencoder, height, width
-    )
+    model: CaptionedMMDiT | CaptionedTransfusion
+    if config.transfusion.enabled:
+        model = _transfusion(config, text, tokenizer, autoencoder, (height, width), _llama(config, run, resumed))
+    else:
+        model = _mmdit(config, text, tokenizer, autoencoder, height, width)
+    if isinstance(model, CaptionedTransfusion):
+        _start(config, run, model.transformer, resumed)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     run.log(
         f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
@@ -136,7 +143,12 @@ def _mmdit(
 
 
 def _transfusion(
-    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
+    config: TrainConfig,
+    text: TextConfig,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder,
+    size: tuple[int, int],
+    llama: LlamaConfig | None,
 ) -> CaptionedTransfusion:
     model, mixed = config.model, config.transfusion
     own = ("weights", "time", "attention", "codec", "codec_width", "size_tokens", "max_tokens")
@@ -144,14 +156,51 @@ def _transfusion(
     shape = mmdit.config.TransfusionConfig(
         vocab_size=text.vocab_size,
         in_channels=autoencoder.channels,
-        sample_size=max(model.patch_size, round((height * width) ** 0.5)),
-        pos_embed_max_size=max(model.pos_embed_max_size, height // model.patch_size, width // model.patch_size),
+        sample_size=max(model.patch_size, round((size[0] * size[1]) ** 0.5)),
+        pos_embed_max_size=max(model.pos_embed_max_size, *(side // model.patch_size for side in size)),
         **{name: getattr(mixed, name) for name in own},
         first_size=tokenizer.sizes.start,
         **dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True)),  # type: ignore[arg-type]
+        llama=llama,
         **{name: getattr(model, name) for name in names},
     )
     return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))
+
+
+def _llama(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
+    """The form of the streams of text, which follows from what the run starts from; a resumed run has it written."""
+    if resumed:
+        return read_config(mmdit.config.TransfusionConfig, find(run.path) / "config.json").llama
+    paths = config.transfusion.init_paths
+    wanted, model = needs(paths), config.model
+    wrong = [
+        f"model.{name}={'none' if value is None else value}"
+        for name, value in wanted.items()
+        if name in model.__dataclass_fields__ and getattr(model, name) != value
+    ]
+    if config.text.vocab_size < wanted.get("vocab_size", 0):
+        wrong.append(f"text.vocab_size={wanted['vocab_size']}")
+    if wrong:
+        raise ConfigError(f"to start from {' and '.join(paths)} set {' '.join(wrong)}")
+    return wanted.get("llama")
+
+
+def _start(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
+    """Weights that are there already, but where the run has its own; and none to learn for text that is frozen."""
+    mixed = config.transfusion
+    if mixed.init_paths and not resumed:
+        started = init_from(trunk, mixed.init_paths)
+        for line in started.lines:
+            run.log(f"weights {line}")
+        own = sorted(text_parameters(trunk).keys() & set(started.fresh)) if mixed.freeze_text else []
+        if own:
+            raise ConfigError(
+                f"transfusion.freeze_text is set, but {' and '.join(mixed.init_paths)} did not give, {own[0]} for one, "
+                "what is to be frozen: name a language model in transfusion.init"
+            )
+    if mixed.freeze_text:
+        for parameter in text_parameters(trunk).values():
+            parameter.requires_grad_(False)
 
 
 def open_feeds(

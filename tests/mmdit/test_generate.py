@@ -6,18 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmdit.config import TransfusionConfig
+from mmdit.config import LlamaConfig, TransfusionConfig
 from mmdit.generate import ImageSampling, TextSampling, generate
 from mmdit.sequences import BOI, EOI, pack
 from mmdit.transfusion import Transfusion
 
 PAD, EOS = 0, 1
 TINY = TransfusionConfig(vocab_size=24, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16)
+LLAMA = LlamaConfig(hidden=40, num_kv_heads=1, qkv_bias=True)
 SETTINGS = {
     "shared, added": TINY,
     "shared, image": replace(TINY, time="image"),
     "separate, image": replace(TINY, weights="separate", time="image"),
     "unet": replace(TINY, codec="unet", codec_width=8),
+    "llama, added": replace(TINY, llama=LLAMA),
+    "llama, image": replace(TINY, weights="separate", time="image", llama=LLAMA),
     "no qk-norm, causal": replace(TINY, qk_norm=None, attention="causal"),
 }
 SMALL = ImageSampling(size=(4, 4), num_steps=3, guidance=2.0)

@@ -7,17 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmdit.config import MMDiTConfig, TransfusionConfig, preset
+from mmdit.config import LlamaConfig, MMDiTConfig, TransfusionConfig, preset
 from mmdit.model import MMDiT
 from mmdit.sequences import pack, sees
 from mmdit.transfusion import Transfusion
 
 TINY = TransfusionConfig(vocab_size=40, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16, sample_size=8)
+LLAMA = LlamaConfig(hidden=40, num_kv_heads=1)
 SETTINGS = {
     "shared, added": TINY,
     "shared, image": replace(TINY, time="image"),
     "separate, added": replace(TINY, weights="separate"),
     "separate, image": replace(TINY, weights="separate", time="image"),
+    "llama, shared": replace(TINY, llama=LLAMA),
+    "llama, separate": replace(TINY, weights="separate", llama=LLAMA),
+    "llama, image": replace(TINY, weights="separate", time="image", llama=LLAMA),
     "causal": replace(TINY, attention="causal"),
     "table": replace(TINY, positions="sincos"),
     "unet": replace(TINY, codec="unet", codec_width=8),
@@ -233,6 +237,11 @@ def test_sd3s_setting_wants_one_image_a_document():
         (dict(head_dim=12), "multiple of 8"),
         (dict(vocab_size=3), "at least 5"),
         (dict(depth=0), "depth is 0"),
+        (dict(llama=LLAMA, time="image"), 'weights = "separate" or time = "added"'),
+        (dict(llama=LLAMA, weights="separate", time="all"), "nothing modulates"),
+        (dict(llama=LlamaConfig(40, 3)), "not 'rope', 16, 2 and 3"),
+        (dict(llama=LLAMA, positions="sincos"), "not 'sincos', 16, 2 and 1"),
+        (dict(llama=dict(hidden=0, num_kv_heads=1)), "expected positive numbers"),
     ],
 )
 def test_bad_configs_are_refused(change, what):

@@ -717,6 +717,8 @@ ELSEWHERE = {
     **{f"transfusion.{name}": "test_a_setting_of_transfusion_changes_what_it_should" for name in MIXED},
     **{f"transfusion.{name}": "test_text_alone_is_learnt_beside" for name in ("text", "text_fraction", "text_length")},
     "transfusion.enabled": "test_text_and_images_in_one_trunk",
+    "transfusion.init": "tests/training/test_setup.py",
+    "transfusion.freeze_text": "tests/training/test_setup.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.device": "test_the_device_is_the_one_asked_for",
 }
