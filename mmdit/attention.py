@@ -57,7 +57,7 @@ class Blocks:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, S, d) to (B, S, H*d)."""
-        return _flex()(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
+        return _flex(q.device.type)(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
 
 
 class Mask(Protocol):
@@ -102,22 +102,27 @@ def current_backend() -> str:
 
 def attention_backends(device: torch.device | str = "cpu") -> list[str]:
     """Names of the kernels that can run on a device."""
-    return [name for name in _KERNELS if why_not(name, device) is None]
+    return [name for name in _KERNELS if _obstacle(name, torch.device(device).type) is None]
 
 
 def why_not(name: str, device: torch.device | str) -> str | None:
     """Why a kernel cannot run on a device, and what can; None where it can."""
-    kind, reason = torch.device(device).type, None
-    if name in ("varlen", "xformers") and kind != "cuda":
-        reason = f"it needs a CUDA device, this is {kind}"
-    elif name == "xformers" and importlib.util.find_spec("xformers") is None:
-        reason = "xformers is not installed (pip install 'mmdit[xformers]')"
-    elif name == "flex" and kind == "cpu" and torch.is_grad_enabled():
-        reason = "FlexAttention has no backward pass on a CPU (under torch.no_grad it runs)"
+    reason = _obstacle(name, torch.device(device).type)
     if reason is None:
         return None
-    others = [other for other in _KERNELS if why_not(other, device) is None]
-    return f"attention backend {name!r} cannot run here: {reason}; here there are {', '.join(others)}"
+    return (
+        f"attention backend {name!r} cannot run here: {reason}; here there are {', '.join(attention_backends(device))}"
+    )
+
+
+def _obstacle(name: str, kind: str) -> str | None:
+    if name in ("varlen", "xformers") and kind != "cuda":
+        return f"it needs a CUDA device, this is {kind}"
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed (pip install 'mmdit[xformers]')"
+    if name == "flex" and kind == "cpu" and torch.is_grad_enabled():
+        return "FlexAttention has no backward pass on a CPU (under torch.no_grad it runs)"
+    return None
 
 
 # --- kernels: q (B, H, S, d), k and v (B, H, T, d), a boolean mask or None, to (B, H, S, d) ---------------------------
@@ -134,7 +139,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return _flex()(q, k, v)
+        return _flex(q.device.type)(q, k, v)
     from torch.nn.attention.flex_attention import create_block_mask
 
     (batch, _, queries, _), keys = q.shape, k.shape[-2]
@@ -145,15 +150,15 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return full[b, h if heads > 1 else 0, query, key]
 
     blocks = create_block_mask(sees, batch, heads if heads > 1 else None, queries, keys, device=str(q.device))
-    return _flex()(q, k, v, block_mask=blocks)
+    return _flex(q.device.type)(q, k, v, block_mask=blocks)
 
 
 @cache
-def _flex() -> Callable[..., Any]:
-    """FlexAttention, compiled: otherwise it would write out all scores."""
+def _flex(kind: str) -> Callable[..., Any]:
+    """FlexAttention, on CUDA compiled: otherwise it writes out all scores, which on a CPU is as well."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True) if kind == "cuda" else flex_attention
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

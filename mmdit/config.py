@@ -210,8 +210,8 @@ class TransfusionConfig:
             )
         if self.num_heads % self.llama.num_kv_heads or self.head_dim % 2 or self.positions == "sincos":
             raise ValueError(
-                'llama needs positions = "rope" or "both", an even head_dim and num_heads that llama.num_kv_heads divides, '
-                f"not {self.positions!r}, {self.head_dim}, {self.num_heads} and {self.llama.num_kv_heads}"
+                'llama needs positions = "rope" or "both", an even head_dim and num_heads that llama.num_kv_heads '
+                f"divides, not {self.positions!r}, {self.head_dim}, {self.num_heads} and {self.llama.num_kv_heads}"
             )
 
     @property

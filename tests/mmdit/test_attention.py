@@ -33,7 +33,7 @@ def test_the_formula_of_short_sequences_is_torchs(mask):
     torch.testing.assert_close(attention(*long), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @torch.no_grad()
 def test_flex_gives_the_same():
     q, k, v = qkv()
@@ -43,7 +43,7 @@ def test_flex_gives_the_same():
         torch.testing.assert_close(out, attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @torch.no_grad()
 def test_flex_computes_the_trunks():
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def test_in_sd3s_setting_an_mmdit_comes_over_whole(layout, tmp_path):
 def test_the_image_side_of_an_mmdit_comes_over_and_the_rest_is_named(weights, tmp_path):
     theirs = random(MMDiT(SD3))
     save(theirs, tmp_path)
-    ours = Transfusion(replace(TRUNK, weights=weights))
+    ours = Transfusion(replace(TRUNK, weights=weights, positions="rope"))
     started = init_from(ours, [tmp_path])
     stream = "img" if weights == "separate" else "all"
     state = ours.state_dict()
@@ -64,6 +64,9 @@ def test_the_image_side_of_an_mmdit_comes_over_and_the_rest_is_named(weights, tm
     assert "left behind: pos_embed, context_in, pooled_in.fc1, pooled_in.fc2, blocks.*.txt.modulation" in taken
     assert f"(MMDiT): blocks.*.{stream}" in taken
     assert "embed" in fresh and "img" not in fresh and "patch_in" not in fresh
+    placed = Transfusion(replace(TRUNK, weights=weights, positions="both", pos_embed_max_size=SD3.pos_embed_max_size))
+    init_from(placed, [tmp_path])
+    assert torch.equal(placed.pos_embed, theirs.pos_embed)
 
 
 def test_another_trunk_comes_over_whole_with_more_tokens(tmp_path):

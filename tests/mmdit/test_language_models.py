@@ -95,7 +95,7 @@ def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
     trunk = trunk_of(tmp_path)
     init_from(trunk, [tmp_path])
     ids = torch.arange(4, 12)
-    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=2e-5)
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2"):
         init_from(trunk, [tmp_path])
@@ -114,7 +114,7 @@ def test_beside_an_mmdit_the_text_is_the_language_models_alone(kind, order, tmp_
     started = init_from(trunk, [tmp_path / "text", tmp_path / "images"][::order])
     assert started.fresh == []
     ids, state = torch.arange(4, 30), trunk.state_dict()
-    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=2e-5)
     assert all(torch.equal(state[name], x) for name, x in images.state_dict().items() if ".img." in name)
 
 

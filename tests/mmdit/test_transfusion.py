@@ -239,7 +239,7 @@ def test_sd3s_setting_wants_one_image_a_document():
         (dict(depth=0), "depth is 0"),
         (dict(llama=LLAMA, time="image"), 'weights = "separate" or time = "added"'),
         (dict(llama=LLAMA, weights="separate", time="all"), "nothing modulates"),
-        (dict(llama=LlamaConfig(40, 3)), "not 'rope', 16, 2 and 3"),
+        (dict(llama=LlamaConfig(40, 3)), "not 'both', 16, 2 and 3"),
         (dict(llama=LLAMA, positions="sincos"), "not 'sincos', 16, 2 and 1"),
         (dict(llama=dict(hidden=0, num_kv_heads=1)), "expected positive numbers"),
     ],
