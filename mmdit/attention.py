@@ -158,7 +158,8 @@ def _flex(kind: str) -> Callable[..., Any]:
     """FlexAttention, on CUDA compiled: otherwise it writes out all scores, which on a CPU is as well."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if kind == "cuda" else flex_attention
+    flex: Any = flex_attention
+    return torch.compile(flex, dynamic=True) if kind == "cuda" else flex  # type: ignore[no-any-return]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

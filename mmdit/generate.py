@@ -222,7 +222,7 @@ class _Writer:
 
     def _chosen_size(self, i: int, rows: int | None) -> tuple[int, int]:
         """The size that the model writes in two tokens, of which the first may have been drawn."""
-        opening, patch = torch.tensor(self.config.opening), self.config.patch_size
+        opening, one, patch = torch.tensor(self.config.opening), self.config.first_size, self.config.patch_size
 
         def drawn(logits: Tensor) -> int:
             return int(opening[self.text.draw(logits[None, opening.to(logits.device)], [self.generators[i]])[0].cpu()])
@@ -232,7 +232,7 @@ class _Writer:
         batch = MixedBatch(ids, torch.zeros_like(ids), (), self.config.boi, self.config.eoi)
         states = self.model(batch, None, self.cache.reading([i])).states  # read again with its image, so not kept
         columns = drawn(self.model.head(states[-1]))
-        return (rows - opening[0].item() + 1) * patch, (columns - opening[0].item() + 1) * patch
+        return (rows - one + 1) * patch, (columns - one + 1) * patch
 
     def _denoised(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
         how, generators, like = self.image, [self.generators[i] for i in rows], self.model.head.weight

@@ -185,28 +185,34 @@ def test_evaluate_prints_every_number(monkeypatch):
 
 
 def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
+    from mmdit.generate import Written
     from mmdit.text_and_images import TransfusionPipeline
 
     asked = []
     picture = Image.new("RGB", (8, 8), "red")
     pipe = TransfusionPipeline.__new__(TransfusionPipeline)
+
+    def generate(prompts, seed, told, **how):
+        asked.append((prompts, seed, how))
+        for part in ("two ", "words", picture, picture, "and more"):
+            told(0, part)
+        return [Written(["two words", picture, picture, "and more"], "length")]
+
     monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
-    monkeypatch.setattr(
-        TransfusionPipeline, "generate", lambda self, *a, **k: asked.append((a, k)) or [["two words", picture, picture]]
-    )
+    pipe.generate, pipe.image_sampling = generate, lambda **how: how
     picture.save(tmp_path / "given.png")
-    words = ("--top-k", "5", "--temperature", "0.5", "--max-images", "2", "--seed", "3", "--draw")
+    words = ("--top-k", "5", "--temperature", "0.5", "--max-images", "2", "--seed", "3", "--draw", "--size", "16x8")
     result = run("generate", "r", tmp_path / "given.png", "and then", *words, "--out", tmp_path / "o.png")
     assert result.exit_code == 0, result.stderr
-    assert (
-        result.stdout.splitlines()[0] == "two words"
-        and (tmp_path / "o-0.png").exists()
-        and (tmp_path / "o-1.png").exists()
-    )
-    [(([prompt], seed), options)] = asked
+    said = result.stdout.splitlines()
+    assert said[0] == "two words" and "o-0.png" in said[1] and "o-1.png" in said[2] and said[3] == "and more"
+    assert said[4].startswith("stopped at a limit, not at an end: 64 tokens")
+    assert (tmp_path / "o-0.png").exists() and (tmp_path / "o-1.png").exists()
+    [([prompt], seed, options)] = asked
     assert prompt[0].size == (8, 8) and prompt[1] == "and then" and seed == 3
     assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
     assert options["max_images"] == 2 and options["max_tokens"] == 64
+    assert options["image"]["height"] == 16 and options["image"]["width"] == 8 and options["image"]["free"]
 
 
 def test_generate_wants_a_model_of_both(pipe):

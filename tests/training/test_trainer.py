@@ -709,6 +709,8 @@ MIXED = {
     "caption_first": "0",
     "image_first_cap": "1",
     "z_loss": "0.1",
+    "codec": "unet",
+    "size_tokens": "4",
 }
 
 ELSEWHERE = {
@@ -717,6 +719,9 @@ ELSEWHERE = {
     **{f"transfusion.{name}": "test_a_setting_of_transfusion_changes_what_it_should" for name in MIXED},
     **{f"transfusion.{name}": "test_text_alone_is_learnt_beside" for name in ("text", "text_fraction", "text_length")},
     "transfusion.enabled": "test_text_and_images_in_one_trunk",
+    "transfusion.codec_width": "test_the_u_net_is_as_wide_as_asked",
+    "transfusion.max_tokens": "test_what_cannot_run_leaves_the_name_free",
+    "training.attention": "test_what_cannot_run_leaves_the_name_free",
     "transfusion.init": "tests/training/test_setup.py",
     "transfusion.freeze_text": "tests/training/test_setup.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
@@ -781,7 +786,7 @@ def test_text_and_images_in_one_trunk(mixed, tmp_path):
     [picture] = pipe(["a red circle"])
     assert picture.size == (32, 32)
     [written] = pipe.generate([[picture]], max_tokens=3, max_images=0)
-    assert all(isinstance(text, str) for text in written)
+    assert all(isinstance(text, str) for text in written.parts)
     with pytest.raises(ValueError, match="was trained with another transfusion"):
         training.resume(part, ["transfusion.weights=separate"])
 
@@ -790,6 +795,27 @@ def test_text_and_images_in_one_trunk(mixed, tmp_path):
 def test_a_setting_of_transfusion_changes_what_it_should(name, mixed, tmp_path):
     run = training.train(config_for(tmp_path / "run", *TRANSFUSION, f"transfusion.{name}={MIXED[name]}"))
     assert metrics(run, "loss") != metrics(mixed, "loss")
+
+
+def test_the_u_net_is_as_wide_as_asked(tmp_path):
+    settings = (*TRANSFUSION, "transfusion.codec=unet", "transfusion.codec_width=8", "training.num_steps=1")
+    run = training.train(config_for(tmp_path / "run", *settings))
+    trunk = mmdit.load(run)
+    assert trunk.patch_in.conv.out_channels == 8 and trunk.config.codec_width == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ([*TRANSFUSION, "transfusion.max_tokens=9"], "longer than the model's limit of 9"),
+        (["training.attention=varlen"], "needs a CUDA device, this is cpu; here there are sdpa"),
+        (["training.attention=flex"], "no backward pass on a CPU"),
+    ],
+)
+def test_what_cannot_run_leaves_the_name_free(tmp_path, changes, what):
+    with pytest.raises(ValueError, match=what):
+        training.train(config_for(tmp_path / "run", *changes))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -915,7 +941,7 @@ def test_a_run_with_another_tokenizer_holds_all_of_it(material, tmp_path):
     config = pipe.model.transformer.config
     assert (config.pad, config.eos, config.vocab_size) == (0, 1, 400) and {config.boi, config.eoi} == {280, 281}
     [picture] = pipe(["a red circle"])
-    assert all(isinstance(text, str) for text in pipe.generate([[picture]], max_tokens=3, max_images=0)[0])
+    assert all(isinstance(text, str) for text in pipe.generate([[picture]], max_tokens=3, max_images=0)[0].parts)
 
 
 @pytest.mark.parametrize(
