@@ -57,7 +57,7 @@ _TXT = {
 }
 
 
-def _names(config: MMDiTConfig) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+def layer_names(config: MMDiTConfig) -> Iterator[tuple[str, str | tuple[str, ...]]]:
     """Every layer's name here and in diffusers; layers that the config does not have are among them."""
     yield from _TOP.items()
     for i in range(config.depth):
@@ -85,7 +85,7 @@ def from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str
     known = {"pos_embed.pos_embed"}
     if "pos_embed.pos_embed" in state:
         out["pos_embed"] = state["pos_embed.pos_embed"]
-    for ours, theirs in _names(config):
+    for ours, theirs in layer_names(config):
         for leaf in ("weight", "bias"):
             parts = [f"{name}.{leaf}" for name in ([theirs] if isinstance(theirs, str) else theirs)]
             known.update(parts)
@@ -109,7 +109,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, 
             f"diffusers' SD3Transformer2DModel knows sincos positions only, this model has {config.positions}"
         )
     out = {"pos_embed.pos_embed": state["pos_embed"]}
-    for ours, theirs in _names(config):
+    for ours, theirs in layer_names(config):
         for leaf in ("weight", "bias"):
             if f"{ours}.{leaf}" not in state:
                 continue

@@ -1,0 +1,172 @@
+"""Low-rank adapters for fine-tuning (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft, in files that diffusers' SD3
+pipeline reads and writes.
+
+    W + (alpha / rank) B A        A (rank, in), B (out, rank); B starts at zero
+
+Only A and B are trained. Queries, keys and values are one matrix here and three there: ours share one A; three of
+theirs become one of three times the rank, with B in blocks, which is the same function.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mmdit.formats import layer_names
+from mmdit.model import MMDiT
+from mmdit.weights_io import read_weights, save_weights
+
+TARGETS = {"attention": "qkv|out", "all": "qkv|out|fc1|fc2"}
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, targets: Literal["attention", "all"] = "attention"
+) -> None:
+    """Put adapters beside the matrices of a trunk's blocks, and freeze all else.
+
+    alpha None: as rank, a scale of 1. Raises ValueError for a rank below 1, and where peft is not installed.
+    """
+    if rank < 1 or targets not in TARGETS:
+        raise ValueError(f"rank is {rank} and targets {targets!r}: expected at least 1, and one of {tuple(TARGETS)}")
+    _inject(model, rf"blocks\.\d+\..*\.({TARGETS[targets]})", rank, alpha or rank, {})
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that have an adapter, by the name of the layer that they stand in for."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            yield name, module
+
+
+def lora_pairs(model: nn.Module) -> Pairs:
+    """A and B of each adapted layer, on the CPU, with the scale in B."""
+    return {
+        name: (
+            layer.lora_A["default"].weight.detach().cpu(),
+            layer.scaling["default"] * layer.lora_B["default"].weight.detach().cpu(),
+        )
+        for name, layer in lora_layers(model)
+    }
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the weights that they stand beside, and take them away."""
+    for name, layer in list(lora_layers(model)):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.requires_grad_(True)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it would be after `merge_lora`; the model stays as it is."""
+    pairs = lora_pairs(model)
+    state = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, (a, b) in pairs.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = weight + (b @ a).to(weight)
+    return state
+
+
+def save_lora(model: MMDiT, path: str | Path) -> None:
+    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError for a model without any."""
+    pairs = lora_pairs(model)
+    if not pairs:
+        raise ValueError("the model has no adapters: add_lora first")
+    names, out = dict(layer_names(model.config)), {}
+    for name, (a, b) in pairs.items():
+        theirs = [names[name]] if isinstance(names[name], str) else list(names[name])
+        for key, part in zip(theirs, b.chunk(len(theirs)), strict=True):
+            out[f"transformer.{key}.lora_A.weight"] = a.clone()
+            out[f"transformer.{key}.lora_B.weight"] = part
+    save_weights(out, Path(path), {"format": "pt"})
+
+
+def load_lora(model: MMDiT, path: str | Path) -> None:
+    """Put the adapters of a file beside a trunk's weights, in diffusers' layout, and freeze all else.
+
+    Raises ValueError, and leaves the model as it was, where a layer or a shape is not the trunk's.
+    """
+    pairs = _fused(_read(Path(path)), model, str(path))
+    ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    pattern = "|".join(name.replace(".", r"\.") for name in pairs)
+    _inject(model, f"({pattern})", max(ranks.values()), max(ranks.values()), ranks)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            a, b = pairs[name]
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+
+
+def _inject(model: nn.Module, target: str, rank: int, alpha: float, ranks: Mapping[str, int]) -> None:
+    if find_spec("peft") is None:
+        raise ValueError("LoRA needs peft: pip install 'mmdit[lora]'")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model has adapters already: merge_lora first")
+    given = {f"^{name}$": value for name, value in ranks.items()}
+    scale: Any = alpha  # any number works
+    config = LoraConfig(
+        r=rank, lora_alpha=scale, target_modules=target, rank_pattern=dict(given), alpha_pattern=dict(given)
+    )
+    inject_adapter_in_model(config, model)
+
+
+def _read(path: Path) -> Pairs:
+    """A and B by diffusers' name of the layer; the scale, where the file has alphas, in B."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in read_weights(path).items()}
+    pairs, scale = Pairs(), _scale(path)
+    for name in [name for name in state if name.endswith(".lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        if f"{layer}.lora_B.weight" not in state:
+            raise ValueError(f"{path} has lora_A but no lora_B of {layer}")
+        a, b = state.pop(name), state.pop(f"{layer}.lora_B.weight")
+        alpha = state.pop(f"{layer}.alpha", None)
+        pairs[layer] = a, b * (scale if alpha is None else alpha / len(a))
+    if state or not pairs:
+        found = f"{len(state)} tensors are no LoRA: {', '.join(sorted(state)[:3])}" if state else "it has no lora_A"
+        raise ValueError(f"{path} is no LoRA file in diffusers' layout: {found}")
+    return pairs
+
+
+def _scale(path: Path) -> float:
+    """alpha / rank, where the file says so as diffusers does."""
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    found = {name.removeprefix("transformer."): value for name, value in about.items()}
+    if found.get("rank_pattern") or found.get("alpha_pattern") or found.get("use_dora") or found.get("use_rslora"):
+        raise ValueError(f"{path} has ranks or scales by layer, DoRA or rank-stabilised scales, which are not read")
+    return float(found["lora_alpha"] / found["r"]) if {"r", "lora_alpha"} <= found.keys() else 1.0
+
+
+def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:
+    """By our names, queries, keys and values in one. Raises ValueError for layers and shapes that the model lacks."""
+    pairs: Pairs = {}
+    for ours, names in layer_names(model.config):
+        parts = [names] if isinstance(names, str) else list(names)
+        if not any(part in theirs for part in parts):
+            continue
+        layer = dict(model.named_modules()).get(ours)
+        if not isinstance(layer, nn.Linear):
+            break
+        out = layer.out_features // len(parts)
+        empty = (torch.zeros(0, layer.in_features), torch.zeros(out, 0))
+        found = [theirs.pop(part, empty) for part in parts]
+        if any(a.shape[1] != layer.in_features or b.shape[0] != out or len(a) != b.shape[1] for a, b in found):
+            shapes = ", ".join(f"{tuple(a.shape)} {tuple(b.shape)}" for a, b in found)
+            raise ValueError(f"{source} does not fit the model: {ours} is {tuple(layer.weight.shape)}, there {shapes}")
+        pairs[ours] = torch.cat([a for a, _ in found]), torch.block_diag(*(b for _, b in found))
+    if theirs:
+        raise ValueError(f"{source} does not fit the model, which has no {', '.join(sorted(theirs)[:3])}")
+    return pairs

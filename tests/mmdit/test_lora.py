@@ -1,0 +1,146 @@
+"""LoRA: the same function as diffusers' adapters both ways, merged as beside, and nothing trained but A and B."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("peft")
+
+from mmdit.config import MMDiTConfig
+from mmdit.formats import config_to_diffusers, to_diffusers
+from mmdit.lora import add_lora, load_lora, lora_pairs, merge_lora, plain_state, save_lora
+from mmdit.model import MMDiT
+from mmdit.weights_io import save_weights
+
+SHAPE = dict(in_channels=4, num_heads=2, head_dim=8, context_dim=8, pooled_dim=8, sample_size=8, pos_embed_max_size=8)
+CONFIG = MMDiTConfig(depth=2, qk_norm="rms_norm", dual_attention_layers=(0,), **SHAPE)
+
+
+def alive(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model = MMDiT(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(9)
+    shapes = (2, 4, 8, 8), (2, 5, 8), (2, 8)
+    x, context, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, torch.tensor([0.2, 0.7]), context, pooled
+
+
+def theirs(model):
+    from diffusers import SD3Transformer2DModel
+
+    other = SD3Transformer2DModel(**config_to_diffusers(CONFIG))
+    other.load_state_dict(to_diffusers(plain_state(model), CONFIG))
+    return other.eval()
+
+
+def call(other):
+    x, t, context, pooled = inputs()
+    return other(x, context, pooled, t * 1000, return_dict=False)[0]
+
+
+def shaken(model):
+    """Adapters that say something: B starts at zero."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@torch.no_grad()
+def test_it_starts_as_nothing_and_merges_to_the_same(targets):
+    model = alive()
+    before = model(*inputs())
+    add_lora(model, 3, 6.0, targets)
+    torch.testing.assert_close(model(*inputs()), before)
+    beside = shaken(model)(*inputs())
+    assert (beside - before).abs().max() > 1e-2
+    state = plain_state(model)
+    merge_lora(model)
+    assert model.state_dict().keys() == MMDiT(CONFIG).state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(*inputs()), beside, rtol=1e-4, atol=1e-5)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+@torch.no_grad()
+def test_diffusers_reads_what_we_write_and_says_the_same(tmp_path):
+    model = alive()
+    other = theirs(model)
+    add_lora(model, 3, 6.0, "all")
+    shaken(model)
+    save_lora(model, tmp_path / "lora.safetensors")
+    other.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors")
+    torch.testing.assert_close(call(other), model(*inputs()), rtol=1e-4, atol=1e-5)
+    again = alive()
+    load_lora(again, tmp_path / "lora.safetensors")
+    torch.testing.assert_close(again(*inputs()), model(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "add_k_proj", "ff.net.2"]])
+def test_we_read_what_diffusers_writes_and_say_the_same(tmp_path, layers):
+    """Three adapters, or one of three, beside what is one matrix here."""
+    from peft import LoraConfig
+
+    model = alive()
+    other = theirs(model)
+    other.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=layers))
+    shaken(other)
+    other.save_lora_adapter(str(tmp_path))
+    load_lora(model, tmp_path / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(model(*inputs()), call(other), rtol=1e-4, atol=1e-5)
+
+
+def test_only_adapters_learn():
+    model = alive()
+    add_lora(model, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        F.mse_loss(model(*inputs()), torch.zeros(2, 4, 8, 8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert lora_pairs(model).keys() == {
+        f"blocks.{i}.{stream}.{layer}"
+        for i, stream, layer in [
+            *((i, "img", f"attn.{x}") for i in (0, 1) for x in ("qkv", "out")),
+            *((0, "img", f"attn2.{x}") for x in ("qkv", "out")),
+            *((0, "txt", f"attn.{x}") for x in ("qkv", "out")),
+            (1, "txt", "attn.qkv"),
+        ]
+    }
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    for state, what in (
+        ({"transformer.x.weight": torch.zeros(2)}, "no LoRA file .* x.weight"),
+        ({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, "no lora_B of x"),
+        ({f"transformer.x.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}, "which has no x"),
+        (
+            {f"transformer.transformer_blocks.0.attn.to_q.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"},
+            r"blocks.0.img.attn.qkv is \(48, 16\), there \(2, 2\) \(2, 2\)",
+        ),
+    ):
+        save_weights(state, path)
+        with pytest.raises(ValueError, match=what):
+            load_lora(alive(), path)
+    with pytest.raises(ValueError, match="rank is 0"):
+        add_lora(alive(), 0)
+    with pytest.raises(ValueError, match="no adapters"):
+        save_lora(alive(), path)
+    model = alive()
+    add_lora(model, 1)
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(model, 1)
