@@ -7,7 +7,7 @@ run folder of its own; what is finished is not trained again. A process takes on
 the drawn world: the loss of the image (mean over fixed times), nats a token of captions alone and after their picture,
 the mean of ShapesEval's six questions, and the share of pictures that are rightly described.
 
-The paper's findings are asked of each measure by sign. "agrees" or "disagrees" wants the seeds of both sides apart: the
+The U-Nets have 128 channels where they meet the trunk, whatever the patch. The paper's findings are asked of each measure by sign. "agrees" or "disagrees" wants the seeds of both sides apart: the
 difference of the means beyond both spreads (largest less smallest) halved and added.
 """
 
@@ -42,8 +42,8 @@ VARIANTS = {
     "patch 1": ("model.patch_size=1",),
     "patch 4": ("model.patch_size=4",),
     "patch 8": ("model.patch_size=8",),
-    "U-Net, patch 4": ("transfusion.codec=unet", "model.patch_size=4"),
-    "U-Net, patch 8": ("transfusion.codec=unet", "model.patch_size=8"),
+    "U-Net, patch 4": ("transfusion.codec=unet", "transfusion.codec_width=32", "model.patch_size=4"),
+    "U-Net, patch 8": ("transfusion.codec=unet", "transfusion.codec_width=16", "model.patch_size=8"),
     "no cap": ("transfusion.image_first_cap=1.0",),
     "lambda 1": ("transfusion.image_weight=1.0",),
     "lambda 20": ("transfusion.image_weight=20.0",),
