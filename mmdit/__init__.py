@@ -18,6 +18,9 @@ _WHERE = {
     "mmdit.transfusion": ("Transfusion",),
     "mmdit.text": ("TextConfig", "LearnedText", "Tokenizer"),
     "mmdit.autoencoder": ("Autoencoder", "PixelSpace", "open_autoencoder"),
+    "mmdit.edit": ("Edit",),
+    "mmdit.sampling": ("Sampling",),
+    "mmdit.text_encoders": ("open_text_encoder",),
     "mmdit.text_to_image": ("CaptionedMMDiT", "TextToImage"),
     "mmdit.files": ("load", "save"),
 }

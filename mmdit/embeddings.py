@@ -8,6 +8,7 @@ head width.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -48,6 +49,27 @@ def position_table(dim: int, max_size: int, trained_size: int) -> Tensor:
     axis = torch.cat([torch.sin(p[:, None] * omega), torch.cos(p[:, None] * omega)], dim=-1)  # (max, dim / 2)
     columns, rows = axis[None, :, :].expand(max_size, -1, -1), axis[:, None, :].expand(-1, max_size, -1)
     return torch.cat([columns, rows], dim=-1).reshape(1, max_size * max_size, dim).float()
+
+
+def extended_positions(table: Tensor, side: int, trained_size: int) -> Tensor:
+    """A table (1, max**2, D) that holds `side` x `side` tokens: itself, or continued on all sides by its own formula.
+
+    ValueError for a table that is not `position_table`'s, which cannot be continued.
+    """
+    own = math.isqrt(table.shape[1])
+    if side <= own:
+        return table
+    longer = own + 2 * math.ceil((side - own) / 2)  # the centre stays
+    out = _position_table(table.shape[2], longer, max(1, trained_size)).to(table)
+    if not torch.allclose(crop_positions(out, own, own), table, atol=1e-2 if table.dtype != torch.float32 else 1e-3):
+        raise ValueError(
+            f"a picture of {side} tokens does not fit the position table of {own} x {own}, which is not of a known "
+            "form and cannot be continued: sample smaller"
+        )
+    return out
+
+
+_position_table = lru_cache(maxsize=1)(position_table)
 
 
 def crop_positions(table: Tensor, height: int, width: int) -> Tensor:

@@ -6,6 +6,8 @@ modulate every block. Given noised latents x_t it predicts the velocity v = eps 
 Shape letters: B batch, C channels, h w latent sides, N image tokens, L text tokens, D width.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from mmdit.embeddings import (
     TimeEmbedding,
     VectorEmbedding,
     crop_positions,
+    extended_positions,
     patchify,
     position_table,
     rotary_2d,
@@ -59,13 +62,19 @@ class MMDiT(nn.Module):
         nn.init.zeros_(self.patch_out.weight)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        context_mask: Tensor | None = None,
+        skip_layers: Collection[int] = (),
     ) -> Tensor:
         """Velocity at x_t (B, C, h, w), shaped like it.
 
         t (B,) in [0, 1], 0 = data; context (B, L, context_dim) text tokens; pooled (B, pooled_dim) text vector;
-        context_mask (B, L) boolean, True where a text token is real (None: all are). Raises ValueError for shapes
-        that do not fit.
+        context_mask (B, L) boolean, True where a text token is real (None: all are); skip_layers: blocks, from 0, that
+        are passed over, for guidance by a weaker model. Raises ValueError for shapes that do not fit.
         """
         self._check(x_t, t, context, pooled, context_mask)
         p, (height, width) = self.config.patch_size, x_t.shape[-2:]
@@ -73,14 +82,17 @@ class MMDiT(nn.Module):
         img = self.patch_in(patchify(x_t, p))
         rotaries = None
         if self.config.positions != "rope":
-            img = img + crop_positions(self.pos_embed, rows, columns).to(img.dtype)
+            table = extended_positions(self.pos_embed, max(rows, columns), self.config.sample_size // p)
+            img = img + crop_positions(table, rows, columns).to(img.dtype)
         if self.config.positions != "sincos":
             rotaries = [rotary_2d(rows, columns, self.config.head_dim, x_t.device), None]
         txt = self.context_in(context)
         silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
         mask = key_mask(rows * columns, context_mask)
         streams = [img, txt]
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if i in skip_layers:
+                continue
             streams = block(streams, silu_c, mask, rotaries)
         shift, scale = self.modulation_out(silu_c)
         return unpatchify(self.patch_out(modulate(streams[0], shift, scale)), p, height, width)

@@ -2,7 +2,8 @@
 together with the model.
 
 A *conditioner* turns captions into what the trunk takes: `context`, `pooled` and the mask of real tokens. This one
-learns; frozen encoders have the same three methods (`tokenize`, `forward`, `num_encoders`).
+learns; frozen encoders (text_encoders.py) have the same `tokenize`, `forward`, `num_encoders`, `context_dim`,
+`pooled_dim`, `save_config` and `save_weights`.
 
 Shape letters: B batch, L tokens, D width, H heads, d head width.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
 from mmdit.embeddings import rotate
-from mmdit.weights_io import read_json, write_aside, write_json
+from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_aside, write_json
 
 PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
@@ -41,11 +42,19 @@ class Tokens(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the trunk takes: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean."""
+    """What the trunk takes: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean, or None where all are real."""
 
     context: Tensor
     pooled: Tensor
-    mask: Tensor
+    mask: Tensor | None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Condition:
+        mask = None if self.mask is None else self.mask.to(device)
+        return Condition(self.context.to(device, dtype), self.pooled.to(device, dtype), mask)
+
+    def rows(self, rows: slice) -> Condition:
+        """Some rows of the batch."""
+        return Condition(self.context[rows], self.pooled[rows], None if self.mask is None else self.mask[rows])
 
 
 class Tokenizer:
@@ -272,6 +281,33 @@ class LearnedText(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    @property
+    def context_dim(self) -> int:
+        """Width of a token."""
+        return self.config.width
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled vector."""
+        return self.config.width
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write config and tokenizer."""
+        write_json(Path(folder) / "config.json", self.config.to_dict())
+        self.tokenizer.save(Path(folder) / "tokenizer.json")
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Write the weights beside them."""
+        save_weights(self.state_dict(), Path(folder) / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LearnedText:
+        """The text encoder in a folder with both. Raises ValueError where its files do not fit together."""
+        config = read_config(TextConfig, Path(folder) / "config.json")
+        text = cls(config, Tokenizer.load(Path(folder) / "tokenizer.json", config.max_length))
+        load_weights(text, Path(folder) / "model.safetensors")
+        return text
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to `Tokens`, on the CPU."""

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import samplers
 from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
+from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
 from mmdit.text_to_image import TextToImage
 from mmdit.transfusion import MixedOutput, Transfusion
-from mmdit.weights_io import load_weights, read_config
+from mmdit.weights_io import load_weights, read_config, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +42,14 @@ class Words(nn.Module):
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to `Tokens`, on the CPU."""
         return self.tokenizer(captions)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write config and tokenizer."""
+        write_json(Path(folder) / "config.json", self.config.to_dict())
+        self.tokenizer.save(Path(folder) / "tokenizer.json")
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing: there is nothing learnt."""
 
 
 class CaptionedTransfusion(nn.Module):
@@ -94,7 +103,7 @@ class TransfusionPipeline(TextToImage):
         streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 
         def tell(i: int, part: Tensor) -> None:
-            new = self._pictures(part[None])[0] if part.is_floating_point() else streams[i].add(part)
+            new = self.pictures(part[None])[0] if part.is_floating_point() else streams[i].add(part)
             if told is not None and new != "":
                 told(i, new)
 
@@ -137,11 +146,25 @@ class TransfusionPipeline(TextToImage):
 
     def _shown(self, part: Tensor) -> str | Image:
         if part.is_floating_point():
-            return self._pictures(part[None])[0]
+            return self.pictures(part[None])[0]
         return self.model.conditioner.tokenizer.decode(part)
 
-    def _field(self, prompts: Sequence[str], guidance: float, interval: Sequence[float]) -> samplers.Field:
+    def _latent(self, height: int, width: int) -> Tensor:
+        return super()._latent(height, width).to(self.model.transformer.dtype)
+
+    def offload(self, device: torch.device | str) -> TextToImage:
+        """Refused: the trunk is the one large part."""
+        raise ValueError(f"a model of text and images is one trunk: there is nothing to offload, move it to {device}")
+
+    def _field(
+        self, prompts: Sequence[str], negatives: Sequence[str | None], how: Sampling, ts: Tensor
+    ) -> samplers.Field:
         """The velocity of a picture after each prompt, guided over that of a picture alone."""
+        if any(negatives) or how.skip_layers or how.rescale or how.rule != "cfg":
+            raise ValueError(
+                "a model of text and images is guided away from no prompt, by rule 'cfg': leave out negative prompts, "
+                "rule, rescale and skip_layers"
+            )
         trunk: Transfusion = self.model.transformer
         cache, rows = trunk.cache(len(prompts)), [i for i, prompt in enumerate(prompts) if prompt]
         parts = [self._parts([prompt]) for prompt in prompts]
@@ -149,7 +172,7 @@ class TransfusionPipeline(TextToImage):
             reading = cache.reading(rows)
             trunk(trunk.pack([parts[i] for i in rows]), None, reading)
             reading.keep()
-        return velocity(trunk, cache, range(len(prompts)), guidance, interval)
+        return velocity(trunk, cache, range(len(prompts)), how.guidance, how.interval)
 
     @staticmethod
     def _load_model(folder: Path) -> nn.Module:

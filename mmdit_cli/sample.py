@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mmdit import TextToImage
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Run folder of `mmdit train`, or a diffusers SD3 pipeline.", show_default=False
+        ),
+    ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture a prompt.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
         "out.png"
@@ -23,6 +30,10 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the noise; prompt i takes seed + i.")] = 0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to start from.")] = None,
+    strength: Annotated[float, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew.")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White where the picture is drawn anew.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")
     ] = None,
@@ -38,8 +49,12 @@ def sample(
       mmdit sample runs/demo "a star" --solver heun --steps 20 --guidance 4 --seed 1
 
       mmdit sample runs/demo "a red circle" --checkpoint 600 --size 64x96
+
+      mmdit sample runs/demo "a blue star" --image old.png --mask left.png --strength 1
     """
     height, width = parse_size(size) if size is not None else (None, None)
+    if image is None and mask is not None:
+        raise ValueError("--mask says what of a picture is drawn anew: name the picture with --image")
     files = out_files(out, len(prompts))
 
     import mmdit
@@ -47,11 +62,21 @@ def sample(
     pipe = mmdit.TextToImage.load(run)
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
-    pictures = pipe(prompts, num_steps=steps, solver=solver, guidance=guidance, height=height, width=width, seed=seed)
+    edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
+    how = dict(num_steps=steps, solver=solver, guidance=guidance)
+    pictures = pipe(prompts, negative, height=height, width=width, seed=seed, edit=edit, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):
         picture.save(file)
         print(f"{file}  {picture.height}x{picture.width}  {prompt}")
+
+
+def _read(file: Path) -> "Image":
+    from PIL import Image
+
+    from training.images import read_image
+
+    return Image.fromarray(read_image(file))
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from samplers.edit import Inpaint, start_from
 from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
-from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero
+from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero, push_away
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.likelihood import bits_per_dim, invert, log_likelihood
 from samplers.names import lookup
@@ -20,7 +20,7 @@ from samplers.noise import DIFFUSIONS, Brownian, BrownianTree, randn
 from samplers.runge_kutta import Adaptive, RungeKutta
 from samplers.schedules import EDM, VE, Coefficients, Cosine, RectifiedFlow, Schedule, Trig, VPLinear
 from samplers.solver import SDESolver, Solver, Step
-from samplers.solvers import SOLVERS, solver_names
+from samplers.solvers import SOLVERS, make_solver, solver_names
 from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 from samplers.views import VIEWS, convert, edm_view
 
@@ -73,6 +73,8 @@ __all__ = [
     "invert",
     "log_likelihood",
     "lookup",
+    "make_solver",
+    "push_away",
     "randn",
     "resolution_shift",
     "sample",

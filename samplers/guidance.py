@@ -40,14 +40,52 @@ def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVE
     `cond` answers where guidance is off. A call of the pair counts as two evaluations per sample.
     """
     _check_unit("rescale", rescale)
-    pair = pair.on(cond.schedule)
+    both = _halves(pair.on(cond.schedule))
+    return _guided([cond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1, predict=both)
+
+
+def _halves(pair: Field) -> Callable[[Tensor, Time], list[Prediction]]:
+    """Both predictions of a field that is given each sample twice."""
 
     def both(x_t: Tensor, t: Time) -> list[Prediction]:
         twice = torch.cat((t, t)) if isinstance(t, Tensor) and t.ndim else t
         doubled = pair.predict(torch.cat((x_t, x_t)), twice)
         return [replace(doubled, value=half, x_t=x_t, t=t) for half in doubled.value.chunk(2)]
 
-    return _guided([cond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1, predict=both)
+    return both
+
+
+def push_away(
+    cond: Field,
+    pair: Field,
+    weak: Field,
+    scale: float,
+    weak_scale: float,
+    interval: Interval = EVERYWHERE,
+    weak_interval: Interval = EVERYWHERE,
+) -> Field:
+    """Guidance by two weaker models: uncond + scale (cond - uncond) + weak_scale (cond - weak).
+
+    pair as for `cfg_batched`, whose field this is outside of `weak_interval`; weak: with the same condition as cond. A
+    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium. At one time for all
+    samples.
+    """
+    both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
+    (lo, hi), (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
+
+    def all_three(x_t: Tensor, t: Time) -> list[Prediction]:
+        return [*both(x_t, t), weak.predict(x_t, t)]
+
+    def combine(on: Tensor, off: Tensor, less: Tensor, t: Time) -> Tensor:
+        return _plain(on, off, scale if lo <= t <= hi else 1.0, 0) + weak_scale * (on - less)
+
+    within = _guided([cond], combine, EVERYWHERE, timed=True, predict=all_three)
+    outside = cfg_batched(cond, pair, scale, interval)
+
+    def predict(x_t: Tensor, t: Time) -> Prediction:
+        return (within if weak_lo <= t <= weak_hi else outside).predict(x_t, t)
+
+    return DerivedField(predict, cond.schedule, cond.prediction, lambda t: cond.determined(t) and weak.determined(t))
 
 
 def apg(
@@ -158,9 +196,7 @@ def _guided(
     off: guidance changes nothing. timed: `combine` is given the time too. A time per sample is decided per sample, at
     the price of all evaluations. `predict` gives all predictions at once, the first field's first.
     """
-    lo, hi = interval
-    if not 0 <= lo <= hi <= 1:
-        raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
+    lo, hi = _checked(interval)
     cond, *others = fields
     if off:
         return cond
@@ -181,6 +217,13 @@ def _guided(
         return all(field.determined(t) for field in (cond, *others))
 
     return DerivedField(guided, cond.schedule, cond.prediction, determined)
+
+
+def _checked(interval: Interval) -> Interval:
+    lo, hi = interval
+    if not 0 <= lo <= hi <= 1:
+        raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
+    return lo, hi
 
 
 def _plain(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:

@@ -118,10 +118,14 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class TextConfig(Settings):
-    """The tokenizer, and the text encoder that is trained with the model."""
+    """The tokenizer, and the text encoder: one that is trained with the model, or a frozen one."""
 
     section: ClassVar[str] = "text"
 
+    encoder: str = "learned"
+    """"learned", or the folder of a frozen one: a CLIP, T5 or causal language model, or a diffusers SD3 pipeline, of
+    which all three are taken. Of this section a frozen one takes max_length alone (CLIP at most 77, SD3's three: T5's).
+    """
     vocab_size: Annotated[int, Range(258)] = 4096
     """Most tokens of the tokenizer; one that is trained has 256 bytes and two special tokens, four beside images."""
     tokenizer: str = "train"
@@ -136,6 +140,8 @@ class TextConfig(Settings):
     """Attention heads of those layers."""
 
     def check(self) -> None:
+        if not self.encoder:
+            raise ConfigError('text.encoder is empty, expected "learned" or a folder')
         if self.width % (2 * self.num_heads):
             raise ConfigError(
                 f"text.width is {self.width}, expected a multiple of 2 * text.num_heads = {2 * self.num_heads}"
@@ -373,6 +379,10 @@ class TrainConfig(Settings):
     def check(self) -> None:
         if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
             raise ConfigError(f'name is "{self.name}", expected one word that can name a folder')
+        if self.transfusion.enabled and self.text.encoder != "learned":
+            raise ConfigError(
+                f'text.encoder is "{self.text.encoder}": a transfusion trunk reads words itself, expected "learned"'
+            )
         if self.transfusion.enabled and self.model.dual_attention_layers:
             raise ConfigError(
                 "model.dual_attention_layers is for the MMDiT: a transfusion trunk has no second attention"

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder
+from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText
 from mmdit.text_and_images import Words
+from mmdit.text_encoders import TextEncoder
 from training.corpus import Pieces
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
 from training.objectives import Batch
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
+Conditioner = LearnedText | Words | TextEncoder | SD3Text
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
 
 
@@ -44,7 +47,7 @@ class ImageFeed:
         source: Source,
         indices: np.ndarray,
         autoencoder: Autoencoder,
-        text: LearnedText | Words,
+        text: Conditioner,
         device: torch.device,
         num_workers: int,
         skipped: Skipped,
@@ -74,7 +77,7 @@ class LatentFeed:
         source: Source,
         indices: np.ndarray,
         autoencoder: Autoencoder,
-        text: LearnedText | Words,
+        text: Conditioner,
         device: torch.device,
         num_workers: int,
         skipped: Skipped,

@@ -19,15 +19,17 @@ from mmdit.config import LlamaConfig, MMDiTConfig
 from mmdit.files import find
 from mmdit.init_from import init_from, needs, text_parameters
 from mmdit.model import MMDiT
+from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, Words
+from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
 from mmdit.weights_io import read_config
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
-from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable
 from training.progress import Progress
 from training.run import RunFolder
 
@@ -89,26 +91,34 @@ def build_model(
     corpus: Iterable[str] | None = None,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
-    text = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
-    if resumed:
-        tokenizer = Tokenizer.load(run.path / "pipeline" / "text" / "tokenizer.json", text.max_length)
-    else:
-        tokenizer = make_tokenizer(config, chain((source.caption(i) for i in range(len(source))), corpus or ()))
-    patch = config.model.patch_size
     height, width = (side // autoencoder.factor for side in source.image_size)
+    text = _text(config, run, chain((source.caption(i) for i in range(len(source))), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
-    if config.transfusion.enabled:
-        model = _transfusion(config, text, tokenizer, autoencoder, (height, width), _llama(config, run, resumed))
+    if isinstance(text, Words):
+        trunk = _transfusion(config, text, autoencoder, (height, width), _llama(config, run, resumed))
+        model = CaptionedTransfusion(trunk, text)
+        _start(config, run, trunk, resumed)
     else:
-        model = _mmdit(config, text, tokenizer, autoencoder, height, width)
-    if isinstance(model, CaptionedTransfusion):
-        _start(config, run, model.transformer, resumed)
+        model = CaptionedMMDiT(_mmdit(config, text, autoencoder, height, width), text)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     run.log(
         f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
-        f"{height * width // patch**2} image tokens, up to {text.max_length} text tokens"
+        f"{height * width // config.model.patch_size**2} image tokens, up to {config.text.max_length} text tokens"
     )
     return model
+
+
+def _text(config: TrainConfig, run: RunFolder, texts: Iterable[str], resumed: bool) -> Conditioner:
+    """The conditioner: a frozen one from its folder, or one with its own tokenizer, made for the texts."""
+    here = run.path / "pipeline" / "text"
+    if config.text.encoder != "learned":
+        frozen = load_encoder(here) if resumed else open_text_encoder(config.text.encoder, config.text.max_length)
+        run.log(f"captions are read by {frozen.source}, frozen")
+        return frozen
+    shape = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
+    path = here / "tokenizer.json"
+    tokenizer = Tokenizer.load(path, shape.max_length) if resumed else make_tokenizer(config, texts)
+    return (Words if config.transfusion.enabled else LearnedText)(shape, tokenizer)
 
 
 def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
@@ -127,44 +137,39 @@ def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def _mmdit(
-    config: TrainConfig, text: TextConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, height: int, width: int
-) -> CaptionedMMDiT:
+    config: TrainConfig, text: LearnedText | TextEncoder | SD3Text, autoencoder: Autoencoder, height: int, width: int
+) -> MMDiT:
     patch = config.model.patch_size
     own = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__ if name != "section"}
     own["pos_embed_max_size"] = max(own["pos_embed_max_size"], height // patch, width // patch)
     shape = MMDiTConfig(
         in_channels=autoencoder.channels,
-        context_dim=text.width,
-        pooled_dim=text.width,
+        context_dim=text.context_dim,
+        pooled_dim=text.pooled_dim,
         sample_size=max(patch, round((height * width) ** 0.5)),
         **own,
     )
-    return CaptionedMMDiT(MMDiT(shape), LearnedText(text, tokenizer))
+    return MMDiT(shape)
 
 
 def _transfusion(
-    config: TrainConfig,
-    text: TextConfig,
-    tokenizer: Tokenizer,
-    autoencoder: Autoencoder,
-    size: tuple[int, int],
-    llama: LlamaConfig | None,
-) -> CaptionedTransfusion:
+    config: TrainConfig, text: Words, autoencoder: Autoencoder, size: tuple[int, int], llama: LlamaConfig | None
+) -> Transfusion:
     model, mixed = config.model, config.transfusion
     own = ("weights", "time", "attention", "codec", "codec_width", "size_tokens", "max_tokens")
     names = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "qk_norm", "positions")
     shape = mmdit.config.TransfusionConfig(
-        vocab_size=text.vocab_size,
+        vocab_size=text.config.vocab_size,
         in_channels=autoencoder.channels,
         sample_size=max(model.patch_size, round((size[0] * size[1]) ** 0.5)),
         pos_embed_max_size=max(model.pos_embed_max_size, *(side // model.patch_size for side in size)),
         **{name: getattr(mixed, name) for name in own},
-        first_size=tokenizer.sizes.start,
-        **dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True)),  # type: ignore[arg-type]
+        first_size=text.tokenizer.sizes.start,
+        **dict(zip(("pad", "eos", "boi", "eoi"), text.tokenizer.special, strict=True)),  # type: ignore[arg-type]
         llama=llama,
         **{name: getattr(model, name) for name in names},
     )
-    return CaptionedTransfusion(Transfusion(shape), Words(text, tokenizer))
+    return Transfusion(shape)
 
 
 def _llama(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
@@ -208,7 +213,7 @@ def open_feeds(
     run: RunFolder,
     source: Source,
     autoencoder: Autoencoder,
-    text: LearnedText | Words,
+    text: Conditioner,
     device: torch.device,
 ) -> tuple[ImageFeed | LatentFeed, LatentFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.

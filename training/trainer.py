@@ -299,6 +299,9 @@ def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callabl
         for block in model.transformer.blocks:
             block.compile(dynamic=True)
         return model
+    if config.text.encoder != "learned":  # what is frozen is no part of the graph
+        model.transformer.compile()
+        return model
     whole: Any = torch.compile(model)
     return whole
 

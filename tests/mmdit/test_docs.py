@@ -1,4 +1,4 @@
-"""The page on text and images: its examples run, and its picture of the mask is the mask."""
+"""The pages on text and images and on the pipeline: their examples run, and the picture of the mask is the mask."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,14 @@ from pathlib import Path
 import torch
 
 from mmdit import pack
+from mmdit.autoencoder import PixelSpace
+from mmdit.text_to_image import TextToImage
+from tests.mmdit.test_edit import LEFT, picture
+from tests.mmdit.test_text_to_image import make_model
+from tests.mmdit.tiny_sd3 import save_pipeline
 
-PAGE = (Path(__file__).parents[2] / "docs" / "transfusion.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "transfusion.md").read_text()
 
 
 def test_the_examples_run():
@@ -24,3 +30,20 @@ def test_the_picture_is_the_mask():
     [picture] = re.findall(r"```\n(  t.*?)\n```", PAGE, re.DOTALL)
     batch = pack([[torch.tensor([7, 8]), torch.zeros(1, 2, 2), torch.tensor([9])]])
     assert batch.layout(1).picture() == picture
+
+
+def test_the_examples_of_the_pipeline_run(tmp_path, monkeypatch):
+    """On models and pictures in miniature, in the places that the page names."""
+    monkeypatch.chdir(tmp_path)
+    TextToImage(make_model(3, 4), PixelSpace(), (16, 24)).save("runs/demo/pipeline")
+    save_pipeline(Path("sd3.5-medium"), num_layers=10)
+    picture(16, 24).save("old.png")
+    LEFT.save("left.png")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "pipeline.md").read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace('"cuda"', '"cpu"').replace("pipe.compile()", "pipe"), names)  # compiling takes a minute
+    assert (names["latents"].shape, names["off_by"]) == ((2, 3, 16, 24), 0)
+    assert [image.size for image in names["images"]] == [(24, 16)] * 2
+    assert {path.name for path in Path("for-diffusers").iterdir()} >= {"model_index.json", "transformer", "text"}

@@ -1,6 +1,8 @@
 """The pipeline: a prompt and its seed give one picture, alone or in company; each argument does what it says."""
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +164,71 @@ def test_other_sizes_work(pipe):
     assert (image.height, image.width) == (8, 32)
 
 
+def test_beyond_the_position_table_it_is_continued(pipe):
+    """8 x 8 tokens are stored; 10 x 9 are those of a model that was built for them."""
+    trunk = pipe.model.transformer
+    larger = MMDiT(replace(trunk.config, pos_embed_max_size=10))
+    larger.load_state_dict(trunk.state_dict() | {"pos_embed": larger.pos_embed})
+    x, t, context, pooled = torch.randn(1, 3, 40, 36), torch.rand(1), torch.randn(1, 5, 16), torch.randn(1, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk(x, t, context, pooled), larger(x, t, context, pooled))
+    [image] = pipe("a red circle", height=40, width=36)
+    assert (image.height, image.width) == (40, 36)
+
+
+def test_a_position_table_of_another_form_is_not_continued(pipe):
+    other = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size)
+    other.model.transformer.pos_embed.add_(0.1)
+    other("a red circle", height=32, num_steps=1)
+    with pytest.raises(ValueError, match="cannot be continued: sample smaller"):
+        other("a red circle", height=40, num_steps=1)
+
+
+def test_a_negative_prompt_stands_in_the_place_of_no_caption(pipe):
+    one = dict(solver="euler", num_steps=1, seed=3)
+    against = pixels(pipe("two blue stars", "a red circle", guidance=0, **one))
+    assert abs(against - pixels(pipe("a red circle", guidance=1, **one))).max() <= 1
+    both = pixels(pipe(PROMPTS[:2], ["a red circle", ""], guidance=3, **one))
+    assert (pixels(pipe(PROMPTS[:2], guidance=3, **one))[1] == both[1]).all()
+    assert (pixels(pipe(PROMPTS[:2], "a blue star", guidance=3, **one))[0] != both[0]).any()
+
+
+def test_offloaded_parts_work_and_come_back(pipe, monkeypatch):
+    """Each part is moved before it works and back after, to a device that is the CPU by another name."""
+    expected, moves = pixels(pipe(PROMPTS[:2])), []
+    other = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size, sampling=pipe.sampling)
+    for name, part in (("text", other.model.conditioner), ("trunk", other.model.transformer)):
+        monkeypatch.setattr(part, "to", lambda d, name=name: moves.append((name, str(d))))
+    other.offload("cpu:0")
+    assert (pixels(other(PROMPTS[:2])) == expected).all()
+    assert moves == [("text", "cpu:0"), ("text", "cpu"), ("trunk", "cpu:0"), ("trunk", "cpu")]
+
+
+def test_half_precision_is_near_and_states_stay_in_full(pipe):
+    expected, seen = pixels(pipe(PROMPTS)), []
+    half = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size, sampling=pipe.sampling)
+    half.to("cpu", torch.bfloat16)
+    got = pixels(half(PROMPTS, callback=lambda p: seen.append(p.x_next.dtype)))
+    assert set(seen) == {torch.float32}
+    assert 0 < abs(got - expected).mean() < 5
+
+
+def test_preview_shows_what_the_model_sees_coming(pipe):
+    shown = []
+    [last] = pixels(pipe("a star", solver="euler", num_steps=3, callback=lambda p: shown.append(pipe.preview(p))))
+    assert len(shown) == 3 and abs(pixels(shown[-1])[0] - last).max() <= 1
+    assert abs(pixels(shown[0])[0] - last).max() > 3
+
+
+@pytest.mark.slow
+def test_compiled_it_draws_the_same(pipe):
+    graphs, how = [], dict(num_steps=2, skip_layers=[0], skip_steps=(0.0, 1.0))
+    compiled = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size, sampling=pipe.sampling)
+    compiled.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert abs(pixels(compiled(PROMPTS, **how)) - pixels(pipe(PROMPTS, **how))).max() <= 1
+    assert graphs and list(compiled.model.state_dict()) == list(pipe.model.state_dict())
+
+
 def test_callback_is_told_of_each_step(pipe):
     seen = []
     pipe(PROMPTS[:1], num_steps=3, callback=lambda progress: seen.append((progress.index, progress.num_steps)))
@@ -174,11 +241,11 @@ def test_callback_is_told_of_each_step(pipe):
         (["a"], dict(height=10), "10 x 12 does not fit: both sides must divide by 4"),
         (["a"], dict(width=0), "8 x 0 does not fit"),
         (["a"], dict(height=-8), "-8 x 12 does not fit"),
-        (["a"], dict(height=64), "does not fit the position table"),
         (["a"], dict(solver="eular"), "eular"),
         (["a"], dict(num_steps=0), "num_steps"),
         ([], {}, "no prompt given"),
         (["a", "b"], dict(seed=[1]), "1 seeds for 2 prompts"),
+        (["a", "b"], dict(negative_prompts=["c"]), "1 negative prompts for 2 prompts"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from samplers import (
     cfg_batched,
     cfg_text_image,
     cfg_zero,
+    push_away,
     sample,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
@@ -203,3 +204,29 @@ def test_other_settings_out_of_range_are_refused():
         cfg_text_image(A, B, C, 2.0, 2.0, renorm="gloabl")
     with pytest.raises(ValueError, match="renorm_min = 2"):
         cfg_text_image(A, B, C, 2.0, 2.0, renorm_min=2.0)
+
+
+# --- two weaker models --------------------------------------------------------------------------------------------
+
+
+def halves(first, second):
+    """Both fields behind one network, which is given each sample twice."""
+    return Field(lambda x, t: torch.cat([first.v(x[:5], t[:5]), second.v(x[5:], t[5:])]), FLOW)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_push_away_adds_the_difference_to_the_weak_model_within_its_interval(t):
+    weak = MIXTURE.field(FLOW, "noise")
+    guided = push_away(COND, halves(COND, UNCOND), weak, 3.0, 1.5, (0.4, 1.0), (0.3, 0.7))
+    expected = cfg(COND, UNCOND, 3.0, (0.4, 1.0)).v(X, t)
+    if t == 0.5:
+        expected = expected + 1.5 * (COND.v(X, t) - weak.v(X, t))
+    torch.testing.assert_close(guided.v(X, t), expected)
+    assert guided.predict(X, t).num_evals == {0.2: 1, 0.5: 3, 0.8: 2}[t]
+
+
+def test_push_away_outside_of_guidance_starts_from_the_conditional_field():
+    guided = push_away(COND, halves(COND, UNCOND), UNCOND, 3.0, 1.5, (0.6, 1.0), (0.0, 1.0))
+    torch.testing.assert_close(guided.v(X, 0.5), COND.v(X, 0.5) + 1.5 * (COND.v(X, 0.5) - UNCOND.v(X, 0.5)))
+    with pytest.raises(ValueError, match="interval"):
+        push_away(COND, halves(COND, UNCOND), UNCOND, 3.0, 1.5, weak_interval=(0.7, 0.2))

@@ -724,6 +724,7 @@ ELSEWHERE = {
     "training.attention": "test_what_cannot_run_leaves_the_name_free",
     "transfusion.init": "tests/training/test_setup.py",
     "transfusion.freeze_text": "tests/training/test_setup.py",
+    "text.encoder": "test_frozen_text.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.device": "test_the_device_is_the_one_asked_for",
 }

@@ -1,0 +1,56 @@
+"""A batch of pictures about to be drawn: from noise, from pictures, or from pictures but for a part.
+
+Shape letters: B batch, C channels, h w latent sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import samplers
+from mmdit.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Their guided field, options, the times of the steps, and one seed a picture.
+
+    A picture's own generator draws its start, and then the noise of its steps where the solver takes any.
+    """
+
+    field: samplers.Field
+    how: Sampling
+    ts: Tensor
+    seeds: Sequence[int]
+    callback: Callable[[samplers.Progress], object] | None = None
+
+    def from_noise(self, like: Tensor) -> Tensor:
+        """Scaled latents, from noise in the shape of (C, h, w)."""
+        generators = self._generators()
+        x = samplers.randn((len(self.seeds), *like.shape), generators, like.dtype, like.device)
+        return self._sampled(x, self.ts, self.how.solver, generators)
+
+    def from_latents(self, known: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
+        """Scaled latents, from those of pictures (B, C, h, w); mask (B, 1, h, w): 1 where they are kept."""
+        generators, flow = self._generators(), self.field.schedule
+        x, ts = samplers.start_from(known, flow, strength, grid=self.ts, generator=generators)
+        if mask is None:
+            return self._sampled(x, ts, self.how.solver, generators)
+        inner = samplers.make_solver(self.how.solver, flow, self.how.diffusion)
+        solver = samplers.Inpaint.of(inner, known, mask, self._generators())  # with the very noise that x has
+        return self._sampled(x, ts, solver, generators)
+
+    def _generators(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def _sampled(
+        self, x: Tensor, ts: Tensor, solver: str | samplers.Solver, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        diffusion = self.how.diffusion if isinstance(solver, str) else None  # a Solver has its own
+        return samplers.sample(
+            self.field, x, solver, grid=ts, diffusion=diffusion, generator=generators, callback=self.callback
+        ).x

@@ -1,0 +1,97 @@
+"""A picture to start from: as a whole (image-to-image, Meng et al. 2022) or but for a part (inpainting).
+
+Shape letters: B batch, H W image sides; images float in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture, or one for each prompt, that is drawn anew.
+
+    strength in (0, 1]: the part of the steps that is walked; 1 forgets the picture. mask: a picture of the same size,
+    or one for each, white where the picture is drawn anew and black where it stays as it is, to the bit.
+    """
+
+    image: Image | Sequence[Image]
+    strength: float = 0.6
+    mask: Image | Sequence[Image] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected a number in (0, 1]; 1 forgets the picture")
+        sizes = {(image.height, image.width) for image in _listed(self.image)}
+        if len(sizes) != 1:
+            raise ValueError(f"the pictures to edit are of sizes {sorted(sizes)}, expected all of one size")
+        wrong = {(mask.height, mask.width) for mask in _listed(self.mask)} - sizes
+        if wrong:
+            (own, *_), (other, *_) = sizes, wrong
+            raise ValueError(f"the mask is {other[0]} x {other[1]}, the picture {own[0]} x {own[1]}: give one its size")
+
+    def fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The size of the pictures; ValueError where another is asked for."""
+        first = _listed(self.image)[0]
+        own, wanted = (first.height, first.width), (height or first.height, width or first.width)
+        if wanted != own:
+            raise ValueError(
+                f"{wanted[0]} x {wanted[1]} is asked for and the picture to edit is {own[0]} x {own[1]}: resize it"
+            )
+        return own
+
+    def part(self, rows: slice, count: int) -> Edit:
+        """The pictures of some of `count` prompts."""
+        masks = None if self.mask is None else _each("masks", self.mask, count)[rows]
+        return replace(self, image=_each("pictures", self.image, count)[rows], mask=masks)
+
+    def images(self, count: int) -> Tensor:
+        """The pictures of `count` prompts, (B, 3, H, W) in [-1, 1]."""
+        pixels = [np.asarray(image.convert("RGB")) for image in _each("pictures", self.image, count)]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def drawn(self, count: int) -> Tensor | None:
+        """Where each picture is drawn anew, (B, 1, H, W) in [0, 1]; None for everywhere."""
+        if self.mask is None:
+            return None
+        pixels = [np.asarray(mask.convert("L")) for mask in _each("masks", self.mask, count)]
+        return torch.from_numpy(np.stack(pixels))[:, None].float() / 255
+
+    def pasted(self, pictures: Sequence[Image]) -> list[Image]:
+        """The pictures drawn, with the old ones where the mask is black."""
+        from PIL import Image
+
+        olds, masks = (_each("pictures", images, len(pictures)) for images in (self.image, self.mask or []))
+        return [
+            Image.composite(new, old.convert("RGB"), mask.convert("L"))
+            for new, old, mask in zip(pictures, olds, masks, strict=True)
+        ]
+
+
+def known_latents(drawn: Tensor, factor: int) -> Tensor:
+    """Mask (B, 1, h, w) of the latent pixels that are known: those that no drawn pixel (B, 1, H, W) falls on."""
+    return 1 - F.max_pool2d(drawn, factor)
+
+
+def _listed(images: Image | Sequence[Image] | None) -> list[Image]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, Sequence) else [images]
+
+
+def _each(what: str, images: Image | Sequence[Image], count: int) -> list[Image]:
+    listed = _listed(images)
+    if len(listed) not in (1, count):
+        raise ValueError(f"{len(listed)} {what} for {count} prompts: give one for all, or one a prompt")
+    return listed * count if len(listed) == 1 else listed

@@ -1,0 +1,102 @@
+"""How a picture is drawn: everything between a model's velocity and a solution, as one documented dataclass.
+
+A pipeline keeps its defaults as a table of these fields; what a call names replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from torch import Tensor
+
+import samplers
+
+DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Solver, times and guidance."""
+
+    solver: str = "ab2"
+    """One of `samplers.solver_names()`."""
+    num_steps: int = 28
+    """Steps of the solver; heun and midpoint evaluate the network twice a step."""
+    guidance: float = 4.0
+    """Scale of guidance; 1 is none, 0 ignores the prompt."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times [low, high] between which guidance acts; outside it the prompt's velocity is used alone."""
+    rule: Literal["cfg", "apg", "cfg-zero"] = "cfg"
+    """Classifier-free guidance, adaptive projected guidance, or CFG-Zero*."""
+    rescale: float = 0.0
+    """Part of a guided velocity, in [0, 1], that is brought back to the deviation of the prompt's (rule "cfg")."""
+    grid: str = "uniform"
+    """Times by name, of `samplers.GRIDS`, shifted for the picture's size; or "diffusers", those of its pipeline."""
+    diffusion: str | float | None = None
+    """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
+    skip_layers: tuple[int, ...] = ()
+    """Blocks, from 0, that skip-layer guidance leaves out in a pass of its own ((7, 8, 9) for SD3.5-medium)."""
+    skip_scale: float = 2.8
+    """Scale of skip-layer guidance."""
+    skip_steps: tuple[float, float] = (0.01, 0.2)
+    """Part of the steps, after the first number and before the second, in which skip-layer guidance acts."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "skip_layers", "skip_steps"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}, expected one of {', '.join(RULES)}")
+        if self.rule != "cfg" and (self.skip_layers or self.rescale):
+            raise ValueError(f"rule {self.rule!r} goes with neither skip_layers nor rescale: take rule 'cfg'")
+        if self.skip_layers and self.rescale:
+            raise ValueError("skip_layers and rescale do not go together: leave one out")
+        if not 0 <= self.skip_steps[0] <= self.skip_steps[1] <= 1:
+            raise ValueError(f"skip_steps is {self.skip_steps}, expected (start, stop) with 0 <= start <= stop <= 1")
+
+    @classmethod
+    def of(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
+        """The defaults, with what is given and not None in their place. ValueError for a name that is none."""
+        known = [field.name for field in fields(cls)]
+        for name in {**defaults, **given}:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise ValueError(f"no option {name!r} of sampling; {hint}")
+        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+
+    def times(self, shift: float, resolution_shift: float) -> Tensor:
+        """The times of the steps, 1 to 0. shift: the model's own; resolution_shift: for the picture's size besides."""
+        if self.grid == DIFFUSERS:
+            samplers.time_grid("uniform", self.num_steps)  # checks the number
+            return samplers.grids.twice_shifted(self.num_steps, shift)
+        return samplers.time_grid(self.grid, self.num_steps, shift * resolution_shift)
+
+    def guided(
+        self, cond: samplers.Field, uncond: samplers.Field, pair: samplers.Field, weak: samplers.Field, ts: Tensor
+    ) -> samplers.Field:
+        """The guided field. pair: both in one call (`samplers.cfg_batched`); weak: cond's without `skip_layers`; ts:
+        the times of the steps.
+        """
+        on = (self.interval[0], self.interval[1])
+        if self.rule != "cfg":
+            return RULES[self.rule](cond, uncond, self.guidance, on)
+        within = self._skip_interval(ts.tolist())
+        if within is None:
+            return samplers.cfg_batched(cond, pair, self.guidance, on, self.rescale)
+        return samplers.push_away(cond, pair, weak, self.guidance, self.skip_scale, on, within)
+
+    def _skip_interval(self, ts: list[float]) -> tuple[float, float] | None:
+        """The times of the steps in which layers are skipped, None where there are none such."""
+        steps, (start, stop) = len(ts) - 1, self.skip_steps
+        skipping = [t for i, t in enumerate(ts[:-1]) if steps * start < i < steps * stop] if self.skip_layers else []
+        return (skipping[-1], skipping[0]) if skipping else None
+
+
+RULES: dict[str, Callable[..., samplers.Field]] = {
+    "cfg": samplers.cfg,
+    "apg": samplers.apg,
+    "cfg-zero": samplers.cfg_zero,
+}

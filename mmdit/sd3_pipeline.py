@@ -1,0 +1,190 @@
+"""Diffusers' folders of an SD3 pipeline (StableDiffusion3Pipeline), in and out.
+
+In: transformer, AutoencoderKL, up to three text encoders with their tokenizers, and the scheduler's shift; sampled as
+told by default, a picture is theirs for the same noise.
+
+Out: what diffusers has a place for. A text encoder that was trained with the model, and an autoencoder that is no
+AutoencoderKL, have none: they are written beside the rest for `TextToImage.load`. StableDiffusion3Pipeline then runs
+with `diffusers_inputs(pipe, prompts)`, the prompts as our encoder sees them, and gives latents for our autoencoder.
+
+Shape letters: B batch, H heads, N image tokens, L text tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit.autoencoder import Autoencoder, KLAutoencoder, PixelSpace, open_autoencoder
+from mmdit.files import load, save
+from mmdit.model import MMDiT
+from mmdit.sampling import DIFFUSERS
+from mmdit.sd3_text import ENCODERS, SD3Text, open_sd3_text
+from mmdit.text import LearnedText
+from mmdit.text_to_image import CaptionedMMDiT, TextToImage
+from mmdit.weights_io import read_json, write_json
+
+PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
+SAMPLING = {"solver": "euler", "num_steps": 28, "guidance": 7.0, "grid": DIFFUSERS}
+_MODELS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizer", "T5TokenizerFast")
+_OTHER_TIMES = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+)
+
+
+def read_sd3(folder: Path, dtype: torch.dtype = torch.float32, without: Sequence[str] = ()) -> TextToImage:
+    """The pipeline in a folder, on the CPU. Raises ValueError for a folder of another pipeline or scheduler, and where
+    a part is missing or cannot be read.
+    """
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != PIPELINE:
+        raise ValueError(f"{folder} holds {kind or 'no known pipeline'}, expected a {PIPELINE}")
+    shift = _shift(folder / "scheduler" / "scheduler_config.json")
+    transformer = load(folder / "transformer")
+    if not isinstance(transformer, MMDiT):
+        raise ValueError(f"{folder / 'transformer'} holds a {type(transformer).__name__}, expected an MMDiT")
+    text = _text(folder, dtype, without)
+    found, config = (text.context_dim, text.pooled_dim), transformer.config
+    if found != (config.context_dim, config.pooled_dim):
+        raise ValueError(
+            f"the text encoders in {folder} give widths {found}, the transformer takes "
+            f"{(config.context_dim, config.pooled_dim)}: they are not of one model"
+        )
+    autoencoder = _autoencoder(folder)
+    side = config.sample_size * autoencoder.factor
+    return TextToImage(CaptionedMMDiT(transformer, text).eval(), autoencoder, (side, side), shift, SAMPLING)
+
+
+def _text(folder: Path, dtype: torch.dtype, without: Sequence[str]) -> LearnedText | SD3Text:
+    if not (folder / "text" / "config.json").exists():
+        return open_sd3_text(folder, dtype=dtype, dropped="empty", without=without)
+    if without:
+        raise ValueError(f"{folder} has a text encoder of its own: nothing can be left out")
+    return LearnedText.load(folder / "text")
+
+
+def _autoencoder(folder: Path) -> Autoencoder:
+    for name in ("vae", "autoencoder"):
+        if (folder / name / "config.json").exists():
+            return open_autoencoder(folder / name)
+    return PixelSpace()
+
+
+def _shift(path: Path) -> float:
+    """The shift of the scheduler in a file; ValueError for one whose times are others than `DIFFUSERS`'."""
+    config = read_json(path)
+    kind = config.get("_class_name")
+    other = [name for name in _OTHER_TIMES if config.get(name)]
+    if kind != SCHEDULER or other:
+        raise ValueError(
+            f"{path} is of {kind or 'no known scheduler'}{' with ' if other else ''}{', '.join(other)}, "
+            f"expected a {SCHEDULER} with a shift alone"
+        )
+    return float(config.get("shift", 1.0))
+
+
+def write_sd3(pipe: TextToImage, folder: Path) -> None:
+    """Write a pipeline for StableDiffusion3Pipeline; what has no place there stands beside, for `TextToImage.load`.
+
+    Times are those of `grid="diffusers"` with the pipeline's shift. Raises ValueError for a model that diffusers has
+    not: rotary positions, another mlp_ratio, text and images in one.
+    """
+    text = pipe.model.conditioner
+    if not isinstance(text, SD3Text | LearnedText):
+        raise ValueError(f"{PIPELINE} takes the three encoders of SD3, not one: save it in the layout 'mmdit'")
+    save(pipe.model.transformer, folder / "transformer", "diffusers")
+    about: dict[str, Any] = {"_class_name": PIPELINE, "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    if isinstance(text, SD3Text):
+        text.save_parts(folder)
+        there = [encoder is not None for encoder in text.encoders]
+    else:
+        text.save_config(folder / "text")
+        text.save_weights(folder / "text")
+        there = [False] * len(ENCODERS)
+    for end, one, model, tokenizer in zip(("", "_2", "_3"), there, _MODELS, _TOKENIZERS, strict=True):
+        about[f"text_encoder{end}"] = ["transformers", model] if one else [None, None]
+        about[f"tokenizer{end}"] = ["transformers", tokenizer] if one else [None, None]
+    kl = isinstance(pipe.autoencoder, KLAutoencoder)
+    about["vae"] = ["diffusers", "AutoencoderKL"] if kl else [None, None]
+    pipe.autoencoder.save(folder / ("vae" if kl else "autoencoder"))
+    about["scheduler"] = ["diffusers", SCHEDULER]
+    times = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": pipe.shift}
+    write_json(folder / "scheduler" / "scheduler_config.json", times)
+    write_json(folder / "model_index.json", about)
+
+
+def absent(folder: str | Path) -> dict[str, None]:
+    """The parts that a folder has none of, as `StableDiffusion3Pipeline.from_pretrained(folder, **absent(folder))`
+    wants to be told.
+    """
+    index = read_json(Path(folder) / "model_index.json")
+    return dict.fromkeys(name for name, value in index.items() if isinstance(value, list) and value[0] is None)
+
+
+@torch.no_grad()
+def diffusers_inputs(
+    pipe: TextToImage, prompts: Sequence[str], negative_prompts: Sequence[str | None] | None = None
+) -> dict[str, Any]:
+    """Arguments of StableDiffusion3Pipeline that stand for prompts: their embeddings by our text encoder.
+
+    An encoder that hides padding from the trunk gives a mask besides, which diffusers heeds once its transformer has
+    been given `MaskedAttention`: `theirs.transformer.set_attn_processor(MaskedAttention())`.
+    """
+    negatives = [None] * len(prompts) if negative_prompts is None else list(negative_prompts)
+    both, n = pipe.conditions([*negatives, *prompts]), len(prompts)
+    inputs: dict[str, Any] = {
+        "prompt_embeds": both.context[n:],
+        "negative_prompt_embeds": both.context[:n],
+        "pooled_prompt_embeds": both.pooled[n:],
+        "negative_pooled_prompt_embeds": both.pooled[:n],
+    }
+    if both.mask is not None:
+        inputs["joint_attention_kwargs"] = {"attention_mask": both.mask}
+    return inputs
+
+
+class MaskedAttention:
+    """Joint attention of diffusers' SD3 transformer with a mask (B, L) of the text tokens that are real.
+
+    diffusers' own has none. Called with the captioned half of a batch alone, as where there is no guidance, it takes
+    the mask's last rows.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
+        """hidden_states (B, N, D), and text (B, L, D) or None for an attention over the image alone."""
+        streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+            streams.append((encoder_hidden_states, *added))
+        qkv = [self._heads(attn.heads, *stream) for stream in streams]
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
+        num_img, mask = hidden_states.shape[1], None
+        if encoder_hidden_states is not None and attention_mask is not None:
+            mask = F.pad(attention_mask[-len(q) :].to(q.device), (num_img, 0), value=True)[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2).to(q.dtype)
+        img = attn.to_out[1](attn.to_out[0](out[:, :num_img]))
+        if encoder_hidden_states is None:
+            return img
+        txt = out[:, num_img:]
+        return img, txt if attn.context_pre_only else attn.to_add_out(txt)
+
+    @staticmethod
+    def _heads(heads: int, x: Tensor, *layers: Any) -> list[Tensor]:
+        to_q, to_k, to_v, norm_q, norm_k = layers
+        q, k, v = (layer(x).unflatten(2, (heads, -1)).transpose(1, 2) for layer in (to_q, to_k, to_v))
+        return [q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v]

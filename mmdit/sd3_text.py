@@ -1,0 +1,185 @@
+"""SD3's three text encoders as one conditioner: CLIP-L, OpenCLIP bigG and T5 (arXiv 2403.03206, section 4).
+
+    context = [ CLIP-L | bigG | 0 ] (B, 77, D) then T5 (B, T, D), along the tokens;   pooled = [ CLIP-L | bigG ]
+
+with the states before each CLIP's last layer, padded with zeros to T5's width D, and both projected pooled vectors.
+Padding is seen by T5 and by the trunk. An encoder that is left out gives zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.text import Condition, Tokens
+from mmdit.text_encoders import TextEncoder, fingerprint, open_hub
+from mmdit.weights_io import read_json, write_json
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+_FOLDERS = {
+    name: (f"text_encoder{end}", f"tokenizer{end}") for name, end in zip(ENCODERS, ("", "_2", "_3"), strict=True)
+}
+CLIP_TOKENS = 77
+
+
+class SD3Text(nn.Module):
+    """Three frozen encoders, any of them None, as one conditioner.
+
+    context_dim is T5's width and pooled_dim the sum of both CLIPs'; where an encoder is left out they cannot be seen
+    from it and are given (4096 and 2048 in SD3). max_length: T5's tokens, 77, 256 or 512 in SD3.
+
+    dropped: what training and the unconditional half of guidance see in place of a caption: "zeros", as if the encoder
+    were left out (dropping each with 46.4 %, as SD3 does, then makes a model that can do without any of them); or
+    "empty", the empty caption, which diffusers' pipeline takes for unconditional.
+    """
+
+    num_encoders = 3
+
+    def __init__(
+        self,
+        encoders: Sequence[TextEncoder | None],
+        context_dim: int,
+        pooled_dim: int,
+        max_length: int = 256,
+        dropped: Literal["zeros", "empty"] = "zeros",
+        source: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if dropped not in ("zeros", "empty"):
+            raise ValueError(f"dropped is {dropped!r}, expected 'zeros' or 'empty'")
+        for name, encoder in zip(ENCODERS, encoders, strict=True):
+            self.add_module(name, encoder)
+        self.context_dim, self.pooled_dim, self.max_length = context_dim, pooled_dim, max_length
+        self.dropped, self.source = dropped, source
+        self._check()
+
+    @property
+    def encoders(self) -> list[TextEncoder | None]:
+        """CLIP-L, bigG and T5."""
+        return [cast(TextEncoder | None, getattr(self, name)) for name in ENCODERS]
+
+    def _check(self) -> None:
+        *clips, t5 = self.encoders
+        if t5 is not None and t5.context_dim != self.context_dim:
+            raise ValueError(
+                f"T5's states are {t5.context_dim} wide, the context {self.context_dim}: they are not of one model"
+            )
+        pooled = sum(clip.pooled_dim for clip in clips if clip)
+        if pooled > self.pooled_dim or (all(clips) and pooled != self.pooled_dim):
+            raise ValueError(
+                f"the CLIPs' pooled vectors are {pooled} wide, expected {self.pooled_dim}: they are not of one model"
+            )
+        if sum(self._widths()) > self.context_dim:
+            raise ValueError(f"the CLIPs' states are {self._widths()} wide, more than the context, {self.context_dim}")
+
+    def _widths(self) -> list[int]:
+        """Widths of both CLIPs' states; one that is left out is as wide as what it lacks of the pooled vector."""
+        clips = self.encoders[:2]
+        lacking = self.pooled_dim - sum(clip.pooled_dim for clip in clips if clip)
+        return [clip.context_dim if clip else lacking for clip in clips] if any(clips) else [0, 0]
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions to `Tokens`, on the CPU: those of each encoder side by side."""
+        parts = [encoder.tokenize(captions) for encoder in self.encoders if encoder is not None]
+        if not parts:
+            none = torch.zeros(len(captions), 0, dtype=torch.int64)
+            return Tokens(none, none.bool())
+        return Tokens(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
+        """Tokens to a `Condition` in float32 without a mask; where `drop` (B, 3) is True an encoder's caption is
+        dropped.
+        """
+        lengths = [encoder.max_length if encoder else 0 for encoder in self.encoders]
+        ids = tokens.ids.split(lengths, dim=1)
+        drops = [None] * 3 if drop is None else drop.split(1, dim=1)
+        encoded = [self._encoded(i, *one) for i, one in enumerate(zip(ids, drops, strict=True))]
+        (clip_l, pooled_l), (clip_g, pooled_g), (t5, _) = encoded
+        clip = torch.cat([clip_l, clip_g], dim=2)
+        context = torch.cat([F.pad(clip, (0, self.context_dim - clip.shape[2])), t5], dim=1)
+        return Condition(context, torch.cat([pooled_l, pooled_g], dim=1), None)
+
+    def _encoded(self, i: int, ids: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States and pooled vectors of encoder i."""
+        encoder = self.encoders[i]
+        if encoder is None:
+            return self._zeros(i, ids)
+        if drop is not None and self.dropped == "empty":
+            ids, _ = encoder.dropped(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), drop)
+        states, pooled = (x.float() for x in encoder.encode(ids, None))
+        if drop is not None and self.dropped == "zeros":
+            states, pooled = states.masked_fill(drop[..., None], 0), pooled.masked_fill(drop, 0)
+        return states, pooled
+
+    def _zeros(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if i == 2:
+            return torch.zeros(len(like), self.max_length, self.context_dim, device=like.device), like[:, :0].float()
+        own, other = self._widths()[i], self.encoders[1 - i]
+        pooled = self.pooled_dim - other.pooled_dim if other else self.pooled_dim * (1 - i)
+        zeros = torch.zeros(len(like), CLIP_TOKENS, own, device=like.device)
+        return zeros, torch.zeros(len(like), pooled, device=like.device)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write where the encoders are and what they were, for `load_encoder`."""
+        if self.source is None:
+            raise ValueError("these text encoders came from no folder: save the pipeline in the layout 'diffusers'")
+        about = {
+            "encoder": str(self.source),
+            "max_length": self.max_length,
+            "dropped": self.dropped,
+            "without": [name for name in ENCODERS if getattr(self, name) is None],
+            "sha256": fingerprint(self.source),
+        }
+        write_json(Path(folder) / "config.json", about)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing: what is frozen does not change."""
+
+    def save_parts(self, folder: str | Path) -> None:
+        """Write encoders and tokenizers as diffusers' pipeline keeps them. ValueError for one of open_clip."""
+        for name, encoder in zip(ENCODERS, self.encoders, strict=True):
+            if encoder is None:
+                continue
+            if not hasattr(encoder.network, "save_pretrained"):
+                raise ValueError(f"{name} is of open_clip, which diffusers does not read: open it by transformers")
+            for part, what in zip(_FOLDERS[name], (encoder.network, encoder.tokenizer), strict=True):  # type: ignore[attr-defined]
+                what.save_pretrained(Path(folder) / part)
+
+
+def open_sd3_text(
+    folder: str | Path,
+    max_length: int = 256,
+    dtype: torch.dtype = torch.float32,
+    dropped: Literal["zeros", "empty"] = "zeros",
+    without: Sequence[str] = (),
+) -> SD3Text:
+    """The encoders of a diffusers SD3 pipeline folder, on the CPU; one that is not there, or named in `without`
+    ("clip_l", "clip_g", "t5"), is left out. Raises ValueError for another name and where one cannot be read.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if unknown := sorted(set(without) - set(ENCODERS)):
+        raise ValueError(f"without names {', '.join(unknown)}, expected some of {', '.join(ENCODERS)}")
+    encoders: list[TextEncoder | None] = []
+    for name in ENCODERS:
+        network, tokenizer = (folder / part for part in _FOLDERS[name])
+        there = name not in without and (network / "config.json").is_file()
+        tokens = max_length if name == "t5" else CLIP_TOKENS
+        encoders.append(open_hub(network, tokenizer, tokens, dtype) if there else None)
+    context_dim, pooled_dim = _dims(folder, encoders)
+    return SD3Text(encoders, context_dim, pooled_dim, max_length, dropped, folder)
+
+
+def _dims(folder: Path, encoders: Sequence[TextEncoder | None]) -> tuple[int, int]:
+    """Widths of context and pooled vector: the transformer's beside the encoders says, else the encoders' own."""
+    config = folder / "transformer" / "config.json"
+    about = read_json(config) if config.is_file() else {}
+    if "joint_attention_dim" in about and "pooled_projection_dim" in about:
+        return about["joint_attention_dim"], about["pooled_projection_dim"]
+    clip_l, clip_g, t5 = encoders
+    return (t5.context_dim if t5 else 4096), (clip_l.pooled_dim + clip_g.pooled_dim if clip_l and clip_g else 2048)

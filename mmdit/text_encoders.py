@@ -1,0 +1,294 @@
+"""Frozen text encoders as conditioners: any CLIP, T5 or causal language model of a folder.
+
+An encoder's network is used and never trained: it moves with the model that holds it, and is no part of its parameters,
+its state dict or its copies. Folders are as the hub's: config.json, model.safetensors and the tokenizer's files; or
+open_clip's, with open_clip_config.json. transformers and open_clip are imported when a folder of theirs is opened.
+
+Shape letters: B batch, L tokens, D width, P width of the pooled vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.text import Condition, Tokens
+from mmdit.weights_io import read_json, write_json
+
+if TYPE_CHECKING:
+    from mmdit.sd3_text import SD3Text
+
+
+class TextEncoder(nn.Module, ABC):
+    """One frozen encoder; by itself the conditioner of a model trained from scratch.
+
+    Padding is hidden from the encoder and from the trunk, and a dropped caption is the empty caption, as with the text
+    encoder that is learnt. source: the folder it came from, None if it came from none.
+    """
+
+    num_encoders = 1
+    context_dim: int
+    pooled_dim: int
+
+    def __init__(self, network: nn.Module, max_length: int, longest: int | None, source: Path | None = None) -> None:
+        super().__init__()
+        if max_length < 2 or (longest is not None and max_length > longest):
+            raise ValueError(
+                f"max_length is {max_length}, expected 2 to {longest or 'any number of'} tokens"
+                + (f", all that the text encoder {source or ''} has places for" if longest else "")
+            )
+        self._held = (
+            network.requires_grad_(False).eval(),
+        )  # in a tuple, out of sight of parameters() and state_dict()
+        self.max_length, self.source = max_length, source
+
+    @property
+    def network(self) -> Any:
+        """The network, frozen."""
+        return self._held[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
+        self.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: object) -> TextEncoder:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions to `Tokens` (B, max_length), on the CPU."""
+
+    @abstractmethod
+    def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States (B, L, D) and pooled vectors (B, P) of ids (B, L); mask None shows padding to the encoder."""
+
+    @torch.no_grad()
+    def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
+        """Tokens to a `Condition` in float32; where `drop` (B, 1) is True the caption counts as empty."""
+        ids, mask = self.dropped(tokens, drop)
+        context, pooled = self.encode(ids, mask)
+        return Condition(context.float(), pooled.float(), mask)
+
+    def dropped(self, tokens: Tokens, drop: Tensor | None) -> Tokens:
+        """The tokens, those of the empty caption where `drop` (B, 1) says so."""
+        if drop is None:
+            return tokens
+        empty = self.tokenize([""]).to(tokens.ids.device)
+        return Tokens(*(torch.where(drop, e, x) for e, x in zip(empty, tokens, strict=True)))
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write where the encoder is and what it was, for `load_encoder`; its weights stay where they are."""
+        if self.source is None:
+            raise ValueError("this text encoder came from no folder: save it, and open it with open_text_encoder")
+        about = {"encoder": str(self.source), "max_length": self.max_length, "sha256": fingerprint(self.source)}
+        write_json(Path(folder) / "config.json", about)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing: what is frozen does not change."""
+
+
+class HubEncoder(TextEncoder):
+    """An encoder of transformers with its tokenizer."""
+
+    def __init__(
+        self, network: Any, tokenizer: Any, max_length: int, longest: int | None = None, source: Path | None = None
+    ) -> None:
+        super().__init__(network, max_length, longest, source)
+        if tokenizer.pad_token is None:  # language models that write have none
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        self.tokenizer = tokenizer
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        out = self.tokenizer(
+            list(captions), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        mask = out.attention_mask.bool()
+        mask[:, 0] = True  # some tokenizers have no token at all for the empty caption
+        return Tokens(out.input_ids, mask)
+
+
+class CLIPText(HubEncoder):
+    """A CLIP text model: the states before its last layer, and the projected state of the end token.
+
+    Without a projection (CLIPTextModel) the pooled vector is that state itself.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, max_length: int = 77, source: Path | None = None) -> None:
+        super().__init__(network, tokenizer, max_length, network.config.max_position_embeddings, source)
+        self.context_dim = network.config.hidden_size
+        self.pooled_dim = network.config.projection_dim if hasattr(network, "text_projection") else self.context_dim
+
+    def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = self.network(ids, output_hidden_states=True)  # causal: real tokens never see the padding behind them
+        return out.hidden_states[-2], out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+
+
+class HiddenStates(HubEncoder):
+    """The last hidden states of T5's encoder or of a causal language model; pooled is their mean over real tokens."""
+
+    def __init__(self, network: Any, tokenizer: Any, max_length: int, source: Path | None = None) -> None:
+        longest = None if network.config.model_type in T5 else getattr(network.config, "max_position_embeddings", None)
+        super().__init__(network, tokenizer, max_length, longest, source)
+        network.config.use_cache = False  # nothing is written
+        self.context_dim = self.pooled_dim = network.config.hidden_size
+
+    def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.network(ids, attention_mask=mask).last_hidden_state
+        real = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
+        return x, (x * real).sum(1) / real.sum(1)
+
+
+class OpenCLIPText(TextEncoder):
+    """`CLIPText` by open_clip: the same states and the same pooled vector."""
+
+    def __init__(self, network: Any, tokenizer: Any, max_length: int = 77, source: Path | None = None) -> None:
+        text = getattr(network, "text", network)
+        super().__init__(network, max_length, text.context_length, source)
+        if max_length != text.context_length:
+            raise ValueError(f"max_length is {max_length}, expected {text.context_length}: open_clip takes no other")
+        self.tokenizer, self.layers = tokenizer, len(text.transformer.resblocks)
+        self.context_dim = text.ln_final.weight.shape[0]
+        projection = text.text_projection
+        self.pooled_dim = getattr(projection, "out_features", None) or projection.shape[1]
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        ids = self.tokenizer(list(captions), context_length=self.max_length)
+        real = torch.arange(self.max_length) <= ids.argmax(1, keepdim=True)  # the end token has the largest id
+        return Tokens(ids, real)
+
+    def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = self.network.forward_intermediates(text=ids, text_indices=[self.layers - 2], normalize=False)
+        return out["text_intermediates"][0], out["text_features"]
+
+
+# --- from disk -----------------------------------------------------------------------------------------------------
+
+T5 = ("t5", "mt5", "umt5")
+
+
+def open_text_encoder(
+    folder: str | Path, max_length: int | None = None, dtype: torch.dtype = torch.float32
+) -> TextEncoder | SD3Text:
+    """The frozen text encoder in a folder, or the three of a diffusers SD3 pipeline, on the CPU.
+
+    max_length: tokens a caption (of T5's, for the three); by default CLIP's 77, or 256. Raises ValueError where there
+    is no encoder, where tensors are missing, and for pickled weights.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if (folder / "model_index.json").is_file() or (folder / "text_encoder").is_dir():
+        from mmdit.sd3_text import open_sd3_text
+
+        return open_sd3_text(folder, max_length or 256, dtype)
+    if (folder / "config.json").is_file():
+        return open_hub(folder, folder, max_length, dtype)
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip(folder, max_length or 77, dtype)
+    raise ValueError(
+        f"no text encoder in {folder}: expected config.json with model.safetensors and a tokenizer, "
+        "open_clip_config.json, or a diffusers SD3 pipeline"
+    )
+
+
+def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch.dtype) -> HubEncoder:
+    """The encoder of transformers in a folder, with the tokenizer in another, as pipelines keep them."""
+    import transformers
+
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    names = (config.get("architectures") or [""]) if isinstance(config, dict) else [""]
+    if kind in T5:
+        name = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}[kind]
+    elif kind in ("clip", "clip_text_model"):
+        name = "CLIPTextModel" if names[0] == "CLIPTextModel" else "CLIPTextModelWithProjection"
+    else:
+        name = "AutoModel"
+    network, words = _network(getattr(transformers, name), folder, dtype), _tokenizer(tokenizer)
+    if "clip" in str(kind):
+        return CLIPText(network, words, max_length or 77, folder)
+    if kind not in T5 and not any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in names):
+        raise ValueError(f"{folder} holds {names[0] or kind}, expected a CLIP, a T5 or a causal language model")
+    return HiddenStates(network, words, max_length or 256, folder)
+
+
+def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        network, info = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds; a person needs the one line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read the text encoder in {folder}: {reason}") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(names) for names in info["mismatched_keys"])
+    if missing:
+        shown = ", ".join(missing[:4])
+        raise ValueError(f"the weights in {folder} do not fit its config: {len(missing)} missing or misshapen: {shown}")
+    return network
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+
+def _open_clip(folder: Path, max_length: int, dtype: torch.dtype) -> OpenCLIPText:
+    import open_clip
+
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"no .safetensors in {folder}: a pickle may run code when it is read, so none is opened")
+    try:
+        network = open_clip.create_model(f"local-dir:{folder}").to(dtype)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read the text encoder in {folder}: {reason}") from error
+    network.visual = None  # pictures are not read
+    return OpenCLIPText(network, tokenizer, max_length, folder)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the configs, tokenizers and weights of a folder's text encoders."""
+    folder = Path(folder)
+    parts = [path for path in folder.glob("*") if path.name.startswith(("text_encoder", "tokenizer")) and path.is_dir()]
+    digest = hashlib.sha256()
+    for path in sorted(path for part in parts or [folder] for path in part.glob("*")):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            with path.open("rb") as file:
+                digest.update(
+                    f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+                )
+    return digest.hexdigest()
+
+
+def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder | SD3Text:
+    """The frozen encoder that `save_config` wrote about. Raises ValueError where it is gone, or another now."""
+    where = Path(folder) / "config.json"
+    about = read_json(where)
+    source = Path(about["encoder"])
+    if not source.is_dir():
+        raise ValueError(f"the text encoder of this model is gone from {source}: say where it is now in {where}")
+    if fingerprint(source) != about.get("sha256"):
+        raise ValueError(
+            f"the text encoder in {source} is not the one that this model was trained with: "
+            f"put that one back, or say where it is in {where}"
+        )
+    if "dropped" in about:
+        from mmdit.sd3_text import open_sd3_text
+
+        return open_sd3_text(source, about["max_length"], dtype, about["dropped"], about["without"])
+    return open_text_encoder(source, about["max_length"], dtype)
