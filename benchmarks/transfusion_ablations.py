@@ -7,8 +7,9 @@ run folder of its own; what is finished is not trained again. A process takes on
 the drawn world: the loss of the image (mean over fixed times), nats a token of captions alone and after their picture,
 the mean of ShapesEval's six questions, and the share of pictures that are rightly described.
 
-The U-Nets have 128 channels where they meet the trunk, whatever the patch. The paper's findings are asked of each measure by sign. "agrees" or "disagrees" wants the seeds of both sides apart: the
-difference of the means beyond both spreads (largest less smallest) halved and added.
+The U-Nets have 128 channels where they meet the trunk, whatever the patch. The paper's findings are asked of each
+measure by sign. "agrees" or "disagrees" wants the seeds of both sides apart: the difference of the means beyond both
+spreads (largest less smallest) halved and added.
 """
 
 import argparse

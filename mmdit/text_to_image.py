@@ -265,8 +265,17 @@ class TextToImage:
 
     def save_weights(self, folder: str | Path) -> None:
         """Replace the weights in a folder that `save` wrote."""
-        save_weights(self.model.transformer.state_dict(), Path(folder) / "transformer" / "model.safetensors")
+        self._save_trunk(Path(folder) / "transformer")
         self.model.conditioner.save_weights(Path(folder) / "text")
+
+    def _save_trunk(self, folder: Path) -> None:
+        """The trunk's weights; adapters are added to them, and written beside."""
+        from mmdit.lora import lora_pairs, plain_state, save_lora
+
+        trunk = self.model.transformer
+        save_weights(plain_state(trunk), folder / "model.safetensors")
+        if lora_pairs(trunk):
+            save_lora(trunk, folder / "lora.safetensors")
 
     @classmethod
     def load(

@@ -24,6 +24,15 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Folder to write; default: runs/ and the run's name.")
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="Start from these: a run, a diffusers folder, an SD3 file.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Train adapters alone: rank=16, alpha=16, targets=all.", show_default=False
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run where it stopped.")] = None,
 ) -> None:
     """Train a model; Ctrl-C saves, --resume goes on.
@@ -38,6 +47,8 @@ def train(
 
       mmdit train --resume runs/mine
 
+      mmdit train my.toml --init runs/demo --lora rank=16 --data my_images/
+
     All keys with their meanings: docs/config.md. Presets: demo, transfusion-demo, latent, pixels-tiny.
     """
     config_name, settings = split_words(words or [])
@@ -47,6 +58,9 @@ def train(
         raise ValueError("which config? name a preset or a TOML file (mmdit train demo), or --resume RUN")
     if data is not None:
         settings.append(f"data.source={data}")
+    if init is not None:
+        settings.append(f"init={init}")
+    settings += [f"lora.{word}" for word in lora or []]
     if out is not None or (resume is not None and config_name is not None):
         settings.append(f"training.out={out or resume}")
 

@@ -39,6 +39,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -210,11 +211,8 @@ class TransfusionConfig(Settings):
     """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
     text_length: Annotated[int, Range(2, 4096)] = 256
     """Tokens of such a document, the end counted; longer ones are cut into pieces."""
-    init: str | tuple[str, ...] | None = None
-    """Weights to start from: the folder of a run, of a diffusers SD3 transformer, of a language model in Hugging Face's
-    format, or a list of these; of a tensor that several have, a language model's is taken, else the first one's."""
     freeze_text: bool = False
-    """Leave the text's weights as `init` gave them: its stream, embedding and head (LMFusion)."""
+    """Leave the text's weights as `init` (at the top) gave them: its stream, embedding and head (LMFusion)."""
 
     def check(self) -> None:
         if self.text == "":
@@ -224,18 +222,24 @@ class TransfusionConfig(Settings):
                 f"transfusion.text is {self.text or 'none'} and transfusion.text_fraction {self.text_fraction:g}: "
                 "text alone needs both, a file and a share of the batch above 0"
             )
-        if self.init and not self.enabled:
-            raise ConfigError("transfusion.init needs transfusion.enabled = true: an MMDiT starts from nothing")
-        if self.freeze_text and (self.weights != "separate" or not self.init):
+        if self.freeze_text and self.weights != "separate":
             raise ConfigError(
-                f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}", and in '
-                f"transfusion.init a language model, which is {self.init or 'none'}"
+                f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}"'
             )
 
-    @property
-    def init_paths(self) -> tuple[str, ...]:
-        """The folders that `init` names."""
-        return (self.init,) if isinstance(self.init, str) else self.init or ()
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Fine-tuning by low-rank adapters, in the place of all weights."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: CountOrZero = 0
+    """Rank of the adapters beside the matrices of the blocks, which alone are trained; 0: none, all is trained."""
+    alpha: Positive | None = None
+    """The adapters' scale, over their rank; "none" is as rank."""
+    targets: Literal["attention", "all"] = "attention"
+    """Matrices that get one: those of the attention, or those of the MLPs too."""
 
 
 @dataclass(frozen=True)
@@ -366,11 +370,15 @@ class TrainConfig(Settings):
     """Seed of the initial weights, the order of the data, the times and the noise."""
     autoencoder: str = "none"
     """What makes the latents: "none" (pixels), "shapes" (the small one in the package), or an autoencoder's folder."""
+    init: str | tuple[str, ...] | None = None
+    """Weights to start from: a run's folder, a diffusers SD3 transformer's, a file in SD3's layout; with transfusion a
+    language model's in Hugging Face's format too, or a list, of which a language model is taken first."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     transfusion: TransfusionConfig = field(default_factory=TransfusionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -400,6 +408,12 @@ class TrainConfig(Settings):
                 f"{self.training.batch_size} that is {self.text_documents} documents of text; at least one, and one "
                 "picture, have to be in each of training.grad_accumulation's parts"
             )
+        if self.transfusion.freeze_text and not self.init:
+            raise ConfigError("transfusion.freeze_text needs a language model in init, which is none")
+        if isinstance(self.init, tuple) and not self.transfusion.enabled:
+            raise ConfigError(f"init names {len(self.init)} folders: an MMDiT starts from one")
+        if self.lora.rank and (self.transfusion.enabled or not self.init):
+            raise ConfigError("lora.rank needs an MMDiT's weights to adapt: name them in init, without transfusion")
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
 
@@ -408,6 +422,11 @@ class TrainConfig(Settings):
         """How many of a batch's samples are documents of text alone: the same number in each part of the batch."""
         parts = self.training.grad_accumulation
         return parts * round(self.training.batch_size // parts * self.transfusion.text_fraction)
+
+    @property
+    def init_paths(self) -> tuple[str, ...]:
+        """What `init` names."""
+        return (self.init,) if isinstance(self.init, str) else self.init or ()
 
     @property
     def run_folder(self) -> Path:
@@ -498,6 +517,7 @@ def _sections() -> list[type[Settings]]:
         TextConfig,
         ObjectiveConfig,
         TransfusionConfig,
+        LoraConfig,
         OptimizerConfig,
         TrainingConfig,
         SamplingConfig,

@@ -16,8 +16,6 @@ import torch
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
-from mmdit.files import find
-from mmdit.init_from import init_from, needs, text_parameters
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -25,13 +23,13 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import read_config
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable
 from training.progress import Progress
 from training.run import RunFolder
+from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
@@ -95,11 +93,12 @@ def build_model(
     text = _text(config, run, chain((source.caption(i) for i in range(len(source))), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
-        trunk = _transfusion(config, text, autoencoder, (height, width), _llama(config, run, resumed))
+        trunk = _transfusion(config, text, autoencoder, (height, width), text_form(config, run, resumed))
         model = CaptionedTransfusion(trunk, text)
-        _start(config, run, trunk, resumed)
+        start_transfusion(config, run, trunk, resumed)
     else:
         model = CaptionedMMDiT(_mmdit(config, text, autoencoder, height, width), text)
+        model.transformer = start_mmdit(config, run, model, resumed)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     run.log(
         f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
@@ -116,8 +115,8 @@ def _text(config: TrainConfig, run: RunFolder, texts: Iterable[str], resumed: bo
         run.log(f"captions are read by {frozen.source}, frozen")
         return frozen
     shape = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
-    path = here / "tokenizer.json"
-    tokenizer = Tokenizer.load(path, shape.max_length) if resumed else make_tokenizer(config, texts)
+    path = here / "tokenizer.json" if resumed else tokenizer_to_start_from(config)
+    tokenizer = Tokenizer.load(path, shape.max_length) if path else make_tokenizer(config, texts)
     return (Words if config.transfusion.enabled else LearnedText)(shape, tokenizer)
 
 
@@ -170,42 +169,6 @@ def _transfusion(
         **{name: getattr(model, name) for name in names},
     )
     return Transfusion(shape)
-
-
-def _llama(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
-    """The form of the streams of text, which follows from what the run starts from; a resumed run has it written."""
-    if resumed:
-        return read_config(mmdit.config.TransfusionConfig, find(run.path) / "config.json").llama
-    paths = config.transfusion.init_paths
-    wanted, model = needs(paths), config.model
-    wrong = [
-        f"model.{name}={'none' if value is None else value}"
-        for name, value in wanted.items()
-        if name in model.__dataclass_fields__ and getattr(model, name) != value
-    ]
-    if config.text.vocab_size < wanted.get("vocab_size", 0):
-        wrong.append(f"text.vocab_size={wanted['vocab_size']}")
-    if wrong:
-        raise ConfigError(f"to start from {' and '.join(paths)} set {' '.join(wrong)}")
-    return wanted.get("llama")
-
-
-def _start(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
-    """Weights that are there already, but where the run has its own; and none to learn for text that is frozen."""
-    mixed = config.transfusion
-    if mixed.init_paths and not resumed:
-        started = init_from(trunk, mixed.init_paths)
-        for line in started.lines:
-            run.log(f"weights {line}")
-        own = sorted(text_parameters(trunk).keys() & set(started.fresh)) if mixed.freeze_text else []
-        if own:
-            raise ConfigError(
-                f"transfusion.freeze_text is set, but {' and '.join(mixed.init_paths)} did not give, {own[0]} for one, "
-                "what is to be frozen: name a language model in transfusion.init"
-            )
-    if mixed.freeze_text:
-        for parameter in text_parameters(trunk).values():
-            parameter.requires_grad_(False)
 
 
 def open_feeds(

@@ -47,7 +47,17 @@ GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
-KEPT = ("model", "text", "transfusion", "autoencoder", "seed", "data.num_samples", "data.image_size", "data.held_out")
+KEPT = (
+    "model",
+    "text",
+    "transfusion",
+    "lora",
+    "autoencoder",
+    "seed",
+    "data.num_samples",
+    "data.image_size",
+    "data.held_out",
+)
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -136,7 +146,8 @@ class Trainer:
         )
         self.held_out_text: Pieces | None = None
         if corpus is not None:
-            pieces, self.held_out_text = open_pieces(config, run, corpus, self.model.conditioner.tokenizer, self.device)
+            words: Any = self.model.conditioner.tokenizer
+            pieces, self.held_out_text = open_pieces(config, run, corpus, words, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
         if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
             self.pipe.save_defaults(run.path / "pipeline")

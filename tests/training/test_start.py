@@ -8,6 +8,7 @@ import torch
 import mmdit
 import training
 from mmdit.init_from import text_parameters
+from mmdit.lora import load_lora, plain_state
 from mmdit.weights_io import read_weights
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, load_config
@@ -53,7 +54,7 @@ def config_for(out, *overrides):
 
 
 def starting(folder, *overrides):
-    return (f"transfusion.init={folder}", *overrides)
+    return (f"init={folder}", *overrides)
 
 
 def started(config):
@@ -121,7 +122,7 @@ def test_a_language_model_and_an_image_model(language, tmp_path):
          "evaluation.prompts_per_question=0", f"training.out={tmp_path / 'images'}"],
     )  # fmt: skip
     training.train(images)
-    both = f"transfusion.init=['{language[0]}', '{tmp_path / 'images'}']"
+    both = f"init=['{language[0]}', '{tmp_path / 'images'}']"
     trunk = started(config_for(tmp_path / "both", both)).state_dict()
     image_model = mmdit.load(tmp_path / "images").state_dict()
     taken = [name for name in image_model if ".img." in name or name.startswith(("patch", "time", "modulation"))]
@@ -142,7 +143,7 @@ def test_a_run_goes_on_from_another(frozen, tmp_path):
             "set model.depth=2 model.num_heads=2 text.vocab_size=390$",
         ),
         (["transfusion.weights=shared"], 'weights = "shared" with time = "image"'),
-        (["transfusion.init=nowhere"], "nowhere holds no model"),
+        (["init=nowhere"], "nowhere holds no model"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_run(changes, what, language, tmp_path):
@@ -152,14 +153,104 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(changes, what, language,
 
 
 def test_text_is_frozen_only_where_it_is_given_and_apart(language, tmp_path):
-    with pytest.raises(ConfigError, match="needs transfusion.enabled = true"):
-        config_for(tmp_path, *starting(language[0]), "transfusion.enabled=false")
-    with pytest.raises(ConfigError, match="freeze_text needs .* a language model, which is none"):
+    with pytest.raises(FileNotFoundError, match="MMDiT|no model|holds"):
+        training.train(config_for(tmp_path / "run", *starting(tmp_path), "transfusion.enabled=false"))
+    with pytest.raises(ConfigError, match="freeze_text needs a language model in init"):
         config_for(tmp_path, "transfusion.freeze_text=true")
     with pytest.raises(ConfigError, match='"separate", which is "shared"'):
         config_for(tmp_path, *starting(language[0]), "transfusion.freeze_text=true", "transfusion.weights=shared")
     images = load_config("pixels-tiny", ["training.num_steps=1", f"training.out={tmp_path / 'images'}"])
     training.train(images)
-    settings = ("transfusion.freeze_text=true", f"transfusion.init={tmp_path / 'images'}")
-    with pytest.raises(ConfigError, match="did not give, blocks.0.txt.*: name a language model"):
+    settings = ("transfusion.freeze_text=true", f"init={tmp_path / 'images'}")
+    with pytest.raises(ConfigError, match="did not give what is to be frozen, blocks.0.txt.*: name a language model"):
         training.train(config_for(tmp_path / "run", *settings))
+
+
+# --- text-to-image models -----------------------------------------------------------------------------------------
+
+
+def images_config(out, *overrides):
+    quiet = ("training.sample_every=0", "training.validate_every=0", "evaluation.prompts_per_question=0")
+    return load_config("pixels-tiny", [*quiet, "training.precision=fp32", f"training.out={out}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return training.train(images_config(tmp_path_factory.mktemp("base") / "run", "training.num_steps=3"))
+
+
+def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path):
+    """Trunk, text encoder and tokenizer, whatever the new captions are."""
+    config = images_config(tmp_path / "on", f"init={base}", "data.num_samples=40", "seed=5")
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    old = mmdit.TextToImage.load(base, "cpu").model
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, old.state_dict()[name]), name
+    words = ["a red circle on a white background"]
+    assert torch.equal(trainer.model.conditioner.tokenize(words).ids, old.conditioner.tokenize(words).ids)
+
+
+def test_qk_norm_can_be_added(tmp_path):
+    plain = training.train(images_config(tmp_path / "plain", "model.qk_norm=none", "training.num_steps=1"))
+    trunk = Trainer(
+        config := images_config(tmp_path / "on", f"init={plain}"), RunFolder.create(config.run_folder, config)
+    )
+    state, old = trunk.model.transformer.state_dict(), mmdit.load(plain).state_dict()
+    new = state.keys() - old.keys()
+    assert new and all(name.endswith("_norm.weight") and (state[name] == 1).all() for name in new)
+    assert all(torch.equal(state[name], x) for name, x in old.items())
+
+
+def adapters(base, out, *overrides):
+    return images_config(out, f"init={base}", "lora.rank=2", "training.ema_decay=0", *overrides)
+
+
+def test_adapters_alone_are_trained_saved_and_resumed(base, tmp_path):
+    out = training.train(adapters(base, tmp_path / "lora", "training.num_steps=4"))
+    part = training.train(adapters(base, tmp_path / "part", "training.num_steps=2"))
+    before, after = mmdit.load(base), mmdit.load(out)  # merged
+    changed = {n for n, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[n])}
+    assert changed and all(name.endswith((".attn.qkv.weight", ".attn.out.weight")) for name in changed)
+    old, new = (mmdit.TextToImage.load(run, "cpu").model.conditioner.state_dict() for run in (base, out))
+    assert all(torch.equal(new[name], x) for name, x in old.items())
+    load_lora(before, out / "pipeline" / "transformer" / "lora.safetensors")
+    for name, tensor in plain_state(before).items():
+        torch.testing.assert_close(tensor, after.state_dict()[name], rtol=1e-5, atol=1e-6)
+    training.resume(part, ["training.num_steps=4"])
+    whole = read_weights(out / "pipeline" / "transformer" / "lora.safetensors")
+    again = read_weights(part / "pipeline" / "transformer" / "lora.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(again[name], x) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("setting", ["lora.rank=4", "lora.alpha=8", "lora.targets=all"])
+def test_a_setting_of_adapters_changes_what_it_should(setting, base, tmp_path):
+    def file(name, *settings):
+        run = training.train(adapters(base, tmp_path / name, "training.num_steps=1", *settings))
+        return read_weights(run / "pipeline" / "transformer" / "lora.safetensors")
+
+    one, other = file("one"), file("other", setting)
+    assert one.keys() != other.keys() or any(not torch.equal(x, other[name]) for name, x in one.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (["model.depth=1"], "set model.depth=2$"),
+        (["model.qk_norm=none"], "set model.qk_norm=rms_norm$"),
+        (
+            ["autoencoder=shapes", "model.patch_size=8", "data.image_size=64"],
+            "latents of 3 channels, the autoencoder 16",
+        ),
+    ],
+)
+def test_an_image_model_that_does_not_fit_is_refused(changes, what, base, tmp_path):
+    with pytest.raises(ConfigError, match=what):
+        training.train(images_config(tmp_path / "run", f"init={base}", *changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_want_weights_to_adapt(tmp_path):
+    with pytest.raises(ConfigError, match="lora.rank needs an MMDiT's weights"):
+        images_config(tmp_path, "lora.rank=2")
+    with pytest.raises(ConfigError, match="an MMDiT starts from one"):
+        images_config(tmp_path, "init=['a', 'b']")

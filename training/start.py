@@ -1,0 +1,138 @@
+"""Where a run's weights come from when not from nothing: `init`, and what of them is trained.
+
+A resumed run has its own weights: of these only the shapes are made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import mmdit.config
+from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.files import find, load
+from mmdit.init_from import init_from, needs, text_parameters
+from mmdit.lora import add_lora
+from mmdit.model import MMDiT
+from mmdit.text import LearnedText
+from mmdit.text_to_image import CaptionedMMDiT
+from mmdit.transfusion import Transfusion
+from mmdit.weights_io import load_weights, read_config
+from training.config import ConfigError, TrainConfig
+from training.run import RunFolder
+
+SHAPE = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "positions", "dual_attention_layers")
+TEXT_IN = ("context_in.", "pooled_in.")  # what a trunk for another text encoder learns anew
+NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
+
+
+def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
+    """The tokenizer of the run that a text-to-image model with a learned text encoder starts from."""
+    if config.transfusion.enabled or not config.init_paths:
+        return None
+    text = _text_folder(config.init_paths[0])
+    return text / "tokenizer.json" if text is not None else None
+
+
+@torch.no_grad()
+def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resumed: bool) -> MMDiT:
+    """The trunk with the weights that `init` names, of their shape, and with adapters where they alone are trained.
+
+    What reads the text starts afresh where the text encoder is another; QK-norm may be added. Raises ConfigError where
+    the shape is not that of [model], with the settings to change.
+    """
+    trunk = model.transformer
+    if config.init_paths and resumed:
+        trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
+    elif config.init_paths:
+        trunk = _started(config, run, trunk)
+        text = _text_folder(config.init_paths[0])
+        if text is not None and isinstance(model.conditioner, LearnedText):
+            load_weights(model.conditioner, text / "model.safetensors")
+            run.log("weights of the text encoder and its tokenizer: from there too")
+    if config.lora.rank:
+        add_lora(trunk, config.lora.rank, config.lora.alpha, config.lora.targets)
+        model.conditioner.requires_grad_(False)
+    return trunk
+
+
+def _started(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
+    path = config.init_paths[0]
+    found = load(path)
+    if not isinstance(found, MMDiT):
+        raise ConfigError(f"{path} is a model of text and images: set transfusion.enabled=true to go on from it")
+    theirs, ours = found.config, fresh.config
+    wrong = [
+        f"model.{name}={_said(getattr(theirs, name))}" for name in SHAPE if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if theirs.qk_norm and not ours.qk_norm:
+        wrong.append(f"model.qk_norm={theirs.qk_norm}")
+    if wrong:
+        raise ConfigError(f"to start from {path} set {' '.join(wrong)}")
+    if theirs.in_channels != ours.in_channels:
+        raise ConfigError(
+            f"{path} has latents of {theirs.in_channels} channels, the autoencoder {ours.in_channels}: name its own in "
+            "autoencoder"
+        )
+    shape = replace(ours, sample_size=theirs.sample_size, pos_embed_max_size=theirs.pos_embed_max_size)
+    trunk = MMDiT(shape)
+    own, given = trunk.state_dict(), found.state_dict()
+    afresh = [
+        name
+        for name, tensor in own.items()
+        if (name not in given and name.endswith(NEW_NORMS))
+        or (name.startswith(TEXT_IN) and given[name].shape != tensor.shape)
+    ]
+    trunk.load_state_dict({name: own[name] if name in afresh else given[name] for name in own})
+    run.log(f"weights from {path}: {len(own) - len(afresh)} tensors; afresh: {', '.join(afresh[:4]) or 'none'}")
+    return trunk
+
+
+def _text_folder(path: str) -> Path | None:
+    for folder in (Path(path) / "pipeline" / "text", Path(path) / "text"):
+        if (folder / "tokenizer.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    return None
+
+
+def _said(value: object) -> str:
+    """As on the command line."""
+    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+def text_form(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
+    """The form of the streams of text, which follows from what the run starts from; a resumed run has it written."""
+    if resumed:
+        return read_config(mmdit.config.TransfusionConfig, find(run.path) / "config.json").llama
+    paths = config.init_paths
+    wanted, model = needs(paths), config.model
+    wrong = [
+        f"model.{name}={_said(value)}"
+        for name, value in wanted.items()
+        if name in model.__dataclass_fields__ and getattr(model, name) != value
+    ]
+    if config.text.vocab_size < wanted.get("vocab_size", 0):
+        wrong.append(f"text.vocab_size={wanted['vocab_size']}")
+    if wrong:
+        raise ConfigError(f"to start from {' and '.join(paths)} set {' '.join(wrong)}")
+    return wanted.get("llama")
+
+
+def start_transfusion(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
+    """Weights that are there already, but where the run has its own; and none to learn for text that is frozen."""
+    frozen = config.transfusion.freeze_text
+    if config.init_paths and not resumed:
+        started = init_from(trunk, config.init_paths)
+        for line in started.lines:
+            run.log(f"weights {line}")
+        own = sorted(text_parameters(trunk).keys() & set(started.fresh)) if frozen else []
+        if own:
+            raise ConfigError(
+                f"transfusion.freeze_text is set, but {' and '.join(config.init_paths)} did not give what is to be "
+                f"frozen, {own[0]} for one: name a language model in init"
+            )
+    if frozen:
+        for parameter in text_parameters(trunk).values():
+            parameter.requires_grad_(False)
