@@ -19,7 +19,7 @@ __all__ = ["evaluations", "pipe"]  # fixtures
         (dict(rule="cfg-zero"), samplers.cfg_zero),
         (dict(rescale=0.7), lambda on, off, scale: samplers.cfg(on, off, scale, rescale=0.7)),
     ],
-    ids=str,
+    ids=["apg", "cfg-zero", "rescale"],
 )
 def test_every_rule_of_guidance_is_the_one_of_samplers(pipe, option, rule):
     trunk = pipe.model.transformer
