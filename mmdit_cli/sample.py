@@ -64,7 +64,7 @@ def sample(
         load_checkpoint_into(pipe, run, checkpoint)
     edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
     how = dict(num_steps=steps, solver=solver, guidance=guidance)
-    pictures = pipe(prompts, negative, height=height, width=width, seed=seed, edit=edit, **how)
+    pictures = pipe(prompts, negative_prompts=negative, height=height, width=width, seed=seed, edit=edit, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):
         picture.save(file)

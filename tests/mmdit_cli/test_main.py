@@ -93,6 +93,7 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["sample", "run", "a star", "--size", "0x8"], '--size is "0x8", expected HEIGHTxWIDTH'),
         (["sample", "run", "a star", "--out", "picture"], "such as picture.png"),
         (["sample", "no-such-run", "a star"], "no-such-run"),
+        (["sample", "run", "a star", "--mask", "m.png"], "name the picture with --image"),
         (["evaluate", "no-such-run"], "no-such-run"),
         (["autoencoder", "train", "--data", "x"], "Missing option '--out'"),
         (["autoencoder", "train", "--data", "shapes", "--out", "x", "num_step=3"], 'did you mean "num_steps"?'),
@@ -155,7 +156,8 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
     assert result.exit_code == 0, result.output
     assert pipe.prompts == ["a red circle"] and str(pipe.run) == "runs/x"
     assert pipe.options == {
-        "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1
+        "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1,
+        "negative_prompts": None, "edit": None,
     }  # fmt: skip
     assert Image.open(out).size == (8, 6)
     assert str(out) in result.stdout
@@ -165,8 +167,19 @@ def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tm
     assert run("sample", "r", "one", "two", "--out", tmp_path / "a.jpg").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
     assert pipe.options == {
-        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0
+        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0,
+        "negative_prompts": None, "edit": None,
     }  # fmt: skip
+
+
+def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_path):
+    for name, colour in (("old", "red"), ("mask", "white")):
+        Image.new("RGB", (8, 6), colour).save(tmp_path / f"{name}.png")
+    words = ["--image", tmp_path / "old.png", "--mask", tmp_path / "mask.png", "--strength", 0.9, "--negative", "grey"]
+    assert run("sample", "r", "one", *words, "--out", tmp_path / "a.png").exit_code == 0
+    assert pipe.options["negative_prompts"] == "grey"
+    edit = pipe.options["edit"]
+    assert (edit.strength, edit.image.getpixel((0, 0)), edit.mask.getpixel((7, 5))) == (0.9, (255, 0, 0), (255,) * 3)
 
 
 def test_evaluate_prints_every_number(monkeypatch):
