@@ -61,6 +61,15 @@ def test_a_file_that_is_replaced_leaves_its_tensors_as_they_were(tmp_path):
     assert not tensor.any()
 
 
+def test_released_tensors_are_read_again(tmp_path):
+    state = {"a": torch.arange(5000), "b": torch.arange(300.0)}
+    save_weights(state, tmp_path / "x.safetensors")
+    weights = read_weights(tmp_path / "x.safetensors")
+    for _ in range(2):
+        assert all(torch.equal(weights[name], state[name]) for name in state)
+        weights.release()
+
+
 def test_files_that_are_cut_short_or_corrupt_are_named(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match="no weights at .*x.safetensors"):
