@@ -94,8 +94,12 @@ def _from_folder(root: Path) -> _Stored:
         return _Stored(config_from_diffusers(config), read_folder(folder, DIFFUSERS_WEIGHTS), DIFFUSERS, folder)
     if kind is not None:
         raise ValueError(f"{path} describes {kind}, expected SD3Transformer2DModel or a model of mmdit's own")
-    own = TransfusionConfig if isinstance(config, dict) and "vocab_size" in config else MMDiTConfig
-    return _Stored(read_config(own, path), read_folder(folder, "model"), None, folder)
+    own: MMDiTConfig | TransfusionConfig
+    if isinstance(config, dict) and "vocab_size" in config:
+        own = read_config(TransfusionConfig, path)
+    else:
+        own = read_config(MMDiTConfig, path)
+    return _Stored(own, read_folder(folder, "model"), None, folder)
 
 
 def read_folder(folder: Path, stem: str) -> Weights:

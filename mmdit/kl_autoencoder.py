@@ -166,7 +166,7 @@ def config_from_tensors(tensors: Mapping[str, Tensor], kind: str) -> dict[str, A
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")
     if lacking := [name for name in needed if name not in tensors]:
         raise ValueError(f"no AutoencoderKL: {', '.join(lacking)} missing")
-    widths = []
+    widths: list[int] = []
     while (first := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in tensors:
         widths.append(tensors[first].shape[0])
     layers = sum(name.startswith("encoder.down_blocks.0.resnets.") and name.endswith("conv1.bias") for name in tensors)

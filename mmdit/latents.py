@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.tiles import tiled
+from mmdit.tiles import in_tiles
 from mmdit.weights_io import json_writer, read_json
 
 PREVIEW = "preview.json"
@@ -72,8 +72,8 @@ class Autoencoder(nn.Module, ABC):
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
         A kind with a posterior gives its mode, or a sample of it where a generator is given. tile: side in pixels of
-        the tiles that a larger picture is worked in, which bounds the memory (None: in one piece; see
-        `mmdit.tiles`). Raises ValueError for sides that are no multiple of `factor`.
+        the tiles that every layer is worked in, which bounds the device's memory and leaves the result as it is
+        (None: in one piece; see `mmdit.tiles`). Raises ValueError for sides that are no multiple of `factor`.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
@@ -82,24 +82,26 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
             )
-        statistics = tiled(self.statistics, images, self._side(tile), self.factor, 1)
+        statistics = self._worked(self.statistics, images, tile)
         return (self.draw(statistics, generator) - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w); `tile` as in `encode`."""
         self._check(latents)
         raw = latents / self.scaling_factor + self.shift_factor
-        return tiled(self.raw_images, raw, self._side(tile), 1, self.factor).clamp(-1, 1)
+        return self._worked(self.raw_images, raw, tile).clamp(-1, 1)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
 
-    def _side(self, tile: int | None) -> int | None:
-        """A tile's side in latent pixels."""
-        if tile is not None and (tile < 4 * self.factor or tile % self.factor):
-            raise ValueError(f"tile is {tile}, expected a multiple of {self.factor} from {4 * self.factor} on")
-        return None if tile is None else tile // self.factor
+    def _worked(self, work: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
+        if tile is None:
+            return work(x)
+        if tile < 16:
+            raise ValueError(f"tile is {tile}, expected a side of at least 16 pixels")
+        with in_tiles(self, tile):
+            return work(x.cpu()).to(x.device)
 
     # --- preview ---
 

@@ -110,18 +110,14 @@ def test_what_diffusers_saves_in_shards_and_variants_is_read(model, tmp_path, va
 
 
 def test_of_a_whole_file_and_variants_the_whole_is_taken_and_bf16_before_fp16(model, tmp_path):
-    names = [f"diffusion_pytorch_model{part}.safetensors" for part in ("", ".bf16", ".fp16")]
-    for number, name in enumerate(names):
-        mmdit.save(model, tmp_path / name, "diffusers")
-        state = load_file(tmp_path / name / names[0])
-        (tmp_path / "config.json").write_text((tmp_path / name / "config.json").read_text())
-        for path in (tmp_path / name).iterdir():
-            path.unlink()
-        (tmp_path / name).rmdir()
-        save_file(state | {"proj_out.bias": torch.full_like(state["proj_out.bias"], number)}, tmp_path / name)
-    for number, name in enumerate(names):
+    mmdit.save(model, tmp_path, "diffusers")
+    files = [tmp_path / f"diffusion_pytorch_model{part}.safetensors" for part in ("", ".bf16", ".fp16")]
+    state = load_file(files[0])
+    for number, file in enumerate(files):
+        save_file(state | {"proj_out.bias": torch.full_like(state["proj_out.bias"], number)}, file)
+    for number, file in enumerate(files):
         assert (mmdit.load(tmp_path).patch_out.bias == number).all()
-        (tmp_path / name).unlink()
+        file.unlink()
 
 
 @pytest.mark.parametrize("layout", ["mmdit", "diffusers", "sd3"])

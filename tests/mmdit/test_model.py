@@ -110,6 +110,7 @@ def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, p
         qk_norm=qk_norm,
         dual_attention_layers=tuple(sorted(i for i in dual if i < depth)),
         patch_size=patch_size,
+        sample_size=8,
     )
     ours, reference = alive(config), SD3Transformer2DModel(**config_to_diffusers(config))
     reference.load_state_dict(to_diffusers(ours.state_dict(), config))

@@ -229,9 +229,9 @@ def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
     words = ["convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "diffusers", "--dtype", "bfloat16"]
     result = run(*words)
     assert result.exit_code == 0, result.output
-    assert "diffusers, 0.2 M parameters, bfloat16" in result.stdout
+    assert "diffusers, 0.1 M parameters, bfloat16" in result.stdout
     result = run("convert", tmp_path / "theirs", tmp_path / "x.safetensors", "--layout", "sd3")
-    assert result.exit_code == 0 and "sd3, 0.2 M parameters, bfloat16" in result.stdout, result.output
+    assert result.exit_code == 0 and "sd3, 0.1 M parameters, bfloat16" in result.stdout, result.output
     state, expected = mmdit.load(tmp_path / "x.safetensors").state_dict(), model.bfloat16().state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert_one_line_error(run("convert", tmp_path / "ours", tmp_path / "y", "--layout", "sd3"), "ends in .safetensors")
