@@ -11,7 +11,7 @@ pixels, which autoencoders have where the picture is smallest.
 Shape letters: B batch, C channels, H W sides, G groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -25,6 +25,7 @@ def in_tiles(network: nn.Module, side: int) -> Iterator[None]:
     """While open, the layers of `network` work in tiles of `side` pixels of their own resolution, on input in main
     memory. Not for two threads at once.
     """
+    work: dict[type[nn.Module], Callable[..., Tensor]]
     work = {nn.Conv2d: _convolution, nn.GroupNorm: _group_norm, nn.SiLU: _silu}
     changed = [(m, f) for m in network.modules() for kind, f in work.items() if isinstance(m, kind)]
     changed += [(m, _elsewhere) for m in network.modules() if type(m).__name__ == "Attention"]

@@ -86,3 +86,12 @@ def test_a_tile_that_is_too_small_is_refused():
     for tile in (0, -64, 15):
         with pytest.raises(ValueError, match=f"tile is {tile}, expected a side of at least 16 pixels"):
             random_vae().decode(torch.zeros(1, 4, 8, 8), tile)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_picture_comes_and_goes_and_is_the_same():
+    model, z = random_vae(), torch.randn(1, 4, 18, 26, generator=torch.Generator().manual_seed(1))
+    expected = model.decode(z)
+    decoded = model.cuda().decode(z.cuda(), tile=32)
+    assert decoded.device.type == "cuda"
+    torch.testing.assert_close(decoded.cpu(), expected, atol=5e-3, rtol=0)
