@@ -315,7 +315,7 @@ class TrainConfig(Settings):
     seed: CountOrZero = 0
     """Seed of the initial weights, the order of the data, the times and the noise."""
     autoencoder: str = "none"
-    """What makes the latents: "none" (pixels), "shapes" (the one in the package), or an autoencoder's folder or file."""
+    """What makes the latents: "none" (pixels), "shapes" (in the package), or an autoencoder's folder or file."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
