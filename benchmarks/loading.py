@@ -6,8 +6,9 @@
 Random weights in bfloat16 (2.24 B parameters, 4.8 GB with the table of positions) are written in diffusers' layout
 and in the original one, and removed at the end. Each loading is a process of its own, after all imports; the two
 libraries take turns, the file is in the system's cache. "Until loaded" is the call; "until read" adds a pass over
-every page of every weight, since both map the file and a mapped weight is read when it is first used. Memory is the
-most that the process held resident above what it held before the call, mapped pages counted, over the weights' size.
+every page of every weight, since both map the file and a mapped weight is read when it is first used; CPU is the
+processor's time until then, which other work on the machine changes less. Memory is the most that the process held
+resident above what it held before the call, mapped pages counted, over the weights' size.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from mmdit.weights_io import save_weights, write_json
 
 CASES = {  # title: (where the weights are, the type they are read in)
     "diffusers' folder, as stored": ("folder", "bfloat16"),
-    "diffusers' folder, to float16": ("folder", "float16"),
     "original single file, as stored": ("sd3.safetensors", "bfloat16"),
+    "diffusers' folder, to float16": ("folder", "float16"),
 }
 
 
@@ -61,7 +62,7 @@ def measure(library: str, path: str, dtype: str) -> dict[str, float]:
     from diffusers import SD3Transformer2DModel
 
     number = getattr(torch, dtype)
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start, work = resident("VmRSS"), time.perf_counter(), time.process_time()
     if library == "mmdit":
         model = load(path, dtype=number)
     elif path.endswith(".safetensors"):
@@ -73,8 +74,8 @@ def measure(library: str, path: str, dtype: str) -> dict[str, float]:
     state = model.state_dict().values()
     for tensor in state:
         tensor.view(-1).view(torch.uint8)[::4096].sum()
-    read, size = time.perf_counter(), sum(tensor.nbytes for tensor in state)
-    return {"loaded": loaded - start, "read": read - start, "memory": (resident("VmHWM") - before) / size}
+    seconds = {"loaded": loaded - start, "read": time.perf_counter() - start, "cpu": time.process_time() - work}
+    return seconds | {"memory": (resident("VmHWM") - before) / sum(tensor.nbytes for tensor in state)}
 
 
 def in_a_process(library: str, path: Path, dtype: str) -> dict[str, float]:
@@ -83,16 +84,17 @@ def in_a_process(library: str, path: Path, dtype: str) -> dict[str, float]:
 
 
 def table(folder: Path, repeats: int) -> list[str]:
-    rows = ["| | | until loaded, s | until read, s | memory / weights |", "|---|---|---|---|---|"]
+    rows = ["| | | until loaded, s | until read, s | CPU, s | memory / weights |", "|---|---|---|---|---|---|"]
     for title, (name, dtype) in CASES.items():
         runs: dict[str, list[dict[str, float]]] = {"mmdit": [], "diffusers": []}
         for _ in range(repeats):
             for library, results in runs.items():
                 results.append(in_a_process(library, folder / name, dtype))
+                print(title, library, results[-1], file=sys.stderr, flush=True)
         for library, results in runs.items():
-            loaded, read, memory = ([result[key] for result in results] for key in ("loaded", "read", "memory"))
-            times = " | ".join(f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (loaded, read))
-            rows.append(f"| {title} | {library} | {times} | {max(memory):.2f} |")
+            columns = ([result[key] for result in results] for key in ("loaded", "read", "cpu"))
+            times = " | ".join(f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns)
+            rows.append(f"| {title} | {library} | {times} | {max(result['memory'] for result in results):.2f} |")
     return rows
 
 
