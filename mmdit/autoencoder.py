@@ -1,331 +1,52 @@
 """Autoencoders: images <-> scaled latents, the space in which the models work.
 
-Three kinds answer the same calls: `PatchAutoencoder` (ours: quick to train on one's own images, also on a CPU),
-`KLAutoencoder` (any AutoencoderKL of diffusers: SD3's, Flux's, one's own) and `PixelSpace` (no autoencoder: latents
-are pixels).
-
-Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the
-weights, in the convention of diffusers (SD3: 1.5305 and 0.0609):
-
-    z = (raw - shift_factor) * scaling_factor        raw = z / scaling_factor + shift_factor
-
-Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h = H / factor), images float in [-1, 1].
+Three kinds answer the same calls (`mmdit/latents.py`): `PatchAutoencoder` (ours: quick to train on one's own images,
+also on a CPU), `KLAutoencoder` (any AutoencoderKL of diffusers: SD3's, Flux's, SD's, one's own) and `PixelSpace` (no
+autoencoder: latents are pixels).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from mmdit.weights_io import load_weights, read_json, save_weights, write_json
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
-
-
-class Autoencoder(nn.Module, ABC):
-    """What every autoencoder answers; a subclass gives `channels`, `factor`, and what is abstract here."""
-
-    channels: int
-    """Latent channels C."""
-    factor: int
-    """Image pixels per latent pixel, along each side."""
-
-    @property
-    @abstractmethod
-    def scaling_factor(self) -> float:
-        """1 / the standard deviation of the raw latents, as measured."""
-
-    @property
-    @abstractmethod
-    def shift_factor(self) -> float:
-        """The mean of the raw latents, as measured."""
-
-    @abstractmethod
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Latents as they come, neither shifted nor scaled."""
-
-    @abstractmethod
-    def raw_images(self, raw: Tensor) -> Tensor:
-        """Images of such latents, not clamped."""
-
-    @abstractmethod
-    def save(self, folder: str | Path) -> None:
-        """Write what `open_autoencoder` reads."""
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
-
-        A kind with a posterior gives its mode, or a sample of it where a generator is given. Raises ValueError for
-        sides that are no multiple of `factor`.
-        """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
-        height, width = images.shape[-2:]
-        if height % self.factor or width % self.factor or not height or not width:
-            raise ValueError(
-                f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
-            )
-        return (self.raw_latents(images, generator) - self.shift_factor) * self.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w)."""
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
-        return self.raw_images(latents / self.scaling_factor + self.shift_factor).clamp(-1, 1)
-
-
-class PixelSpace(Autoencoder):
-    """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
-
-    channels = 3
-    factor = 1
-    scaling_factor = 1.0
-    shift_factor = 0.0
-
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        return images
-
-    def raw_images(self, raw: Tensor) -> Tensor:
-        return raw
-
-    def save(self, folder: str | Path) -> None:
-        """Nothing: `open_autoencoder("none")` needs no files."""
-
-
-# --- ours ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PatchAutoencoderConfig:
-    """Size of a `PatchAutoencoder`, and the two numbers that scale its latents."""
-
-    channels: int = 16
-    """Latent channels C."""
-    widths: tuple[int, int] = (64, 128)
-    """Channels of the residual blocks at 1/4 and at 1/8 of the image's sides; multiples of 8."""
-    depth: int = 2
-    """Residual blocks at each of the two sizes, in the encoder and in the decoder."""
-    scaling_factor: float = 1.0
-    """1 / standard deviation of the raw latents."""
-    shift_factor: float = 0.0
-    """Mean of the raw latents."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        if not 1 <= self.channels <= 192 or self.depth < 0:
-            raise ValueError(
-                f"expected 1 to 192 channels and a depth of 0 or more, got {self.channels} and {self.depth}"
-            )
-        if len(self.widths) != 2 or any(width < 8 or width % 8 for width in self.widths):
-            raise ValueError(f"widths must be two multiples of 8, got {self.widths}")
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))); the last convolution starts at zero, so a new block is the identity."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, dim)
-        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
-
-
-class PatchAutoencoder(Autoencoder):
-    """The best linear code of 8x8 patches (PCA), and a small convolutional network on each side that learns the rest.
-
-        z = A (p - mean) + f(x)          x = patches back of (mean + B z) + g(z)
-
-    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality,
-    and all work is done at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al.
-    2016).
-    """
-
-    factor = 8
-
-    def __init__(self, config: PatchAutoencoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        c, (w4, w8), blocks = config.channels, config.widths, range(config.depth)
-        self.linear_in = nn.Conv2d(3, c, 8, stride=8)
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4),
-            nn.Conv2d(48, w4, 3, padding=1),
-            *(ResidualBlock(w4) for _ in blocks),
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * w4, w8, 1),
-            *(ResidualBlock(w8) for _ in blocks),
-            nn.Conv2d(w8, c, 3, padding=1),
-        )
-        self.linear_out = nn.Conv2d(c, 3 * 64, 1)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(c, w8, 3, padding=1),
-            *(ResidualBlock(w8) for _ in blocks),
-            nn.Conv2d(w8, 4 * w4, 1),
-            nn.PixelShuffle(2),
-            *(ResidualBlock(w4) for _ in blocks),
-            nn.GroupNorm(8, w4),
-            nn.SiLU(),
-            nn.Conv2d(w4, 48, 3, padding=1),
-            nn.PixelShuffle(4),
-        )
-        for last in (self.encoder[-1], self.decoder[-2]):
-            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-
-    @property
-    def channels(self) -> int:  # type: ignore[override]
-        return self.config.channels
-
-    @property
-    def scaling_factor(self) -> float:
-        return self.config.scaling_factor
-
-    @property
-    def shift_factor(self) -> float:
-        return self.config.shift_factor
-
-    def set_scale(self, scaling_factor: float, shift_factor: float) -> None:
-        """Store the measured scalars."""
-        self.config = replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
-
-    @torch.no_grad()
-    def start_from(self, images: Tensor, balance: float) -> None:
-        """Set the linear code to the first C principal components of the 8x8 patches of images (B, 3, H, W) in [-1, 1].
-
-        balance: 0 keeps the components' own variances, 1 gives all the same; the mean square of the latents is 1
-        either way.
-        """
-        patches = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 192)
-        mean = patches.mean(0)
-        std, axes = _principal(patches - mean, self.channels)
-        wanted = std ** (1 - balance)
-        unit = std / (wanted / wanted.square().mean().sqrt())  # one latent step, in the component's own units
-        self.linear_in.weight.copy_((axes / unit[:, None]).view_as(self.linear_in.weight))
-        self.linear_in.bias.copy_(-(axes @ mean) / unit)  # type: ignore[union-attr]
-        self.linear_out.weight.copy_((axes.T * unit)[:, :, None, None])
-        self.linear_out.bias.copy_(mean)  # type: ignore[union-attr]
-
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.linear_in(images) + self.encoder(images)
-
-    def raw_images(self, raw: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.linear_out(raw), 8) + self.decoder(raw)
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (half precision: the rounding is far below the reconstruction
-        error).
-        """
-        write_json(Path(folder) / "config.json", {"_class_name": "PatchAutoencoder", **asdict(self.config)})
-        state = {name: tensor.half() for name, tensor in self.state_dict().items()}
-        save_weights(state, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> PatchAutoencoder:
-        """A stored one, in float32, frozen, in eval mode. Raises ValueError where the files do not fit."""
-        config = {
-            name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"
-        }
-        try:
-            model = cls(PatchAutoencoderConfig(**config))
-        except TypeError as error:
-            raise ValueError(
-                f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}"
-            ) from error
-        if not (Path(folder) / "model.safetensors").is_file():
-            raise ValueError(
-                f"no model.safetensors in {folder}: copy the whole folder that `mmdit autoencoder train` wrote"
-            )
-        load_weights(model, Path(folder) / "model.safetensors")
-        return model.float().requires_grad_(False).eval()
-
-
-def _principal(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest standard deviations of centred rows x (N, D), at least 1e-3, and their axes (n, D)."""
-    variances, axes = torch.linalg.eigh(x.T.double() @ x.double() / len(x))
-    axes = axes.flip(1)[:, :n].T
-    axes = axes * torch.sign(axes.sum(1, keepdim=True) + 1e-12)  # eigenvectors have no sign of their own
-    return variances.flip(0)[:n].clamp(min=1e-6).sqrt().to(x.dtype), axes.to(x.dtype)
-
-
-# --- diffusers' ----------------------------------------------------------------------------------------------------
-
-
-class KLAutoencoder(Autoencoder):
-    """An AutoencoderKL of diffusers (Rombach et al. 2022, section 3.1) behind the same calls; `vae` is that network."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae: Any = vae
-
-    @property
-    def channels(self) -> int:  # type: ignore[override]
-        return self.vae.config.latent_channels
-
-    @property
-    def factor(self) -> int:  # type: ignore[override]
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
-
-    @property
-    def shift_factor(self) -> float:
-        return float(self.vae.config.shift_factor or 0.0)  # SD's have none
-
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        posterior = self.vae.encode(images).latent_dist
-        return posterior.mode() if generator is None else posterior.sample(generator)
-
-    def raw_images(self, raw: Tensor) -> Tensor:
-        return self.vae.decode(raw).sample
-
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that diffusers reads too."""
-        self.vae.save_pretrained(Path(folder), safe_serialization=True)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> KLAutoencoder:
-        """A stored AutoencoderKL in float32, frozen, in eval mode. Raises ValueError where it cannot be read."""
-        from diffusers import AutoencoderKL
-
-        try:
-            vae = AutoencoderKL.from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-            )
-        except Exception as error:  # diffusers and safetensors raise many kinds; a person needs the one line
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"cannot read the autoencoder in {folder}: {reason}") from error
-        return cls(vae).requires_grad_(False).eval()
-
+from typing import Any
+
+from mmdit.kl_autoencoder import SCALES, KLAutoencoder
+from mmdit.latents import Autoencoder, PixelSpace
+from mmdit.mapped import PICKLES
+from mmdit.patch_autoencoder import SHIPPED, PatchAutoencoder, PatchAutoencoderConfig
+from mmdit.weights_io import read_json
+
+__all__ = [
+    "SHIPPED",
+    "Autoencoder",
+    "KLAutoencoder",
+    "PatchAutoencoder",
+    "PatchAutoencoderConfig",
+    "PixelSpace",
+    "open_autoencoder",
+]
 
 _KINDS: dict[str, Any] = {"PatchAutoencoder": PatchAutoencoder, "AutoencoderKL": KLAutoencoder}
 
 
 def open_autoencoder(spec: str | Path) -> Autoencoder:
-    """The autoencoder that `spec` names: "none" (pixels), "shapes" (the weights in the package), or a folder.
+    """The autoencoder that `spec` names: "none" (pixels), "shapes" (the weights in the package), a folder or a file.
 
     A folder is one written by `save` or `mmdit autoencoder train`, a diffusers AutoencoderKL, or a pipeline that has
-    one in `vae`. Raises ValueError where it is none of these.
+    one in `vae`. A file is a .safetensors of an AutoencoderKL or of a whole model with one in it; where nothing in it
+    tells how latents are scaled, the model it belongs to goes before it, as in "flux:ae.safetensors" (sd3, flux, sd,
+    sdxl). Raises ValueError where it is none of these.
     """
     if str(spec) == "none":
         return PixelSpace()
+    kind, _, file = str(spec).partition(":")
+    if kind in SCALES and file:
+        return KLAutoencoder.load(file, kind)
     folder = SHIPPED if str(spec) == "shapes" else Path(spec)
+    if folder.is_file() or folder.suffix in PICKLES:
+        return KLAutoencoder.load(folder)
     if not folder.is_dir():
-        raise ValueError(f'autoencoder folder not found: {folder} (give "none", "shapes" or a folder with config.json)')
+        raise ValueError(f'autoencoder not found: {folder} (give "none", "shapes", a folder or a file)')
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():

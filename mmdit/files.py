@@ -1,28 +1,82 @@
-"""A trunk from disk and to disk: our own folder, and a diffusers folder.
+"""A trunk from disk and to disk: our own folder, a diffusers folder, and a single file in the original SD3 layout.
 
-A folder holds `config.json` and the weights: ours is told from diffusers' `SD3Transformer2DModel` by its config.
+A folder holds `config.json` and the weights: ours is told from diffusers' `SD3Transformer2DModel` by its config. A
+file holds tensors alone, of the trunk and perhaps of the text encoders and the autoencoder; shapes tell the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
 
 from mmdit.config import MMDiTConfig, TransfusionConfig
-from mmdit.formats import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
+from mmdit.formats import config_from_diffusers, config_from_sd3, config_to_diffusers, metadata_for_sd3
+from mmdit.layouts import DIFFUSERS, SD3, Layout
+from mmdit.mapped import PICKLES, Weights, read_metadata, read_weights, refuse_pickle
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import (
-    assign_weights,
-    load_weights,
-    read_config,
-    read_json,
-    read_weights,
-    save_weights,
-    write_json,
-)
+from mmdit.weights_io import check_fit, json_writer, read_config, read_json, weights_writer, write_all_aside
 
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+LayoutName = Literal["mmdit", "diffusers", "sd3"]
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+TRUNK_PREFIX = "model.diffusion_model."
+OTHER_PARTS = ("first_stage_model.", "text_encoders.", "model_sampling.", "model.model_sampling.")
+"""Beginnings of the names in an SD3 file that are none of the trunk's."""
+
+
+class _Stored(NamedTuple):
+    """A model on disk: its config, its tensors (mapped), whose layout they have (None: ours), and where they lie."""
+
+    config: MMDiTConfig | TransfusionConfig
+    tensors: Weights
+    layout: Layout | None
+    where: Path
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> MMDiT | Transfusion:
+    """The trunk in a run folder, in what `save` wrote, in a diffusers folder (a transformer or a pipeline; shards and
+    variants too), or in a .safetensors file in the original SD3 layout, with or without other parts in it.
+
+    dtype: of all tensors (None: as stored). device: where to (None: CPU). On the CPU, what needs no conversion stays
+    mapped to its file and is read when first used. Raises FileNotFoundError where there is none, ValueError for
+    pickles and for weights that do not fit, by name.
+    """
+    root = Path(path)
+    stored = _from_file(root) if root.is_file() or root.suffix in PICKLES else _from_folder(root)
+    with torch.device("meta"):
+        model = Transfusion(stored.config) if isinstance(stored.config, TransfusionConfig) else MMDiT(stored.config)
+    own = model.state_dict()
+    check_fit(_expected(own, stored), stored.tensors, str(stored.where))
+    if dtype is None and any(tensor.dtype.itemsize == 1 for tensor in stored.tensors.values()):
+        raise ValueError(f"{stored.where} holds 8-bit numbers, in which nothing is computed: give a dtype")
+    state = {}
+    for name, tensor in _ours(stored):
+        state[name] = tensor.to(device=device, dtype=dtype)
+        stored.tensors.release()  # or what was copied would be there twice
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _expected(own: dict[str, Tensor], stored: _Stored) -> dict[str, Tensor]:
+    """Names and shapes that the files must have for a model with the (meta) tensors `own`."""
+    if stored.layout is None:
+        return own
+    assert isinstance(stored.config, MMDiTConfig)
+    return stored.layout.from_ours(own, stored.config)
+
+
+def _ours(stored: _Stored) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under our names; each leaves `stored` as it is taken."""
+    if stored.layout is None:
+        return ((name, stored.tensors.pop(name)) for name in [*stored.tensors])
+    assert isinstance(stored.config, MMDiTConfig)
+    return stored.layout.take(stored.tensors, stored.config)
 
 
 def find(path: str | Path) -> Path:
@@ -31,42 +85,109 @@ def find(path: str | Path) -> Path:
     for folder in (root / "pipeline" / "transformer", root / "transformer", root):
         if (folder / "config.json").exists():
             return folder
-    raise FileNotFoundError(f"{root} holds no model: expected a run folder, or a folder with config.json")
+    raise FileNotFoundError(
+        f"{root} holds no model: expected a run folder, a folder with config.json, or a .safetensors file"
+    )
 
 
-def load(path: str | Path) -> MMDiT | Transfusion:
-    """The trunk in a run folder, in a folder that `save` wrote, or in a diffusers transformer folder, on the CPU.
-
-    Raises FileNotFoundError where there is none, ValueError where the weights do not fit the config.
-    """
-    folder = find(path)
-    config = read_json(folder / "config.json")
-    if isinstance(config, dict) and config.get("_class_name") == "SD3Transformer2DModel":
-        shape = config_from_diffusers(config)
-        model = MMDiT(shape)
-        assign_weights(model, from_diffusers(read_weights(folder / DIFFUSERS_WEIGHTS), shape), str(folder))
-        return model
-    own: MMDiT | Transfusion
+def _from_folder(root: Path) -> _Stored:
+    folder = find(root)
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind == "SD3Transformer2DModel":
+        return _Stored(config_from_diffusers(config), read_folder(folder, DIFFUSERS_WEIGHTS), DIFFUSERS, folder)
+    if kind is not None:
+        raise ValueError(f"{path} describes {kind}, expected SD3Transformer2DModel or a model of mmdit's own")
+    own: MMDiTConfig | TransfusionConfig
     if isinstance(config, dict) and "vocab_size" in config:
-        own = Transfusion(read_config(TransfusionConfig, folder / "config.json"))
+        own = read_config(TransfusionConfig, path)
     else:
-        own = MMDiT(read_config(MMDiTConfig, folder / "config.json"))
-    load_weights(own, folder / "model.safetensors")
-    return own
+        own = read_config(MMDiTConfig, path)
+    return _Stored(own, read_folder(folder, "model"), None, folder)
 
 
-def save(model: MMDiT | Transfusion, path: str | Path, layout: Literal["mmdit", "diffusers"] = "mmdit") -> None:
-    """Write a trunk into a folder, in our layout or as diffusers' `SD3Transformer2DModel.from_pretrained` reads it."""
-    folder = Path(path)
+def read_folder(folder: Path, stem: str) -> Weights:
+    """The tensors (mapped) of a model that diffusers or transformers saved: one file, shards with their index, or,
+    where these are not there, a variant, bf16 before fp16.
+
+    Raises as `read_weights` does, and for a folder that has pickles alone.
+    """
+    variants = [path.name.split(".")[1] for path in sorted(folder.glob(f"{stem}.*.safetensors"))]
+    variants += [path.name.split(".")[-2] for path in sorted(folder.glob(f"{stem}.safetensors.index.*.json"))]
+    for variant in ("", *(f".{name}" for name in sorted({*variants}))):
+        if (folder / f"{stem}{variant}.safetensors").is_file():
+            return read_weights(folder / f"{stem}{variant}.safetensors")
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _read_shards(index)
+    for path in sorted(folder.iterdir()):
+        refuse_pickle(path)
+    raise FileNotFoundError(f"no weights at {folder / stem}.safetensors")
+
+
+def _read_shards(index: Path) -> Weights:
+    table = read_json(index)
+    places = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} has no weight_map, which says where the tensors are")
+    files = sorted({*places.values()})
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]}, expected files in its own folder")
+    shards = [read_weights(index.parent / name) for name in files]
+    tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+    if lost := sorted(places.keys() - tensors.keys()):
+        raise ValueError(f"{index} names {len(lost)} tensors that its files do not have: {', '.join(lost[:4])}")
+    return Weights(tensors, [mapping for shard in shards for mapping in shard.mappings])
+
+
+def _from_file(path: Path) -> _Stored:
+    stored = read_weights(path)
+    prefix = next((name[: name.index("joint_blocks.")] for name in stored if "joint_blocks." in name), None)
+    if prefix is None:
+        known = any(name.startswith(("blocks.", "transformer_blocks.")) for name in stored)
+        what = "load the folder that holds its config.json" if known else "its tensors are those of another model"
+        raise ValueError(f"{path} is not in the original SD3 layout, none of its names holds joint_blocks: {what}")
+    trunk = {name.removeprefix(prefix): x for name, x in stored.items() if not name.startswith(OTHER_PARTS)}
+    try:
+        config = config_from_sd3(trunk, read_metadata(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _Stored(config, Weights(trunk, stored.mappings), SD3, path)
+
+
+def read_part(path: str | Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors (mapped) of one part of a single file, their names without the prefix: "first_stage_model." is the
+    autoencoder, "text_encoders.clip_l.", "text_encoders.clip_g." and "text_encoders.t5xxl." the text encoders.
+
+    Empty where the file has no such part; raises as `mmdit.mapped.read_weights` does.
+    """
+    tensors = read_weights(Path(path))
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save(model: MMDiT | Transfusion, path: str | Path, layout: LayoutName = "mmdit") -> None:
+    """Write a trunk: a folder in our layout, or as diffusers' `SD3Transformer2DModel.from_pretrained` reads it; or one
+    .safetensors file in the original SD3 layout ("sd3").
+
+    Raises ValueError for what the layout cannot express. A failure leaves nothing partial, and what was there before.
+    """
+    root, state = Path(path), model.state_dict()
+    if layout not in get_args(LayoutName):
+        raise ValueError(f"layout is {layout!r}, expected 'mmdit', 'diffusers' or 'sd3'")
+    if (root.suffix == ".safetensors") != (layout == "sd3"):
+        wanted = "one file: give a path that ends in .safetensors" if layout == "sd3" else "a folder, not a file"
+        raise ValueError(f"the layout {layout!r} is {wanted} (got {root})")
     if layout == "mmdit":
-        write_json(folder / "config.json", model.config.to_dict())
-        save_weights(model.state_dict(), folder / "model.safetensors")
-    elif layout == "diffusers":
-        if not isinstance(model, MMDiT):
-            raise ValueError("diffusers has no model of text and images: save it in the layout 'mmdit'")
-        write_json(
-            folder / "config.json", {"_class_name": "SD3Transformer2DModel", **config_to_diffusers(model.config)}
-        )
-        save_weights(to_diffusers(model.state_dict(), model.config), folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
+        weights, config = weights_writer(state), json_writer(model.config.to_dict())
+        write_all_aside({root / "model.safetensors": weights, root / "config.json": config})
+        return
+    if not isinstance(model, MMDiT):
+        raise ValueError(f"the layout {layout!r} has no model of text and images: save it in the layout 'mmdit'")
+    if layout == "sd3":
+        theirs = {TRUNK_PREFIX + name: tensor for name, tensor in SD3.from_ours(state, model.config).items()}
+        write_all_aside({root: weights_writer(theirs, metadata_for_sd3(model.config))})
     else:
-        raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")
+        config = json_writer({"_class_name": "SD3Transformer2DModel", **config_to_diffusers(model.config)})
+        weights = weights_writer(DIFFUSERS.from_ours(state, model.config), {"format": "pt"})
+        write_all_aside({root / f"{DIFFUSERS_WEIGHTS}.safetensors": weights, root / "config.json": config})

@@ -1,16 +1,19 @@
-"""Weights in the formats of others: diffusers' `SD3Transformer2DModel` to ours and back.
-
-Our state dict differs from diffusers' in three ways: names; queries, keys and values are one fused matrix here; the
-last modulations are (shift, scale) here, as in Stability's layout, and (scale, shift) there.
+"""What the files of others say of a model's shape: diffusers' `config.json`, and the tensors of an SD3 file, which has
+no config. Names and order of the tensors themselves are in `mmdit/layouts.py`.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmdit.config import MMDiTConfig
+from mmdit.layouts import DIFFUSERS, SD3
+
+from_diffusers, to_diffusers = DIFFUSERS.to_ours, DIFFUSERS.from_ours
+from_sd3, to_sd3 = SD3.to_ours, SD3.from_ours
 
 _CONFIG_KEYS = (
     "in_channels",
@@ -23,105 +26,6 @@ _CONFIG_KEYS = (
     "sample_size",
     "pos_embed_max_size",
 )
-_TOP = {
-    "patch_in": "pos_embed.proj",
-    "context_in": "context_embedder",
-    "time_in.fc1": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.fc2": "time_text_embed.timestep_embedder.linear_2",
-    "pooled_in.fc1": "time_text_embed.text_embedder.linear_1",
-    "pooled_in.fc2": "time_text_embed.text_embedder.linear_2",
-    "modulation_out": "norm_out.linear",
-    "patch_out": "proj_out",
-}
-_IMG = {
-    "modulation": "norm1.linear",
-    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.q_norm": "attn.norm_q",
-    "attn.k_norm": "attn.norm_k",
-    "attn.out": "attn.to_out.0",
-    "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "attn2.q_norm": "attn2.norm_q",
-    "attn2.k_norm": "attn2.norm_k",
-    "attn2.out": "attn2.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
-_TXT = {
-    "modulation": "norm1_context.linear",
-    "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "attn.q_norm": "attn.norm_added_q",
-    "attn.k_norm": "attn.norm_added_k",
-    "attn.out": "attn.to_add_out",
-    "mlp.fc1": "ff_context.net.0.proj",
-    "mlp.fc2": "ff_context.net.2",
-}
-
-
-def layer_names(config: MMDiTConfig) -> Iterator[tuple[str, str | tuple[str, ...]]]:
-    """Every layer's name here and in diffusers; layers that the config does not have are among them."""
-    yield from _TOP.items()
-    for i in range(config.depth):
-        for stream, table in (("img", _IMG), ("txt", _TXT)):
-            for ours, theirs in table.items():
-                theirs = (theirs,) if isinstance(theirs, str) else theirs
-                full = tuple(f"transformer_blocks.{i}.{name}" for name in theirs)
-                yield f"blocks.{i}.{stream}.{ours}", full if len(full) > 1 else full[0]
-
-
-def _swapped(name: str, config: MMDiTConfig) -> bool:
-    return name in ("modulation_out", f"blocks.{config.depth - 1}.txt.modulation")
-
-
-def _swap(x: Tensor) -> Tensor:
-    return torch.cat(x.chunk(2)[::-1])
-
-
-def from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """Our state dict from that of a `SD3Transformer2DModel` of the same config.
-
-    A tensor that is missing there is missing here, and `assign_weights` says so; ValueError for one that is not known.
-    """
-    out: dict[str, Tensor] = {}
-    known = {"pos_embed.pos_embed"}
-    if "pos_embed.pos_embed" in state:
-        out["pos_embed"] = state["pos_embed.pos_embed"]
-    for ours, theirs in layer_names(config):
-        for leaf in ("weight", "bias"):
-            parts = [f"{name}.{leaf}" for name in ([theirs] if isinstance(theirs, str) else theirs)]
-            known.update(parts)
-            if not all(part in state for part in parts):
-                continue
-            tensor = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
-            if tensor.ndim == 4:  # a convolution with one step a patch is a linear layer on the patch
-                tensor = tensor.flatten(1)
-            out[f"{ours}.{leaf}"] = _swap(tensor) if _swapped(ours, config) else tensor
-    if unknown := sorted(state.keys() - known):
-        raise ValueError(
-            f"{len(unknown)} tensors are not those of this SD3Transformer2DModel: {', '.join(unknown[:4])}"
-        )
-    return out
-
-
-def to_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """The state dict of a `SD3Transformer2DModel` from ours; the inverse of `from_diffusers`, bit for bit."""
-    if config.positions != "sincos":
-        raise ValueError(
-            f"diffusers' SD3Transformer2DModel knows sincos positions only, this model has {config.positions}"
-        )
-    out = {"pos_embed.pos_embed": state["pos_embed"]}
-    for ours, theirs in layer_names(config):
-        for leaf in ("weight", "bias"):
-            if f"{ours}.{leaf}" not in state:
-                continue
-            tensor = state[f"{ours}.{leaf}"]
-            if _swapped(ours, config):
-                tensor = _swap(tensor)
-            if ours == "patch_in" and leaf == "weight":
-                tensor = tensor.unflatten(1, (config.in_channels, config.patch_size, config.patch_size))
-            names = (theirs,) if isinstance(theirs, str) else theirs
-            for name, part in zip(names, tensor.chunk(len(names)), strict=True):
-                out[f"{name}.{leaf}"] = part.contiguous()
-    return out
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
@@ -166,3 +70,50 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
         dual_attention_layers=config.dual_attention_layers,
         qk_norm=config.qk_norm,
     )
+
+
+_PATCH_IN, _TABLE, _CONTEXT_IN = "x_embedder.proj.weight", "pos_embed", "context_embedder.weight"
+_POOLED_IN, _MLP, _Q_NORM = "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.mlp.fc1.weight", ".x_block.attn.ln_q."
+
+
+def config_from_sd3(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> MMDiTConfig:
+    """Our config from the shapes of the tensors in the original layout, whose names begin with no prefix.
+
+    Two things have no shape: the width of a head where there is no QK-norm, and the side that training was centred
+    on. They are SD3's 64 and 128, unless the file is one of ours and its metadata say else. Raises ValueError where
+    tensors that tell the shape are missing.
+    """
+    lacking = [name for name in (_PATCH_IN, _TABLE, _CONTEXT_IN, _POOLED_IN, _MLP) if name not in state]
+    if lacking:
+        raise ValueError(f"the shape of the model cannot be told: {', '.join(lacking)} missing")
+    if state[_PATCH_IN].ndim != 4:
+        raise ValueError(f"{_PATCH_IN} has shape {tuple(state[_PATCH_IN].shape)}, expected (width, channels, p, p)")
+    said = json.loads(metadata.get("mmdit", "{}"))
+    width, channels, patch, _ = state[_PATCH_IN].shape
+    side, norms = math.isqrt(state[_TABLE].shape[-2]), [state[name] for name in state if _Q_NORM in name]
+    head_dim = norms[0].shape[0] if norms else said.get("head_dim", 64)
+    if width % head_dim:
+        raise ValueError(
+            f"the model is {width} wide, which heads of {head_dim} do not divide: it is none of SD3's kind"
+        )
+    hidden = state[_MLP].shape[0]
+    return MMDiTConfig(
+        in_channels=channels,
+        patch_size=patch,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("joint_blocks.")),
+        num_heads=width // head_dim,
+        head_dim=head_dim,
+        mlp_ratio=hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
+        context_dim=state[_CONTEXT_IN].shape[1],
+        pooled_dim=state[_POOLED_IN].shape[1],
+        qk_norm="rms_norm" if norms else None,
+        dual_attention_layers=tuple(sorted({int(name.split(".")[1]) for name in state if ".attn2." in name})),
+        sample_size=said.get("sample_size", min(128, side * patch)),
+        pos_embed_max_size=side,
+    )
+
+
+def metadata_for_sd3(config: MMDiTConfig) -> dict[str, str]:
+    """What `config_from_sd3` finds in a file of ours, and other programs pass over."""
+    said = {"head_dim": config.head_dim, "sample_size": config.sample_size}
+    return {"format": "pt", "mmdit": json.dumps(said)}

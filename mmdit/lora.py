@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmdit.formats import layer_names
+from mmdit.layouts import DIFFUSERS
+from mmdit.mapped import read_weights
 from mmdit.model import MMDiT
-from mmdit.weights_io import read_weights, save_weights
+from mmdit.weights_io import save_weights
 
 TARGETS = {"attention": "qkv|out", "all": "qkv|out|fc1|fc2"}
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -83,10 +84,9 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
     pairs = lora_pairs(model)
     if not pairs:
         raise ValueError("the model has no adapters: add_lora first")
-    names, out = dict(layer_names(model.config)), {}
+    names, out = dict(_names(model)), {}
     for name, (a, b) in pairs.items():
-        theirs = [names[name]] if isinstance(names[name], str) else list(names[name])
-        for key, part in zip(theirs, b.chunk(len(theirs)), strict=True):
+        for key, part in zip(names[name], b.chunk(len(names[name])), strict=True):
             out[f"transformer.{key}.lora_A.weight"] = a.clone()
             out[f"transformer.{key}.lora_B.weight"] = part
     save_weights(out, Path(path), {"format": "pt"})
@@ -106,6 +106,13 @@ def load_lora(model: MMDiT, path: str | Path) -> None:
             a, b = pairs[name]
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b)
+
+
+def _names(model: MMDiT) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our layers by name, and diffusers'."""
+    for name, place in DIFFUSERS.places(model.config):
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight"), tuple(theirs.removesuffix(".weight") for theirs in place.names)
 
 
 def _inject(model: nn.Module, target: str, rank: int, alpha: float, ranks: Mapping[str, int]) -> None:
@@ -153,8 +160,7 @@ def _scale(path: Path) -> float:
 def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:
     """By our names, queries, keys and values in one. Raises ValueError for layers and shapes that the model lacks."""
     pairs: Pairs = {}
-    for ours, names in layer_names(model.config):
-        parts = [names] if isinstance(names, str) else list(names)
+    for ours, parts in _names(model):
         if not any(part in theirs for part in parts):
             continue
         layer = dict(model.named_modules()).get(ours)

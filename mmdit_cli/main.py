@@ -2,7 +2,7 @@
 
 mmdit train demo                                  mmdit evaluate RUN
 mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
-mmdit autoencoder train --data FOLDER --out FOLDER
+mmdit autoencoder train --data FOLDER --out FOLDER  mmdit convert IN OUT --layout diffusers
 """
 
 import os
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmdit_cli import autoencoder, errors
+from mmdit_cli.convert import convert
 from mmdit_cli.evaluate import evaluate
 from mmdit_cli.generate import generate
 from mmdit_cli.sample import sample
@@ -63,6 +64,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(convert)
 app.add_typer(autoencoder.app, name="autoencoder")
 
 

@@ -36,6 +36,7 @@ from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
 PCA_IMAGES = 1024  # images whose patches give the linear start
+PREVIEW_IMAGES = 256  # images that the preview is fitted to
 STATISTICS_IMAGES = 2048  # images over which the latents' mean and variance are measured
 LEAST_SCALE = 0.05  # of the latents' standard deviation: pictures of one colour alone have none
 
@@ -256,6 +257,7 @@ def _report(
     shift = mean.mean()
     scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=LEAST_SCALE)
     model.set_scale(1 / scale.item(), shift.item())
+    model.fit_preview(_to_float(train[:PREVIEW_IMAGES]))
     model.save(out)
     stored = open_autoencoder(out)
     mean, std = channel_statistics(stored, held_out)

@@ -369,7 +369,7 @@ class TrainConfig(Settings):
     seed: CountOrZero = 0
     """Seed of the initial weights, the order of the data, the times and the noise."""
     autoencoder: str = "none"
-    """What makes the latents: "none" (pixels), "shapes" (the small one in the package), or an autoencoder's folder."""
+    """What makes the latents: "none" (pixels), "shapes" (in the package), or an autoencoder's folder or file."""
     init: str | tuple[str, ...] | None = None
     """Weights to start from: a run's folder, a diffusers SD3 transformer's, a file in SD3's layout; with transfusion a
     language model's in Hugging Face's format too, or a list, of which a language model is taken first."""

@@ -1,4 +1,4 @@
-"""Autoencoders: round trips, the scale convention against diffusers, the linear start, the shipped weights, errors."""
+"""Autoencoders: round trips, the linear start, the shipped weights, the preview, errors. Diffusers' have their own."""
 
 import json
 
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import samplers
 from mmdit.autoencoder import (
     SHIPPED,
-    KLAutoencoder,
+    Autoencoder,
     PatchAutoencoder,
     PatchAutoencoderConfig,
     PixelSpace,
@@ -123,53 +124,76 @@ def test_the_shipped_weights_keep_held_out_shapes_and_have_unit_variance():
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 4 * 2**20
 
 
-# --- diffusers' -------------------------------------------------------------------------------------------------------
+# --- the preview ------------------------------------------------------------------------------------------------------
 
 
-def tiny_kl(**config):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    size = {
-        "block_out_channels": (8, 8, 16),
-        "latent_channels": 16,
-        "norm_num_groups": 4,
-        "mid_block_add_attention": False,
-    }
-    return AutoencoderKL(**levels, **size, use_quant_conv=False, use_post_quant_conv=False, **config).eval()
+def shrunk(x, factor):
+    return F.avg_pool2d(x, factor)
 
 
-def test_a_diffusers_autoencoder_is_read_under_its_own_convention(tmp_path):
-    vae = tiny_kl(scaling_factor=1.5305, shift_factor=0.0609)  # SD3's
-    vae.save_pretrained(tmp_path / "pipeline" / "vae")
-    ours, x = open_autoencoder(tmp_path / "pipeline"), images(2, 3, 16, 24)
-    assert (ours.channels, ours.factor, ours.scaling_factor, ours.shift_factor) == (16, 4, 1.5305, 0.0609)
-    with torch.no_grad():
-        z = (vae.encode(x).latent_dist.mode() - 0.0609) * 1.5305
-        torch.testing.assert_close(ours.encode(x), z)
-        torch.testing.assert_close(ours.decode(z), vae.decode(z / 1.5305 + 0.0609).sample.clamp(-1, 1))
+def test_the_preview_is_the_best_linear_map_of_what_it_was_fitted_to():
+    model, x = small(), images(4, 3, 32, 24)
+    model.fit_preview(x)
+    z, colours = model.encode(x), shrunk(x, 8)
+    error = model.preview(z) - colours
+    for direction in (*z.transpose(0, 1), torch.ones_like(z[:, 0])):  # no further step along any channel helps
+        assert (error * direction[:, None]).sum((0, 2, 3)).abs().max() < 1e-2 * (colours**2).sum().sqrt()
+    assert error.square().mean() < (colours - colours.mean((0, 2, 3), keepdim=True)).square().mean()
 
 
-def test_what_a_kl_autoencoder_saves_is_read_by_diffusers(tmp_path):
-    from diffusers import AutoencoderKL
+def test_the_preview_finds_a_linear_autoencoder_exactly():
+    """Latents that are the colours, turned: least squares turns them back."""
 
-    ours = KLAutoencoder(tiny_kl(scaling_factor=0.9)).requires_grad_(False)
-    ours.save(tmp_path)
-    theirs, x = AutoencoderKL.from_pretrained(tmp_path), images(1, 3, 16, 16)
-    assert ours.shift_factor == 0.0  # SD's own have none
-    with torch.no_grad():
-        torch.testing.assert_close(ours.encode(x), theirs.encode(x).latent_dist.mode() * 0.9)
+    class Turned(PixelSpace):
+        turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+
+        def statistics(self, images):
+            return torch.einsum("cr,brhw->bchw", self.turn, images) + 0.3
+
+    model, x = Turned(), images(2, 3, 5, 7)
+    torch.testing.assert_close(Autoencoder.preview(model, model.encode(x)), x, atol=1e-5, rtol=0)
 
 
-def test_a_posterior_sample_is_a_function_of_the_generator():
-    vae, x = tiny_kl(scaling_factor=1.5305, shift_factor=0.0609), images(1, 3, 16, 16)
-    ours = KLAutoencoder(vae).requires_grad_(False)
-    draws = [ours.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    theirs = vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(1))
-    torch.testing.assert_close(draws[0], (theirs - 0.0609) * 1.5305)
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], ours.encode(x))
+def test_the_shipped_preview_shows_held_out_shapes():
+    model, x = open_autoencoder("shapes"), held_out_shapes(32)
+    seen = model.preview(model.encode(x))
+    assert seen.shape == (32, 3, 8, 8)
+    assert mean_psnr(seen, shrunk(x, 8)) >= 25
+    fitted = open_autoencoder("shapes")
+    fitted.preview_map = None
+    assert mean_psnr(fitted.preview(model.encode(x)), shrunk(x, 8)) >= 20  # fitted to made-up colours
+
+
+def test_the_preview_is_stored_with_the_weights(tmp_path):
+    model, z = small(), images(1, 4, 3, 3)
+    model.save(tmp_path)
+    assert not (tmp_path / "preview.json").exists()
+    model.fit_preview(images(4, 3, 32, 32))
+    model.save(tmp_path)
+    torch.testing.assert_close(open_autoencoder(tmp_path).preview(z), model.preview(z), atol=1e-4, rtol=0)
+    for text, message in (
+        ("[[1, 2, 3]]", r"is a table \(1, 3\), expected \(5, 3\)"),
+        ("[[1], 2]", "no table of numbers"),
+    ):
+        (tmp_path / "preview.json").write_text(text)
+        with pytest.raises(ValueError, match=f"preview.json .*{message}"):
+            open_autoencoder(tmp_path)
+
+
+def test_the_preview_serves_a_callback_of_the_sampler():
+    model, seen = open_autoencoder("shapes"), []
+    z = model.encode(held_out_shapes(1))
+    field = samplers.Field(lambda x, t: z, samplers.RectifiedFlow(), "data")
+    eps = images(1, 16, 8, 8)
+    samplers.sample(field, eps, num_steps=3, callback=lambda step: seen.append(model.preview(step.x_0)))
+    assert len(seen) == 3 and all(torch.allclose(picture, model.preview(z), atol=1e-4) for picture in seen)
+
+
+def test_pixels_are_their_own_preview():
+    x = images(1, 3, 4, 4)
+    assert torch.equal(open_autoencoder("none").preview(2 * x), (2 * x).clamp(-1, 1))
+    with pytest.raises(ValueError, match=r"expected latents of shape \(B, 4, h, w\)"):
+        small().preview(x)
 
 
 # --- pixels, and errors -----------------------------------------------------------------------------------------------
@@ -214,6 +238,7 @@ def test_folders_that_hold_no_autoencoder_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     cases = {
         tmp_path / "missing": "not found",
+        tmp_path / "vae.ckpt": "vae.ckpt is a pickle",
         tmp_path / "empty": "no config.json",
         _write(tmp_path / "other", {"_class_name": "UNet2DModel"}): "describes UNet2DModel",
         _write(tmp_path / "unnamed", {}): "no known model",

@@ -1,4 +1,4 @@
-"""The pages on text and images and on the pipeline: their examples run, and the picture of the mask is the mask."""
+"""Pages on text and images, the pipeline and weights: their examples run, the picture of the mask is the mask."""
 
 import re
 from pathlib import Path
@@ -47,3 +47,11 @@ def test_the_examples_of_the_pipeline_run(tmp_path, monkeypatch):
     assert (names["latents"].shape, names["off_by"]) == ((2, 3, 16, 24), 0)
     assert [image.size for image in names["images"]] == [(24, 16)] * 2
     assert {path.name for path in Path("for-diffusers").iterdir()} >= {"model_index.json", "transformer", "text"}
+
+
+def test_the_example_on_weights_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "formats.md").read_text(), re.DOTALL)
+    exec(block, names)
+    assert names["half"].dtype == torch.bfloat16 and names["half"].config == names["model"].config

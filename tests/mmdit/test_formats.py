@@ -1,4 +1,4 @@
-"""Names and tensors between our layout and diffusers': bit for bit there and back, and nothing lost unseen."""
+"""Shapes of models as the files of others say them: diffusers' configs, and tensors without one."""
 
 from dataclasses import replace
 
@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmdit.config import MMDiTConfig
-from mmdit.formats import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
+from mmdit.config import MMDiTConfig, preset
+from mmdit.formats import config_from_diffusers, config_from_sd3, config_to_diffusers, metadata_for_sd3
+from mmdit.layouts import SD3
 from mmdit.model import MMDiT
 
 TINY = MMDiTConfig(
@@ -16,62 +17,13 @@ TINY = MMDiTConfig(
 )
 
 
-def random_state(config: MMDiTConfig) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {name: torch.randn_like(value) for name, value in MMDiT(config).state_dict().items()}
+def shapes(config: MMDiTConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a model in the original layout, without their memory."""
+    with torch.device("meta"):
+        return SD3.from_ours(MMDiT(config).state_dict(), config)
 
 
-@given(
-    depth=st.integers(1, 3),
-    qk_norm=st.sampled_from([None, "rms_norm"]),
-    dual=st.sets(st.integers(0, 2)),
-    patch_size=st.integers(1, 3),
-)
-def test_state_dict_goes_there_and_back_bit_for_bit(depth, qk_norm, dual, patch_size):
-    layers = tuple(sorted(i for i in dual if i < depth))
-    config = replace(TINY, depth=depth, qk_norm=qk_norm, dual_attention_layers=layers, patch_size=patch_size)
-    ours = random_state(config)
-    again = from_diffusers(to_diffusers(ours, config), config)
-    assert again.keys() == ours.keys()
-    assert all(torch.equal(again[name], ours[name]) for name in ours)
-
-
-@pytest.mark.parametrize("change", [{}, dict(qk_norm="rms_norm", dual_attention_layers=(0,))], ids=str)
-def test_diffusers_state_dict_goes_there_and_back_bit_for_bit(change):
-    from diffusers import SD3Transformer2DModel
-
-    config = replace(TINY, **change)
-    theirs = SD3Transformer2DModel(**config_to_diffusers(config)).state_dict()
-    theirs = {name: torch.randn_like(value) for name, value in theirs.items()}
-    again = to_diffusers(from_diffusers(theirs, config), config)
-    assert again.keys() == theirs.keys()
-    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
-
-
-def test_order_within_fused_and_swapped_tensors():
-    """Queries, keys, values; and (shift, scale) here is (scale, shift) there, in the last modulations alone."""
-    ours = random_state(TINY)
-    theirs = to_diffusers(ours, TINY)
-    q, k, v = ours["blocks.0.txt.attn.qkv.weight"].chunk(3)
-    for part, name in ((q, "q"), (k, "k"), (v, "v")):
-        assert torch.equal(theirs[f"transformer_blocks.0.attn.add_{name}_proj.weight"], part)
-    for here, there in (
-        ("modulation_out.bias", "norm_out.linear.bias"),
-        ("blocks.1.txt.modulation.bias", "transformer_blocks.1.norm1_context.linear.bias"),
-    ):
-        shift, scale = ours[here].chunk(2)
-        assert torch.equal(theirs[there], torch.cat([scale, shift]))
-    assert torch.equal(theirs["transformer_blocks.0.norm1_context.linear.bias"], ours["blocks.0.txt.modulation.bias"])
-    assert torch.equal(theirs["transformer_blocks.1.norm1.linear.bias"], ours["blocks.1.img.modulation.bias"])
-
-
-def test_unknown_tensors_are_named_and_missing_ones_are_left_out():
-    theirs = to_diffusers(random_state(TINY), TINY)
-    with pytest.raises(ValueError, match="1 tensors are not those .* lora.up.weight"):
-        from_diffusers(theirs | {"lora.up.weight": torch.zeros(1)}, TINY)
-    del theirs["transformer_blocks.0.attn.to_k.bias"], theirs["pos_embed.pos_embed"]
-    lost = MMDiT(TINY).state_dict().keys() - from_diffusers(theirs, TINY).keys()
-    assert lost == {"blocks.0.img.attn.qkv.bias", "pos_embed"}
+# --- diffusers' ---------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -101,14 +53,51 @@ def test_what_diffusers_cannot_express_is_refused(change):
         config_to_diffusers(config)
 
 
-def test_rope_weights_are_refused():
-    config = replace(TINY, positions="rope")
-    with pytest.raises(ValueError, match="this model has rope"):
-        to_diffusers(random_state(config), config)
-
-
 def test_a_config_that_lacks_keys_is_named():
     config = config_to_diffusers(TINY)
     del config["num_layers"]
     with pytest.raises(ValueError, match="lacks num_layers"):
         config_from_diffusers(config)
+
+
+# --- the original layout ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
+def test_published_models_are_told_from_their_shapes(name):
+    assert config_from_sd3(shapes(preset(name)), {}) == preset(name)
+
+
+@given(
+    depth=st.integers(1, 3),
+    num_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 64]),
+    mlp_ratio=st.sampled_from([4.0, 2.5, 1 / 3]),
+    qk_norm=st.sampled_from([None, "rms_norm"]),
+    dual=st.sets(st.integers(0, 2)),
+    patch_size=st.integers(1, 3),
+    sample_size=st.integers(3, 8),
+)
+def test_models_of_ours_are_told_from_shapes_and_metadata(dual, mlp_ratio, **change):
+    layers = tuple(sorted(i for i in dual if i < change["depth"]))
+    config = replace(TINY, dual_attention_layers=layers, mlp_ratio=mlp_ratio, **change)
+    told = config_from_sd3(shapes(config), metadata_for_sd3(config))
+    assert replace(told, mlp_ratio=mlp_ratio) == config
+    assert int(told.width * told.mlp_ratio) == int(config.width * mlp_ratio)  # all that is left of the ratio
+
+
+def test_without_metadata_heads_and_training_size_are_sd3s():
+    config = replace(TINY, num_heads=1, head_dim=64, sample_size=16, pos_embed_max_size=8)
+    assert config_from_sd3(shapes(config), {}) == config  # the table's side bounds the 128
+    with pytest.raises(ValueError, match="16 wide, which heads of 64 do not divide"):
+        config_from_sd3(shapes(TINY), {})
+
+
+def test_what_tells_the_shape_is_named_where_it_is_missing_or_odd():
+    state = shapes(preset("sd3-medium"))
+    del state["pos_embed"], state["y_embedder.mlp.0.weight"]
+    with pytest.raises(ValueError, match="pos_embed, y_embedder.mlp.0.weight missing"):
+        config_from_sd3(state, {})
+    state = shapes(preset("sd3-medium")) | {"x_embedder.proj.weight": torch.empty(1536, 64, device="meta")}
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight has shape \(1536, 64\)"):
+        config_from_sd3(state, {})

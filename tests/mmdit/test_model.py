@@ -3,10 +3,13 @@
 Random weights are drawn wide (std 0.2): a fresh model predicts 0, and a modulation that is 0 hides whatever it gates.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmdit.config import MMDiTConfig, preset, preset_names
 from mmdit.embeddings import crop_positions, patchify, position_table, rotary_2d, rotate, unpatchify
@@ -83,6 +86,48 @@ def test_output_is_that_of_diffusers(pair, batch, height, width):
         v = ours(x_t, t, context, pooled)
         assert_close(v, reference(x_t, context, pooled, t * 1000).sample)
     assert v.abs().max() > 0.1
+
+
+@settings(max_examples=12)
+@given(
+    depth=st.integers(1, 3),
+    heads=st.sampled_from([(1, 12), (2, 8), (3, 4)]),
+    qk_norm=st.sampled_from([None, "rms_norm"]),
+    dual=st.sets(st.integers(0, 2)),
+    patch_size=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    tokens=st.integers(1, 9),
+)
+def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, patch_size, rows, columns, tokens):
+    from diffusers import SD3Transformer2DModel
+
+    config = replace(
+        TINY,
+        depth=depth,
+        num_heads=heads[0],
+        head_dim=heads[1],
+        qk_norm=qk_norm,
+        dual_attention_layers=tuple(sorted(i for i in dual if i < depth)),
+        patch_size=patch_size,
+        sample_size=8,
+    )
+    ours, reference = alive(config), SD3Transformer2DModel(**config_to_diffusers(config))
+    reference.load_state_dict(to_diffusers(ours.state_dict(), config))
+    x_t, t, context, pooled = inputs(config, 2, rows * patch_size, columns * patch_size, tokens)
+    with torch.no_grad():
+        assert_close(ours(x_t, t, context, pooled), reference(x_t, context, pooled, t * 1000).sample)
+
+
+def test_bfloat16_is_as_near_to_float32_as_that_of_diffusers(pair):
+    reference, ours = pair
+    x_t, t, context, pooled = inputs(ours.config, batch=16)
+    with torch.no_grad():
+        expected = reference(x_t, context, pooled, t * 1000).sample
+        half = [x.bfloat16() for x in (x_t, context, pooled)]
+        theirs = copy.deepcopy(reference).bfloat16()(*half, t * 1000).sample.float() - expected
+        own = copy.deepcopy(ours).bfloat16()(half[0], t, *half[1:]).float() - expected
+    assert 0 < own.square().mean() <= 1.2 * theirs.square().mean()
 
 
 def test_gradients_are_those_of_diffusers(pair):

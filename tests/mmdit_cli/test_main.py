@@ -95,6 +95,10 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["sample", "no-such-run", "a star"], "no-such-run"),
         (["sample", "run", "a star", "--mask", "m.png"], "name the picture with --image"),
         (["evaluate", "no-such-run"], "no-such-run"),
+        (["convert", "x", "y"], "Missing option '--layout'"),
+        (["convert", "x", "y", "--layout", "onnx"], "'onnx' is not one of 'mmdit', 'diffusers', 'sd3'"),
+        (["convert", "no-such-run", "y", "--layout", "mmdit"], "no-such-run holds no model"),
+        (["convert", "x.ckpt", "y", "--layout", "mmdit"], "x.ckpt is a pickle"),
         (["autoencoder", "train", "--data", "x"], "Missing option '--out'"),
         (["autoencoder", "train", "--data", "shapes", "--out", "x", "num_step=3"], 'did you mean "num_steps"?'),
         (["autoencoder", "train", "--data", "shapes", "--out", "x", "num_steps=0"], "num_steps"),
@@ -233,12 +237,42 @@ def test_generate_wants_a_model_of_both(pipe):
     assert result.exit_code == 2 and "writes no text: draw with" in result.stderr
 
 
+# --- convert ---------------------------------------------------------------------------------------
+
+
+def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
+    import torch
+
+    model = mmdit.MMDiT(mmdit.MMDiTConfig(depth=1, num_heads=1, context_dim=8, pooled_dim=8, pos_embed_max_size=64))
+    mmdit.save(model, tmp_path / "ours")
+    words = ["convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "diffusers", "--dtype", "bfloat16"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "diffusers, 0.1 M parameters, bfloat16" in result.stdout
+    result = run("convert", tmp_path / "theirs", tmp_path / "x.safetensors", "--layout", "sd3")
+    assert result.exit_code == 0 and "sd3, 0.1 M parameters, bfloat16" in result.stdout, result.output
+    state, expected = mmdit.load(tmp_path / "x.safetensors").state_dict(), model.bfloat16().state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert_one_line_error(run("convert", tmp_path / "ours", tmp_path / "y", "--layout", "sd3"), "ends in .safetensors")
+    assert not (tmp_path / "y").exists()
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "sample", "generate", "evaluate", "autoencoder train", "autoencoder evaluate", "autoencoder", ""],
+    [
+        "train",
+        "sample",
+        "generate",
+        "evaluate",
+        "convert",
+        "autoencoder train",
+        "autoencoder evaluate",
+        "autoencoder",
+        "",
+    ],
 )
 def test_help_shows_examples(command):
     result = run(*command.split(), "--help")

@@ -1,0 +1,176 @@
+"""What every autoencoder answers: images <-> scaled latents, whole or tile by tile, and a cheap look at latents.
+
+Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the
+weights, in the convention of diffusers (SD3: 1.5305 and 0.0609):
+
+    z = (raw - shift_factor) * scaling_factor        raw = z / scaling_factor + shift_factor
+
+Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h = H / factor), images float in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.tiles import in_tiles
+from mmdit.weights_io import json_writer, read_json
+
+PREVIEW = "preview.json"
+
+
+class Autoencoder(nn.Module, ABC):
+    """What every autoencoder answers; a subclass gives `channels`, `factor`, and what is abstract here."""
+
+    channels: int
+    """Latent channels C."""
+    factor: int
+    """Image pixels per latent pixel, along each side."""
+    preview_map: Tensor | None
+    """(C + 1, 3): colour of a latent pixel, and a constant; None until one is fitted or read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("preview_map", None, persistent=False)
+
+    @property
+    @abstractmethod
+    def scaling_factor(self) -> float:
+        """1 / the standard deviation of the raw latents, as measured."""
+
+    @property
+    @abstractmethod
+    def shift_factor(self) -> float:
+        """The mean of the raw latents, as measured."""
+
+    @abstractmethod
+    def statistics(self, images: Tensor) -> Tensor:
+        """What is known of each latent pixel (B, S, h, w): the raw latents, or what their distribution is told by."""
+
+    def draw(self, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Raw latents of such statistics: a sample where a generator is given, else their mode."""
+        return statistics
+
+    def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents as they come, neither shifted nor scaled."""
+        return self.draw(self.statistics(images), generator)
+
+    @abstractmethod
+    def raw_images(self, raw: Tensor) -> Tensor:
+        """Images of such latents, not clamped."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write what `open_autoencoder` reads."""
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
+
+        A kind with a posterior gives its mode, or a sample of it where a generator is given. tile: side in pixels of
+        the tiles that every layer is worked in, which bounds the device's memory and leaves the result as it is
+        (None: in one piece; see `mmdit.tiles`). Raises ValueError for sides that are no multiple of `factor`.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor or not height or not width:
+            raise ValueError(
+                f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
+            )
+        statistics = self._worked(self.statistics, images, tile)
+        return (self.draw(statistics, generator) - self.shift_factor) * self.scaling_factor
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w); `tile` as in `encode`."""
+        self._check(latents)
+        raw = latents / self.scaling_factor + self.shift_factor
+        return self._worked(self.raw_images, raw, tile).clamp(-1, 1)
+
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
+
+    def _worked(self, work: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
+        if tile is None:
+            return work(x)
+        if tile < 16:
+            raise ValueError(f"tile is {tile}, expected a side of at least 16 pixels")
+        with in_tiles(self, tile):
+            return work(x.cpu()).to(x.device)
+
+    # --- preview ---
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        """A rough look at scaled latents (B, C, h, w) without decoding: images (B, 3, h, w) in [-1, 1].
+
+        A linear map of the channels; where none has been fitted or read, it is fitted to made-up patches of colour.
+        """
+        self._check(latents)
+        if self.preview_map is None:
+            self.fit_preview(_colours(self.factor))
+        assert self.preview_map is not None
+        table = self.preview_map.to(latents)
+        return (torch.einsum("bchw,cr->brhw", latents, table[:-1]) + table[-1, :, None, None]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def fit_preview(self, images: Tensor) -> None:
+        """Fit the map of `preview` by least squares: from the latents of images (B, 3, H, W) to the mean colour of
+        the pixels that each latent pixel stands for.
+        """
+        own = next(self.parameters(), images)
+        z = self.encode(images.to(own)).float().cpu().permute(0, 2, 3, 1).reshape(-1, self.channels)
+        rows = F.pad(z, (0, 1), value=1.0).double()
+        colours = F.avg_pool2d(images.float().cpu(), self.factor).permute(0, 2, 3, 1).reshape(-1, 3).double()
+        self.preview_map = torch.linalg.lstsq(rows, colours, driver="gelsd").solution.float().to(own.device)
+
+    def preview_file(self) -> dict[str, Callable[[Path], object]]:
+        """The file that keeps the map, for `write_all_aside`; none where there is no map."""
+        if self.preview_map is None:
+            return {}
+        return {PREVIEW: json_writer([[round(x, 5) for x in row] for row in self.preview_map.tolist()])}
+
+    def read_preview(self, folder: Path) -> None:
+        """Take the map that stands in a folder, if one does. Raises ValueError where it is of other channels."""
+        if not (folder / PREVIEW).is_file():
+            return
+        try:
+            table = torch.tensor(read_json(folder / PREVIEW), dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / PREVIEW} is no table of numbers: {error}") from error
+        if table.shape != (self.channels + 1, 3):
+            raise ValueError(f"{folder / PREVIEW} is a table {tuple(table.shape)}, expected ({self.channels + 1}, 3)")
+        self.preview_map = table
+
+
+def _colours(factor: int) -> Tensor:
+    """Pictures of soft patches of random colour, the same each time: (16, 3, 16 factor, 16 factor)."""
+    patches = torch.rand(16, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return F.interpolate(patches, size=(16 * factor, 16 * factor), mode="bilinear")
+
+
+class PixelSpace(Autoencoder):
+    """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
+
+    channels = 3
+    factor = 1
+    scaling_factor = 1.0
+    shift_factor = 0.0
+
+    def statistics(self, images: Tensor) -> Tensor:
+        return images
+
+    def raw_images(self, raw: Tensor) -> Tensor:
+        return raw
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return self.decode(latents)
+
+    def save(self, folder: str | Path) -> None:
+        """Nothing: `open_autoencoder("none")` needs no files."""
