@@ -235,8 +235,9 @@ class _Writer:
         return (rows - one + 1) * patch, (columns - one + 1) * patch
 
     def _denoised(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
-        how, generators, like = self.image, [self.generators[i] for i in rows], self.model.head.weight
-        x = samplers.randn((len(rows), self.config.in_channels, *size), generators, like.dtype, None).to(like.device)
+        how, generators, model = self.image, [self.generators[i] for i in rows], self.model
+        shape = (len(rows), self.config.in_channels, *size)
+        x = samplers.randn(shape, generators, model.state_dtype, None).to(model.device)
         field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
         grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
         return list(samplers.sample(field, x, how.solver, grid=grid, generator=generators).x)
@@ -260,7 +261,7 @@ def velocity(
 
     def field(rows: Sequence[int]) -> samplers.Field:
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            return torch.stack(model(model.pack([[x] for x in x_t]), t, cache.reading(rows)).v)
+            return torch.stack(model(model.pack([[x] for x in x_t]), t, cache.reading(rows)).v).to(x_t.dtype)
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 

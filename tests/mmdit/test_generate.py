@@ -318,3 +318,19 @@ def test_a_model_that_sees_what_follows_cannot_write():
 def test_rules_are_checked(wrong):
     with pytest.raises(ValueError, match="expected"):
         TextSampling(**wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time", ["added", "image"])
+def test_half_precision_keeps_times_and_states(time):
+    """In bfloat16 the weights are rounded, not the time of an image nor the states between its steps."""
+    half = alive(replace(TINY, time=time), scale=0.1).bfloat16()
+    exact = Transfusion(half.config).float().eval()
+    exact.load_state_dict({name: x.float() for name, x in half.state_dict().items()})
+    x, t = image(4, 4).bfloat16(), torch.tensor([0.503])  # no number of bfloat16
+    ours, theirs = half(pack([[x]]), t).v[0].float(), exact(pack([[x.float()]]), t).v[0]
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    how = dict(max_tokens=0, begin="image", image=replace(SMALL, num_steps=100))
+    drawn, right = (model.generate([[text(5)]], **how)[0].parts[0] for model in (half, exact))
+    assert drawn.dtype == torch.float32
+    assert (drawn - right).norm() < 0.01 * right.norm()
