@@ -216,9 +216,10 @@ class _Writer:
 
     def _wait_to_draw(self, i: int, token: int | None = None) -> None:
         """Row i goes on with an image, if there is room: of the size asked for, or that its tokens say."""
-        size = self.image.size or self._chosen_size(i, token)
-        if self._room(i, size):
-            self.drawing[i] = size
+        if self._room(i):  # for the token that says the size, if one does
+            size = self.image.size or self._chosen_size(i, token)
+            if self._room(i, size):
+                self.drawing[i] = size
 
     def _chosen_size(self, i: int, rows: int | None) -> tuple[int, int]:
         """The size that the model writes in two tokens, of which the first may have been drawn."""

@@ -334,3 +334,11 @@ def test_half_precision_keeps_times_and_states(time):
     drawn, right = (model.generate([[text(5)]], **how)[0].parts[0] for model in (half, exact))
     assert drawn.dtype == torch.float32
     assert (drawn - right).norm() < 0.01 * right.norm()
+
+
+def test_a_document_that_is_full_stops_before_a_size_is_chosen():
+    """And the others of its batch are drawn."""
+    model = alive(replace(TINY, size_tokens=2, max_tokens=10))
+    full, short = generate(model, [[torch.arange(10, 20)], [text(10)]], 0, image=replace(SMALL, size=None), begin="image")
+    assert full.stopped == "length" and not full.parts
+    assert len(short.parts) == 1
