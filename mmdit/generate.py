@@ -41,7 +41,7 @@ class TextSampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+        if not 0 <= self.temperature < float("inf") or (self.top_k is not None and self.top_k < 1):
             raise ValueError("expected temperature >= 0 and top_k >= 1")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("expected 0 < top_p <= 1 and 0 <= min_p <= 1")
@@ -50,7 +50,8 @@ class TextSampling:
         """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        p = (logits.float() / self.temperature).softmax(-1)
+        logits = logits.double()  # so that a temperature near 0 is none
+        p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1).float()
         ordered, order = p.sort(dim=-1, descending=True)
         kept = ordered.cumsum(-1) - ordered < self.top_p  # the likeliest one always
         kept &= ordered >= self.min_p * ordered[:, :1]
@@ -74,6 +75,8 @@ class ImageSampling:
     guidance: float = 3.0
     interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
+    diffusion: str | float | None = None
+    """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
 
 
 @dataclass
@@ -241,7 +244,8 @@ class _Writer:
         x = samplers.randn(shape, generators, model.state_dtype, None).to(model.device)
         field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
         grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
-        return list(samplers.sample(field, x, how.solver, grid=grid, generator=generators).x)
+        noisy = dict(diffusion=how.diffusion, generator=generators)
+        return list(samplers.sample(field, x, how.solver, grid=grid, **noisy).x)
 
     def _add(self, i: int, part: Part) -> None:
         parts = self.out[i].parts
@@ -277,6 +281,8 @@ def _check(
         raise ValueError("no prompt given: pass at least one, an empty list for an image from nothing")
     if begin not in ("text", "image"):
         raise ValueError(f"begin is {begin!r}, expected 'text' or 'image'")
+    if not images and (begin == "image" or not all(prompts)):
+        raise ValueError("max_images is 0, but an image is to begin: give at least 1, and prompts that are not empty")
     if tokens < 0 or images < 0:
         raise ValueError(f"max_tokens = {tokens} and max_images = {images}: give numbers of at least 0")
     if model.config.attention == "full":

@@ -352,3 +352,22 @@ def test_an_image_that_is_too_large_is_refused_before_anything_is_written(config
     assert not heard
     with pytest.raises(ValueError, match="size_tokens is 9, but the table of positions has only 8"):
         replace(TINY, size_tokens=9, pos_embed_max_size=8)
+
+
+def test_an_sde_solver_draws():
+    how = replace(SMALL, solver="euler-maruyama", diffusion="sigma")
+    alone, other = (generate(alive(TINY), [[text(9)]], 0, image=i, begin="image")[0].parts[0] for i in (how, SMALL))
+    assert torch.isfinite(alone).all() and not torch.allclose(alone, other)
+
+
+@pytest.mark.parametrize("prompt, begin", [([], "text"), ([text(9)], "image")])
+def test_no_image_begins_where_none_is_allowed(prompt, begin):
+    with pytest.raises(ValueError, match="max_images is 0, but an image is to begin"):
+        generate(alive(TINY), [prompt], max_images=0, image=SMALL, begin=begin)
+
+
+def test_a_temperature_near_zero_is_zero_and_one_that_is_no_number_is_refused():
+    logits, generator = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]), torch.Generator()
+    assert TextSampling(temperature=1e-42).draw(logits, [generator]).item() == 1
+    with pytest.raises(ValueError, match="temperature"):
+        TextSampling(temperature=math.nan)
