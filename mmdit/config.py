@@ -198,7 +198,7 @@ class TransfusionConfig:
             raise ValueError(f"patch_size is {self.patch_size}, a U-Net halves to patches of 2, 4, 8, ...")
         if self.positions != "rope" and self.size_tokens > self.pos_embed_max_size:
             raise ValueError(
-                f"size_tokens is {self.size_tokens}, but the table of positions has only {self.pos_embed_max_size} rows "
+                f"size_tokens is {self.size_tokens}, but the table of positions has {self.pos_embed_max_size} rows "
                 "and columns (pos_embed_max_size): the model could choose an image that has no places"
             )
         if self.codec_width < 4 or self.codec_width % 4 or (self.codec_width > 128 and self.codec_width % 32):

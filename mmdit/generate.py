@@ -296,6 +296,10 @@ def _check(
         raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")
     else:
         c, (rows, columns) = model.config, (side // model.config.patch_size for side in image.size)
-        most = min([c.size_tokens] * bool(c.size_tokens) + [c.pos_embed_max_size] * (c.positions != "rope"), default=None)
+        most = min(
+            [c.size_tokens] * bool(c.size_tokens) + [c.pos_embed_max_size] * (c.positions != "rope"), default=None
+        )
         if most is not None and max(rows, columns) > most:
-            raise ValueError(f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {most}")
+            raise ValueError(
+                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {most}"
+            )

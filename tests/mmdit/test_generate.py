@@ -339,7 +339,9 @@ def test_half_precision_keeps_times_and_states(time):
 def test_a_document_that_is_full_stops_before_a_size_is_chosen():
     """And the others of its batch are drawn."""
     model = alive(replace(TINY, size_tokens=2, max_tokens=10))
-    full, short = generate(model, [[torch.arange(10, 20)], [text(10)]], 0, image=replace(SMALL, size=None), begin="image")
+    full, short = generate(
+        model, [[torch.arange(10, 20)], [text(10)]], 0, image=replace(SMALL, size=None), begin="image"
+    )
     assert full.stopped == "length" and not full.parts
     assert len(short.parts) == 1
 
@@ -350,7 +352,7 @@ def test_an_image_that_is_too_large_is_refused_before_anything_is_written(config
     with pytest.raises(ValueError, match="4 x 1 patches does not fit: the model draws sizes of 1 to 3"):
         generate(alive(config), [[text(9)]], image=replace(SMALL, size=(8, 2)), told=lambda i, part: heard.append(part))
     assert not heard
-    with pytest.raises(ValueError, match="size_tokens is 9, but the table of positions has only 8"):
+    with pytest.raises(ValueError, match="size_tokens is 9, but the table of positions has 8"):
         replace(TINY, size_tokens=9, pos_embed_max_size=8)
 
 
