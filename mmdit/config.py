@@ -196,6 +196,11 @@ class TransfusionConfig:
             raise ValueError(f"the width {self.width} is no multiple of 4, which sin-cos positions need")
         if self.codec == "unet" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"patch_size is {self.patch_size}, a U-Net halves to patches of 2, 4, 8, ...")
+        if self.positions != "rope" and self.size_tokens > self.pos_embed_max_size:
+            raise ValueError(
+                f"size_tokens is {self.size_tokens}, but the table of positions has {self.pos_embed_max_size} rows "
+                "and columns (pos_embed_max_size): the model could choose an image that has no places"
+            )
         if self.codec_width < 4 or self.codec_width % 4 or (self.codec_width > 128 and self.codec_width % 32):
             raise ValueError(f"codec_width is {self.codec_width}, expected a multiple of 4, above 128 of 32")
 

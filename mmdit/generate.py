@@ -41,7 +41,7 @@ class TextSampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+        if not 0 <= self.temperature < float("inf") or (self.top_k is not None and self.top_k < 1):
             raise ValueError("expected temperature >= 0 and top_k >= 1")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("expected 0 < top_p <= 1 and 0 <= min_p <= 1")
@@ -50,7 +50,8 @@ class TextSampling:
         """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        p = (logits.float() / self.temperature).softmax(-1)
+        logits = logits.double()  # so that a temperature near 0 is none
+        p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1).float()
         ordered, order = p.sort(dim=-1, descending=True)
         kept = ordered.cumsum(-1) - ordered < self.top_p  # the likeliest one always
         kept &= ordered >= self.min_p * ordered[:, :1]
@@ -74,6 +75,8 @@ class ImageSampling:
     guidance: float = 3.0
     interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
+    diffusion: str | float | None = None
+    """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
 
 
 @dataclass
@@ -216,9 +219,10 @@ class _Writer:
 
     def _wait_to_draw(self, i: int, token: int | None = None) -> None:
         """Row i goes on with an image, if there is room: of the size asked for, or that its tokens say."""
-        size = self.image.size or self._chosen_size(i, token)
-        if self._room(i, size):
-            self.drawing[i] = size
+        if self._room(i):  # for the token that says the size, if one does
+            size = self.image.size or self._chosen_size(i, token)
+            if self._room(i, size):
+                self.drawing[i] = size
 
     def _chosen_size(self, i: int, rows: int | None) -> tuple[int, int]:
         """The size that the model writes in two tokens, of which the first may have been drawn."""
@@ -235,11 +239,13 @@ class _Writer:
         return (rows - one + 1) * patch, (columns - one + 1) * patch
 
     def _denoised(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
-        how, generators, like = self.image, [self.generators[i] for i in rows], self.model.head.weight
-        x = samplers.randn((len(rows), self.config.in_channels, *size), generators, like.dtype, None).to(like.device)
+        how, generators, model = self.image, [self.generators[i] for i in rows], self.model
+        shape = (len(rows), self.config.in_channels, *size)
+        x = samplers.randn(shape, generators, model.state_dtype, None).to(model.device)
         field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
         grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
-        return list(samplers.sample(field, x, how.solver, grid=grid, generator=generators).x)
+        noisy = dict(diffusion=how.diffusion, generator=generators)
+        return list(samplers.sample(field, x, how.solver, grid=grid, **noisy).x)
 
     def _add(self, i: int, part: Part) -> None:
         parts = self.out[i].parts
@@ -260,7 +266,7 @@ def velocity(
 
     def field(rows: Sequence[int]) -> samplers.Field:
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            return torch.stack(model(model.pack([[x] for x in x_t]), t, cache.reading(rows)).v)
+            return torch.stack(model(model.pack([[x] for x in x_t]), t, cache.reading(rows)).v).to(x_t.dtype)
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 
@@ -275,6 +281,8 @@ def _check(
         raise ValueError("no prompt given: pass at least one, an empty list for an image from nothing")
     if begin not in ("text", "image"):
         raise ValueError(f"begin is {begin!r}, expected 'text' or 'image'")
+    if not images and (begin == "image" or not all(prompts)):
+        raise ValueError("max_images is 0, but an image is to begin: give at least 1, and prompts that are not empty")
     if tokens < 0 or images < 0:
         raise ValueError(f"max_tokens = {tokens} and max_images = {images}: give numbers of at least 0")
     if model.config.attention == "full":
@@ -286,3 +294,12 @@ def _check(
             )
     elif any(side < 1 or side % model.config.patch_size for side in image.size):
         raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")
+    else:
+        c, (rows, columns) = model.config, (side // model.config.patch_size for side in image.size)
+        most = min(
+            [c.size_tokens] * bool(c.size_tokens) + [c.pos_embed_max_size] * (c.positions != "rope"), default=None
+        )
+        if most is not None and max(rows, columns) > most:
+            raise ValueError(
+                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {most}"
+            )

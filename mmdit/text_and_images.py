@@ -149,9 +149,6 @@ class TransfusionPipeline(TextToImage):
             return self.pictures(part[None])[0]
         return self.model.conditioner.tokenizer.decode(part)
 
-    def _latent(self, height: int, width: int) -> Tensor:
-        return super()._latent(height, width).to(self.model.transformer.dtype)
-
     def offload(self, device: torch.device | str) -> TextToImage:
         """Refused: the trunk is the one large part."""
         raise ValueError(f"a model of text and images is one trunk: there is nothing to offload, move it to {device}")

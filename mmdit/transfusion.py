@@ -108,6 +108,11 @@ class Transfusion(nn.Module):
         return self.head.weight.dtype
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        """Of times and of the states between a solver's steps: float32 at least."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
@@ -131,7 +136,8 @@ class Transfusion(nn.Module):
         c, images = self.config, len(batch.latents)
         layout = batch.layout(c.patch_size, None if past is None else past.steps)
         span = layout.span[: layout.num_patches]
-        t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.head.weight.dtype)
+        # Of 1000 t bfloat16 would keep three digits, too few for the sinusoids.
+        t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.state_dtype)
         time = self.time_in(t)
         groups = _groups(batch)
         img, skips = self._patches(batch, groups, F.silu(time))

@@ -109,4 +109,14 @@ def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     if wanted not in known:
         raise ValueError(f'{run} has no checkpoint "{name}"; it has {", ".join(known) or "none"}')
     _, weights = load_checkpoint(known[wanted])
-    assign_weights(pipe.model, weights.get("ema", weights["model"]), str(known[wanted]))
+    state = weights.get("ema", weights["model"])
+    if any(".lora_A." in key for key in state):
+        from mmdit.lora import add_lora, merge_lora
+        from training.config import load_config
+
+        lora = load_config(str(run / "config.toml")).lora
+        add_lora(pipe.model.transformer, lora.rank, lora.alpha, lora.targets)
+        assign_weights(pipe.model, state, str(known[wanted]))
+        merge_lora(pipe.model.transformer)
+    else:
+        assign_weights(pipe.model, state, str(known[wanted]))

@@ -318,3 +318,58 @@ def test_a_model_that_sees_what_follows_cannot_write():
 def test_rules_are_checked(wrong):
     with pytest.raises(ValueError, match="expected"):
         TextSampling(**wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time", ["added", "image"])
+def test_half_precision_keeps_times_and_states(time):
+    """In bfloat16 the weights are rounded, not the time of an image nor the states between its steps."""
+    half = alive(replace(TINY, time=time), scale=0.1).bfloat16()
+    exact = Transfusion(half.config).float().eval()
+    exact.load_state_dict({name: x.float() for name, x in half.state_dict().items()})
+    x, t = image(4, 4).bfloat16(), torch.tensor([0.503])  # no number of bfloat16
+    ours, theirs = half(pack([[x]]), t).v[0].float(), exact(pack([[x.float()]]), t).v[0]
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    how = dict(max_tokens=0, begin="image", image=replace(SMALL, num_steps=100))
+    drawn, right = (model.generate([[text(5)]], **how)[0].parts[0] for model in (half, exact))
+    assert drawn.dtype == torch.float32
+    assert (drawn - right).norm() < 0.01 * right.norm()
+
+
+def test_a_document_that_is_full_stops_before_a_size_is_chosen():
+    """And the others of its batch are drawn."""
+    model = alive(replace(TINY, size_tokens=2, max_tokens=10))
+    full, short = generate(
+        model, [[torch.arange(10, 20)], [text(10)]], 0, image=replace(SMALL, size=None), begin="image"
+    )
+    assert full.stopped == "length" and not full.parts
+    assert len(short.parts) == 1
+
+
+@pytest.mark.parametrize("config", [replace(TINY, size_tokens=3), replace(TINY, pos_embed_max_size=3)])
+def test_an_image_that_is_too_large_is_refused_before_anything_is_written(config):
+    heard = []
+    with pytest.raises(ValueError, match="4 x 1 patches does not fit: the model draws sizes of 1 to 3"):
+        generate(alive(config), [[text(9)]], image=replace(SMALL, size=(8, 2)), told=lambda i, part: heard.append(part))
+    assert not heard
+    with pytest.raises(ValueError, match="size_tokens is 9, but the table of positions has 8"):
+        replace(TINY, size_tokens=9, pos_embed_max_size=8)
+
+
+def test_an_sde_solver_draws():
+    how = replace(SMALL, solver="euler-maruyama", diffusion="sigma")
+    alone, other = (generate(alive(TINY), [[text(9)]], 0, image=i, begin="image")[0].parts[0] for i in (how, SMALL))
+    assert torch.isfinite(alone).all() and not torch.allclose(alone, other)
+
+
+@pytest.mark.parametrize("prompt, begin", [([], "text"), ([text(9)], "image")])
+def test_no_image_begins_where_none_is_allowed(prompt, begin):
+    with pytest.raises(ValueError, match="max_images is 0, but an image is to begin"):
+        generate(alive(TINY), [prompt], max_images=0, image=SMALL, begin=begin)
+
+
+def test_a_temperature_near_zero_is_zero_and_one_that_is_no_number_is_refused():
+    logits, generator = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]), torch.Generator()
+    assert TextSampling(temperature=1e-42).draw(logits, [generator]).item() == 1
+    with pytest.raises(ValueError, match="temperature"):
+        TextSampling(temperature=math.nan)
