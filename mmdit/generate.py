@@ -66,7 +66,8 @@ class TextSampling:
 class ImageSampling:
     """How an image is drawn: size (h, w) of its latent, solver, steps, guidance over the same image without context.
 
-    size None: the model chooses, if it has tokens for sizes.
+    size None: the model chooses, if it has tokens for sizes. shift is that of images of size `shift_of`, and moves with
+    the root of the number of tokens; where that is None, of any size.
     """
 
     size: tuple[int, int] | None = (8, 8)
@@ -77,6 +78,7 @@ class ImageSampling:
     shift: float = 1.0
     diffusion: str | float | None = None
     """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
+    shift_of: tuple[int, int] | None = None
 
 
 @dataclass
@@ -111,6 +113,7 @@ def generate(
     of prompt i as it comes. Raises ValueError for prompts that are none, and for a size the patch does not divide.
     """
     text, image = text or TextSampling(), image or ImageSampling()
+    prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # of no tokens is none
     _check(model, prompts, image, begin, max_tokens, max_images)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
@@ -243,9 +246,11 @@ class _Writer:
         shape = (len(rows), self.config.in_channels, *size)
         x = samplers.randn(shape, generators, model.state_dtype, None).to(model.device)
         field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
-        grid = samplers.shift_time(samplers.uniform(how.num_steps), how.shift)
-        noisy = dict(diffusion=how.diffusion, generator=generators)
-        return list(samplers.sample(field, x, how.solver, grid=grid, **noisy).x)
+        old = how.shift_of or size
+        shift = how.shift * samplers.resolution_shift(size[0] * size[1], old[0] * old[1])
+        grid = samplers.shift_time(samplers.uniform(how.num_steps), shift)
+        out = samplers.sample(field, x, how.solver, grid=grid, diffusion=how.diffusion, generator=generators)
+        return list(out.x)
 
     def _add(self, i: int, part: Part) -> None:
         parts = self.out[i].parts

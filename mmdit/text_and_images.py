@@ -118,6 +118,7 @@ class TransfusionPipeline(TextToImage):
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        diffusion: str | float | None = None,
         free: bool = False,
     ) -> ImageSampling:
         """How pictures are drawn, by the model's own defaults where nothing is said; height and width in pixels.
@@ -126,12 +127,14 @@ class TransfusionPipeline(TextToImage):
         """
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
         how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
-        size, shift = None, self.shift
+        factor, size = self.autoencoder.factor, None
         if not (free and height is None and width is None and self.model.transformer.config.size_tokens):
             height, width = self._fitting(height, width)
-            size = (height // self.autoencoder.factor, width // self.autoencoder.factor)
-            shift = self._shift_at(height, width)
-        return ImageSampling(size, how["solver"], how["num_steps"], how["guidance"], tuple(how["interval"]), shift)
+            size = (height // factor, width // factor)
+        trained = (self.size[0] // factor, self.size[1] // factor)
+        names = ("solver", "num_steps", "guidance")
+        own = {name: how[name] for name in names} | {"interval": tuple(how["interval"])}
+        return ImageSampling(size, **own, shift=self.shift, diffusion=diffusion, shift_of=trained)
 
     def _parts(self, prompt: Sequence[str | Image]) -> list[Tensor]:
         trunk, parts = self.model.transformer, []

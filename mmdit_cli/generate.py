@@ -33,6 +33,9 @@ def generate(
         float, typer.Option(metavar="P", help="Draw from tokens at least P times as likely as the first.")
     ] = 0.0,
     solver: Annotated[str | None, typer.Option(metavar="NAME", help="ODE or SDE solver of pictures.")] = None,
+    diffusion: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
     guidance: Annotated[
         float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
@@ -60,9 +63,7 @@ def generate(
     if not isinstance(pipe, TransfusionPipeline):
         raise ValueError(f"{run} is a text-to-image model, which writes no text: draw with `mmdit sample {run} PROMPT`")
     text = TextSampling(temperature, top_k, top_p, min_p)
-    image = pipe.image_sampling(
-        num_steps=steps, solver=solver, guidance=guidance, height=height, width=width, free=bool(prompt)
-    )
+    image = pipe.image_sampling(steps, solver, guidance, height, width, diffusion, free=bool(prompt) and prompt != [""])
     out.parent.mkdir(parents=True, exist_ok=True)
     midway = False  # in a line of text
 

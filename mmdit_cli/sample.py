@@ -23,7 +23,10 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
         "out.png"
     ),
-    solver: Annotated[str | None, typer.Option(metavar="NAME", help="ODE solver: euler, heun, midpoint, ...")] = None,
+    solver: Annotated[str | None, typer.Option(metavar="NAME", help="Solver: euler, heun, dpmpp-2m, ...")] = None,
+    diffusion: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
     guidance: Annotated[
         float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
@@ -63,7 +66,7 @@ def sample(
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
     edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
-    how = dict(num_steps=steps, solver=solver, guidance=guidance)
+    how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=diffusion)
     pictures = pipe(prompts, negative_prompts=negative, height=height, width=width, seed=seed, edit=edit, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):

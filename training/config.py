@@ -333,11 +333,14 @@ class SamplingConfig(Settings):
     """Seed of the noise that pictures start from."""
 
     def check(self) -> None:
-        from samplers import solver_names
+        from samplers import RectifiedFlow, SDESolver, make_solver, solver_names
 
         if self.solver not in solver_names():
             hint = suggestion(self.solver, solver_names()) or f"; there are {', '.join(solver_names())}"
             raise ConfigError(f'sampling.solver is "{self.solver}", which is no solver{hint}')
+        solver = make_solver(self.solver, RectifiedFlow())
+        if isinstance(solver, SDESolver) and solver.diffusion is None:
+            raise ConfigError(f'sampling.solver is "{self.solver}", which wants a diffusion too: name it at a call')
         if self.interval[0] >= self.interval[1]:
             raise ConfigError(f"sampling.interval is {list(self.interval)}, expected [low, high] with low < high")
 

@@ -19,7 +19,7 @@ from mmdit.model import MMDiT
 from mmdit.text import LearnedText
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import load_weights, read_config
+from mmdit.weights_io import load_weights, read_config, read_json
 from training.config import ConfigError, TrainConfig
 from training.run import RunFolder
 
@@ -29,11 +29,14 @@ NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
-    """The tokenizer of the run that a text-to-image model with a learned text encoder starts from."""
-    if config.transfusion.enabled or not config.init_paths:
+    """The tokenizer of the run that a model of the same kind starts from: its ids are those of the weights."""
+    if config.text.tokenizer != "train":
         return None
-    text = _text_folder(config.init_paths[0])
-    return text / "tokenizer.json" if text is not None else None
+    for path in config.init_paths:
+        text = _text_folder(path)
+        if text is not None and ("vocab_size" in read_json(find(path) / "config.json")) == config.transfusion.enabled:
+            return text / "tokenizer.json"
+    return None
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def _started(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
 
 def _text_folder(path: str) -> Path | None:
     for folder in (Path(path) / "pipeline" / "text", Path(path) / "text"):
-        if (folder / "tokenizer.json").exists() and (folder / "model.safetensors").exists():
+        if (folder / "tokenizer.json").exists() and (folder / "config.json").exists():
             return folder
     return None
 

@@ -105,6 +105,17 @@ def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
         CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
 
 
+def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
+    """As one that is asked for; and a text of no tokens is no prompt."""
+    asked = pipe.image_sampling(height=16, width=24, num_steps=3)
+    assert (asked.size, asked.shift, asked.shift_of) == ((16, 24), 1.5, (8, 12))
+    [drawn] = pipe.generate([["two"]], 4, image=asked, begin="image", max_tokens=0)
+    [same] = pipe.generate([["two"]], 4, image=replace(asked, shift=3.0, shift_of=None), begin="image", max_tokens=0)
+    assert np.abs(pixels(drawn.parts) - pixels(same.parts)).max() <= 1
+    [empty], [none] = (pipe.generate([prompt], 1, max_tokens=0) for prompt in ([""], []))
+    assert np.array_equal(pixels(empty.parts), pixels(none.parts))
+
+
 def test_a_picture_that_does_not_fit_is_refused(pipe):
     with pytest.raises(ValueError, match="must divide by the patch"):
         pipe.generate([[Image.new("RGB", (10, 8)), "two"]])

@@ -160,7 +160,7 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
     assert result.exit_code == 0, result.output
     assert pipe.prompts == ["a red circle"] and str(pipe.run) == "runs/x"
     assert pipe.options == {
-        "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1,
+        "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1, "diffusion": None,
         "negative_prompts": None, "edit": None,
     }  # fmt: skip
     assert Image.open(out).size == (8, 6)
@@ -171,7 +171,7 @@ def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tm
     assert run("sample", "r", "one", "two", "--out", tmp_path / "a.jpg").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
     assert pipe.options == {
-        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0,
+        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0, "diffusion": None,
         "negative_prompts": None, "edit": None,
     }  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
         return [Written(["two words", picture, picture, "and more"], "length")]
 
     monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
-    pipe.generate, pipe.image_sampling = generate, lambda **how: how
+    pipe.generate, pipe.image_sampling = generate, lambda *how, free: (how, free)
     picture.save(tmp_path / "given.png")
     words = ("--top-k", "5", "--temperature", "0.5", "--max-images", "2", "--seed", "3", "--draw", "--size", "16x8")
     result = run("generate", "r", tmp_path / "given.png", "and then", *words, "--out", tmp_path / "o.png")
@@ -229,7 +229,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     assert prompt[0].size == (8, 8) and prompt[1] == "and then" and seed == 3
     assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
     assert options["max_images"] == 2 and options["max_tokens"] == 64
-    assert options["image"]["height"] == 16 and options["image"]["width"] == 8 and options["image"]["free"]
+    assert options["image"] == ((None, None, None, 16, 8, None), True)
 
 
 def test_generate_wants_a_model_of_both(pipe):

@@ -267,3 +267,8 @@ def test_the_page_of_keys_is_up_to_date():
         assert f"| `{key.rpartition('.')[2]}` |" in page
     for name in presets.preset_names():
         assert f"- `{name}`: " in page
+
+
+def test_a_solver_that_wants_more_than_its_name_is_refused():
+    with pytest.raises(ConfigError, match="wants a diffusion too"):
+        load_config("demo", ["sampling.solver=euler-maruyama"])

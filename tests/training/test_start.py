@@ -131,6 +131,10 @@ def test_a_language_model_and_an_image_model(language, tmp_path):
 
 
 def test_a_run_goes_on_from_another(frozen, tmp_path):
+    """With its tokenizer, whatever the new captions are."""
+    config = config_for(tmp_path / "words", *starting(frozen), "seed=7")
+    words = Trainer(config, RunFolder.create(config.run_folder, config)).model.conditioner.tokenizer
+    assert words.backend.to_str() == mmdit.TextToImage.load(frozen, "cpu").model.conditioner.tokenizer.backend.to_str()
     again = started(config_for(tmp_path / "again", *starting(frozen))).state_dict()
     assert all(torch.equal(again[name], x) for name, x in mmdit.load(frozen).state_dict().items())
 
