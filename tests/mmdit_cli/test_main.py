@@ -171,8 +171,8 @@ def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tm
     assert run("sample", "r", "one", "two", "--out", tmp_path / "a.jpg").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
     assert pipe.options == {
-        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0, "diffusion": None,
-        "negative_prompts": None, "edit": None,
+        "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0,
+        "negative_prompts": None, "edit": None, "diffusion": None,
     }  # fmt: skip
 
 
