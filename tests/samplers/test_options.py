@@ -91,6 +91,18 @@ FUNCTIONS = [  # name, call, what is always given, options with another value th
         {"interval": (0.3, 0.9), "rescale": 0.5},
     ),
     (
+        "push_away",
+        lambda **o: at_falling_times(samplers.push_away(A, PAIR, C, 3.0, 2.0, **o)),
+        {},
+        {"interval": (0.3, 0.9), "weak_interval": (0.3, 0.9)},
+    ),
+    (
+        "make_solver",
+        lambda **o: sample(FIELD, X, samplers.make_solver("euler-maruyama", FLOW, **o), 4, generator=SEEDS).x,
+        {"diffusion": "kl"},
+        {"diffusion": "sigma"},
+    ),
+    (
         "apg",
         lambda **o: at_falling_times(samplers.apg(A, B, 3.0, **o)),
         {},
