@@ -85,6 +85,12 @@ class TransfusionPipeline(TextToImage):
 
     format = "mmdit transfusion 1"
 
+    def compile(self, **how: Any) -> TextToImage:
+        """Compile the trunk's blocks, for any number of tokens, at their first call. how: as torch.compile takes it."""
+        for block in self.model.transformer.blocks:
+            block.compile(**({"dynamic": True} | how))
+        return self
+
     @torch.no_grad()
     def generate(
         self,

@@ -105,6 +105,17 @@ def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
         CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
 
 
+@pytest.mark.slow
+def test_compiled_it_writes_and_draws_the_same():
+    tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True)
+    plain, fast = pipeline(TINY, tokenizer), pipeline(TINY, tokenizer).compile()
+    how = dict(max_tokens=4, max_images=1, text=TextSampling(temperature=0))
+    for a, b in zip(*(pipe.generate([["a red"], []], 2, **how) for pipe in (plain, fast)), strict=True):
+        assert [type(p) for p in a.parts] == [type(p) for p in b.parts] and a.stopped == b.stopped
+        for x, y in zip(a.parts, b.parts, strict=True):
+            assert x == y if isinstance(x, str) else np.abs(pixels([x]) - pixels([y])).max() <= 1
+
+
 def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
     """As one that is asked for; and a text of no tokens is no prompt."""
     asked = pipe.image_sampling(height=16, width=24, num_steps=3)

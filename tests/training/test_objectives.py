@@ -1,5 +1,7 @@
 """Flow matching against the formula written out, and its draws: one coin a sample, none at fixed times."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -209,6 +211,21 @@ def test_the_papers_own_loss_is_of_the_noise_on_the_cosine_schedule():
     t = torch.tensor([0.7])
     v = model(data.with_latents([schedule.mix(data.latents[0], eps, 0.7)]), t).v[0]
     torch.testing.assert_close(loss.parts["image"], (v - eps).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_images_alone_cost_what_the_flow_objective_says():
+    model, latents = trunk(), torch.stack([picture(seed=i) for i in range(3)])
+
+    class AsImageModel(nn.Module):
+        conditioner = SimpleNamespace(num_encoders=1)
+
+        def forward(self, x_t, t, tokens, drop):
+            return torch.stack(model(model.pack([[x] for x in x_t]), t).v)
+
+    expected = FlowMatching(Uniform())(AsImageModel(), Batch(latents, None), generator(), 0.4)
+    mixed = TextAndImages(Uniform(), image_weight=3.0)(model, pack([[x] for x in latents]), generator(), 0.4)
+    torch.testing.assert_close(mixed.total, 3.0 * expected.total)
+    assert expected.total > 0.1 and mixed.parts["text"] == 0
 
 
 def test_packed_documents_cost_what_they_cost_alone():

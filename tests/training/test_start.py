@@ -226,6 +226,17 @@ def test_adapters_alone_are_trained_saved_and_resumed(base, tmp_path):
     assert whole.keys() == again.keys() and all(torch.equal(again[name], x) for name, x in whole.items())
 
 
+def test_a_checkpoint_with_adapters_is_sampled_as_the_run(base, tmp_path):
+    from mmdit_cli.sample import load_checkpoint_into
+
+    out = training.train(adapters(base, tmp_path / "lora", "training.num_steps=2"))
+    pipe, last = mmdit.TextToImage.load(out, "cpu"), mmdit.load(out).state_dict()
+    pipe.model.transformer.load_state_dict(mmdit.load(base).state_dict())
+    load_checkpoint_into(pipe, out, "2")
+    for name, tensor in pipe.model.transformer.state_dict().items():
+        assert torch.equal(tensor, last[name]), name
+
+
 @pytest.mark.parametrize("setting", ["lora.rank=4", "lora.alpha=8", "lora.targets=all"])
 def test_a_setting_of_adapters_changes_what_it_should(setting, base, tmp_path):
     def file(name, *settings):
