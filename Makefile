@@ -57,7 +57,7 @@ types: $(STAMP)  ## check types
 check: lint types test  ## all that CI checks
 
 docs: $(STAMP)  ## write docs/config.md again from the fields' own words
-	@$(BIN)/python -m training.config docs/config.md
+	@$(BIN)/python -m training.config_page docs/config.md
 
 clean:  ## remove .venv and caches; runs/ is kept
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,20 +4,19 @@ A config comes from a preset (`training/presets.py`) or a TOML file with the sam
 
     config = load_config("my.toml", ["training.num_steps=20000", "optimizer.lr=3e-4"])
 
-A file may begin with `preset = "demo"` and then say only what differs. `python -m training.config FILE` writes the page
-of all keys, docs/config.md, from the fields below.
+A file may begin with `preset = "demo"` and then say only what differs. `config_page.py` writes docs/config.md from the
+fields below.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from training import settings
 from training.settings import (
@@ -49,7 +48,6 @@ __all__ = [
     "TrainingConfig",
     "TransfusionConfig",
     "apply_overrides",
-    "describe",
     "load_config",
     "to_dict",
     "to_toml",
@@ -476,65 +474,3 @@ def read_config(path: str | Path) -> TrainConfig:
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """The config with "section.key=value" assignments; values are TOML, or bare strings where that needs no quotes."""
     return settings.overridden(config, overrides)
-
-
-def describe() -> str:
-    """The page of all keys (Markdown), from the fields' own words: docs/config.md."""
-    from training.autoencoder import AutoencoderTrainConfig
-    from training.presets import PRESETS
-
-    lines = [
-        "# Config keys",
-        "",
-        "<!-- Written by `make docs` from training/config.py and training/presets.py: change those, not this page. -->",
-        "",
-        "A config is a TOML file with the sections below, or a preset's name. A file may begin with",
-        '`preset = "demo"` and then say only what differs.',
-        "On the command line any key is set by `section.key=value`, for example",
-        "`mmdit train my.toml training.num_steps=20000 optimizer.lr=3e-4`; values are TOML, and strings need no quotes",
-        'there. TOML has no null: the string `"none"` stands for it.',
-        "A run folder keeps the config as used in `config.toml`.",
-        "",
-        "## Presets",
-        "",
-        *(f"- `{name}`: {' '.join((make.__doc__ or '').split())}" for name, make in PRESETS.items()),
-    ]
-    docs = settings.field_docs(TrainConfig)
-    hints: dict[str, Any] = {f.section: f for f in _sections()}
-    for section in ["", *hints]:
-        if section:
-            lines += ["", f"## [{section}]", "", " ".join((hints[section].__doc__ or "").split())]
-        else:
-            lines += ["", "## At the top", "", "Before any section."]
-        lines += _table([doc for doc in docs if doc.key.rpartition(".")[0] == section])
-    lines += ["", "## `mmdit autoencoder train`", "", " ".join((AutoencoderTrainConfig.__doc__ or "").split())]
-    lines += ["These keys have no section: `mmdit autoencoder train --data SPEC --out FOLDER num_steps=20000`."]
-    lines += _table(settings.field_docs(AutoencoderTrainConfig))
-    return "\n".join(lines) + "\n"
-
-
-def _sections() -> list[type[Settings]]:
-    return [
-        DataConfig,
-        ModelConfig,
-        TextConfig,
-        ObjectiveConfig,
-        TransfusionConfig,
-        LoraConfig,
-        OptimizerConfig,
-        TrainingConfig,
-        SamplingConfig,
-        EvaluationConfig,
-    ]
-
-
-def _table(docs: Sequence[settings.FieldDoc]) -> list[str]:
-    lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
-    for doc in docs:
-        cells = (f"`{doc.key.rpartition('.')[2]}`", doc.type, f"`{doc.default}`", doc.meaning)
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    return lines
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(describe(), encoding="utf-8") if len(sys.argv) > 1 else print(describe(), end="")

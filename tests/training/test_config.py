@@ -11,6 +11,7 @@ from samplers import solver_names
 from training import config as c
 from training import presets, settings
 from training.config import ConfigError, TrainConfig, apply_overrides, load_config, to_toml
+from training.config_page import describe
 from training.settings import field_docs, hint_of
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +263,7 @@ def test_every_key_says_what_it_means_and_has_a_default():
 
 def test_the_page_of_keys_is_up_to_date():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == c.describe(), "docs/config.md is out of date: run `make docs`"
+    assert page == describe(), "docs/config.md is out of date: run `make docs`"
     for key in settings.keys(TrainConfig):
         assert f"| `{key.rpartition('.')[2]}` |" in page
     for name in presets.preset_names():
