@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_cli.sample import out_files, parse_size
+from mmdit_cli.sample import Diffusion, Guidance, Size, Solver, Steps, out_files, parse_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,15 +32,11 @@ def generate(
     min_p: Annotated[
         float, typer.Option(metavar="P", help="Draw from tokens at least P times as likely as the first.")
     ] = 0.0,
-    solver: Annotated[str | None, typer.Option(metavar="NAME", help="ODE or SDE solver of pictures.")] = None,
-    diffusion: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width of pictures, in pixels.")] = None,
+    solver: Solver = None,
+    diffusion: Diffusion = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of words and noise.")] = 0,
 ) -> None:
     """Go on from text and pictures: describe a picture, draw a text, or let the model choose.

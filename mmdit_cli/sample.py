@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from mmdit import TextToImage
 
 
+# Options of what draws, here and in `mmdit generate`.
+Solver = Annotated[str | None, typer.Option(metavar="NAME", help="Solver: euler, heun, dpmpp-2m, ...")]
+Diffusion = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")]
+Guidance = Annotated[float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")]
+
+
 def sample(
     run: Annotated[
         Path,
@@ -23,16 +33,12 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
         "out.png"
     ),
-    solver: Annotated[str | None, typer.Option(metavar="NAME", help="Solver: euler, heun, dpmpp-2m, ...")] = None,
-    diffusion: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")
-    ] = None,
+    solver: Solver = None,
+    diffusion: Diffusion = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the noise; prompt i takes seed + i.")] = 0,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")] = None,
+    size: Size = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to start from.")] = None,
     strength: Annotated[float, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew.")] = 0.6,
