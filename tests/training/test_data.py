@@ -652,6 +652,7 @@ SCRIPT = """
 import itertools, multiprocessing, os, signal
 from training.data import loader, open_source
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program that a script puts in the background ignores it
 source = open_source("shapes:100", image_size=16)
 batches = loader(source, range(100), 4, seed=0, num_workers=2)
 next(batches)
