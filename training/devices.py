@@ -19,6 +19,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     On a CPU that is AMX: without it bf16 is emulated, several times slower than fp32.
     """
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    if name == "fp16":
+        return torch.float16
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 

@@ -24,6 +24,7 @@ from training.corpus import Pieces
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
 from training.objectives import Batch
+from training.share import WHOLE, Share
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
 Conditioner = LearnedText | Words | TextEncoder | SD3Text
@@ -56,9 +57,9 @@ class ImageFeed:
         self.device, self.num_workers, self.skipped = device, num_workers, skipped
 
     @torch.no_grad()
-    def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches from number `start_step` on."""
-        reader = loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers)
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
+        reader = loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
         try:
             for batch in reader:
                 for key, reason in batch.skipped:
@@ -111,11 +112,11 @@ class LatentFeed:
         index = torch.tensor(rows)
         return Batch(self.latents[index], type(self.tokens)(*(part[index] for part in self.tokens))).to(self.device)
 
-    def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches from number `start_step` on."""
-        order, first = Order(len(self), seed), start_step * batch_size
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
+        order, first, rows = Order(len(self), seed), start_step * batch_size, share.rows(batch_size)
         while True:
-            yield self.at([order[position] for position in range(first, first + batch_size)])
+            yield self.at([order[first + row] for row in rows])
             first += batch_size
 
 
@@ -125,11 +126,12 @@ class WithText:
     def __init__(self, feed: ImageFeed | LatentFeed, text: Pieces, num_documents: int) -> None:
         self.feed, self.text, self.num_documents = feed, text, num_documents
 
-    def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on; batch_size counts pictures and documents."""
-        pictures = self.feed.batches(batch_size - self.num_documents, seed, start_step)
+        pictures = self.feed.batches(batch_size - self.num_documents, seed, start_step, share)
+        documents = self.text.batches(self.num_documents, seed, start_step, share)
         try:
-            for batch, text in zip(pictures, self.text.batches(self.num_documents, seed, start_step), strict=True):
+            for batch, text in zip(pictures, documents, strict=True):
                 yield batch._replace(text=text)
         finally:
             pictures.close()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from training.share import WHOLE, Share
 from training.sources import DataError
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ def loader(
     seed: int,
     start_step: int = 0,
     num_workers: int = 0,
+    share: Share = WHOLE,
 ) -> Generator[Batch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
-    Batches run across the ends of epochs. In place of a bad sample stands the next good one in `indices`. The batches
+    share: the rows of each batch that this process reads. Batches run across the ends of epochs. In place of a bad
+    sample stands the next good one in `indices`. The batches
     do not depend on `num_workers`. The iterator's `close()` ends the workers. Raises `DataError` for arguments out of
     range; while iterating, when no sample is good or a worker process dies.
     """
@@ -58,7 +61,9 @@ def loader(
     _at_least("num_workers", num_workers, 0)
     if len(indices) == 0:
         raise DataError("no samples to train on: the list of indices is empty; use more data, or hold out less of it")
-    return _run(_Shuffled(source, np.asarray(indices), batch_size, seed), itertools.count(start_step), num_workers)
+    return _run(
+        _Shuffled(source, np.asarray(indices), batch_size, seed, share), itertools.count(start_step), num_workers
+    )
 
 
 def one_pass(
@@ -92,14 +97,15 @@ class Order:
 class _Shuffled:
     """step -> Batch, as `loader` says."""
 
-    def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, share: Share) -> None:
         self.source, self.indices, self.batch_size = source, indices, batch_size
+        self.rows = share.rows(batch_size)
         self.order = Order(len(indices), seed)
 
     def __call__(self, step: int) -> Batch:
         skipped: list[tuple[str, str]] = []
         first = step * self.batch_size
-        samples = [self._good_sample(self.order[p], skipped) for p in range(first, first + self.batch_size)]
+        samples = [self._good_sample(self.order[first + row], skipped) for row in self.rows]
         return _batch(self.source, samples, skipped)
 
     def _good_sample(self, place: int, skipped: list[tuple[str, str]]) -> Sample:
