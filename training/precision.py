@@ -61,5 +61,5 @@ class LossScaler:
             return blamed
         self.good += 1
         if self.good >= self.grow_every:
-            self.scale, self.good = min(LARGEST_SCALE, self.scale * 2), 0
+            self.scale, self.good = max(self.scale, min(LARGEST_SCALE, self.scale * 2)), 0
         return False

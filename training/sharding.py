@@ -126,12 +126,15 @@ def accumulating(learner: nn.Module, last: bool) -> Iterator[None]:
 
 
 @contextmanager
-def gathering(model: nn.Module) -> Iterator[None]:
-    """Calls of a sharded model without a backward pass; what they gathered is dropped at the end."""
+def gathering(average: Any) -> Iterator[None]:
+    """Calls of a sharded average: what lies outside of its blocks is whole within, and dropped at the end."""
     try:
+        for part in (average.transformer, average.conditioner):
+            if hasattr(part, "unshard"):
+                part.unshard()
         yield
     finally:
-        for module in model.modules():
+        for module in average.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
 

@@ -1,4 +1,4 @@
-"""Who writes checkpoints, and when: one process for all, or each its part; at once, or in a thread beside the training."""
+"""Who writes checkpoints, and when: one process or each its part; at once, or in a thread beside the training."""
 
 from __future__ import annotations
 
