@@ -92,6 +92,13 @@ class Ranks:
             raise ToldByFirst(2)
         return told[0]
 
+    def agree(self, **said: Any) -> None:
+        """Raises ValueError in all processes where one says another value than the first."""
+        everyone = self.gather(said)
+        for rank, other in enumerate(everyone):
+            if wrong := [name for name, value in other.items() if value != everyone[0][name]]:
+                raise ValueError(f"process {rank} has other {' and '.join(wrong)} than process 0: start all alike")
+
     def apart(self) -> Ranks:
         """The same processes with a channel of their own, for a thread beside the one that trains."""
         group = dist.new_group(backend="gloo") if self.world > 1 else None

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,42 @@ def strategy(config: ParallelConfig, ranks: Ranks) -> str:
     if ranks.world == 1:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
+
+
+def spread_text(config: ParallelConfig, ranks: Ranks) -> str:
+    """What a log says of it, after the device."""
+    kind = strategy(config, ranks)
+    if kind != "none":
+        return f", {ranks.world} processes, {kind}"
+    idle = config.strategy not in ("auto", "none")
+    return f"; parallel.strategy is {config.strategy}: it takes effect under torchrun" if idle else ""
+
+
+class Held(NamedTuple):
+    """What a process holds: the learner and the average, whether both are in parts, and if so the average's form."""
+
+    learner: Learner
+    average: Any
+    in_parts: bool
+    skeleton: Any
+
+
+def hold(
+    model: Any, objective: Any, config: TrainConfig, ranks: Ranks, device: torch.device, precision: torch.dtype
+) -> Held:
+    """A fresh model, its average and its objective, on the device, as the config wants them shared out."""
+    in_parts = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
+    if not in_parts:  # else each unit moves there when it is cut
+        model.to(device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    form = skeleton(average) if in_parts and ranks.first else None
+    recompute(model, config.training.recompute, config.training.recompute_every)
+    learner = Learner(model, objective)
+    if in_parts:
+        if not any(True for _ in model.conditioner.parameters()):  # frozen: every process has it whole
+            model.conditioner.to(device)
+        shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
+    return Held(learner, average, in_parts, form)
 
 
 def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:

@@ -52,11 +52,8 @@ from training.sharding import (
     check_parallel,
     copied,
     gathering,
-    mesh_of,
-    recompute,
-    shard,
-    skeleton,
-    strategy,
+    hold,
+    spread_text,
     weights_digest,
     whole,
 )
@@ -168,6 +165,7 @@ class Trainer:
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         self.scaler = LossScaler.for_precision(self.precision)
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
+        self._left_out = False  # whether the last one was, for that or for the scale of its loss
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
@@ -175,9 +173,11 @@ class Trainer:
         corpus = open_corpus(config, run)
         self.samples, self.text = fingerprint(source), corpus and corpus.digest
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
-        self._agree()
-        run.log(f"computing on {self.device} in {str(self.precision).removeprefix('torch.')}{self._spread()}")
-        self.learner = self._shared_out()
+        ranks.agree(config=repr(config), data=self.samples, text=self.text, weights=weights_digest(self.model))
+        precision = str(self.precision).removeprefix("torch.")
+        run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
+        held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
+        self.learner, self.ema, self.in_parts, self._skeleton = held
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.writer = Writer(
@@ -217,37 +217,6 @@ class Trainer:
     def _pictures(self) -> int:
         return self.config.training.batch_size - self.config.text_documents
 
-    def _agree(self) -> None:
-        """Raises ValueError where the processes did not begin alike."""
-        own = {"config": repr(self.config), "data": self.samples, "text": self.text or ""}
-        said = self.ranks.gather({**own, "first weights": weights_digest(self.model)})
-        for rank, other in enumerate(said):
-            if wrong := [name for name, value in other.items() if value != said[0][name]]:
-                raise ValueError(f"process {rank} has another {' and '.join(wrong)} than process 0: start all alike")
-
-    def _spread(self) -> str:
-        kind, asked = strategy(self.config.parallel, self.ranks), self.config.parallel.strategy
-        if kind != "none":
-            return f", {self.ranks.world} processes, {kind}"
-        return (
-            f"; parallel.strategy is {asked}: it takes effect under torchrun" if asked not in ("auto", "none") else ""
-        )
-
-    def _shared_out(self) -> Learner:
-        """The model with its objective, and the average, as this process holds them."""
-        config, kind = self.config, strategy(self.config.parallel, self.ranks)
-        self.in_parts = kind in ("fsdp", "hsdp")
-        if not self.in_parts:
-            self.model.to(self.device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.skeleton = skeleton(self.ema) if self.in_parts and self.ranks.first else None
-        recompute(self.model, config.training.recompute, config.training.recompute_every)
-        learner = Learner(self.model, make_objective(config, self.share))
-        if self.in_parts:
-            self.model.conditioner.to(self.device)
-            shard(learner, self.ema, config.parallel, mesh_of(config.parallel, self.ranks, self.device), self.precision)
-        return learner
-
     def _sampling_defaults(self) -> dict[str, Any]:
         s = self.config.sampling
         return {"solver": s.solver, "num_steps": s.num_steps, "guidance": s.guidance, "interval": list(s.interval)}
@@ -269,7 +238,7 @@ class Trainer:
             ):
                 while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
                     loss, norm = self._train_step(learner, next(batches))
-                    if not self._bad:
+                    if not self._left_out:
                         self._losses.append(loss)
                     self.step += 1
                     self._report(progress, norm)
@@ -331,11 +300,13 @@ class Trainer:
         most = self.config.training.max_bad_steps
         if not most and not self.scaler.enabled:
             return True
-        finite = bool(norm.isfinite())
-        too_large = self.scaler.update(finite)
-        self._bad = 0 if finite else self._bad + 1
-        if finite or too_large:
-            return finite
+        self._left_out = not norm.isfinite()
+        if self.scaler.update(not self._left_out):
+            return False
+        if not self._left_out:
+            self._bad = 0
+            return True
+        self._bad += 1
         self.skipped += 1
         self.run.log(f"step {self.step + 1} is left out: its gradient is no finite number ({self.skipped} so far)")
         if most and self._bad >= most:
@@ -353,7 +324,7 @@ class Trainer:
         config = self.config.training
         if self._due(config.log_every):
             values = {"loss": torch.tensor(self._mean_losses()).mean().item()} if self._losses else {}
-            values |= {"grad_norm": float(norm)} if not self._bad else {}
+            values |= {} if self._left_out else {"grad_norm": float(norm)}
             self._losses.clear()
             progress.show(self.step, **values)
             values |= {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
@@ -439,7 +410,7 @@ class Trainer:
             if self.ranks.first:
                 state[name] = x.to("cpu", copy=True)
         if self.ranks.first:
-            pipe.model = copy.deepcopy(self.skeleton or self.ema)
+            pipe.model = copy.deepcopy(self._skeleton or self.ema)
             pipe.model.load_state_dict(state, assign=True)
         return pipe
 
