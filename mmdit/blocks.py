@@ -159,7 +159,8 @@ class Stream(nn.Module):
         y = _added(x, self.attn.out(heads), gate)
         if self.attn2 is not None:
             shift2, scale2, gate2 = second
-            own = attention(*self.attn2(modulate(x, shift2, scale2), rotary), mask)
+            q, k, v = self.attn2(modulate(x, shift2, scale2), rotary)
+            own = attention(q, k, v, mask)
             y = _added(y, self.attn2.out(own), gate2)  # type: ignore[misc]
         return _added(y, self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
 
@@ -188,7 +189,9 @@ class JointBlock(nn.ModuleDict):
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
-        qkv = [s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
+        qkv: list[tuple[Tensor, ...]] = [
+            s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)
+        ]
         one_row = not (mask is None or isinstance(mask, Tensor))
         if one_row:
             qkv = [tuple(rearrange(part, "b h s d -> 1 h (b s) d") for part in parts) for parts in qkv]

@@ -49,7 +49,7 @@ def _in_one(x: Tensor, layer: nn.Linear, then: str) -> Tensor:
 def _serves(x: Tensor, layer: nn.Linear) -> bool:
     """Whether the kernel gives what torch's eager product would: it knows neither gradients nor autocast."""
     w = layer.weight
-    return (
+    return bool(
         x.device.type == w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and type(x) is Tensor
