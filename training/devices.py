@@ -22,6 +22,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether matrices of bf16 are multiplied quicker than those of fp32: CUDA that has it, AMX, AVX-512 with bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """On a CPU, the same bits from the same numbers, at no loss of speed: compiled code too then adds up an embedding's
