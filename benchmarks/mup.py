@@ -104,7 +104,7 @@ def plot(found: dict[bool, dict[int, list[float]]], rates: Sequence[float], path
     """Loss over rate, one line a width, without muP and with it side by side."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, sharey=True)
     for axis, (scaled, rows) in zip(axes, found.items(), strict=True):
         for width, losses in rows.items():
             axis.plot(rates, losses, marker="o", label=f"width {width}")
@@ -113,9 +113,9 @@ def plot(found: dict[bool, dict[int, list[float]]], rates: Sequence[float], path
             )
         axis.set(xscale="log", xlabel="learning rate", title="with muP" if scaled else "without")
         axis.grid(alpha=0.3)
-    low = min(min(losses) for rows in found.values() for losses in rows.values())
-    axes[0].set(ylabel="loss", ylim=(low - 0.03, low + 0.6))
-    axes[0].legend()
+    bests = [min(losses) for rows in found.values() for losses in rows.values()]
+    axes[0].set(ylabel="loss", ylim=(min(bests) - 0.05, max(bests) + 0.15))
+    axes[1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

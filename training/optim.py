@@ -160,7 +160,6 @@ class Muon(torch.optim.AdamW):
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for pair in zip(weights, updates, strict=True):
             for w, u in zip(*map(_parts, pair), strict=True):
-                w, u = (w.mT, u.mT) if w.shape[0] > w.shape[1] else (w, u)  # tall ones go with wide ones
                 by_shape[w.shape].append((w, u))  # type: ignore[index]
         for (rows, columns), pairs in by_shape.items():
             orthogonal = newton_schulz(torch.stack([u for _, u in pairs]))
