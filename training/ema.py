@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +129,6 @@ class Power(Exponential):
         super().__init__(ema, 0.0)
         self.config = config
         self.powers = [power_of(width) for width in config.ema_sigma_rel]
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.second = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -151,12 +149,10 @@ class Power(Exponential):
         if not self.config.ema_snapshot_every:
             return
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.ema_snapshot_dtype]
-        own = dict(self.ema.named_parameters())
-        for width, average in zip(
-            self.config.ema_sigma_rel, ({name: own[name] for name in self.names}, self.second), strict=True
-        ):
+        first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
+        for width, average in zip(self.config.ema_sigma_rel, (first, self.second), strict=True):
             path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
-            save_weights({name: value.detach().to(kind) for name, value in average.items()}, path)
+            save_weights({name: value.to(kind) for name, value in average.items()}, path)
 
 
 def make_average(
@@ -212,8 +208,10 @@ def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> d
         raise ValueError(f"{run} has no snapshot of step {end}, it has {', '.join(map(str, steps))}")
     used = [(at, power_of(width), read_weights(path)) for at, width, path in found if at <= end]
     factors = mixture([(at, g) for at, g, _ in used], (end, power)).tolist()
-    state: dict[str, Any] = dict(load_latest(run, print)[1]["ema"])
+    state: dict[str, Tensor] = dict(load_latest(run, print)[1]["ema"])
     for name in used[0][2]:
-        total = sum(x * weights[name].double() for x, (_, _, weights) in zip(factors, used, strict=True))
-        state[name] = total.to(state[name].dtype)  # type: ignore[union-attr]
+        total = torch.zeros(state[name].shape, dtype=torch.float64)
+        for x, (_, _, weights) in zip(factors, used, strict=True):
+            total += x * weights[name].double()
+        state[name] = total.to(state[name].dtype)
     return state
