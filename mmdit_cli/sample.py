@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL.Image import Image
+    from torch import Tensor
 
     from mmdit import TextToImage
 
@@ -110,7 +113,6 @@ def out_files(out: Path, count: int) -> list[Path]:
 
 def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if not there."""
-    from mmdit.weights_io import assign_weights
     from training.checkpoint import list_checkpoints, load_checkpoint
 
     known = {folder.name: folder for folder in list_checkpoints(run)}
@@ -118,14 +120,20 @@ def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     if wanted not in known:
         raise ValueError(f'{run} has no checkpoint "{name}"; it has {", ".join(known) or "none"}')
     _, weights = load_checkpoint(known[wanted])
-    state = weights.get("ema", weights["model"])
+    load_state_into(pipe, run, weights.get("ema", weights["model"]), str(known[wanted]))
+
+
+def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]", source: str) -> None:
+    """Replace the pipeline's weights by those of a run's whole model; adapters are added to theirs."""
+    from mmdit.weights_io import assign_weights
+
     if any(".lora_A." in key for key in state):
         from mmdit.lora import add_lora, merge_lora
         from training.config import load_config
 
         lora = load_config(str(run / "config.toml")).lora
         add_lora(pipe.model.transformer, lora.rank, lora.alpha, lora.targets)
-        assign_weights(pipe.model, state, str(known[wanted]))
+        assign_weights(pipe.model, state, source)
         merge_lora(pipe.model.transformer)
     else:
-        assign_weights(pipe.model, state, str(known[wanted]))
+        assign_weights(pipe.model, state, source)

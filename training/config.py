@@ -56,6 +56,8 @@ __all__ = [
 MODE_S_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
 
+SigmaRel = Annotated[float, Range(0, 0.2886, open_low=True)]
+
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
@@ -246,8 +248,9 @@ class OptimizerConfig(Settings):
 
     section: ClassVar[str] = "optimizer"
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more."""
+    name: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
+    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more.
+    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with its moments in a byte each."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
@@ -262,10 +265,22 @@ class OptimizerConfig(Settings):
     """Largest norm of the gradient; 0 does not clip."""
     warmup_steps: CountOrZero = 100
     """Steps in which the learning rate rises from 0 to lr."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate from the end of warm-up to the end of the run."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Course of the learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
+    decay_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    """Last part of the run in which a "wsd" schedule falls."""
     final_lr_fraction: Fraction = 0.0
-    """Learning rate at the end of a "cosine" or "linear" schedule, as a fraction of lr."""
+    """Learning rate at the end of a schedule that falls, as a fraction of lr."""
+    base_width: Count | None = None
+    """Width of the trunk at which lr was found, for muP: a wider one has lower rates, and other first weights."""
+
+    def check(self) -> None:
+        if self.name != "schedule-free":
+            return
+        if self.schedule != "constant":
+            raise ConfigError(f'optimizer.name "schedule-free" takes schedule "constant", not "{self.schedule}"')
+        if not self.betas[0]:
+            raise ConfigError('optimizer.betas[0] is 0, optimizer.name "schedule-free" needs a number above 0')
 
 
 @dataclass(frozen=True)
@@ -280,8 +295,16 @@ class TrainingConfig(Settings):
     """Samples a step."""
     grad_accumulation: Count = 1
     """Parts in which a batch is computed, to save memory; the batch stays batch_size samples."""
+    ema: Literal["exponential", "power"] = "exponential"
+    """How the weights are averaged that are sampled and scored: with a fixed decay, or by a power of the step."""
     ema_decay: BelowOne = 0.999
-    """Decay per step of the averaged weights that are sampled and scored; 0 keeps no average."""
+    """Decay per step of an "exponential" average; 0 keeps no average."""
+    ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
+    """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
+    ema_snapshot_every: CountOrZero = 1000
+    """Steps from one snapshot of both to the next, from which `mmdit ema` makes any other width; 0 keeps none."""
+    ema_snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Type of the numbers in snapshots."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -309,6 +332,8 @@ class TrainingConfig(Settings):
                 f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
                 f"{self.grad_accumulation}"
             )
+        if self.ema == "power" and self.ema_sigma_rel[0] == self.ema_sigma_rel[1]:
+            raise ConfigError(f"training.ema_sigma_rel is {list(self.ema_sigma_rel)}, expected two different widths")
 
 
 @dataclass(frozen=True)
@@ -415,6 +440,17 @@ class TrainConfig(Settings):
             raise ConfigError(f"init names {len(self.init)} folders: an MMDiT starts from one")
         if self.lora.rank and (self.transfusion.enabled or not self.init):
             raise ConfigError("lora.rank needs an MMDiT's weights to adapt: name them in init, without transfusion")
+        if self.optimizer.name == "schedule-free" and (self.training.ema_decay or self.training.ema != "exponential"):
+            raise ConfigError(
+                'optimizer.name "schedule-free" averages its weights itself: set training.ema_decay=0 and '
+                'training.ema="exponential"'
+            )
+        base = self.optimizer.base_width
+        if base is not None and (base % self.model.head_dim or self.lora.rank):
+            raise ConfigError(
+                f"optimizer.base_width is {base}, expected a multiple of model.head_dim = {self.model.head_dim}, and "
+                "no lora.rank: widths grow by their number of heads, and adapters have no width"
+            )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
 

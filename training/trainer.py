@@ -32,11 +32,12 @@ from training.checkpoint import (
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Pieces
 from training.devices import pick_device, pick_precision, repeatable
+from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
-from training.optim import learning_rate, make_optimizer, update_ema
+from training.optim import learning_rate, make_optimizer, set_rate
 from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
@@ -57,6 +58,10 @@ KEPT = (
     "data.num_samples",
     "data.image_size",
     "data.held_out",
+    "optimizer.name",
+    "optimizer.base_width",
+    "training.ema",
+    "training.ema_sigma_rel",
 )
 
 
@@ -133,6 +138,7 @@ class Trainer:
         run.log(f"computing on {self.device} in {str(self.precision).removeprefix('torch.')}")
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.objective = make_objective(config)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
@@ -153,6 +159,7 @@ class Trainer:
             self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)
             run.rewind_metrics(self.step)
+            remove_snapshots(run.path, self.step)
         else:
             self.pipe.save(run.path / "pipeline")
 
@@ -202,11 +209,10 @@ class Trainer:
             total += loss.total.detach() / parts
         clip = self.config.optimizer.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+        set_rate(self.optimizer, self.rate(self.step))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        update_ema(self.ema, self.model, self.config.training.ema_decay, self.step)
+        self.average.update(self.model, self.step)
         return total, norm
 
     def _due(self, every: int) -> bool:
@@ -227,6 +233,8 @@ class Trainer:
             self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
+        if self._due(config.ema_snapshot_every):
+            self.average.snapshot(self.run.path, self.step)
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
@@ -265,7 +273,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         weights = {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            **self.average.tensors(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
         losses = [loss.item() for loss in self._losses]
@@ -289,7 +297,7 @@ class Trainer:
                 "back as it was, or train afresh into another folder"
             )
         assign_weights(self.model, weights["model"], str(self.run.path))
-        assign_weights(self.ema, weights["ema"], str(self.run.path))
+        self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
