@@ -20,8 +20,8 @@ import mmdit
 PRESETS = {"2 B": "sd3-medium", "8 B": "sd3.5-large"}
 SHARDINGS = ("ddp", "fsdp", "hsdp")
 NOTE = """At once: pictures in one pass; more are accumulated, and gradients move once a step. A step takes between its
-longer part, where work and network overlap wholly, and their sum. The last column is what a GPU sends out of its node at
-the faster of these. fsdp shards over all GPUs, hsdp within each node of 8."""
+longer part, where work and network overlap wholly, and their sum. The last column is what a GPU sends out of its node
+at the faster of these. fsdp shards over all GPUs, hsdp within each node of 8."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from benchmarks.beside_diffusers import ours, theirs
 from benchmarks.forward import CONFIG
 from benchmarks.timing import hardware, seconds
 from training.config import OptimizerConfig
-from training.optim import make_optimizer, update_ema
+from training.ema import update_ema
+from training.optim import make_optimizer
 
 BATCH, SIDE, TEXT, KINDS = 4, 32, 333, 6  # samples, latent side, text tokens, batches that are gone through
 
