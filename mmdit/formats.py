@@ -56,7 +56,7 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
             f"and {config.mlp_ratio}"
         )
     return dict(
-        sample_size=config.sample_size,
+        sample_size=config.sample_size // config.patch_size * config.patch_size,  # its pipelines draw that side
         patch_size=config.patch_size,
         in_channels=config.in_channels,
         num_layers=config.depth,

@@ -181,7 +181,7 @@ class TransfusionPipeline(TextToImage):
         return velocity(trunk, cache, range(len(prompts)), how.guidance, how.interval)
 
     @staticmethod
-    def _load_model(folder: Path) -> nn.Module:
+    def load_model(folder: Path) -> nn.Module:
         config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", config.max_length)
         transformer = Transfusion(read_config(TransfusionConfig, folder / "transformer" / "config.json"))

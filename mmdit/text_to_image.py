@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 import samplers
-from mmdit.autoencoder import Autoencoder, PixelSpace, open_autoencoder
-from mmdit.config import MMDiTConfig
+from mmdit.autoencoder import Autoencoder
 from mmdit.drawing import Drawing
 from mmdit.edit import Edit, known_latents
 from mmdit.model import MMDiT
+from mmdit.pipeline_files import (
+    load_captioned,
+    load_pipeline,
+    save_defaults,
+    save_pipeline,
+    save_pipeline_weights,
+)
 from mmdit.sampling import Sampling
 from mmdit.text import Condition, LearnedText, Tokens
-from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -237,45 +242,15 @@ class TextToImage:
 
         layout "diffusers": a folder for StableDiffusion3Pipeline (see mmdit/sd3_pipeline.py for what it can hold).
         """
-        folder = Path(folder)
-        if layout == "diffusers":
-            from mmdit.sd3_pipeline import write_sd3
-
-            return write_sd3(self, folder)
-        if layout != "mmdit":
-            raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")
-        write_json(folder / "transformer" / "config.json", self.model.transformer.config.to_dict())
-        self.model.conditioner.save_config(folder / "text")
-        self.autoencoder.save(folder / "autoencoder")
-        self.save_defaults(folder)
-        self.save_weights(folder)
+        save_pipeline(self, Path(folder), layout)
 
     def save_defaults(self, folder: str | Path) -> None:
         """Replace what a call takes where it is not told, in a folder that `save` wrote."""
-        write_json(
-            Path(folder) / "pipeline.json",
-            {
-                "format": self.format,
-                "size": list(self.size),
-                "shift": self.shift,
-                "sampling": self.sampling,
-                "autoencoder": "none" if isinstance(self.autoencoder, PixelSpace) else "autoencoder",
-            },
-        )
+        save_defaults(self, Path(folder))
 
     def save_weights(self, folder: str | Path) -> None:
         """Replace the weights in a folder that `save` wrote."""
-        self._save_trunk(Path(folder) / "transformer")
-        self.model.conditioner.save_weights(Path(folder) / "text")
-
-    def _save_trunk(self, folder: Path) -> None:
-        """The trunk's weights; adapters are added to them, and written beside."""
-        from mmdit.lora import lora_pairs, plain_state, save_lora
-
-        trunk = self.model.transformer
-        save_weights(plain_state(trunk), folder / "model.safetensors")
-        if lora_pairs(trunk):
-            save_lora(trunk, folder / "lora.safetensors")
+        save_pipeline_weights(self, Path(folder))
 
     @classmethod
     def load(
@@ -284,58 +259,26 @@ class TextToImage:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         without: Sequence[str] = (),
+        *,
+        text: str | Path | None = None,
+        autoencoder: str | Path | None = None,
     ) -> TextToImage:
-        """A pipeline from a run folder, a folder that `save` wrote, or a diffusers SD3 pipeline folder.
+        """A pipeline from a run folder, a folder that `save` wrote, a diffusers SD3 pipeline folder, or one
+        .safetensors file in the original SD3 layout.
 
         device: None is CUDA if there is one. dtype: of trunk and text encoders, None for float32. without: text
-        encoders of an SD3 pipeline to leave out, of "clip_l", "clip_g" and "t5". Raises FileNotFoundError where no
-        pipeline is, ValueError where its files do not fit together or are of another pipeline.
+        encoders of SD3 to leave out, of "clip_l", "clip_g" and "t5". For a file, text: where its tokenizers are, and
+        the text encoders that it lacks, a diffusers SD3 pipeline's folder or its name on the hub; autoencoder: as
+        `open_autoencoder` takes it, None for the file's own. Raises FileNotFoundError where no pipeline is, ValueError
+        where its parts are missing, do not fit together or are of another pipeline.
         """
-        root = Path(path)
-        folder = root / "pipeline" if (root / "pipeline" / "pipeline.json").exists() else root
-        if not (folder / "pipeline.json").exists() and (folder / "model_index.json").exists():
-            from mmdit.sd3_pipeline import read_sd3
-
-            pipe = read_sd3(folder, dtype or torch.float32, without)
-        elif without:
-            raise ValueError(f"{root} has not the three text encoders of SD3: nothing can be left out")
-        else:
-            pipe = cls._load_own(root, folder)
+        pipe = load_pipeline(Path(path), dtype, without, text, autoencoder)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
-    @classmethod
-    def _load_own(cls, root: Path, folder: Path) -> TextToImage:
-        if not (folder / "pipeline.json").exists():
-            raise FileNotFoundError(
-                f"{root} holds no trained model: expected a run folder of `mmdit train`, or a diffusers SD3 pipeline"
-            )
-        about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
-        missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
-        if missing:
-            raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
-        kind = cls
-        if about.get("format") != cls.format:
-            from mmdit.text_and_images import TransfusionPipeline
-
-            kind = TransfusionPipeline if about.get("format") == TransfusionPipeline.format else cls
-        model = kind._load_model(folder)
-        spec = about["autoencoder"]
-        autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
-        return kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
-
     @staticmethod
-    def _load_model(folder: Path) -> nn.Module:
+    def load_model(folder: Path) -> nn.Module:
         """The trunk and the text encoder in a folder that `save` wrote."""
-        text: LearnedText | TextEncoder | SD3Text
-        if "encoder" in read_json(folder / "text" / "config.json"):
-            from mmdit.text_encoders import load_encoder
-
-            text = load_encoder(folder / "text")
-        else:
-            text = LearnedText.load(folder / "text")
-        transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
-        load_weights(transformer, folder / "transformer" / "model.safetensors")
-        return CaptionedMMDiT(transformer, text)
+        return load_captioned(folder)
 
 
 def _listed(negatives: str | Sequence[str] | None, count: int) -> list[str | None]:

@@ -43,7 +43,8 @@ def test_configs_go_there_and_back(depth, num_heads, qk_norm, dual, sample_size)
         dual_attention_layers=layers,
         sample_size=sample_size,
     )
-    assert config_from_diffusers(config_to_diffusers(config)) == config
+    whole = replace(config, sample_size=sample_size - sample_size % 2)  # of patches, or a pipeline could not draw it
+    assert config_from_diffusers(config_to_diffusers(config)) == whole
 
 
 @pytest.mark.parametrize("change", [dict(positions="rope"), dict(mlp_ratio=2.0)], ids=str)
