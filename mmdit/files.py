@@ -7,8 +7,9 @@ file holds tensors alone, of the trunk and perhaps of the text encoders and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -97,14 +98,22 @@ def _from_folder(root: Path) -> _Stored:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind == "SD3Transformer2DModel":
         return _Stored(config_from_diffusers(config), read_folder(folder, DIFFUSERS_WEIGHTS), DIFFUSERS, folder)
-    if kind is not None:
-        raise ValueError(f"{path} describes {kind}, expected SD3Transformer2DModel or a model of mmdit's own")
-    own: MMDiTConfig | TransfusionConfig
-    if isinstance(config, dict) and "vocab_size" in config:
-        own = read_config(TransfusionConfig, path)
-    else:
-        own = read_config(MMDiTConfig, path)
-    return _Stored(own, read_folder(folder, "model"), None, folder)
+    if not isinstance(config, dict) or not config or kind or "model_type" in config or "architectures" in config:
+        said = kind or (_said_to_be(config) if isinstance(config, dict) else None) or "no model that is known"
+        raise ValueError(f"{path} describes {said}, expected SD3Transformer2DModel or a model of mmdit's own")
+    own: Any = TransfusionConfig if "vocab_size" in config else MMDiTConfig
+    if unknown := sorted(config.keys() - {field.name for field in fields(own)}):
+        raise ValueError(
+            f"{path} does not fit: it has no _class_name, so it would be a model of mmdit's own, and these have no "
+            f"{', '.join(unknown[:4])}"
+        )
+    return _Stored(read_config(own, path), read_folder(folder, "model"), None, folder)
+
+
+def _said_to_be(config: dict[str, Any]) -> Any:
+    """What a config of transformers says that its model is."""
+    architectures = config.get("architectures")
+    return architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
 
 
 def read_folder(folder: Path, stem: str) -> Weights:

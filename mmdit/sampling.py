@@ -95,6 +95,12 @@ class Sampling:
         return (skipping[-1], skipping[0]) if skipping else None
 
 
+def check_solver(solver: str, ts: Tensor, diffusion: str | float | None = None) -> None:
+    """Raises ValueError for a solver that is none, or cannot take these times: before anything is drawn."""
+    flow = samplers.RectifiedFlow()
+    samplers.make_solver(solver, flow, diffusion).bind(samplers.Field(lambda x, t: x, flow, "velocity"), ts.tolist())
+
+
 RULES: dict[str, Callable[..., samplers.Field]] = {
     "cfg": samplers.cfg,
     "apg": samplers.apg,

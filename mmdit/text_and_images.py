@@ -105,6 +105,8 @@ class TransfusionPipeline(TextToImage):
         of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
         max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
         """
+        if wrong := [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]:
+            raise ValueError(f"prompt {wrong[0]} is a string, expected a list of strings and pictures")
         how.setdefault("image", self.image_sampling(free=all(prompts)))
         streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 

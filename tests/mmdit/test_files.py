@@ -230,7 +230,11 @@ def test_folders_that_hold_no_model_are_named(model, tmp_path):
     ("text", "message"),
     [
         ("{", "config.json is not JSON"),
-        ("[1]", "config.json does not fit: .* mapping"),
+        ("[1]", "config.json describes no model that is known, expected SD3Transformer2DModel or a model of mmdit's"),
+        ("{}", "config.json describes no model that is known"),
+        ('{"architectures": ["CLIPTextModel"], "hidden_size": 8}', "config.json describes CLIPTextModel, expected"),
+        ('{"model_type": "t5"}', "config.json describes t5, expected"),
+        ('{"act_fn": "silu", "in_channels": 4}', "no _class_name, so it would be .* mmdit's own, .* have no act_fn"),
         (
             '{"_class_name": "UNet2DModel", "sample_size": 8}',
             "config.json describes UNet2DModel, expected SD3Transformer",
