@@ -20,6 +20,7 @@ from torch import Tensor
 
 import samplers
 from mmdit.cache import NOTHING, Cache
+from mmdit.drawing import each_seed
 from mmdit.sampling import check_solver
 from mmdit.sequences import MixedBatch, Part, check_parts
 from mmdit.transfusion import Transfusion
@@ -122,10 +123,7 @@ def generate(
     check_parts(prompts, "prompt")
     prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # of no tokens is none
     _check(model, prompts, image, begin, max_tokens, max_images)
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
-    writer = _Writer(model, seeds, max_tokens, max_images, text, image, told)
+    writer = _Writer(model, each_seed(seed, len(prompts)), max_tokens, max_images, text, image, told)
     writer.begin(prompts, begin == "image")
     while writer.writing or writer.drawing:
         if writer.writing:

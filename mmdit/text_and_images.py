@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import samplers
 from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
+from mmdit.pictures import as_rgb, upright
 from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
@@ -151,7 +152,7 @@ class TransfusionPipeline(TextToImage):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
                 parts.append(ids.to(trunk.device))  # without an end: there is more to come
             else:
-                pixels = torch.tensor(np.asarray(part.convert("RGB"))).permute(2, 0, 1)[None].to(trunk.device)
+                pixels = torch.tensor(np.asarray(as_rgb(upright(part)))).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 

@@ -5,8 +5,9 @@ Shape letters: B batch, C channels, h w latent sides, H W image sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import samplers
 from mmdit.autoencoder import Autoencoder
-from mmdit.drawing import Drawing
+from mmdit.drawing import Drawing, each_seed
 from mmdit.edit import Edit, known_latents
 from mmdit.model import MMDiT
 from mmdit.pipeline_files import (
@@ -25,7 +26,7 @@ from mmdit.pipeline_files import (
     save_pipeline,
     save_pipeline_weights,
 )
-from mmdit.sampling import Sampling
+from mmdit.sampling import Sampling, check_solver
 from mmdit.text import Condition, LearnedText, Tokens
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class TextToImage:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -122,18 +123,18 @@ class TextToImage:
         `preview(progress)` shows it. Raises ValueError for unknown options, for sizes that do not divide by `step`, and
         for lists of other lengths than the prompts'.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("no prompt given: pass at least one caption")
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
+        prompts = _captions(prompts)
+        seeds, negatives = each_seed(seed, len(prompts)), _negatives(negative_prompts, len(prompts))
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected a whole number of at least 1")
         if edit is not None:
+            if not isinstance(edit, Edit):
+                raise ValueError(f"edit is a {type(edit).__name__}, expected an mmdit.Edit of a picture")
             height, width = edit.fitting(height, width)
         height, width = self._fitting(height, width)
-        negatives = _listed(negative_prompts, len(prompts))
         how = Sampling.of(self.sampling, options)
         ts = how.times(self.shift, self._shift_at(height, width) / self.shift)
+        check_solver(how.solver, ts, how.diffusion)
         pictures: list[Image] = []
         for first in range(0, len(prompts), batch_size):
             rows = slice(first, first + batch_size)
@@ -189,9 +190,11 @@ class TextToImage:
         """The size asked for, the model's own where none is; ValueError where it does not divide."""
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
+        if not isinstance(height, Integral) or not isinstance(width, Integral):
+            raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
-        return height, width
+        return int(height), int(width)
 
     def _shift_at(self, height: int, width: int) -> float:
         return self.shift * samplers.resolution_shift(height * width, self.size[0] * self.size[1])
@@ -281,10 +284,22 @@ class TextToImage:
         return load_captioned(folder)
 
 
-def _listed(negatives: str | Sequence[str] | None, count: int) -> list[str | None]:
+def _captions(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list. Raises ValueError where there is none, and for what is no text."""
+    listed = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
+    if not listed:
+        raise ValueError("no prompt given: pass at least one caption")
+    if wrong := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt is a {type(wrong[0]).__name__}, expected a string or a list of strings")
+    return listed
+
+
+def _negatives(negatives: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     """Negative prompts, one a prompt; None where there is none."""
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count
     if len(negatives) != count:
         raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one a prompt")
+    if wrong := [one for one in negatives if not isinstance(one, str | None)]:
+        raise ValueError(f"a negative prompt is a {type(wrong[0]).__name__}, expected a string, or None for none")
     return list(negatives)
