@@ -20,7 +20,15 @@ from mmdit.layouts import DIFFUSERS, SD3, Layout
 from mmdit.mapped import PICKLES, Weights, read_metadata, read_weights, refuse_pickle
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import check_fit, json_writer, read_config, read_json, weights_writer, write_all_aside
+from mmdit.weights_io import (
+    check_dtype,
+    check_fit,
+    json_writer,
+    read_config,
+    read_json,
+    weights_writer,
+    write_all_aside,
+)
 
 LayoutName = Literal["mmdit", "diffusers", "sd3"]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
@@ -49,13 +57,17 @@ def load(
     pickles and for weights that do not fit, by name.
     """
     root = Path(path)
+    check_dtype(dtype)
     stored = _from_file(root) if root.is_file() or root.suffix in PICKLES else _from_folder(root)
+    if stored.config.depth > len(stored.tensors):  # before so many blocks are made
+        raise ValueError(f"{stored.where} has {len(stored.tensors)} tensors, too few for {stored.config.depth} blocks")
     with torch.device("meta"):
         model = Transfusion(stored.config) if isinstance(stored.config, TransfusionConfig) else MMDiT(stored.config)
     own = model.state_dict()
     check_fit(_expected(own, stored), stored.tensors, str(stored.where))
-    if dtype is None and any(tensor.dtype.itemsize == 1 for tensor in stored.tensors.values()):
-        raise ValueError(f"{stored.where} holds 8-bit numbers, in which nothing is computed: give a dtype")
+    idle = {x.dtype for x in stored.tensors.values() if x.dtype.itemsize == 1 or not x.is_floating_point()}
+    if dtype is None and idle:
+        raise ValueError(f"{stored.where} holds numbers of {idle.pop()}, in which nothing is computed: give a dtype")
     state = {}
     for name, tensor in _ours(stored):
         state[name] = tensor.to(device=device, dtype=dtype)
@@ -140,14 +152,18 @@ def _read_shards(index: Path) -> Weights:
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict):
         raise ValueError(f"{index} has no weight_map, which says where the tensors are")
+    if outside := [name for name in places.values() if not _is_file_name(name)]:
+        raise ValueError(f"{index} names {outside[0]!r}, expected files in its own folder")
     files = sorted({*places.values()})
-    if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]}, expected files in its own folder")
     shards = [read_weights(index.parent / name) for name in files]
     tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
     if lost := sorted(places.keys() - tensors.keys()):
         raise ValueError(f"{index} names {len(lost)} tensors that its files do not have: {', '.join(lost[:4])}")
     return Weights(tensors, [mapping for shard in shards for mapping in shard.mappings])
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _from_file(path: Path) -> _Stored:

@@ -18,7 +18,15 @@ from mmdit.config import MMDiTConfig
 from mmdit.mapped import PICKLES
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText
-from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_json
+from mmdit.weights_io import (
+    check_dtype,
+    load_weights,
+    read_config,
+    read_json,
+    save_weights,
+    write_folder_aside,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from mmdit.sd3_text import SD3Text
@@ -31,9 +39,15 @@ def save_pipeline(pipe: TextToImage, folder: Path, layout: Literal["mmdit", "dif
     if layout == "diffusers":
         from mmdit.sd3_pipeline import write_sd3
 
-        return write_sd3(pipe, folder)
+        if (folder / "pipeline.json").exists():  # which `load` would find first
+            raise ValueError(f"{folder} holds a pipeline in the layout 'mmdit': save this one in another folder")
+        return write_folder_aside(folder, lambda aside: write_sd3(pipe, aside))
     if layout != "mmdit":
         raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")
+    write_folder_aside(folder, lambda aside: _write_own(pipe, aside))
+
+
+def _write_own(pipe: TextToImage, folder: Path) -> None:
     write_json(folder / "transformer" / "config.json", pipe.model.transformer.config.to_dict())
     pipe.model.conditioner.save_config(folder / "text")
     pipe.autoencoder.save(folder / "autoencoder")
@@ -74,6 +88,7 @@ def load_pipeline(
     autoencoder: str | Path | None = None,
 ) -> TextToImage:
     """On the CPU; see `TextToImage.load`."""
+    check_dtype(dtype)
     if path.is_file() or path.suffix in (".safetensors", *PICKLES):
         from mmdit.sd3_file import read_sd3_file
 

@@ -87,6 +87,12 @@ def test_models_of_ours_are_told_from_shapes_and_metadata(dual, mlp_ratio, **cha
     assert int(told.width * told.mlp_ratio) == int(config.width * mlp_ratio)  # all that is left of the ratio
 
 
+@pytest.mark.parametrize("said", ["[1]", '{"head_dim": "x"}', '{"sample_size": -4}', '{"sample_size": 1e9}', "{"])
+def test_metadata_that_lie_are_refused(said):
+    with pytest.raises(ValueError, match="metadata say|Expecting"):
+        config_from_sd3(shapes(TINY), {"mmdit": said})
+
+
 def test_without_metadata_heads_and_training_size_are_sd3s():
     config = replace(TINY, num_heads=1, head_dim=64, sample_size=16, pos_embed_max_size=8)
     assert config_from_sd3(shapes(config), {}) == config  # the table's side bounds the 128
