@@ -426,6 +426,10 @@ class TrainConfig(Settings):
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
                 'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
+        if self.transfusion.size_tokens and not self.transfusion.enabled:
+            raise ConfigError(
+                "transfusion.size_tokens is for models of text and images: set transfusion.enabled=true too"
+            )
         if self.transfusion.text is not None and not self.transfusion.enabled:
             raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
         if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
@@ -453,6 +457,20 @@ class TrainConfig(Settings):
             )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        """A solver that cannot take the run's steps would end it at its first grid of samples."""
+        from mmdit.sampling import check_solver
+        from samplers import time_grid
+
+        how = self.sampling
+        try:
+            check_solver(how.solver, time_grid("uniform", how.num_steps, self.objective.shift))
+        except ValueError as error:
+            raise ConfigError(
+                f'sampling.solver = "{how.solver}" with sampling.num_steps = {how.num_steps}: {error}'
+            ) from error
 
     @property
     def text_documents(self) -> int:

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -44,8 +45,8 @@ def pipe(monkeypatch):
         asked.prompts, asked.options = prompts, options
         return [Image.new("RGB", (8, 6), "grey") for _ in prompts]
 
-    def load(path):
-        asked.run = path
+    def load(path, **parts):
+        asked.run, asked.parts = path, parts
         return sample
 
     monkeypatch.setattr(mmdit, "TextToImage", types.SimpleNamespace(load=load), raising=False)
@@ -165,6 +166,17 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
     }  # fmt: skip
     assert Image.open(out).size == (8, 6)
     assert str(out) in result.stdout
+
+
+def test_sample_passes_the_parts_of_a_single_file(pipe, tmp_path):
+    words = ["--text", "folder", "--autoencoder", "sd3:ae.safetensors", "--without", "t5", "--dtype", "bfloat16"]
+    result = run("sample", "sd3.safetensors", "a", "--out", tmp_path / "a.png", *words)
+    assert result.exit_code == 0, result.output
+    assert str(pipe.run) == "sd3.safetensors"
+    parts = {"text": "folder", "autoencoder": "sd3:ae.safetensors", "without": ["t5"], "dtype": torch.bfloat16}
+    assert pipe.parts == parts
+    run("sample", "runs/x", "a", "--out", tmp_path / "a.png")
+    assert pipe.parts == {}
 
 
 def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tmp_path):
