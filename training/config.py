@@ -300,15 +300,34 @@ class TrainingConfig(Settings):
     """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
+    peak_tflops: Positive | Literal["auto", "measure"] = "auto"
+    """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
+    or what a large matrix product reaches here ("measure")."""
+    profile: str | None = None
+    """Steps to record, FIRST:LAST from 1, both among them: their trace for chrome://tracing goes into profile/."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 
     def check(self) -> None:
+        if self.profile is not None and self.profiled is None:
+            raise ConfigError(f'training.profile is "{self.profile}", expected steps FIRST:LAST from 1, such as 10:15')
+        if self.wandb == "":
+            raise ConfigError('training.wandb is empty, expected a project or "none"')
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
                 f"{self.grad_accumulation}"
             )
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step that `profile` names; None where it names none."""
+        first, _, last = (self.profile or "").partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)

@@ -727,6 +727,9 @@ ELSEWHERE = {
     "transfusion.freeze_text": "tests/training/test_start.py",
     "text.encoder": "test_frozen_text.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
+    "training.peak_tflops": "tests/training/test_telemetry.py",
+    "training.profile": "tests/training/test_telemetry.py",
+    "training.wandb": "tests/training/test_telemetry.py",
     "training.device": "test_the_device_is_the_one_asked_for",
 }
 
