@@ -57,6 +57,10 @@ MODE_S_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
 
 
+BY_FEATURES, BY_CLIP = ("fid", "kid", "precision-recall"), ("clip-score", "cmmd")
+"""Scores of `evaluation.metrics` by the network that they take."""
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """Images and captions."""
@@ -364,7 +368,7 @@ class SamplingConfig(Settings):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings):
-    """Validation loss on held-out samples, and the six-question score of the drawn world."""
+    """Validation loss on held-out samples, the six-question score of the drawn world, and scores by networks."""
 
     section: ClassVar[str] = "evaluation"
 
@@ -378,6 +382,34 @@ class EvaluationConfig(Settings):
     """Pictures sampled at a time."""
     seed: CountOrZero = 0
     """Seed of the prompts and of the noise."""
+    metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()
+    """Scores of pictures by networks; docs/evaluation.md says what each is and needs."""
+    metrics_every: CountOrZero = 0
+    """Steps from one such score to the next; 0 scores at the end alone."""
+    features: str | None = None
+    """Network of fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
+    clip: str | None = None
+    """Network of clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
+    reference: str | None = None
+    """Pictures to hold the model's against, named as data.source is, with the captions to draw; "none": the run's data
+    and its held-out captions."""
+    num_reference: Count | None = None
+    """Use only so many of them, evenly spread ("none": all)."""
+    num_images: Count = 1000
+    """Pictures drawn for these scores; published ones take 10,000 to 50,000."""
+    cache: str | None = None
+    """Folder that keeps what networks see in the reference; "none": mmdit/references in the user's cache."""
+
+    def check(self) -> None:
+        for names, key in ((BY_FEATURES, "features"), (BY_CLIP, "clip")):
+            wanting = [name for name in self.metrics if name in names]
+            if wanting and not getattr(self, key):
+                raise ConfigError(
+                    f"{wanting[0]} needs a network: name it by evaluation.{key} (mmdit evaluate --{key}); "
+                    "docs/evaluation.md says where to get one"
+                )
+        if self.metrics_every and not self.metrics:
+            raise ConfigError("evaluation.metrics_every is set, but evaluation.metrics names none")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.plots import caption_grid
 from training.progress import Progress
+from training.quality import ModelJudge, check_metrics
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
@@ -126,6 +127,8 @@ class Trainer:
             raise ValueError(why)
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         run.board = open_board(config, run)
+        check_metrics(config.evaluation)
+        self._judge: ModelJudge | None = None
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
@@ -239,6 +242,10 @@ class Trainer:
             self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
+        every = self.config.evaluation.metrics_every
+        if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
+            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
+            self._write_quality(self._judge(self.pipe))
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
@@ -258,9 +265,17 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
 
+    def _write_quality(self, scores: dict[str, Any]) -> None:
+        self.run.write_metrics(self.step, **{name: x for name, x in scores.items() if isinstance(x, float)})
+        shown = "  ".join(f"{name} {x:.4g}" for name, x in scores.items() if isinstance(x, float))
+        self.run.log(f"step {self.step}: {shown} ({scores['num_images']} pictures)")
+
     def _finish(self) -> None:
         run = self.run
         scores = evaluate_run(run.path)
+        if "quality" in scores:
+            self._write_quality(scores["quality"])
+            run.close()
         if "validation_loss" in scores:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():
