@@ -1,6 +1,6 @@
 """What telemetry costs: the time in its own calls, over that of the steps of a preset's training.
 
-    python -m benchmarks.telemetry [PRESET] [--steps N] [KEY=VALUE ...]
+python -m benchmarks.telemetry [PRESET] [--steps N] [KEY=VALUE ...]
 """
 
 from __future__ import annotations
