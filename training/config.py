@@ -59,6 +59,10 @@ MODE_S_MAX = 2 / (math.pi - 2)
 SigmaRel = Annotated[float, Range(0, 0.2886, open_low=True)]
 
 
+BY_FEATURES, BY_CLIP = ("fid", "kid", "precision-recall"), ("clip-score", "cmmd")
+"""Scores of `evaluation.metrics` by the network that they take."""
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """Images and captions."""
@@ -323,10 +327,21 @@ class TrainingConfig(Settings):
     """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
+    peak_tflops: Positive | Literal["auto", "measure"] = "auto"
+    """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
+    or what a large matrix product reaches here ("measure")."""
+    profile: str | None = None
+    """Steps to record, FIRST:LAST from 1, both among them: their trace for chrome://tracing goes into profile/."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 
     def check(self) -> None:
+        if self.profile is not None and self.profiled is None:
+            raise ConfigError(f'training.profile is "{self.profile}", expected steps FIRST:LAST from 1, such as 10:15')
+        if self.wandb == "":
+            raise ConfigError('training.wandb is empty, expected a project or "none"')
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
@@ -334,6 +349,14 @@ class TrainingConfig(Settings):
             )
         if self.ema == "power" and self.ema_sigma_rel[0] == self.ema_sigma_rel[1]:
             raise ConfigError(f"training.ema_sigma_rel is {list(self.ema_sigma_rel)}, expected two different widths")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step that `profile` names; None where it names none."""
+        first, _, last = (self.profile or "").partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -370,7 +393,7 @@ class SamplingConfig(Settings):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings):
-    """Validation loss on held-out samples, and the six-question score of the drawn world."""
+    """Validation loss on held-out samples, the six-question score of the drawn world, and scores by networks."""
 
     section: ClassVar[str] = "evaluation"
 
@@ -384,6 +407,34 @@ class EvaluationConfig(Settings):
     """Pictures sampled at a time."""
     seed: CountOrZero = 0
     """Seed of the prompts and of the noise."""
+    metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()
+    """Scores of pictures by networks; docs/evaluation.md says what each is and needs."""
+    metrics_every: CountOrZero = 0
+    """Steps from one such score to the next; 0 scores at the end alone."""
+    features: str | None = None
+    """Network of fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
+    clip: str | None = None
+    """Network of clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
+    reference: str | None = None
+    """Pictures to hold the model's against, named as data.source is, with the captions to draw; "none": the run's data
+    and its held-out captions."""
+    num_reference: Count | None = None
+    """Use only so many of them, evenly spread ("none": all)."""
+    num_images: Count = 1000
+    """Pictures drawn for these scores; published ones take 10,000 to 50,000."""
+    cache: str | None = None
+    """Folder that keeps what networks see in the reference; "none": mmdit/references in the user's cache."""
+
+    def check(self) -> None:
+        for names, key in ((BY_FEATURES, "features"), (BY_CLIP, "clip")):
+            wanting = [name for name in self.metrics if name in names]
+            if wanting and not getattr(self, key):
+                raise ConfigError(
+                    f"{wanting[0]} needs a network: name it by evaluation.{key} (mmdit evaluate --{key}); "
+                    "docs/evaluation.md says where to get one"
+                )
+        if self.metrics_every and not self.metrics:
+            raise ConfigError("evaluation.metrics_every is set, but evaluation.metrics names none")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import assign_weights
+from training.boards import open_board
 from training.checkpoint import (
     list_checkpoints,
     load_latest,
@@ -40,9 +41,11 @@ from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
 from training.plots import caption_grid
 from training.progress import Progress
+from training.quality import ModelJudge, check_metrics
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
+from training.telemetry import Profiler, Telemetry
 
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
@@ -128,6 +131,9 @@ class Trainer:
         if why := why_not(config.training.attention, self.device):
             raise ValueError(why)
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
+        run.board = open_board(config, run)
+        check_metrics(config.evaluation)
+        self._judge: ModelJudge | None = None
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
@@ -141,6 +147,7 @@ class Trainer:
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.objective = make_objective(config)
+        self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
             self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
         )
@@ -175,6 +182,7 @@ class Trainer:
         pictures = config.batch_size - self.config.text_documents
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step)
         model = compiled(self.model, self.config, self.device, run.log)
+        profiler = Profiler(config.profiled, run.path / "profile", run.log)
         try:
             with (
                 repeatable(self.device),
@@ -183,11 +191,14 @@ class Trainer:
                 Progress("training", config.num_steps, self.step, pictures) as progress,
             ):
                 while self.step < config.num_steps and not interrupts.caught:
-                    loss, norm = self._train_step(model, next(batches))
+                    profiler.before(self.step + 1)
+                    loss, norm = self._train_step(model, self.telemetry.next(batches))
                     self._losses.append(loss)
                     self.step += 1
+                    profiler.after(self.step)
                     self._report(progress, norm)
         finally:
+            profiler.close()
             batches.close()  # type: ignore[attr-defined]
             run.close()
         if interrupts.caught:
@@ -207,6 +218,9 @@ class Trainer:
                 loss = self.objective(model, part, generator_for(self.config.seed, self.step, i))
             (loss.total / parts).backward()
             total += loss.total.detach() / parts
+            self.telemetry.add(loss)
+        if self._due(self.config.training.log_every, self.step + 1):
+            self.telemetry.gradients(self.model)
         clip = self.config.optimizer.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf"))
         set_rate(self.optimizer, self.rate(self.step))
@@ -215,8 +229,9 @@ class Trainer:
         self.average.update(self.model, self.step)
         return total, norm
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.training.num_steps or bool(every and self.step % every == 0)
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step == self.config.training.num_steps or bool(every and step % every == 0)
 
     def _report(self, progress: Progress, norm: torch.Tensor) -> None:
         """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
@@ -226,7 +241,7 @@ class Trainer:
             self._losses.clear()
             progress.show(self.step, loss=loss)
             rates = {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
-            self.run.write_metrics(self.step, loss=loss, grad_norm=float(norm), **rates)
+            self.run.write_metrics(self.step, loss=loss, grad_norm=float(norm), **rates, **self.telemetry.line())
         else:
             progress.show(self.step)
         if self._due(config.validate_every):
@@ -235,6 +250,10 @@ class Trainer:
             self._sample()
         if self._due(config.ema_snapshot_every):
             self.average.snapshot(self.run.path, self.step)
+        every = self.config.evaluation.metrics_every
+        if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
+            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
+            self._write_quality(self._judge(self.pipe))
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
@@ -254,9 +273,17 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
 
+    def _write_quality(self, scores: dict[str, Any]) -> None:
+        self.run.write_metrics(self.step, **{name: x for name, x in scores.items() if isinstance(x, float)})
+        shown = "  ".join(f"{name} {x:.4g}" for name, x in scores.items() if isinstance(x, float))
+        self.run.log(f"step {self.step}: {shown} ({scores['num_images']} pictures)")
+
     def _finish(self) -> None:
         run = self.run
         scores = evaluate_run(run.path)
+        if "quality" in scores:
+            self._write_quality(scores["quality"])
+            run.close()
         if "validation_loss" in scores:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():
@@ -278,6 +305,7 @@ class Trainer:
         }
         losses = [loss.item() for loss in self._losses]
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
+        state |= {"telemetry": self.telemetry.state()}
         state |= {"text": self.text} if self.text else {}
         save_checkpoint(self.run.path, state, weights, self.config.training.keep_checkpoints)
         self.pipe.save_weights(self.run.path / "pipeline")
@@ -301,6 +329,8 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        if "telemetry" in state:
+            self.telemetry.load(state["telemetry"])
         self.run.log(f"resumed at step {self.step}")
 
 

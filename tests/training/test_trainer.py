@@ -733,6 +733,14 @@ ELSEWHERE = {
     "training.ema_snapshot_every": "tests/training/test_ema.py",
     "training.ema_snapshot_dtype": "tests/training/test_ema.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
+    "training.peak_tflops": "tests/training/test_telemetry.py",
+    "training.profile": "tests/training/test_telemetry.py",
+    "training.wandb": "tests/training/test_telemetry.py",
+    **dict.fromkeys(
+        [f"evaluation.{key}" for key in ["metrics", "metrics_every", "features", "clip", "reference"]]
+        + [f"evaluation.{key}" for key in ["num_reference", "num_images", "cache"]],
+        "tests/training/test_quality.py",
+    ),
     "training.device": "test_the_device_is_the_one_asked_for",
 }
 
