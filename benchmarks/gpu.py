@@ -26,7 +26,7 @@ from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, th
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
-from training.optim import update_ema
+from training.ema import update_ema
 
 TEXT = 333
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, NVIDIA's datasheets of the SXM modules

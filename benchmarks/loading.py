@@ -1,14 +1,16 @@
 """Time and memory of loading a model of SD3.5-medium's shape from disk, ours beside diffusers'.
 
     python -m benchmarks.loading                                    # tables on standard output
-    python -m benchmarks.loading --out benchmarks/results/loading.md --folder /tmp/loading
+    python -m benchmarks.loading --out benchmarks/results/loading.md
+    python -m benchmarks.loading --folder /tmp/loading --write          # the weights alone, to be measured later
+    python -m benchmarks.loading --folder /tmp/loading --case 0         # one case of those weights, which stay
 
-Random weights in bfloat16 (2.24 B parameters, 4.8 GB with the table of positions) are written in diffusers' layout
-and in the original one, and removed at the end. Each loading is a process of its own, after all imports; the two
-libraries take turns, the file is in the system's cache. "Until loaded" is the call; "until read" adds a pass over
-every page of every weight, since both map the file and a mapped weight is read when it is first used; CPU is the
-processor's time until then, which other work on the machine changes less. Memory is the most that the process held
-resident above what it held before the call, mapped pages counted, over the weights' size.
+Random weights in bfloat16 (2.24 B parameters, 4.9 GB with the table of positions) are written in diffusers' layout
+and in the original one, and removed at the end where no folder is named. Each loading is a process of its own, after
+all imports; the two libraries take turns, the file is in the system's cache. "Until loaded" is the call; "until read"
+adds a pass over every page of every weight, since both map the file and a mapped weight is read when it is first
+used; CPU is the processor's time until then, which other work on the machine changes less. Memory is the most that
+the process held resident above what it held before the call, mapped pages counted, over the weights' size.
 """
 
 import argparse
@@ -83,9 +85,10 @@ def in_a_process(library: str, path: Path, dtype: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def table(folder: Path, repeats: int) -> list[str]:
+def table(folder: Path, repeats: int, cases: list[str]) -> list[str]:
     rows = ["| | | until loaded, s | until read, s | CPU, s | memory / weights |", "|---|---|---|---|---|---|"]
-    for title, (name, dtype) in CASES.items():
+    for title in cases:
+        name, dtype = CASES[title]
         runs: dict[str, list[dict[str, float]]] = {"mmdit": [], "diffusers": []}
         for _ in range(repeats):
             for library, results in runs.items():
@@ -101,7 +104,9 @@ def table(folder: Path, repeats: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--folder", type=Path, help="new folder for 9.6 GB of weights (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="folder for 9.8 GB of weights, kept (default: a temporary one)")
+    parser.add_argument("--write", action="store_true", help="write the weights only")
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one row's case only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -109,12 +114,16 @@ def main() -> None:
         print(json.dumps(measure(*arguments.measure)))
         return
     folder = arguments.folder or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=arguments.folder is None)
+    cases = list(CASES) if arguments.case is None else [list(CASES)[arguments.case]]
     try:
-        write_random(folder)
-        rows = table(folder, arguments.repeats)
+        if not (folder / "sd3.safetensors").exists():
+            write_random(folder)
+        rows = [] if arguments.write else table(folder, arguments.repeats, cases)
     finally:
-        shutil.rmtree(folder)
+        if arguments.folder is None:
+            shutil.rmtree(folder)
+    if arguments.write:
+        return
     about = f"`python -m benchmarks.loading` on {hardware()}: medians (least to most) of {arguments.repeats} runs."
     text = "\n".join(["# Loading", "", about, "", str(__doc__).split("\n\n")[-1].strip(), "", *rows])
     print(text)

@@ -25,9 +25,11 @@ from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import open_source, split_by_key
 from training.devices import pick_precision, repeatable
+from training.ema import make_average
 from training.loader import Order
+from training.mup import scale_start
 from training.objectives import next_token_loss
-from training.optim import learning_rate, make_optimizer, update_ema
+from training.optim import learning_rate, make_optimizer, set_rate
 from training.progress import Progress
 from training.run import RunFolder
 from training.trainer import compiled
@@ -86,8 +88,11 @@ def train(config: TrainConfig, pipe: TextToImage, training: list[str]) -> Captio
     device = pipe.model.transformer.device
     torch.manual_seed(config.seed)
     own = CaptionedTransfusion(Transfusion(pipe.model.transformer.config), pipe.model.conditioner).to(device)
+    if config.optimizer.base_width is not None:
+        scale_start(own.transformer, config.optimizer.base_width)
     ema = copy.deepcopy(own).eval().requires_grad_(False)
     optimizer, rate = make_optimizer(own, config.optimizer), learning_rate(config.optimizer, config.training.num_steps)
+    average = make_average(ema, own, optimizer, config.training)
     precision = pick_precision(config.training.precision, device)
     clip, z_loss = config.optimizer.grad_clip or float("inf"), config.transfusion.z_loss
     compiled(own, config, device, print)  # its blocks, in place
@@ -100,11 +105,10 @@ def train(config: TrainConfig, pipe: TextToImage, training: list[str]) -> Captio
                 loss = next_token_loss(out.states, out.head, batch, z_loss)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(own.parameters(), clip)
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
+            set_rate(optimizer, rate(step))
             optimizer.step()
             optimizer.zero_grad()
-            update_ema(ema, own, config.training.ema_decay, step)
+            average.update(own, step)
             losses = [*losses[-99:], loss.detach()]
             if (step + 1) % 100 == 0 or step + 1 == config.training.num_steps:
                 shown.show(step + 1, nats=torch.stack(losses).mean().item())

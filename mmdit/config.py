@@ -4,8 +4,9 @@ Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model c
 SD3 scales a model by its depth d alone: d blocks, d heads of 64.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -42,8 +43,11 @@ class MMDiTConfig:
     """Side of the position table, in tokens: the largest height or width that can be sampled."""
 
     def __post_init__(self) -> None:
-        # TOML and JSON have lists only; a frozen config wants a tuple.
-        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        _check_numbers(self)
+        layers = self.dual_attention_layers
+        if not isinstance(layers, list | tuple) or not all(type(i) is int for i in layers):
+            raise ValueError(f"dual_attention_layers is {layers!r}, expected a list of blocks, counted from 0")
+        object.__setattr__(self, "dual_attention_layers", tuple(layers))  # TOML and JSON have lists only
         for name in ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "context_dim", "pooled_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
@@ -165,6 +169,7 @@ class TransfusionConfig:
     """Id of the token for one row or column."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         for name in (
             "max_tokens",
             "vocab_size",
@@ -246,6 +251,16 @@ class TransfusionConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values, for JSON."""
         return asdict(self)
+
+
+def _check_numbers(config: Any) -> None:
+    """Raises ValueError for a field that wants a number and has none: a config may come from anyone's JSON."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and type(value) is not int:
+            raise ValueError(f"{field.name} is {value!r}, expected a whole number")
+        if field.type is float and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{field.name} is {value!r}, expected a finite number")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

@@ -7,12 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
 
 import samplers
 from mmdit.sampling import Sampling
+
+
+def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` prompts: seed + i of one number, or a list as it is. Raises ValueError for another."""
+    try:
+        try:
+            seeds = [index(seed) + i for i in range(count)]  # type: ignore[arg-type]
+        except TypeError:
+            seeds = [index(one) for one in seed]  # type: ignore[union-attr]
+    except TypeError as error:
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or one a prompt") from error
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} prompts: give one number, or one a prompt")
+    if wrong := [one for one in seeds if not -(2**63) <= one < 2**64]:
+        raise ValueError(f"seed is {wrong[0]}, expected a number of 64 bits")
+    return seeds
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mmdit.pictures import as_rgb, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +26,8 @@ class Edit:
     """A picture, or one for each prompt, that is drawn anew.
 
     strength in (0, 1]: the part of the steps that is walked; 1 forgets the picture. mask: a picture of the same size,
-    or one for each, white where the picture is drawn anew and black where it stays as it is, to the bit.
+    or one for each, white where the picture is drawn anew and black where it stays as it is, to the bit. Pictures of
+    any mode are taken as a viewer shows them: upright, transparency over white. Raises ValueError for what is none.
     """
 
     image: Image | Sequence[Image]
@@ -31,8 +35,12 @@ class Edit:
     mask: Image | Sequence[Image] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}, expected a number in (0, 1]; 1 forgets the picture")
+        if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength!r}, expected a number in (0, 1]; 1 forgets the picture")
+        for name in ("image",) if self.mask is None else ("image", "mask"):
+            given = getattr(self, name)
+            many = isinstance(given, list | tuple)
+            object.__setattr__(self, name, [_shown(one) for one in given] if many else _shown(given))
         sizes = {(image.height, image.width) for image in _listed(self.image)}
         if len(sizes) != 1:
             raise ValueError(f"the pictures to edit are of sizes {sorted(sizes)}, expected all of one size")
@@ -58,7 +66,7 @@ class Edit:
 
     def images(self, count: int) -> Tensor:
         """The pictures of `count` prompts, (B, 3, H, W) in [-1, 1]."""
-        pixels = [np.asarray(image.convert("RGB")) for image in _each("pictures", self.image, count)]
+        pixels = [np.asarray(image) for image in _each("pictures", self.image, count)]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def drawn(self, count: int) -> Tensor | None:
@@ -74,14 +82,22 @@ class Edit:
 
         olds, masks = (_each("pictures", images, len(pictures)) for images in (self.image, self.mask or []))
         return [
-            Image.composite(new, old.convert("RGB"), mask.convert("L"))
-            for new, old, mask in zip(pictures, olds, masks, strict=True)
+            Image.composite(new, old, mask.convert("L")) for new, old, mask in zip(pictures, olds, masks, strict=True)
         ]
 
 
 def known_latents(drawn: Tensor, factor: int) -> Tensor:
     """Mask (B, 1, h, w) of the latent pixels that are known: those that no drawn pixel (B, 1, H, W) falls on."""
     return 1 - F.max_pool2d(drawn, factor)
+
+
+def _shown(image: Image) -> Image:
+    """As a viewer shows it."""
+    from PIL.Image import Image
+
+    if not isinstance(image, Image):
+        raise ValueError(f"got a {type(image).__name__} for a picture: open it with PIL.Image.open")
+    return as_rgb(upright(image))
 
 
 def _listed(images: Image | Sequence[Image] | None) -> list[Image]:

@@ -7,8 +7,9 @@ file holds tensors alone, of the trunk and perhaps of the text encoders and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,15 @@ from mmdit.layouts import DIFFUSERS, SD3, Layout
 from mmdit.mapped import PICKLES, Weights, read_metadata, read_weights, refuse_pickle
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
-from mmdit.weights_io import check_fit, json_writer, read_config, read_json, weights_writer, write_all_aside
+from mmdit.weights_io import (
+    check_dtype,
+    check_fit,
+    json_writer,
+    read_config,
+    read_json,
+    weights_writer,
+    write_all_aside,
+)
 
 LayoutName = Literal["mmdit", "diffusers", "sd3"]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
@@ -48,13 +57,17 @@ def load(
     pickles and for weights that do not fit, by name.
     """
     root = Path(path)
+    check_dtype(dtype)
     stored = _from_file(root) if root.is_file() or root.suffix in PICKLES else _from_folder(root)
+    if stored.config.depth > len(stored.tensors):  # before so many blocks are made
+        raise ValueError(f"{stored.where} has {len(stored.tensors)} tensors, too few for {stored.config.depth} blocks")
     with torch.device("meta"):
         model = Transfusion(stored.config) if isinstance(stored.config, TransfusionConfig) else MMDiT(stored.config)
     own = model.state_dict()
     check_fit(_expected(own, stored), stored.tensors, str(stored.where))
-    if dtype is None and any(tensor.dtype.itemsize == 1 for tensor in stored.tensors.values()):
-        raise ValueError(f"{stored.where} holds 8-bit numbers, in which nothing is computed: give a dtype")
+    idle = {x.dtype for x in stored.tensors.values() if x.dtype.itemsize == 1 or not x.is_floating_point()}
+    if dtype is None and idle:
+        raise ValueError(f"{stored.where} holds numbers of {idle.pop()}, in which nothing is computed: give a dtype")
     state = {}
     for name, tensor in _ours(stored):
         state[name] = tensor.to(device=device, dtype=dtype)
@@ -97,14 +110,22 @@ def _from_folder(root: Path) -> _Stored:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind == "SD3Transformer2DModel":
         return _Stored(config_from_diffusers(config), read_folder(folder, DIFFUSERS_WEIGHTS), DIFFUSERS, folder)
-    if kind is not None:
-        raise ValueError(f"{path} describes {kind}, expected SD3Transformer2DModel or a model of mmdit's own")
-    own: MMDiTConfig | TransfusionConfig
-    if isinstance(config, dict) and "vocab_size" in config:
-        own = read_config(TransfusionConfig, path)
-    else:
-        own = read_config(MMDiTConfig, path)
-    return _Stored(own, read_folder(folder, "model"), None, folder)
+    if not isinstance(config, dict) or not config or kind or "model_type" in config or "architectures" in config:
+        said = kind or (_said_to_be(config) if isinstance(config, dict) else None) or "no model that is known"
+        raise ValueError(f"{path} describes {said}, expected SD3Transformer2DModel or a model of mmdit's own")
+    own: Any = TransfusionConfig if "vocab_size" in config else MMDiTConfig
+    if unknown := sorted(config.keys() - {field.name for field in fields(own)}):
+        raise ValueError(
+            f"{path} does not fit: it has no _class_name, so it would be a model of mmdit's own, and these have no "
+            f"{', '.join(unknown[:4])}"
+        )
+    return _Stored(read_config(own, path), read_folder(folder, "model"), None, folder)
+
+
+def _said_to_be(config: dict[str, Any]) -> Any:
+    """What a config of transformers says that its model is."""
+    architectures = config.get("architectures")
+    return architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
 
 
 def read_folder(folder: Path, stem: str) -> Weights:
@@ -131,14 +152,18 @@ def _read_shards(index: Path) -> Weights:
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict):
         raise ValueError(f"{index} has no weight_map, which says where the tensors are")
+    if outside := [name for name in places.values() if not _is_file_name(name)]:
+        raise ValueError(f"{index} names {outside[0]!r}, expected files in its own folder")
     files = sorted({*places.values()})
-    if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]}, expected files in its own folder")
     shards = [read_weights(index.parent / name) for name in files]
     tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
     if lost := sorted(places.keys() - tensors.keys()):
         raise ValueError(f"{index} names {len(lost)} tensors that its files do not have: {', '.join(lost[:4])}")
     return Weights(tensors, [mapping for shard in shards for mapping in shard.mappings])
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _from_file(path: Path) -> _Stored:

@@ -42,7 +42,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
         context_dim=config["joint_attention_dim"],
         pooled_dim=config["pooled_projection_dim"],
         qk_norm=config.get("qk_norm"),
-        dual_attention_layers=tuple(config.get("dual_attention_layers") or ()),
+        dual_attention_layers=config.get("dual_attention_layers") or (),
         sample_size=config["sample_size"],
         pos_embed_max_size=config["pos_embed_max_size"],
     )
@@ -56,7 +56,7 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
             f"and {config.mlp_ratio}"
         )
     return dict(
-        sample_size=config.sample_size,
+        sample_size=config.sample_size // config.patch_size * config.patch_size,  # its pipelines draw that side
         patch_size=config.patch_size,
         in_channels=config.in_channels,
         num_layers=config.depth,
@@ -89,6 +89,8 @@ def config_from_sd3(state: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     if state[_PATCH_IN].ndim != 4:
         raise ValueError(f"{_PATCH_IN} has shape {tuple(state[_PATCH_IN].shape)}, expected (width, channels, p, p)")
     said = json.loads(metadata.get("mmdit", "{}"))
+    if not isinstance(said, dict) or any(type(value) is not int or value < 1 for value in said.values()):
+        raise ValueError(f"its metadata say {said!r} of the model, expected numbers")
     width, channels, patch, _ = state[_PATCH_IN].shape
     side, norms = math.isqrt(state[_TABLE].shape[-2]), [state[name] for name in state if _Q_NORM in name]
     head_dim = norms[0].shape[0] if norms else said.get("head_dim", 64)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 import samplers
 from mmdit.cache import NOTHING, Cache
-from mmdit.sequences import MixedBatch, Part
+from mmdit.drawing import each_seed
+from mmdit.sampling import check_solver
+from mmdit.sequences import MixedBatch, Part, check_parts
 from mmdit.transfusion import Transfusion
 
 Stopped = Literal["end", "length"]
@@ -80,6 +82,11 @@ class ImageSampling:
     """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
     shift_of: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance < float("inf") or not 0 < self.shift < float("inf"):
+            raise ValueError(f"guidance is {self.guidance} and shift {self.shift}, expected >= 0 and > 0")
+        check_solver(self.solver, samplers.time_grid("uniform", self.num_steps, self.shift), self.diffusion)
+
 
 @dataclass
 class Written:
@@ -113,12 +120,10 @@ def generate(
     of prompt i as it comes. Raises ValueError for prompts that are none, and for a size the patch does not divide.
     """
     text, image = text or TextSampling(), image or ImageSampling()
+    check_parts(prompts, "prompt")
     prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # of no tokens is none
     _check(model, prompts, image, begin, max_tokens, max_images)
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
-    writer = _Writer(model, seeds, max_tokens, max_images, text, image, told)
+    writer = _Writer(model, each_seed(seed, len(prompts)), max_tokens, max_images, text, image, told)
     writer.begin(prompts, begin == "image")
     while writer.writing or writer.drawing:
         if writer.writing:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmdit.layouts import DIFFUSERS
-from mmdit.mapped import read_weights
+from mmdit.mapped import read_metadata, read_weights
 from mmdit.model import MMDiT
 from mmdit.weights_io import save_weights
 
@@ -35,8 +34,10 @@ def add_lora(
 
     alpha None: as rank, a scale of 1. Raises ValueError for a rank below 1, and where peft is not installed.
     """
-    if rank < 1 or targets not in TARGETS:
-        raise ValueError(f"rank is {rank} and targets {targets!r}: expected at least 1, and one of {tuple(TARGETS)}")
+    if type(rank) is not int or rank < 1 or targets not in TARGETS:
+        raise ValueError(f"rank is {rank!r} and targets {targets!r}: expected at least 1, and one of {tuple(TARGETS)}")
+    if alpha is not None and not (type(alpha) in (int, float) and 0 < alpha < float("inf")):
+        raise ValueError(f"alpha is {alpha!r}, expected a number above 0")
     _inject(model, rf"blocks\.\d+\..*\.({TARGETS[targets]})", rank, alpha or rank, {})
 
 
@@ -97,6 +98,8 @@ def load_lora(model: MMDiT, path: str | Path) -> None:
 
     Raises ValueError, and leaves the model as it was, where a layer or a shape is not the trunk's.
     """
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model has adapters already: merge_lora first")
     pairs = _fused(_read(Path(path)), model, str(path))
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
     pattern = "|".join(name.replace(".", r"\.") for name in pairs)
@@ -139,6 +142,8 @@ def _read(path: Path) -> Pairs:
         if f"{layer}.lora_B.weight" not in state:
             raise ValueError(f"{path} has lora_A but no lora_B of {layer}")
         a, b = state.pop(name), state.pop(f"{layer}.lora_B.weight")
+        if a.ndim != 2 or b.ndim != 2 or not len(a):
+            raise ValueError(f"{path} has no matrices of {layer}: {tuple(a.shape)} and {tuple(b.shape)}")
         alpha = state.pop(f"{layer}.alpha", None)
         pairs[layer] = a, b * (scale if alpha is None else alpha / len(a))
     if state or not pairs:
@@ -149,12 +154,19 @@ def _read(path: Path) -> Pairs:
 
 def _scale(path: Path) -> float:
     """alpha / rank, where the file says so as diffusers does."""
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    found = {name.removeprefix("transformer."): value for name, value in about.items()}
+    said = read_metadata(path).get("lora_adapter_metadata", "{}")
+    try:
+        found = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} says of its adapters what is no table: {error}") from error
     if found.get("rank_pattern") or found.get("alpha_pattern") or found.get("use_dora") or found.get("use_rslora"):
         raise ValueError(f"{path} has ranks or scales by layer, DoRA or rank-stabilised scales, which are not read")
-    return float(found["lora_alpha"] / found["r"]) if {"r", "lora_alpha"} <= found.keys() else 1.0
+    if not {"r", "lora_alpha"} <= found.keys():
+        return 1.0
+    rank, alpha = found["r"], found["lora_alpha"]
+    if any(type(value) not in (int, float) or not 0 < value < float("inf") for value in (rank, alpha)):
+        raise ValueError(f"{path} says r = {rank!r} and lora_alpha = {alpha!r}, expected numbers above 0")
+    return float(alpha / rank)
 
 
 def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:

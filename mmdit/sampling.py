@@ -5,9 +5,11 @@ A pipeline keeps its defaults as a table of these fields; what a call names repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -45,9 +47,18 @@ class Sampling:
     """Part of the steps, after the first number and before the second, in which skip-layer guidance acts."""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "skip_layers", "skip_steps"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
-        if self.rule not in RULES:
+        for name in ("interval", "skip_steps"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        for name in ("guidance", "rescale", "skip_scale"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a finite number")
+        layers = self.skip_layers
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(type(i) is int for i in layers):
+            raise ValueError(f"skip_layers is {layers!r}, expected a list of whole numbers, blocks from 0")
+        object.__setattr__(self, "skip_layers", tuple(layers))  # JSON has lists only
+        if not isinstance(self.solver, str | samplers.Solver):
+            raise ValueError(f"solver is {self.solver!r}, expected one of samplers.solver_names()")
+        if self.rule not in [*RULES]:
             raise ValueError(f"rule is {self.rule!r}, expected one of {', '.join(RULES)}")
         if self.rule != "cfg" and (self.skip_layers or self.rescale):
             raise ValueError(f"rule {self.rule!r} goes with neither skip_layers nor rescale: take rule 'cfg'")
@@ -89,10 +100,36 @@ class Sampling:
         return samplers.push_away(cond, pair, weak, self.guidance, self.skip_scale, on, within)
 
     def _skip_interval(self, ts: list[float]) -> tuple[float, float] | None:
-        """The times of the steps in which layers are skipped, None where there are none such."""
+        """The times of the steps in which layers are skipped, None where none are. ValueError where there is no such
+        step.
+        """
         steps, (start, stop) = len(ts) - 1, self.skip_steps
-        skipping = [t for i, t in enumerate(ts[:-1]) if steps * start < i < steps * stop] if self.skip_layers else []
-        return (skipping[-1], skipping[0]) if skipping else None
+        if not self.skip_layers:
+            return None
+        skipping = [t for i, t in enumerate(ts[:-1]) if steps * start < i < steps * stop]
+        if not skipping:
+            raise ValueError(
+                f"skip_layers acts in none of {steps} steps with skip_steps = {self.skip_steps}: widen it, or take "
+                "more steps"
+            )
+        return skipping[-1], skipping[0]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(name: str, value: object) -> tuple[float, float]:
+    """A pair of numbers."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or not all(map(_is_number, value)):
+        raise ValueError(f"{name} is {value!r}, expected two finite numbers")
+    return value[0], value[1]
+
+
+def check_solver(solver: str, ts: Tensor, diffusion: str | float | None = None) -> None:
+    """Raises ValueError for a solver that is none, or cannot take these times: before anything is drawn."""
+    flow = samplers.RectifiedFlow()
+    samplers.make_solver(solver, flow, diffusion).bind(samplers.Field(lambda x, t: x, flow, "velocity"), ts.tolist())
 
 
 RULES: dict[str, Callable[..., samplers.Field]] = {

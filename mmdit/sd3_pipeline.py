@@ -3,9 +3,10 @@
 In: transformer, AutoencoderKL, up to three text encoders with their tokenizers, and the scheduler's shift; sampled as
 told by default, a picture is theirs for the same noise.
 
-Out: what diffusers has a place for. A text encoder that was trained with the model, and an autoencoder that is no
-AutoencoderKL, have none: they are written beside the rest for `TextToImage.load`. StableDiffusion3Pipeline then runs
-with `diffusers_inputs(pipe, prompts)`, the prompts as our encoder sees them, and gives latents for our autoencoder.
+Out: what diffusers has a place for. A text encoder that was trained with the model, an autoencoder that is no
+AutoencoderKL, and a size that is not square, have none: they are written beside the rest for `TextToImage.load`.
+StableDiffusion3Pipeline then runs with `diffusers_inputs(pipe, prompts)`, the prompts as our encoder sees them, and
+gives latents for our autoencoder.
 
 Shape letters: B batch, H heads, N image tokens, L text tokens, d head width.
 """
@@ -30,6 +31,8 @@ from mmdit.text_to_image import CaptionedMMDiT, TextToImage
 from mmdit.weights_io import read_json, write_json
 
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
+DEFAULTS = "mmdit.json"
+"""The file that keeps a size that is not square, which diffusers has no place for."""
 SAMPLING = {"solver": "euler", "num_steps": 28, "guidance": 7.0, "grid": DIFFUSERS}
 _MODELS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizer", "T5TokenizerFast")
@@ -53,19 +56,46 @@ def read_sd3(folder: Path, dtype: torch.dtype = torch.float32, without: Sequence
     if kind != PIPELINE:
         raise ValueError(f"{folder} holds {kind or 'no known pipeline'}, expected a {PIPELINE}")
     shift = _shift(folder / "scheduler" / "scheduler_config.json")
-    transformer = load(folder / "transformer")
+    transformer = load(folder / "transformer", dtype)
     if not isinstance(transformer, MMDiT):
         raise ValueError(f"{folder / 'transformer'} holds a {type(transformer).__name__}, expected an MMDiT")
-    text = _text(folder, dtype, without)
-    found, config = (text.context_dim, text.pooled_dim), transformer.config
-    if found != (config.context_dim, config.pooled_dim):
+    pipe = assembled(transformer, _text(folder, dtype, without), _autoencoder(folder), shift, folder)
+    if (folder / DEFAULTS).is_file():
+        pipe.size = _size(folder / DEFAULTS, pipe.step)
+    return pipe
+
+
+def assembled(
+    transformer: MMDiT, text: LearnedText | SD3Text, autoencoder: Autoencoder, shift: float, where: Path
+) -> TextToImage:
+    """A pipeline that draws as diffusers' does. Raises ValueError where its parts, found at `where`, are not of one
+    model.
+    """
+    config = transformer.config
+    widths = (text.context_dim, text.pooled_dim), (config.context_dim, config.pooled_dim)
+    if widths[0] != widths[1]:
         raise ValueError(
-            f"the text encoders in {folder} give widths {found}, the transformer takes "
-            f"{(config.context_dim, config.pooled_dim)}: they are not of one model"
+            f"the text encoders of {where} give widths {widths[0]}, the transformer takes {widths[1]}: they are not of "
+            "one model"
         )
-    autoencoder = _autoencoder(folder)
-    side = config.sample_size * autoencoder.factor
+    if autoencoder.channels != config.in_channels:
+        raise ValueError(
+            f"the autoencoder of {where} has latents of {autoencoder.channels} channels, the transformer takes "
+            f"{config.in_channels}: they are not of one model"
+        )
+    side = config.sample_size // config.patch_size * config.patch_size * autoencoder.factor
     return TextToImage(CaptionedMMDiT(transformer, text).eval(), autoencoder, (side, side), shift, SAMPLING)
+
+
+def _size(path: Path, step: int) -> tuple[int, int]:
+    """The default size that `write_sd3` kept."""
+    about = read_json(path)
+    sides = about.get("size") if isinstance(about, dict) else None
+    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ValueError(f'{path} has no "size" of two numbers, height and width in pixels')
+    if any(n % step for n in sides):
+        raise ValueError(f"{path} says a size of {sides[0]} x {sides[1]}, but both sides must divide by {step}")
+    return sides[0], sides[1]
 
 
 def _text(folder: Path, dtype: torch.dtype, without: Sequence[str]) -> LearnedText | SD3Text:
@@ -123,6 +153,7 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
     about["scheduler"] = ["diffusers", SCHEDULER]
     times = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": pipe.shift}
     write_json(folder / "scheduler" / "scheduler_config.json", times)
+    write_json(folder / DEFAULTS, {"size": list(pipe.size)})
     write_json(folder / "model_index.json", about)
 
 
@@ -138,14 +169,19 @@ def absent(folder: str | Path) -> dict[str, None]:
 def diffusers_inputs(
     pipe: TextToImage, prompts: Sequence[str], negative_prompts: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """Arguments of StableDiffusion3Pipeline that stand for prompts: their embeddings by our text encoder.
+    """Arguments of StableDiffusion3Pipeline that stand for prompts: their embeddings by our text encoder, and height
+    and width of the model's own size, which diffusers takes to be square.
 
     An encoder that hides padding from the trunk gives a mask besides, which diffusers heeds once its transformer has
     been given `MaskedAttention`: `theirs.transformer.set_attn_processor(MaskedAttention())`.
     """
     negatives = [None] * len(prompts) if negative_prompts is None else list(negative_prompts)
     both, n = pipe.conditions([*negatives, *prompts]), len(prompts)
+    factor = pipe.autoencoder.factor
+    theirs = factor if isinstance(pipe.autoencoder, KLAutoencoder) else 8  # what it takes where it has no autoencoder
     inputs: dict[str, Any] = {
+        "height": pipe.size[0] // factor * theirs,
+        "width": pipe.size[1] // factor * theirs,
         "prompt_embeds": both.context[n:],
         "negative_prompt_embeds": both.context[:n],
         "pooled_prompt_embeds": both.pooled[n:],

@@ -21,9 +21,10 @@ from mmdit.text_encoders import TextEncoder, fingerprint, open_hub
 from mmdit.weights_io import read_json, write_json
 
 ENCODERS = ("clip_l", "clip_g", "t5")
-_FOLDERS = {
+FOLDERS = {
     name: (f"text_encoder{end}", f"tokenizer{end}") for name, end in zip(ENCODERS, ("", "_2", "_3"), strict=True)
 }
+"""Where a diffusers pipeline's folder has each encoder, and its tokenizer."""
 CLIP_TOKENS = 77
 
 
@@ -148,7 +149,7 @@ class SD3Text(nn.Module):
                 continue
             if not hasattr(encoder.network, "save_pretrained"):
                 raise ValueError(f"{name} is of open_clip, which diffusers does not read: open it by transformers")
-            for part, what in zip(_FOLDERS[name], (encoder.network, encoder.tokenizer), strict=True):  # type: ignore[attr-defined]
+            for part, what in zip(FOLDERS[name], (encoder.network, encoder.tokenizer), strict=True):  # type: ignore[attr-defined]
                 what.save_pretrained(Path(folder) / part)
 
 
@@ -163,16 +164,21 @@ def open_sd3_text(
     ("clip_l", "clip_g", "t5"), is left out. Raises ValueError for another name and where one cannot be read.
     """
     folder = Path(folder).expanduser().resolve()
-    if unknown := sorted(set(without) - set(ENCODERS)):
-        raise ValueError(f"without names {', '.join(unknown)}, expected some of {', '.join(ENCODERS)}")
+    check_names(without)
     encoders: list[TextEncoder | None] = []
     for name in ENCODERS:
-        network, tokenizer = (folder / part for part in _FOLDERS[name])
+        network, tokenizer = (folder / part for part in FOLDERS[name])
         there = name not in without and (network / "config.json").is_file()
         tokens = max_length if name == "t5" else CLIP_TOKENS
         encoders.append(open_hub(network, tokenizer, tokens, dtype) if there else None)
     context_dim, pooled_dim = _dims(folder, encoders)
     return SD3Text(encoders, context_dim, pooled_dim, max_length, dropped, folder)
+
+
+def check_names(without: Sequence[str]) -> None:
+    """Raises ValueError for encoders to leave out that SD3 has not."""
+    if unknown := sorted({*([without] if isinstance(without, str) else without)} - {*ENCODERS}):
+        raise ValueError(f"without names {', '.join(unknown)}, expected a list of some of {', '.join(ENCODERS)}")
 
 
 def _dims(folder: Path, encoders: Sequence[TextEncoder | None]) -> tuple[int, int]:

@@ -219,6 +219,7 @@ def pack(
     """
     if not documents:
         raise ValueError("no document to pack")
+    check_parts(documents, "document")
     ids: list[Tensor] = []
     latents: list[Tensor] = []
     lengths: list[int] = []
@@ -242,6 +243,16 @@ def pack(
     device = ids[0].device
     document_of = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths)).to(device)
     return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi, 2 if sizes else 0)
+
+
+def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:
+    """Raises ValueError for documents that are no lists of tensors: words or pictures, say."""
+    for i, document in enumerate(documents):
+        parts = [document] if isinstance(document, Tensor | str) else document
+        wrong = next((part for part in parts if not isinstance(part, Tensor)), None)
+        if wrong is not None or parts is not document:
+            found = type(document if wrong is None else wrong).__name__
+            raise ValueError(f"{what} {i} holds a {found}, expected a list of ids, int64 (n,), and latents (C, h, w)")
 
 
 def _said(latent: Tensor, sizes: range, patch_size: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import samplers
 from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
+from mmdit.pictures import as_rgb, upright
 from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
@@ -105,6 +106,8 @@ class TransfusionPipeline(TextToImage):
         of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
         max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
         """
+        if wrong := [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]:
+            raise ValueError(f"prompt {wrong[0]} is a string, expected a list of strings and pictures")
         how.setdefault("image", self.image_sampling(free=all(prompts)))
         streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 
@@ -149,7 +152,7 @@ class TransfusionPipeline(TextToImage):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
                 parts.append(ids.to(trunk.device))  # without an end: there is more to come
             else:
-                pixels = torch.tensor(np.asarray(part.convert("RGB"))).permute(2, 0, 1)[None].to(trunk.device)
+                pixels = torch.tensor(np.asarray(as_rgb(upright(part)))).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 
@@ -181,7 +184,7 @@ class TransfusionPipeline(TextToImage):
         return velocity(trunk, cache, range(len(prompts)), how.guidance, how.interval)
 
     @staticmethod
-    def _load_model(folder: Path) -> nn.Module:
+    def load_model(folder: Path) -> nn.Module:
         config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", config.max_length)
         transformer = Transfusion(read_config(TransfusionConfig, folder / "transformer" / "config.json"))

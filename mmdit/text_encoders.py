@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,7 @@ def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch
         name = "CLIPTextModel" if names[0] == "CLIPTextModel" else "CLIPTextModelWithProjection"
     else:
         name = "AutoModel"
-    network, words = _network(getattr(transformers, name), folder, dtype), _tokenizer(tokenizer)
+    network, words = _network(getattr(transformers, name), folder, dtype), read_tokenizer(tokenizer)
     if "clip" in str(kind):
         return CLIPText(network, words, max_length or 77, folder)
     if kind not in T5 and not any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in names):
@@ -229,14 +229,29 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # transformers and safetensors raise many kinds; a person needs the one line
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read the text encoder in {folder}: {reason}") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(names) for names in info["mismatched_keys"])
-    if missing:
-        shown = ", ".join(missing[:4])
-        raise ValueError(f"the weights in {folder} do not fit its config: {len(missing)} missing or misshapen: {shown}")
+    _check_read(info, ("missing_keys", "mismatched_keys"), f"the weights in {folder} do not fit its config")
     return network
 
 
-def _tokenizer(folder: Path) -> Any:
+def from_transformers(kind: Any, tensors: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> Any:
+    """A network of transformers of tensors by name. Raises ValueError that lists those that do not fit."""
+    network, info = kind.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+    )
+    _check_read(info, ("missing_keys", "mismatched_keys", "unexpected_keys"), "its tensors do not fit their shape")
+    return network
+
+
+def _check_read(info: Mapping[str, Any], kinds: Sequence[str], what: str) -> None:
+    """Raises ValueError for what transformers says that it could not place."""
+    wrong = [str(name) for kind in kinds for name in sorted(info[kind])]
+    if wrong:
+        shown = ", ".join(wrong[:4])
+        raise ValueError(f"{what}: {len(wrong)} missing{', extra' * (len(kinds) > 2)} or misshapen: {shown}")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of transformers in a folder. Raises ValueError where it cannot be read."""
     from transformers import AutoTokenizer
 
     try:

@@ -5,8 +5,9 @@ Shape letters: B batch, C channels, h w latent sides, H W image sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,14 +15,19 @@ import torch
 from torch import Tensor, nn
 
 import samplers
-from mmdit.autoencoder import Autoencoder, PixelSpace, open_autoencoder
-from mmdit.config import MMDiTConfig
-from mmdit.drawing import Drawing
+from mmdit.autoencoder import Autoencoder
+from mmdit.drawing import Drawing, each_seed
 from mmdit.edit import Edit, known_latents
 from mmdit.model import MMDiT
-from mmdit.sampling import Sampling
+from mmdit.pipeline_files import (
+    load_captioned,
+    load_pipeline,
+    save_defaults,
+    save_pipeline,
+    save_pipeline_weights,
+)
+from mmdit.sampling import Sampling, check_solver
 from mmdit.text import Condition, LearnedText, Tokens
-from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +111,7 @@ class TextToImage:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -124,18 +130,18 @@ class TextToImage:
         `preview(progress)` shows it. Raises ValueError for unknown options, for sizes that do not divide by `step`, and
         for lists of other lengths than the prompts'.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("no prompt given: pass at least one caption")
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one a prompt")
+        prompts = _captions(prompts)
+        seeds, negatives = each_seed(seed, len(prompts)), _negatives(negative_prompts, len(prompts))
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected a whole number of at least 1")
         if edit is not None:
+            if not isinstance(edit, Edit):
+                raise ValueError(f"edit is a {type(edit).__name__}, expected an mmdit.Edit of a picture")
             height, width = edit.fitting(height, width)
         height, width = self._fitting(height, width)
-        negatives = _listed(negative_prompts, len(prompts))
         how = Sampling.of(self.sampling, options)
         ts = how.times(self.shift, self._shift_at(height, width) / self.shift)
+        check_solver(how.solver, ts, how.diffusion)
         pictures: list[Image] = []
         for first in range(0, len(prompts), batch_size):
             rows = slice(first, first + batch_size)
@@ -191,9 +197,11 @@ class TextToImage:
         """The size asked for, the model's own where none is; ValueError where it does not divide."""
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
+        if not isinstance(height, Integral) or not isinstance(width, Integral):
+            raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
-        return height, width
+        return int(height), int(width)
 
     def _shift_at(self, height: int, width: int) -> float:
         return self.shift * samplers.resolution_shift(height * width, self.size[0] * self.size[1])
@@ -244,45 +252,15 @@ class TextToImage:
 
         layout "diffusers": a folder for StableDiffusion3Pipeline (see mmdit/sd3_pipeline.py for what it can hold).
         """
-        folder = Path(folder)
-        if layout == "diffusers":
-            from mmdit.sd3_pipeline import write_sd3
-
-            return write_sd3(self, folder)
-        if layout != "mmdit":
-            raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")
-        write_json(folder / "transformer" / "config.json", self.model.transformer.config.to_dict())
-        self.model.conditioner.save_config(folder / "text")
-        self.autoencoder.save(folder / "autoencoder")
-        self.save_defaults(folder)
-        self.save_weights(folder)
+        save_pipeline(self, Path(folder), layout)
 
     def save_defaults(self, folder: str | Path) -> None:
         """Replace what a call takes where it is not told, in a folder that `save` wrote."""
-        write_json(
-            Path(folder) / "pipeline.json",
-            {
-                "format": self.format,
-                "size": list(self.size),
-                "shift": self.shift,
-                "sampling": self.sampling,
-                "autoencoder": "none" if isinstance(self.autoencoder, PixelSpace) else "autoencoder",
-            },
-        )
+        save_defaults(self, Path(folder))
 
     def save_weights(self, folder: str | Path) -> None:
         """Replace the weights in a folder that `save` wrote."""
-        self._save_trunk(Path(folder) / "transformer")
-        self.model.conditioner.save_weights(Path(folder) / "text")
-
-    def _save_trunk(self, folder: Path) -> None:
-        """The trunk's weights; adapters are added to them, and written beside."""
-        from mmdit.lora import lora_pairs, plain_state, save_lora
-
-        trunk = self.model.transformer
-        save_weights(plain_state(trunk), folder / "model.safetensors")
-        if lora_pairs(trunk):
-            save_lora(trunk, folder / "lora.safetensors")
+        save_pipeline_weights(self, Path(folder))
 
     @classmethod
     def load(
@@ -291,64 +269,44 @@ class TextToImage:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         without: Sequence[str] = (),
+        *,
+        text: str | Path | None = None,
+        autoencoder: str | Path | None = None,
     ) -> TextToImage:
-        """A pipeline from a run folder, a folder that `save` wrote, or a diffusers SD3 pipeline folder.
+        """A pipeline from a run folder, a folder that `save` wrote, a diffusers SD3 pipeline folder, or one
+        .safetensors file in the original SD3 layout.
 
         device: None is CUDA if there is one. dtype: of trunk and text encoders, None for float32. without: text
-        encoders of an SD3 pipeline to leave out, of "clip_l", "clip_g" and "t5". Raises FileNotFoundError where no
-        pipeline is, ValueError where its files do not fit together or are of another pipeline.
+        encoders of SD3 to leave out, of "clip_l", "clip_g" and "t5". For a file, text: where its tokenizers are, and
+        the text encoders that it lacks, a diffusers SD3 pipeline's folder or its name on the hub; autoencoder: as
+        `open_autoencoder` takes it, None for the file's own. Raises FileNotFoundError where no pipeline is, ValueError
+        where its parts are missing, do not fit together or are of another pipeline.
         """
-        root = Path(path)
-        folder = root / "pipeline" if (root / "pipeline" / "pipeline.json").exists() else root
-        if not (folder / "pipeline.json").exists() and (folder / "model_index.json").exists():
-            from mmdit.sd3_pipeline import read_sd3
-
-            pipe = read_sd3(folder, dtype or torch.float32, without)
-        elif without:
-            raise ValueError(f"{root} has not the three text encoders of SD3: nothing can be left out")
-        else:
-            pipe = cls._load_own(root, folder)
+        pipe = load_pipeline(Path(path), dtype, without, text, autoencoder)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
-    @classmethod
-    def _load_own(cls, root: Path, folder: Path) -> TextToImage:
-        if not (folder / "pipeline.json").exists():
-            raise FileNotFoundError(
-                f"{root} holds no trained model: expected a run folder of `mmdit train`, or a diffusers SD3 pipeline"
-            )
-        about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
-        missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
-        if missing:
-            raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
-        kind = cls
-        if about.get("format") != cls.format:
-            from mmdit.text_and_images import TransfusionPipeline
-
-            kind = TransfusionPipeline if about.get("format") == TransfusionPipeline.format else cls
-        model = kind._load_model(folder)
-        spec = about["autoencoder"]
-        autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
-        return kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
-
     @staticmethod
-    def _load_model(folder: Path) -> nn.Module:
+    def load_model(folder: Path) -> nn.Module:
         """The trunk and the text encoder in a folder that `save` wrote."""
-        text: LearnedText | TextEncoder | SD3Text
-        if "encoder" in read_json(folder / "text" / "config.json"):
-            from mmdit.text_encoders import load_encoder
-
-            text = load_encoder(folder / "text")
-        else:
-            text = LearnedText.load(folder / "text")
-        transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
-        load_weights(transformer, folder / "transformer" / "model.safetensors")
-        return CaptionedMMDiT(transformer, text)
+        return load_captioned(folder)
 
 
-def _listed(negatives: str | Sequence[str] | None, count: int) -> list[str | None]:
+def _captions(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list. Raises ValueError where there is none, and for what is no text."""
+    listed = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
+    if not listed:
+        raise ValueError("no prompt given: pass at least one caption")
+    if wrong := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt is a {type(wrong[0]).__name__}, expected a string or a list of strings")
+    return listed
+
+
+def _negatives(negatives: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     """Negative prompts, one a prompt; None where there is none."""
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count
     if len(negatives) != count:
         raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one a prompt")
+    if wrong := [one for one in negatives if not isinstance(one, str | None)]:
+        raise ValueError(f"a negative prompt is a {type(wrong[0]).__name__}, expected a string, or None for none")
     return list(negatives)

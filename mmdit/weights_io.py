@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mmdit.mapped import read_weights
@@ -34,15 +36,21 @@ def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             mode = asides[path].stat().st_mode
             write(asides[path])
             asides[path].chmod(mode)  # safetensors makes files that their owner alone can read
+        if taken := [path for path in writes if path.is_dir()]:
+            raise IsADirectoryError(f"{taken[0]} is a folder, expected the name of a file to write")
         for path, aside in asides.items():
             os.replace(aside, path)
     except BaseException:
         for aside in asides.values():
             aside.unlink(missing_ok=True)
-        for folder in sorted({*made}, reverse=True):
-            with suppress(OSError):  # another has put something there
-                folder.rmdir()
+        _remove_empty(made)
         raise
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    for folder in sorted({*made}, reverse=True):
+        with suppress(OSError):  # another has put something there
+            folder.rmdir()
 
 
 def json_writer(value: Any) -> Callable[[Path], object]:
@@ -52,10 +60,41 @@ def json_writer(value: Any) -> Callable[[Path], object]:
 
 def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], object]:
     """For `write_all_aside`: writes tensors as one safetensors file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    return lambda path: save_file(tensors, path, metadata)
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {path.parent}: {error}") from error
+
+    return write
+
+
+def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary folder)`, then move the result to `folder`, file by file where it is there, weights before
+    configs; a failure leaves nothing partial, and what was there before.
+    """
+    new = not folder.exists()
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part") if new else folder / f".{os.getpid()}.part"
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        write(aside)
+        if new:
+            os.replace(aside, folder)
+            return
+        files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside / file, folder / file)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        _remove_empty(made)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,6 +105,12 @@ def write_json(path: Path, value: Any) -> None:
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as one safetensors file."""
     write_aside(path, weights_writer(state, metadata))
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a type that no model computes in."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating type of torch: torch.float32, torch.bfloat16, ...")
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`mmdit evaluate`: validation loss and score of a run."""
+"""`mmdit evaluate`: validation loss and scores of a run, or scores of a folder of pictures."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,17 +8,62 @@ import typer
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Score these pictures, of whatever made them, and no run.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Of fid,kid,precision-recall,clip-score,cmmd.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Network of fid, kid and precision-recall.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(metavar="PATH", help="Network of clip-score and cmmd.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Pictures to hold these against, as data.source names them.")
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures that are scored.")] = None,
+    num_reference: Annotated[int | None, typer.Option(min=1, metavar="N", help="Take N of the reference.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --images: write the scores there, as JSON.")
+    ] = None,
 ) -> None:
-    """Measure a run: held-out loss and, on drawn data, ShapesEval's six questions.
+    """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    [bold]Example[/bold]
+    What is not said, the run's config says ([evaluation]).
+
+    [bold]Examples[/bold]
 
       mmdit evaluate runs/demo
-    """
-    import training
 
-    show(training.evaluate_run(run))
+      mmdit evaluate runs/mine --metrics fid,clip-score --features inception.safetensors --clip clip-vit-large-patch14/
+
+      mmdit evaluate --images samples/ --reference photos/ --metrics kid,precision-recall --features dinov2-large/
+    """
+    if (run is None) == (images is None):
+        raise ValueError("what is to be scored? name a run (mmdit evaluate RUN), or pictures with --images FOLDER")
+    if run is not None and out is not None:
+        raise ValueError("--out is for --images: the scores of a run go into its scores.json")
+    given = {
+        "metrics": None if metrics is None else tuple(name.strip() for name in metrics.split(",")),
+        "features": features,
+        "clip": clip,
+        "reference": reference,
+        "num_images": num_images,
+        "num_reference": num_reference,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if run is not None:
+        import training
+
+        show(training.evaluate_run(run, given))
+    else:
+        from training.config import EvaluationConfig
+        from training.quality import evaluate_images
+
+        show(evaluate_images(str(images), EvaluationConfig(**given), num_images, out))  # type: ignore[arg-type]
 
 
 def show(scores: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 mmdit train demo                                  mmdit evaluate RUN
 mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
 mmdit autoencoder train --data FOLDER --out FOLDER  mmdit convert IN OUT --layout diffusers
+mmdit ema RUN --sigma-rel 0.1 --out FOLDER
 """
 
 import os
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from mmdit_cli import autoencoder, errors
 from mmdit_cli.convert import convert
+from mmdit_cli.ema import ema
 from mmdit_cli.evaluate import evaluate
 from mmdit_cli.generate import generate
 from mmdit_cli.sample import sample
@@ -65,6 +67,7 @@ app.command()(sample)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(convert)
+app.command()(ema)
 app.add_typer(autoencoder.app, name="autoencoder")
 
 

@@ -1,13 +1,18 @@
-"""`mmdit sample`: prompts to pictures, from a run folder."""
+"""`mmdit sample`: prompts to pictures, from a run folder, a diffusers SD3 pipeline, or SD3's single file."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdit_cli.convert import DType
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL.Image import Image
+    from torch import Tensor
 
     from mmdit import TextToImage
 
@@ -26,7 +31,9 @@ def sample(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="Run folder of `mmdit train`, or a diffusers SD3 pipeline.", show_default=False
+            metavar="RUN",
+            help="Run folder of `mmdit train`, diffusers SD3 pipeline, or SD3's single file.",
+            show_default=False,
         ),
     ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture a prompt.", show_default=False)],
@@ -46,6 +53,16 @@ def sample(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")
     ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Tokenizers of a single file, and encoders that it lacks.")
+    ] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Autoencoder of a single file that has none.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Encoder of SD3 to leave out: clip_l, clip_g, t5.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Type of the trunk's numbers, float32 by default.")] = None,
 ) -> None:
     """Draw pictures for prompts; what is not said, the run's config says.
 
@@ -60,15 +77,21 @@ def sample(
       mmdit sample runs/demo "a red circle" --checkpoint 600 --size 64x96
 
       mmdit sample runs/demo "a blue star" --image old.png --mask left.png --strength 1
+
+      mmdit sample sd3.5_medium.safetensors "a star" --text my_pipeline/ --without t5 --dtype bfloat16
     """
     height, width = parse_size(size) if size is not None else (None, None)
     if image is None and mask is not None:
         raise ValueError("--mask says what of a picture is drawn anew: name the picture with --image")
     files = out_files(out, len(prompts))
 
+    import torch
+
     import mmdit
 
-    pipe = mmdit.TextToImage.load(run)
+    parts: dict[str, Any] = dict(text=text, autoencoder=autoencoder, without=without)
+    parts["dtype"] = None if dtype is None else getattr(torch, dtype.value)
+    pipe = mmdit.TextToImage.load(run, **{name: value for name, value in parts.items() if value is not None})
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
     edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
@@ -110,7 +133,6 @@ def out_files(out: Path, count: int) -> list[Path]:
 
 def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if not there."""
-    from mmdit.weights_io import assign_weights
     from training.checkpoint import list_checkpoints, load_checkpoint
 
     known = {folder.name: folder for folder in list_checkpoints(run)}
@@ -118,14 +140,20 @@ def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     if wanted not in known:
         raise ValueError(f'{run} has no checkpoint "{name}"; it has {", ".join(known) or "none"}')
     _, weights = load_checkpoint(known[wanted])
-    state = weights.get("ema", weights["model"])
+    load_state_into(pipe, run, weights.get("ema", weights["model"]), str(known[wanted]))
+
+
+def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]", source: str) -> None:
+    """Replace the pipeline's weights by those of a run's whole model; adapters are added to theirs."""
+    from mmdit.weights_io import assign_weights
+
     if any(".lora_A." in key for key in state):
         from mmdit.lora import add_lora, merge_lora
         from training.config import load_config
 
         lora = load_config(str(run / "config.toml")).lora
         add_lora(pipe.model.transformer, lora.rank, lora.alpha, lora.targets)
-        assign_weights(pipe.model, state, str(known[wanted]))
+        assign_weights(pipe.model, state, source)
         merge_lora(pipe.model.transformer)
     else:
-        assign_weights(pipe.model, state, str(known[wanted]))
+        assign_weights(pipe.model, state, source)

@@ -16,6 +16,7 @@ MAY_IMPORT = {  # of our own packages
     "mmdit_cli": {"mmdit_cli", "training", "mmdit", "samplers"},
 }
 HEAVY = {"transformers", "diffusers", "open_clip", "timm", "torchvision", "tensorboard", "matplotlib"}
+HEAVY |= {"torchmetrics", "torch_fidelity", "wandb"}
 
 
 def imported(path):

@@ -145,15 +145,32 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Non
         local(x).copy_(local(parted(tensors[name], x)))
 
 
+COUNTERS = ("k", "weight_sum", "lr_max")
+"""What schedule-free optimisers count in a group of parameters."""
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: `<parameter>/<key>`."""
+    """The optimiser's state as named tensors: `<parameter>/<key>`, and `group <number>/<counter>`.
+
+    Python's whole numbers are int64, its other numbers float64.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}/{key}": value
+    found = {
+        f"{names[id(p)]}/{key}": value if torch.is_tensor(value) and value.shape == p.shape else _copied(value)
         for group in optimizer.param_groups
         for p in group["params"]
         for key, value in optimizer.state.get(p, {}).items()
     }
+    for i, group in enumerate(optimizer.param_groups):
+        found |= {f"group {i}/{key}": _copied(group[key]) for key in COUNTERS if key in group}
+    return found
+
+
+def _copied(value: Any) -> Tensor:
+    """A small tensor on its own, as parameters may share it, or a number as one."""
+    if torch.is_tensor(value):
+        return value.clone()
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -161,14 +178,20 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     have.
     """
     parameters = dict(model.named_parameters())
+    groups = {f"group {i}": group for i, group in enumerate(optimizer.param_groups)}
     for name, value in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        p = parameters.get(parameter)
-        if p is None or (value.ndim and value.shape != p.shape):
+        owner, _, key = name.rpartition("/")
+        number = value.item() if value.ndim == 0 and value.dtype in (torch.int64, torch.float64) else None
+        if owner in groups and key in groups[owner] and number is not None:
+            groups[owner][key] = number
+            continue
+        p = parameters.get(owner)
+        if p is None or (value.ndim and value.shape != p.shape and not key.startswith(("qmap", "absmax"))):
             raise CorruptCheckpoint(f"the optimiser's {name} does not fit the model")
         # The step count of the fused optimiser lives beside its parameter, in float32.
         value = value.to(p.device, copy=True)
-        optimizer.state[p][key] = parted(value, p) if value.ndim else value
+        of_weight = value.ndim > 0 and value.shape == p.shape
+        optimizer.state[p][key] = number if number is not None else parted(value, p) if of_weight else value
 
 
 def digest(path: Path) -> str:

@@ -57,6 +57,12 @@ __all__ = [
 MODE_S_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
 
+SigmaRel = Annotated[float, Range(0, 0.2886, open_low=True)]
+
+
+BY_FEATURES, BY_CLIP = ("fid", "kid", "precision-recall"), ("clip-score", "cmmd")
+"""Scores of `evaluation.metrics` by the network that they take."""
+
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
@@ -247,8 +253,9 @@ class OptimizerConfig(Settings):
 
     section: ClassVar[str] = "optimizer"
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more."""
+    name: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
+    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more.
+    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with its moments in a byte each."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
@@ -263,10 +270,22 @@ class OptimizerConfig(Settings):
     """Largest norm of the gradient; 0 does not clip."""
     warmup_steps: CountOrZero = 100
     """Steps in which the learning rate rises from 0 to lr."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate from the end of warm-up to the end of the run."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Course of the learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
+    decay_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    """Last part of the run in which a "wsd" schedule falls."""
     final_lr_fraction: Fraction = 0.0
-    """Learning rate at the end of a "cosine" or "linear" schedule, as a fraction of lr."""
+    """Learning rate at the end of a schedule that falls, as a fraction of lr."""
+    base_width: Count | None = None
+    """Width of the trunk at which lr was found, for muP: a wider one has lower rates, and other first weights."""
+
+    def check(self) -> None:
+        if self.name != "schedule-free":
+            return
+        if self.schedule != "constant":
+            raise ConfigError(f'optimizer.name "schedule-free" takes schedule "constant", not "{self.schedule}"')
+        if not self.betas[0]:
+            raise ConfigError('optimizer.betas[0] is 0, optimizer.name "schedule-free" needs a number above 0')
 
 
 @dataclass(frozen=True)
@@ -281,8 +300,16 @@ class TrainingConfig(Settings):
     """Samples a step."""
     grad_accumulation: Count = 1
     """Parts in which a batch is computed, to save memory; the batch stays batch_size samples."""
+    ema: Literal["exponential", "power"] = "exponential"
+    """How the weights are averaged that are sampled and scored: with a fixed decay, or by a power of the step."""
     ema_decay: BelowOne = 0.999
-    """Decay per step of the averaged weights that are sampled and scored; 0 keeps no average."""
+    """Decay per step of an "exponential" average; 0 keeps no average."""
+    ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
+    """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
+    ema_snapshot_every: CountOrZero = 1000
+    """Steps from one snapshot of both to the next, from which `mmdit ema` makes any other width; 0 keeps none."""
+    ema_snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Type of the numbers in snapshots."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -310,15 +337,36 @@ class TrainingConfig(Settings):
     """Newest checkpoints that are kept; older ones are removed."""
     async_checkpoint: bool = False
     """Write checkpoints beside the training, from a copy in the CPU's memory."""
+    peak_tflops: Positive | Literal["auto", "measure"] = "auto"
+    """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
+    or what a large matrix product reaches here ("measure")."""
+    profile: str | None = None
+    """Steps to record, FIRST:LAST from 1, both among them: their trace for chrome://tracing goes into profile/."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 
     def check(self) -> None:
+        if self.profile is not None and self.profiled is None:
+            raise ConfigError(f'training.profile is "{self.profile}", expected steps FIRST:LAST from 1, such as 10:15')
+        if self.wandb == "":
+            raise ConfigError('training.wandb is empty, expected a project or "none"')
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
                 f"{self.grad_accumulation}"
             )
+        if self.ema == "power" and self.ema_sigma_rel[0] == self.ema_sigma_rel[1]:
+            raise ConfigError(f"training.ema_sigma_rel is {list(self.ema_sigma_rel)}, expected two different widths")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step that `profile` names; None where it names none."""
+        first, _, last = (self.profile or "").partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -374,7 +422,7 @@ class SamplingConfig(Settings):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings):
-    """Validation loss on held-out samples, and the six-question score of the drawn world."""
+    """Validation loss on held-out samples, the six-question score of the drawn world, and scores by networks."""
 
     section: ClassVar[str] = "evaluation"
 
@@ -388,6 +436,34 @@ class EvaluationConfig(Settings):
     """Pictures sampled at a time."""
     seed: CountOrZero = 0
     """Seed of the prompts and of the noise."""
+    metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()
+    """Scores of pictures by networks; docs/evaluation.md says what each is and needs."""
+    metrics_every: CountOrZero = 0
+    """Steps from one such score to the next; 0 scores at the end alone."""
+    features: str | None = None
+    """Network of fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
+    clip: str | None = None
+    """Network of clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
+    reference: str | None = None
+    """Pictures to hold the model's against, named as data.source is, with the captions to draw; "none": the run's data
+    and its held-out captions."""
+    num_reference: Count | None = None
+    """Use only so many of them, evenly spread ("none": all)."""
+    num_images: Count = 1000
+    """Pictures drawn for these scores; published ones take 10,000 to 50,000."""
+    cache: str | None = None
+    """Folder that keeps what networks see in the reference; "none": mmdit/references in the user's cache."""
+
+    def check(self) -> None:
+        for names, key in ((BY_FEATURES, "features"), (BY_CLIP, "clip")):
+            wanting = [name for name in self.metrics if name in names]
+            if wanting and not getattr(self, key):
+                raise ConfigError(
+                    f"{wanting[0]} needs a network: name it by evaluation.{key} (mmdit evaluate --{key}); "
+                    "docs/evaluation.md says where to get one"
+                )
+        if self.metrics_every and not self.metrics:
+            raise ConfigError("evaluation.metrics_every is set, but evaluation.metrics names none")
 
 
 @dataclass(frozen=True)
@@ -431,6 +507,10 @@ class TrainConfig(Settings):
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
                 'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
+        if self.transfusion.size_tokens and not self.transfusion.enabled:
+            raise ConfigError(
+                "transfusion.size_tokens is for models of text and images: set transfusion.enabled=true too"
+            )
         if self.transfusion.text is not None and not self.transfusion.enabled:
             raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
         if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
@@ -445,8 +525,33 @@ class TrainConfig(Settings):
             raise ConfigError(f"init names {len(self.init)} folders: an MMDiT starts from one")
         if self.lora.rank and (self.transfusion.enabled or not self.init):
             raise ConfigError("lora.rank needs an MMDiT's weights to adapt: name them in init, without transfusion")
+        if self.optimizer.name == "schedule-free" and (self.training.ema_decay or self.training.ema != "exponential"):
+            raise ConfigError(
+                'optimizer.name "schedule-free" averages its weights itself: set training.ema_decay=0 and '
+                'training.ema="exponential"'
+            )
+        base = self.optimizer.base_width
+        if base is not None and (base % self.model.head_dim or self.lora.rank):
+            raise ConfigError(
+                f"optimizer.base_width is {base}, expected a multiple of model.head_dim = {self.model.head_dim}, and "
+                "no lora.rank: widths grow by their number of heads, and adapters have no width"
+            )
         if not self.autoencoder:
             raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        """A solver that cannot take the run's steps would end it at its first grid of samples."""
+        from mmdit.sampling import check_solver
+        from samplers import time_grid
+
+        how = self.sampling
+        try:
+            check_solver(how.solver, time_grid("uniform", how.num_steps, self.objective.shift))
+        except ValueError as error:
+            raise ConfigError(
+                f'sampling.solver = "{how.solver}" with sampling.num_steps = {how.num_steps}: {error}'
+            ) from error
 
     @property
     def text_documents(self) -> int:

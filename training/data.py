@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -103,6 +104,14 @@ class FileSource:
         except (BadImage, OSError) as error:
             return Sample(entry.key, None, self.caption(i), str(error))
         return Sample(entry.key, image, self.caption(i))
+
+    def raw(self, i: int) -> bytes:
+        """The bytes of the image's file; none where they cannot be read."""
+        try:
+            data = _bytes_of(self._entries[i])
+            return data if isinstance(data, bytes) else Path(data).read_bytes()
+        except OSError:
+            return b""
 
     def _common_size(self) -> Size:
         """The size that most of up to 100 images have, evenly spread over the data; of equals the first."""

@@ -13,14 +13,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products that a config names; "auto" takes bf16 where the hardware multiplies it natively.
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices of bf16, and so quicker than those of fp32.
 
-    On a CPU that is AMX: without it bf16 is emulated, several times slower than fp32.
+    On a CPU that is AMX, or AVX-512 with bf16: without them bf16 is emulated, several times slower than fp32.
     """
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products that a config names; "auto" takes bf16 where the hardware multiplies it natively."""
     if name == "fp16":
         return torch.float16
+    native = multiplies_bf16(device)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 

@@ -25,6 +25,7 @@ from training.data import open_source, split_by_key
 from training.feed import LatentFeed, NothingUsable
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss
 from training.plots import caption_grid, loss_plot
+from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import held_out_pieces
@@ -114,13 +115,15 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
     return right / len(samples)
 
 
-def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
+def evaluate_run(path: str | Path, evaluation: dict[str, Any] | None = None, **sampling: Any) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
 
-    `sampling` overrides the run's solver, num_steps or guidance. Raises FileNotFoundError where the folder is no run.
+    `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. Raises
+    FileNotFoundError where the folder is no run, ValueError where a network of evaluation.metrics is not there.
     """
     run = RunFolder.open(path)
-    config = run.config()
+    config = with_evaluation(run.config(), evaluation or {})
+    check_metrics(config.evaluation)
     pipe = TextToImage.load(path, None if config.training.device == "auto" else config.training.device)
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
@@ -149,6 +152,8 @@ def evaluate_run(path: str | Path, **sampling: Any) -> dict[str, Any]:
         prompts = (prompts * 32)[:32]
         images = pipe(prompts, seed=config.sampling.seed, callback=count)
     scores["network_evaluations"] = counted[-1]
+    if config.evaluation.metrics:
+        scores["quality"] = ModelJudge(config, pipe, run.log)(pipe)
     caption_grid(images, prompts).save(run.path / "samples.png")
     loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)

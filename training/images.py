@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from mmdit.pictures import as_rgb, upright
 
 MAX_PIXELS = 80_000_000
 """Images that claim more pixels than this are refused before they are decoded."""
@@ -45,7 +47,7 @@ def read_image(data: ImageData, max_pixels: int = MAX_PIXELS, at_least: Size | N
             height, width = reversed(at_least) if _is_sideways(image) else at_least
             image.draft(None, (2 * width, 2 * height))
         image.load()
-        return np.array(_rgb(_upright(image)))
+        return np.array(as_rgb(upright(image)))
 
 
 def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
@@ -119,30 +121,3 @@ def _is_sideways(image: Image.Image) -> bool:
     with suppress(Exception):  # broken EXIF data does not make a bad image
         return image.format != "TIFF" and int(image.getexif().get(_ORIENTATION, 1)) in _SIDEWAYS
     return False
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # as above
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB; transparency is laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_gray_8bit(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _gray_8bit(gray: np.ndarray) -> np.ndarray:
-    """16-bit gray, or 32-bit integer or float gray, scaled (not clipped) to 8 bits.
-
-    Integers are of 16 bits unless some value needs more; floats are in [0, 1] unless some value exceeds 1, then 8 bits.
-    """
-    levels = (1, 255) if gray.dtype.kind == "f" else (2**16 - 1, 2**31 - 1)
-    gray = np.nan_to_num(gray.astype(np.float32))
-    top = levels[0] if gray.max(initial=0) <= levels[0] else levels[1]
-    return (gray * (255 / top)).clip(0, 255).round().astype(np.uint8)

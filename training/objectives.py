@@ -54,10 +54,14 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`total` is what is minimised, `parts` what is written down: scalars by name."""
+    """`total` is what is minimised, `parts` what is written down: scalars by name. `errors` (I,) are the losses of the
+    images, each alone, and `t` (I,) their times, where there are any.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    t: Tensor | None = None
+    errors: Tensor | None = None
 
 
 def noise_for(num: int, like: Sequence[Tensor], generator: torch.Generator, share: Share) -> list[Tensor]:
@@ -104,8 +108,9 @@ class FlowMatching:
         dropped = self.share.of(torch.rand(num, encoders, generator=generator)) < (0 if fixed else self.caption_dropout)
         drop = dropped.to(device)
         v = model(self.schedule.mix(x_0, eps, t), t, batch.tokens, drop)
-        loss = (v.float() - self.schedule.velocity(x_0, eps, t)).square().mean()
-        return Loss(loss, {"loss": loss.detach()})
+        errors = (v.float() - self.schedule.velocity(x_0, eps, t)).square().flatten(1).mean(1)
+        loss = errors.mean()
+        return Loss(loss, {"loss": loss.detach()}, t, errors.detach())
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,10 @@ class TextAndImages:
             (v.float() - (e if self.prediction == "noise" else self.schedule.velocity(x, e, s))).square().mean()
             for v, x, e, s in zip(out.v, batch.latents, noise, t, strict=True)
         ]
-        image = torch.stack(errors).sum() / num_images if errors else text.new_zeros(())
-        return Loss(text + self.image_weight * image, {"text": text.detach(), "image": image.detach()})
+        each = torch.stack(errors) if errors else text.new_zeros(0)
+        image = each.sum() / num_images if errors else text.new_zeros(())
+        parts = {"text": text.detach(), "image": image.detach()}
+        return Loss(text + self.image_weight * image, parts, t, each.detach())
 
     def _orders(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which samples have their image first, and which no caption."""

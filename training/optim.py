@@ -1,19 +1,22 @@
-"""The optimisers, their learning-rate schedule, and the moving average of the weights.
+"""The optimisers by name, and their learning-rate schedule.
 
-AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone, or Muon (Jordan et al. 2024) for the matrices of
-the blocks and AdamW for the rest. The rate at a step is a pure function of the step, so a resumed run needs no
-scheduler state.
+AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone; Muon (Jordan et al. 2024) for the matrices of the
+blocks and AdamW for the rest; schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682), by its authors' library;
+AdamW with its moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861), by theirs. The rate at a step is a pure
+function of the step, so a resumed run needs no scheduler state.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training.config import OptimizerConfig
-from training.devices import pick_precision
+from training.devices import multiplies_bf16
+from training.mup import rate_scales
 from training.sharding import local, part_of, parted, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: brings singular values of (0, 1] near 1 in 5 rounds
@@ -31,16 +34,80 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimiser that `config.name` says, over `parameter_groups`; AdamW in its fused form (CPU and CUDA)."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config.name` says, over `parameter_groups`; AdamW in its fused form (CPU and CUDA).
+
+    With `config.base_width`, rates are those of muP, see mup.py. Raises ValueError where the optimiser's library is not
+    there, or cannot run on the model's device.
+    """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "muon":
         inner = {id(p) for p in hidden_matrices(model)}
         decay = groups[0]["params"]
         groups[0]["params"] = [p for p in decay if id(p) not in inner]
         muon = {"params": [p for p in decay if id(p) in inner], "weight_decay": config.weight_decay, "muon": True}
-        return Muon([muon, *groups], lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        groups = [muon, *groups]
+    if config.base_width is not None:
+        scales = rate_scales(model.transformer, config.base_width)
+        groups = [part for group in groups for part in _by_scale(group, scales)]
+    how: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "muon":
+        return Muon(groups, **how, momentum=config.momentum)
+    if config.name == "schedule-free":
+        return _schedule_free(groups, how)
+    if config.name == "adamw-8bit":
+        return _adamw_8bit(groups, how, next(model.parameters()).device)
+    return torch.optim.AdamW(groups, **how, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step, for each group times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def _by_scale(group: dict, scales: Mapping[int, float]) -> Iterable[dict]:
+    """A group in parts of one scale; decay, which is multiplied by the rate, stays what it was in all.
+
+    Muon's steps are of norm sqrt(width) where AdamW's grow as the width: the root of AdamW's scale makes up for it.
+    """
+    parts: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for p in group["params"]:
+        scale = scales.get(id(p), 1.0)
+        parts[math.sqrt(scale) if group.get("muon") else scale].append(p)
+    for scale, params in parts.items():
+        yield {**group, "params": params, "lr_scale": scale, "weight_decay": group["weight_decay"] / scale}
+
+
+def _schedule_free(groups: list[dict], how: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise ValueError(
+            "optimizer.name is \"schedule-free\", which needs a library: pip install 'mmdit[schedulefree]'"
+        ) from error
+    optimizer: Any = AdamWScheduleFree(groups, **how)
+    optimizer.train()  # and so it stays: ema.py computes the averages aside
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimizer.name is \"adamw-8bit\", which needs a library: pip install 'mmdit[bitsandbytes]'"
+        ) from error
+    probe = nn.Parameter(torch.zeros(4096, device=device))  # the least that it keeps in 8 bits
+    probe.grad = torch.zeros_like(probe)
+    try:
+        AdamW8bit([probe]).step()
+    except Exception as error:  # which one depends on the library's version and on how it was built
+        raise ValueError(
+            f'optimizer.name "adamw-8bit" cannot run here: bitsandbytes has no such step on {device.type} '
+            f"({type(error).__name__}: {error}); take adamw, or a CUDA device"
+        ) from error
+    return AdamW8bit(groups, **how)  # type: ignore[no-any-return]
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -114,13 +181,13 @@ def _parts(matrix: Tensor) -> list[Tensor]:
 def newton_schulz(matrices: Tensor, rounds: int = 5) -> Tensor:
     """Nearly U V^T of the singular value decompositions of matrices (n, rows, columns): singular values 0.7 to 1.2.
 
-    Computed in bf16 where the hardware multiplies it natively; the rounding is far below that range.
+    Computed in bf16 where the hardware multiplies it; the rounding is far below that range.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    x = x.to(pick_precision("auto", x.device)).contiguous()
+    x = x.to(torch.bfloat16 if multiplies_bf16(x.device) else torch.float32).contiguous()
     for _ in range(rounds):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
@@ -130,24 +197,23 @@ def newton_schulz(matrices: Tensor, rounds: int = 5) -> Tensor:
 def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
     """The rate at step k (0-based): linear warm-up over `warmup_steps`, then the schedule down to lr *
     final_lr_fraction.
+
+    "wsd" (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv 2404.06395) holds lr, and in the last `decay_fraction`
+    of the run, as far as it is after warm-up, falls in a straight line.
     """
 
     def rate(step: int) -> float:
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
-        progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
-        shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        left = max(0, num_steps - step)
+        progress = 1 - left / max(1, num_steps - config.warmup_steps) if left else 1.0
+        decaying = min(num_steps - config.warmup_steps, round(config.decay_fraction * num_steps))
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "wsd": min(1.0, left / max(1, decaying)),
+        }
         return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * shape[config.schedule])
 
     return rate
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten
-    fast. Frozen parameters are left alone.
-    """
-    d = min(decay, (1 + step) / (10 + step))
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    averages = [local(e) for e, _ in pairs]
-    torch._foreach_lerp_(averages, [local(p).to(e.device) for e, p in pairs], 1 - d)

@@ -62,6 +62,10 @@ class Ranks:
             x /= self.world
         return x
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        return self.mean(x) * self.world
+
     def gather(self, value: T) -> list[T]:
         """What each process says, in order."""
         if self.world == 1:

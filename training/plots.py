@@ -5,9 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from training.telemetry import bin_names
 
 if TYPE_CHECKING:
     from training.run import RunFolder
@@ -38,24 +40,31 @@ def caption_grid(
 
 
 def loss_plot(run: RunFolder, path: Path) -> None:
-    """Training loss (each logged step and its running mean) and validation loss over steps, as a PNG."""
+    """Training loss (each logged step and its running mean) and validation loss over steps, as a PNG; beside it, where
+    the metrics have it, the running mean of the training loss by time.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = run.metrics()
+    timed = {name: [(r["step"], r[name]) for r in rows if name in r] for name in bin_names()}
+    timed = {name: values for name, values in timed.items() if values}
+    figure = Figure(figsize=(12 if timed else 7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, *beside = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
+    _plot_loss(axes, rows)
+    for by_time in beside:
+        _plot_times(by_time, timed)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     valid = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     if train:
         steps, losses = zip(*train, strict=True)
-        mean, smooth = losses[0], []
-        for loss in losses:
-            mean += (loss - mean) * 0.05
-            smooth.append(mean)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="training, each logged step")
-        axes.plot(steps, smooth, color="#2171b5", linewidth=1.6, label="training, running mean")
+        axes.plot(steps, _running_mean(losses), color="#2171b5", linewidth=1.6, label="training, running mean")
         axes.set_ylim(0.9 * min(losses), 1.1 * max(losses[len(losses) // 50 :]))
     if valid:
         axes.plot(
@@ -65,4 +74,24 @@ def loss_plot(run: RunFolder, path: Path) -> None:
     axes.grid(alpha=0.25)
     if train or valid:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+
+
+def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
+    """One line a bin of times, from light (data) to dark (noise)."""
+    from matplotlib import colormaps
+
+    for name, values in timed.items():
+        t = float(name.removeprefix("loss_t"))
+        steps, losses = zip(*values, strict=True)
+        axes.plot(steps, _running_mean(losses), color=colormaps["viridis_r"](t), linewidth=1.2, label=f"{t:.2f}")
+    axes.set(xlabel="step", title="Training loss by time t, running means", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, ncols=2, title="t about")
+
+
+def _running_mean(values: Sequence[float], rate: float = 0.05) -> list[float]:
+    mean, out = values[0], []
+    for value in values:
+        mean += (value - mean) * rate
+        out.append(mean)
+    return out

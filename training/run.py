@@ -1,7 +1,7 @@
 """A run is a folder: config, checkpoints, metrics, samples, weights for use.
 
 config.toml     the config as used          metrics.jsonl   one line a logged step
-checkpoints/    to resume from              tensorboard/    the same numbers
+checkpoints/    to resume from              tensorboard/    the same numbers (wandb/ too)
 pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
 log.txt         what was printed            loss.png, scores.json, samples.png   at the end
 """
@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
+
+
+class Board(Protocol):
+    """Another place that metrics go to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunFolder:
@@ -25,6 +34,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._skipped: set[str] = set()
+        self.board: Board | None = None  # gets the metrics too
         self._board: Any = None
         self._purge: int | None = None  # the first step that tensorboard must forget
 
@@ -78,6 +88,8 @@ class RunFolder:
             self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self.board is not None:
+            self.board.write(step, values)
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl; a line that a kill cut short is left out."""
@@ -101,6 +113,8 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self.board is not None:
+            self.board.close()
 
 
 class QuietRun(RunFolder):

@@ -27,6 +27,7 @@ from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable
+from training.mup import scale_start
 from training.progress import Progress
 from training.run import RunFolder
 from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
@@ -99,6 +100,8 @@ def build_model(
     else:
         model = CaptionedMMDiT(_mmdit(config, text, autoencoder, height, width), text)
         model.transformer = start_mmdit(config, run, model, resumed)
+    if config.optimizer.base_width is not None and not config.init_paths:
+        scale_start(model.transformer, config.optimizer.base_width)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     run.log(
         f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "

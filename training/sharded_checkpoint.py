@@ -18,8 +18,6 @@ from torch import Tensor
 from training.checkpoint import digest, fresh_aside, put_in_place, seal
 from training.parallel import Ranks
 
-GROUPS = ("model", "ema", "optimizer")
-
 
 def save_sharded(
     run: Path,
@@ -84,8 +82,11 @@ def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one process reads alone: so it should
         load(tensors, storage_reader=reader)
-    return {group: {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{group}/")}
-            for group in GROUPS}  # fmt: skip
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        group, _, own = name.partition("/")
+        groups.setdefault(group, {})[own] = x
+    return groups
 
 
 def _flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -102,6 +102,11 @@ def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> N
             f'parallel.cpu_offload moves the parts of "fsdp" and "hsdp" from a GPU to the CPU: here is "{kind}" on '
             f"{device.type}"
         )
+    if kind in ("fsdp", "hsdp") and config.optimizer.name not in ("adamw", "muon"):
+        raise ConfigError(
+            f'optimizer.name is "{config.optimizer.name}", whose state cannot be in parts: take "adamw" or "muon", or '
+            'parallel.strategy = "ddp"'
+        )
     size = parallel.shard_size or ranks.per_node
     if kind == "hsdp" and ranks.world % size:
         raise ConfigError(f"parallel.shard_size is {size}, expected a divisor of the {ranks.world} processes")

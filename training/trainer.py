@@ -10,6 +10,7 @@ together (parallel.py, sharding.py); the first one writes, and evaluates.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
+from training.boards import open_board
 from training.checkpoint import (
     assign,
     list_checkpoints,
@@ -34,15 +36,17 @@ from training.checkpoint import (
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Pieces
 from training.devices import pick_device, pick_precision, repeatable
+from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
-from training.optim import learning_rate, make_optimizer, update_ema
+from training.optim import learning_rate, make_optimizer, set_rate
 from training.parallel import ALONE, Ranks, ranks_of
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
+from training.quality import ModelJudge, check_metrics
 from training.run import QuietRun, RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
@@ -58,6 +62,7 @@ from training.sharding import (
     whole,
 )
 from training.share import Share
+from training.telemetry import Profiler, Telemetry, shared_state
 from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training
@@ -74,6 +79,10 @@ KEPT = (
     "data.num_samples",
     "data.image_size",
     "data.held_out",
+    "optimizer.name",
+    "optimizer.base_width",
+    "training.ema",
+    "training.ema_sigma_rel",
 )
 
 
@@ -166,6 +175,10 @@ class Trainer:
         self.scaler = LossScaler.for_precision(self.precision)
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        if ranks.first:
+            run.board = open_board(config, run)
+        check_metrics(config.evaluation)
+        self._judge: ModelJudge | None = None
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
@@ -179,10 +192,12 @@ class Trainer:
         held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
         self.learner, self.ema, self.in_parts, self._skeleton = held
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.writer = Writer(
             run.path, config.training.keep_checkpoints, ranks, self.in_parts, config.training.async_checkpoint
         )
+        self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log, ranks.sum)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
             self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
         )
@@ -203,6 +218,8 @@ class Trainer:
                 self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)
             run.rewind_metrics(self.step)
+            if ranks.first:
+                remove_snapshots(run.path, self.step)
         else:
             self._save_pipeline()
 
@@ -229,6 +246,7 @@ class Trainer:
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
         learner = self._ready()
         shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
+        profiler = Profiler(config.profiled if self.ranks.first else None, run.path / "profile", run.log)
         try:
             with (
                 repeatable(self.device),
@@ -237,12 +255,15 @@ class Trainer:
                 shown as progress,
             ):
                 while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
-                    loss, norm = self._train_step(learner, next(batches))
+                    profiler.before(self.step + 1)
+                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
                     if not self._left_out:
                         self._losses.append(loss)
                     self.step += 1
+                    profiler.after(self.step)
                     self._report(progress, norm)
         finally:
+            profiler.close()
             batches.close()  # type: ignore[attr-defined]
             run.close()
         stopped = self.ranks.any(interrupts.caught)
@@ -267,21 +288,25 @@ class Trainer:
 
     def _train_step(self, learner: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of this process's share of the batch, and the norm of the gradient of all of it."""
-        parts, total = self._prepared(batch), torch.zeros((), device=self.device)
+        parts, losses, total = self._prepared(batch), [], torch.zeros((), device=self.device)
         for i, part in enumerate(parts, start=1):
             with accumulating(learner, last=i == len(parts)):
                 with autocast(self.device, self.precision):
                     loss = learner(*part)
                 (loss.total / len(parts) * self.scaler.scale).backward()
             total += loss.total.detach() / len(parts)
+            losses.append(loss._replace(total=loss.total.detach()))
         self.scaler.unscale(self.model.parameters())
+        if self._due(self.config.training.log_every, self.step + 1):
+            self.telemetry.gradients(self.model)
         clip = self.config.optimizer.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf")))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+        set_rate(self.optimizer, self.rate(self.step))
         if self._usable(norm):
             self.optimizer.step()
-            update_ema(self.ema, self.model, self.config.training.ema_decay, self.step)
+            self.average.update(self.model, self.step)
+            for loss in losses:
+                self.telemetry.add(loss)
         self.optimizer.zero_grad()
         return total, norm
 
@@ -316,8 +341,9 @@ class Trainer:
             )
         return False
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.training.num_steps or bool(every and self.step % every == 0)
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step == self.config.training.num_steps or bool(every and step % every == 0)
 
     def _report(self, progress: Progress, norm: torch.Tensor) -> None:
         """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
@@ -330,13 +356,19 @@ class Trainer:
             values |= {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
             values |= {"loss_scale": self.scaler.scale} if self.scaler.enabled else {}
             values |= {"skipped_steps": self.skipped} if self.skipped else {}
-            self.run.write_metrics(self.step, **values)
+            told = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
+            self.run.write_metrics(self.step, **values, **told)
         else:
             progress.show(self.step)
         if self._due(config.validate_every):
             self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
+        if self._due(config.ema_snapshot_every):
+            self.average.snapshot(self.run.path, self.step, write=self.ranks.first)
+        every = self.config.evaluation.metrics_every
+        if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
+            self._score()
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
@@ -368,9 +400,24 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
 
+    def _score(self) -> None:
+        if not (self.ranks.first or self.in_parts):
+            return
+        with gathering(self.ema):
+            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
+            self._write_quality(self._judge(self.pipe))
+
+    def _write_quality(self, scores: dict[str, Any]) -> None:
+        self.run.write_metrics(self.step, **{name: x for name, x in scores.items() if isinstance(x, float)})
+        shown = "  ".join(f"{name} {x:.4g}" for name, x in scores.items() if isinstance(x, float))
+        self.run.log(f"step {self.step}: {shown} ({scores['num_images']} pictures)")
+
     def _finish(self) -> None:
         run = self.run
         scores = evaluate_run(run.path)
+        if "quality" in scores:
+            self._write_quality(scores["quality"])
+            run.close()
         if "validation_loss" in scores:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():
@@ -389,6 +436,7 @@ class Trainer:
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         state |= {"text": self.text} if self.text else {}
         state |= {"skipped": self.skipped, "bad": self._bad}
+        state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
         self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
@@ -396,7 +444,7 @@ class Trainer:
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            **self.average.tensors(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
 
@@ -435,11 +483,13 @@ class Trainer:
                 "back as it was, or train afresh into another folder"
             )
         assign(self.model, weights["model"], str(self.run.path))
-        assign(self.ema, weights["ema"], str(self.run.path))
+        self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
+        if "telemetry" in state:
+            self.telemetry.load(state["telemetry"])
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")

@@ -9,6 +9,7 @@ from mmdit import pack
 from mmdit.autoencoder import PixelSpace
 from mmdit.text_to_image import TextToImage
 from tests.mmdit.test_edit import LEFT, picture
+from tests.mmdit.test_sd3_file import save_folder_and_tensors, save_one_file
 from tests.mmdit.test_text_to_image import make_model
 from tests.mmdit.tiny_sd3 import save_pipeline
 
@@ -37,10 +38,16 @@ def test_the_examples_of_the_pipeline_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     TextToImage(make_model(3, 4), PixelSpace(), (16, 24)).save("runs/demo/pipeline")
     save_pipeline(Path("sd3.5-medium"), num_layers=10)
+    folder = Path("stabilityai/stable-diffusion-3-medium-diffusers")
+    tensors = save_folder_and_tensors(folder)
+    folder.rename("my_pipeline")
+    folder.symlink_to(Path("my_pipeline").absolute())
+    save_one_file(tensors, "sd3_medium_incl_clips_t5xxlfp16.safetensors")
+    save_one_file(tensors, "sd3.5_medium.safetensors")
     picture(16, 24).save("old.png")
     LEFT.save("left.png")
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "pipeline.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(block.replace('"cuda"', '"cpu"').replace("pipe.compile()", "pipe"), names)  # compiling takes a minute

@@ -97,3 +97,37 @@ def test_a_mask_of_another_size_and_pictures_of_several_are_refused():
 def test_edits_that_do_not_fit_the_call_are_refused(pipe, edit, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(PROMPTS[:2], edit=edit, **options)
+
+
+def test_pictures_are_taken_as_a_viewer_shows_them(tmp_path):
+    gray = Image.fromarray(np.full((8, 12), 0x8000, np.uint16))
+    clear, red = Image.new("RGBA", (12, 8), (255, 0, 0, 0)), Image.new("RGB", (12, 8), "red")
+    for image, colour in ((gray, 128), (clear, 255), (red.convert("P"), (255, 0, 0))):
+        expected = torch.tensor(np.broadcast_to(colour, 3)).float() / 127.5 - 1
+        assert torch.equal(Edit(image).images(1), expected[None, :, None, None].expand(1, 3, 8, 12))
+    assert torch.allclose(Edit(red, 0.5, gray).drawn(1), torch.tensor(128 / 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter, as a phone writes it
+    picture(8, 12).save(tmp_path / "old.png", exif=exif)
+    edit = Edit(Image.open(tmp_path / "old.png"))
+    assert edit.fitting(None, None) == (12, 8)
+    assert torch.equal(edit.images(1), Edit(picture(8, 12).rotate(-90, expand=True)).images(1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(image="old.png"), "got a str for a picture: open it with PIL.Image.open"),
+        (dict(image=None), "got a NoneType for a picture"),
+        (dict(image=picture(8, 12), mask=np.zeros((8, 12))), "got a ndarray for a picture"),
+        (dict(image=[]), "expected all of one size"),
+        (dict(image=picture(8, 12), strength="1"), "strength is '1', expected a number"),
+        (dict(image=picture(8, 12), strength=float("nan")), "strength is nan"),
+        (dict(image=picture(8, 12), strength=0), "strength is 0"),
+        (dict(image=picture(8, 12), strength=1.1), "strength is 1.1"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_picture_or_strength_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Edit(**wrong)

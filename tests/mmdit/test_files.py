@@ -149,7 +149,7 @@ def test_a_loaded_model_trains_and_its_file_stays(model, tmp_path):
 def test_eight_bit_weights_want_a_type(model, tmp_path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in SD3.from_ours(model.state_dict(), TINY).items()}
     save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="8-bit numbers.* give a dtype"):
+    with pytest.raises(ValueError, match="numbers of torch.float8_e4m3fn, in which .* give a dtype"):
         mmdit.load(tmp_path / "x.safetensors")
     assert mmdit.load(tmp_path / "x.safetensors", dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -230,7 +230,11 @@ def test_folders_that_hold_no_model_are_named(model, tmp_path):
     ("text", "message"),
     [
         ("{", "config.json is not JSON"),
-        ("[1]", "config.json does not fit: .* mapping"),
+        ("[1]", "config.json describes no model that is known, expected SD3Transformer2DModel or a model of mmdit's"),
+        ("{}", "config.json describes no model that is known"),
+        ('{"architectures": ["CLIPTextModel"], "hidden_size": 8}', "config.json describes CLIPTextModel, expected"),
+        ('{"model_type": "t5"}', "config.json describes t5, expected"),
+        ('{"act_fn": "silu", "in_channels": 4}', "no _class_name, so it would be .* mmdit's own, .* have no act_fn"),
         (
             '{"_class_name": "UNet2DModel", "sample_size": 8}',
             "config.json describes UNet2DModel, expected SD3Transformer",
@@ -281,6 +285,10 @@ def test_pickles_are_refused_with_the_reason(model, tmp_path):
     ("text", "message"),
     [
         ("[]", "has no weight_map"),
+        ('{"weight_map": {"a": 5}}', "names 5, expected files in its own folder"),
+        ('{"weight_map": {"a": ".."}}', "names '..', expected files in its own folder"),
+        ('{"weight_map": {"a": "c.safetensors"}}', "no weights at .*c.safetensors"),
+        ('{"weight_map": {"a": "b.bin"}}', "b.bin is a pickle"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "expected files in its own folder"),
         ('{"weight_map": {"a": "b.safetensors"}}', "names 1 tensors that its files do not have: a"),
     ],
@@ -289,7 +297,14 @@ def test_an_index_that_is_none_is_named(model, tmp_path, text, message):
     mmdit.save(model, tmp_path, "diffusers")
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "b.safetensors")
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        mmdit.load(tmp_path)
+
+
+def test_a_config_with_more_blocks_than_tensors_is_refused_before_they_are_made(model, tmp_path):
+    mmdit.save(model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | {"depth": 10**9}))
+    with pytest.raises(ValueError, match="tensors, too few for 1000000000 blocks"):
         mmdit.load(tmp_path)
 
 

@@ -301,12 +301,29 @@ def test_temperature_sharpens():
         (dict(image=ImageSampling(size=(3, 4))), "both sides must divide by 2"),
         (dict(prompts=[[text(5, 99)]]), "beyond the vocabulary"),
         (dict(prompts=[[text(5, BOI)]]), "image token"),
-        (dict(image=ImageSampling(size=(4, 4), solver="euller"), begin="image"), "euler"),
+        (dict(prompts=[["a star"]]), "prompt 0 holds a str"),
+        (dict(prompts=[text(5)]), "prompt 0 holds a Tensor, expected a list"),
     ],
 )
 def test_bad_input_is_refused(change, what):
     with pytest.raises(ValueError, match=what):
         generate(alive(TINY), **({"prompts": [[text(5)]]} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(solver="euller"), "euler"),
+        (dict(num_steps=0), "num_steps = 0"),
+        (dict(solver="restart", num_steps=2), "no step of the grid"),
+        (dict(guidance=float("nan")), "guidance is nan"),
+        (dict(shift=0.0), "shift 0.0, expected"),
+        (dict(solver="euler", diffusion="kl"), "solves the ODE"),
+    ],
+)
+def test_how_an_image_is_drawn_is_checked_before_anything_is_written(change, what):
+    with pytest.raises(ValueError, match=what):
+        ImageSampling(**change)
 
 
 def test_a_model_that_sees_what_follows_cannot_write():

@@ -144,3 +144,35 @@ def test_what_does_not_fit_is_refused(tmp_path):
     add_lora(model, 1)
     with pytest.raises(ValueError, match="adapters already"):
         add_lora(model, 1)
+    save_lora(model, path)
+    with pytest.raises(ValueError, match="adapters already: merge_lora first"):
+        load_lora(model, path)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "message"),
+    [(1.5, None, "rank is 1.5"), (True, None, "rank is True"), (2, 0, "alpha is 0"), (2, float("nan"), "alpha is nan")],
+)
+def test_ranks_and_alphas_that_are_none_are_refused(rank, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(alive(), rank, alpha)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("[1]", "is no table"),
+        ("{", "is no table"),
+        ('{"r": 0, "lora_alpha": 1}', "r = 0 and lora_alpha = 1, expected numbers above 0"),
+        ('{"r": 4, "lora_alpha": null}', "lora_alpha = None, expected numbers"),
+    ],
+)
+def test_a_file_that_lies_of_its_scale_is_refused(tmp_path, said, message):
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    save_weights(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said})
+    with pytest.raises(ValueError, match=message):
+        load_lora(alive(), tmp_path / "lora.safetensors")
+    save_weights(state | {f"{layer}.lora_A.weight": torch.ones(0, 16)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="has no matrices of transformer_blocks.0.attn.to_q"):
+        load_lora(alive(), tmp_path / "lora.safetensors")

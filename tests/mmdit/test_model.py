@@ -405,6 +405,11 @@ def test_shapes_that_do_not_fit_are_named(change, message):
         (dict(num_heads=1, head_dim=6), "multiple of 4"),
         (dict(dual_attention_layers=(0, 3)), r"names blocks \[3\], but there are blocks 0 to 2"),
         (dict(sample_size=1), "smaller than one patch"),
+        (dict(depth="3"), "depth is '3', expected a whole number"),
+        (dict(sample_size=None), "sample_size is None, expected a whole number"),
+        (dict(patch_size=True), "patch_size is True"),
+        (dict(mlp_ratio=float("nan")), "mlp_ratio is nan, expected a finite number"),
+        (dict(dual_attention_layers=1), "dual_attention_layers is 1, expected a list of blocks"),
         (dict(sample_size=64), "pos_embed_max_size 12 is smaller"),
     ],
 )

@@ -110,6 +110,13 @@ def test_noise_of_the_steps_is_not_the_noise_of_the_start(pipe):
         (dict(diffusion="kl", solver="heun"), "diffusion given"),
         (dict(rescale=2.0), "rescale"),
         (dict(interval=(0.6, 0.4)), "interval"),
+        (dict(interval=0.5), "interval is 0.5, expected two finite numbers"),
+        (dict(skip_steps=[0.1, "x"]), "skip_steps is .*, expected two finite numbers"),
+        (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
+        (dict(skip_scale="4"), "skip_scale is '4', expected a finite number"),
+        (dict(skip_layers="01"), "skip_layers is '01', expected a list of whole numbers"),
+        (dict(solver=["euler"]), r"solver is \['euler'\], expected one of"),
+        (dict(rule=["cfg"]), "expected one of cfg, apg, cfg-zero"),
     ],
     ids=str,
 )

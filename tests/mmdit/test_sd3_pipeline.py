@@ -1,7 +1,9 @@
 """SD3 pipeline folders: our pictures are diffusers' for the same noise, there and back; what is ours runs there."""
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,16 +170,42 @@ def test_a_learnt_text_encoder_and_autoencoder_go_along(tmp_path, kind, guidance
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.set_attn_processor(MaskedAttention())
     prompts = ["a red circle", "two blue stars"]
-    latents = ours.noise([0, 1], *size)
-    inputs = diffusers_inputs(ours, prompts) | dict(height=64, width=64, latents=latents, guidance_scale=guidance)
+    inputs = diffusers_inputs(ours, prompts) | dict(generator=generators(0, 1), guidance_scale=guidance)
     latents = pipe(**inputs, num_inference_steps=5, output_type="latent").images
 
-    how = dict(num_steps=5, solver="euler", grid="diffusers", guidance=guidance, height=size[0], width=size[1])
+    how = dict(num_steps=5, solver="euler", grid="diffusers", guidance=guidance)
     expected = ours(prompts, **how)
     assert abs(pixels(ours.pictures(latents)) - pixels(expected)).max() <= 2
     assert pixels(expected).std() > 5
     again = TextToImage.load(tmp_path / "out", "cpu")
+    assert again.size == size
     assert (pixels(again(prompts, **how)) == pixels(expected)).all()
+
+
+def test_a_size_that_is_no_square_is_kept_beside_and_diffusers_is_told(ours, tmp_path):
+    """Its own default is the square of as many latent pixels, of whole patches."""
+    wide = TextToImage(copy.deepcopy(ours.model), ours.autoencoder, (24, 40), 3.0, ours.sampling)
+    config = wide.model.transformer.config
+    wide.model.transformer.config = replace(config, sample_size=round((12 * 20) ** 0.5))
+    wide.save(tmp_path, layout="diffusers")
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.default_sample_size == 14  # 15.5, rounded, and a patch has 2
+    inputs = diffusers_inputs(wide, PROMPTS)
+    assert (inputs["height"], inputs["width"]) == (24, 40)
+    theirs = pipe(**inputs, num_inference_steps=2, generator=generators(0, 1)).images
+    again = TextToImage.load(tmp_path, "cpu")
+    assert again.size == (24, 40)
+    assert_same(again(PROMPTS, num_steps=2), theirs)
+    square = pipe(PROMPTS, num_inference_steps=2, generator=generators(0, 1)).images
+    assert_same(again(PROMPTS, num_steps=2, height=28, width=28), square)
+    for said, message in (
+        ([24], "has no .size. of two numbers"),
+        ([24, 41], "24 x 41, but both sides must divide by 4"),
+    ):
+        (tmp_path / "mmdit.json").write_text(json.dumps({"size": said}))
+        with pytest.raises(ValueError, match=message):
+            TextToImage.load(tmp_path, "cpu")
 
 
 def test_without_the_mask_diffusers_would_see_padding(tmp_path):
@@ -187,7 +215,7 @@ def test_without_the_mask_diffusers_would_see_padding(tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent(tmp_path))
     pipe.set_progress_bar_config(disable=True)
     inputs = diffusers_inputs(ours, ["a red circle"])
-    how = dict(height=64, width=64, num_inference_steps=2, output_type="latent", latents=ours.noise([0], 8, 12))
+    how = dict(num_inference_steps=2, output_type="latent", latents=ours.noise([0], 8, 12))
     seen = pipe(**inputs, **how).images
     pipe.transformer.set_attn_processor(MaskedAttention())
     assert abs(pipe(**inputs, **how).images - seen).max() > 1e-3

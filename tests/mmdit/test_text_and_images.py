@@ -177,6 +177,11 @@ def test_a_saved_model_with_another_tokenizer_is_refused(pipe, tmp_path):
             TextToImage.load(tmp_path, "cpu")
 
 
+def test_a_prompt_that_is_a_string_is_no_list_of_its_letters(pipe):
+    with pytest.raises(ValueError, match="prompt 1 is a string, expected a list of strings and pictures"):
+        pipe.generate([["a"], "a red circle"])
+
+
 def test_image_tokens_are_reserved():
     tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True)
     assert tokenizer.special == (0, 1, 2, 3) and Tokenizer.train(PROMPTS, 280, 8).special == (0, 1, None, None)

@@ -296,7 +296,7 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(singles, folder, tmp_pat
         open_text_encoder(tmp_path)
     with pytest.raises(ValueError, match="max_length is 78, expected 2 to 77 tokens"):
         open_text_encoder(singles / "clip", 78)
-    with pytest.raises(ValueError, match="without names t6, expected some of clip_l, clip_g, t5"):
+    with pytest.raises(ValueError, match="without names t6, expected a list of some of clip_l, clip_g, t5"):
         open_sd3_text(folder, without=["t6"])
     with pytest.raises(ValueError, match="dropped is 'none'"):
         open_sd3_text(folder, dropped="none")

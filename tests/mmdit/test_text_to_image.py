@@ -246,12 +246,29 @@ def test_callback_is_told_of_each_step(pipe):
         ([], {}, "no prompt given"),
         (["a", "b"], dict(seed=[1]), "1 seeds for 2 prompts"),
         (["a", "b"], dict(negative_prompts=["c"]), "1 negative prompts for 2 prompts"),
+        (["a"], dict(negative_prompts=[1]), "a negative prompt is a int"),
+        ([None], {}, "a prompt is a NoneType, expected a string"),
+        (5, {}, "a prompt is a int"),
+        (["a"], dict(seed=1.5), "seed is 1.5, expected a whole number"),
+        (["a"], dict(seed=["1"]), "seed is .'1'., expected a whole number"),
+        (["a"], dict(seed=2**64), "expected a number of 64 bits"),
+        (["a"], dict(batch_size=0), "batch_size is 0"),
+        (["a"], dict(height=8.0), "8.0 x 12: expected whole numbers"),
+        (["a"], dict(edit="old.png"), "edit is a str, expected an mmdit.Edit"),
+        (["a"], dict(solver="restart", num_steps=2), "no step of the grid"),
+        (["a"], dict(skip_layers=[0], num_steps=4), "skip_layers acts in none of 4 steps"),
     ],
     ids=str,
 )
 def test_bad_arguments_are_named(pipe, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(prompts, **options)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    how = dict(num_steps=1, height=np.int64(16))
+    same = pixels(pipe(["a"] * 2, seed=np.int64(3), guidance=np.float32(2), **how))
+    assert (same == pixels(pipe(["a"] * 2, seed=np.array([3, 4]), guidance=2.0, **how))).all()
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -324,6 +341,20 @@ def test_files_that_do_not_fit_are_named(pipe, tmp_path, file, change, message):
         path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         TextToImage.load(tmp_path, "cpu")
+
+
+def test_a_save_that_fails_leaves_nothing_and_what_was_there(pipe, tmp_path, monkeypatch):
+    pipe.save(tmp_path / "old")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(LearnedText, "save_weights", lambda *args: (_ for _ in ()).throw(OSError("no room")))
+    for layout in ("mmdit", "diffusers"):
+        for name in ("old", "new/folder")[layout == "diffusers" :]:
+            with pytest.raises(OSError, match="no room"):
+                TextToImage(make_model(3, 4), PixelSpace(), (8, 8)).save(tmp_path / name, layout)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="holds a pipeline in the layout 'mmdit': save this one in another folder"):
+        pipe.save(tmp_path / "old", "diffusers")
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):

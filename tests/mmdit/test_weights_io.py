@@ -1,6 +1,7 @@
 """Files that are whole or absent, and weights that fit or are refused by name."""
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,12 +9,14 @@ from torch import nn
 
 from mmdit.weights_io import (
     assign_weights,
+    check_dtype,
     json_writer,
     load_weights,
     read_json,
     save_weights,
     write_all_aside,
     write_aside,
+    write_folder_aside,
     write_json,
 )
 
@@ -54,6 +57,50 @@ def test_of_several_files_all_are_moved_or_none(tmp_path):
     assert [path.name for path in old.iterdir()] == ["a.json"] and read_json(old / "a.json") == 1
     write_all_aside({old / "a.json": json_writer(2), new / "b.json": json_writer(3)})
     assert read_json(old / "a.json") == 2 and read_json(new / "b.json") == 3
+
+
+def test_a_folder_is_moved_as_a_whole_or_not_at_all(tmp_path):
+    def write(folder, fail):
+        write_json(folder / "config.json", 2)
+        save_weights({"a": torch.ones(2)}, folder / "deep" / "x.safetensors")
+        if fail:
+            raise OSError("no room")
+
+    new, old = tmp_path / "new" / "folder", tmp_path / "old"
+    write_json(old / "config.json", 1)
+    write_json(old / "other.json", 1)
+    for folder in (new, old):
+        with pytest.raises(OSError, match="no room"):
+            write_folder_aside(folder, lambda aside: write(aside, True))
+    assert not (tmp_path / "new").exists() and read_json(old / "config.json") == 1
+    assert {path.name for path in old.rglob("*")} == {"config.json", "other.json"}
+    for folder in (new, old):
+        write_folder_aside(folder, lambda aside: write(aside, False))
+        assert read_json(folder / "config.json") == 2 and (folder / "deep" / "x.safetensors").is_file()
+        assert {path.name for path in folder.iterdir()} - {"other.json"} == {"config.json", "deep"}
+    assert read_json(old / "other.json") == 1 and [path.name for path in new.parent.iterdir()] == ["folder"]
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """A full disk, say, of which safetensors tells in an exception of its own."""
+
+    def full(*args):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}: .*No space left"):
+        save_weights({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="x.json is a folder"):
+        write_json(tmp_path / "x.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("wrong", [torch.int8, torch.float8_e4m3fn, torch.bool, "bfloat16"])
+def test_types_in_which_nothing_is_computed_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected a floating type of torch"):
+        check_dtype(wrong)
 
 
 def test_files_have_the_mode_that_the_umask_says(tmp_path):

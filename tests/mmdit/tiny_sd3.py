@@ -32,14 +32,14 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
 
 
 def clip(
-    tokenizer: CLIPTokenizer, width: int, projection: int, act: str, layers: int = 3
+    tokenizer: CLIPTokenizer, width: int, projection: int, act: str, layers: int = 3, heads: int = 2
 ) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         projection_dim=projection,
         hidden_act=act,
         bos_token_id=tokenizer.bos_token_id,

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -45,8 +46,8 @@ def pipe(monkeypatch):
         asked.prompts, asked.options = prompts, options
         return [Image.new("RGB", (8, 6), "grey") for _ in prompts]
 
-    def load(path):
-        asked.run = path
+    def load(path, **parts):
+        asked.run, asked.parts = path, parts
         return sample
 
     monkeypatch.setattr(mmdit, "TextToImage", types.SimpleNamespace(load=load), raising=False)
@@ -139,14 +140,14 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
     ],
 )
 def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):
-    monkeypatch.setattr(training, "evaluate_run", lambda run: (_ for _ in ()).throw(error), raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given: (_ for _ in ()).throw(error), raising=False)
     result = run("evaluate", "somewhere")
     assert_one_line_error(result, "")
     assert message in result.stderr
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(training, "evaluate_run", lambda run: {}[run], raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given: {}[run], raising=False)
     assert isinstance(run("evaluate", "somewhere").exception, KeyError)
 
 
@@ -182,6 +183,17 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
     assert str(out) in result.stdout
 
 
+def test_sample_passes_the_parts_of_a_single_file(pipe, tmp_path):
+    words = ["--text", "folder", "--autoencoder", "sd3:ae.safetensors", "--without", "t5", "--dtype", "bfloat16"]
+    result = run("sample", "sd3.safetensors", "a", "--out", tmp_path / "a.png", *words)
+    assert result.exit_code == 0, result.output
+    assert str(pipe.run) == "sd3.safetensors"
+    parts = {"text": "folder", "autoencoder": "sd3:ae.safetensors", "without": ["t5"], "dtype": torch.bfloat16}
+    assert pipe.parts == parts
+    run("sample", "runs/x", "a", "--out", tmp_path / "a.png")
+    assert pipe.parts == {}
+
+
 def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tmp_path):
     assert run("sample", "r", "one", "two", "--out", tmp_path / "a.jpg").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
@@ -203,7 +215,7 @@ def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_pat
 
 def test_evaluate_prints_every_number(monkeypatch):
     scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
-    monkeypatch.setattr(training, "evaluate_run", lambda run: scores, raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given: scores, raising=False)
     lines = [line.split() for line in run("evaluate", "somewhere").stdout.splitlines()]
     assert lines == [
         ["validation", "/", "loss", "0.2500"],

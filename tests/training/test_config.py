@@ -189,6 +189,7 @@ def test_differences_name_the_keys_that_changed():
         ("objective.time_density=logitnormal", 'did you mean "logit-normal"?'),
         ("objective.s=0", "objective.s is 0.0, the logit-normal density needs a number > 0"),
         ("sampling.solver=huen", 'sampling.solver is "huen", which is no solver; did you mean "heun"?'),
+        ("transfusion.size_tokens=4", "transfusion.size_tokens is for models of text and images"),
         ("sampling.interval=[0.5, 0.5]", "expected [low, high] with low < high"),
         ("sampling.prompts=a star", 'sampling.prompts is "a star", expected a list [...], each a string'),
         ("model.dual_attention_layers=[6]", "names blocks [6], but model.depth gives 0 to 3"),
@@ -202,6 +203,12 @@ def test_a_bad_override_is_one_line_that_names_the_key(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config("demo", [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_solver_that_cannot_take_the_steps_is_refused_at_the_start():
+    with pytest.raises(ConfigError, match='sampling.solver = "restart" with sampling.num_steps = 2: no step of the'):
+        load_config("demo", ["sampling.solver=restart", "sampling.num_steps=2"])
+    load_config("demo", ["sampling.solver=restart", "sampling.num_steps=9"])
 
 
 def test_the_density_decides_the_range_of_its_scale():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.devices import pick_device, pick_precision, repeatable
+from training.devices import multiplies_bf16, pick_device, pick_precision, repeatable
 
 
 def test_devices(monkeypatch):
@@ -15,11 +15,13 @@ def test_devices(monkeypatch):
         pick_device("cuda")
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_precisions(monkeypatch, native):
+@pytest.mark.parametrize("has", [None, "_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_precisions(monkeypatch, has):
     """Asked for, it is that; left to us, bf16 where the hardware has it."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    cpu = torch.device("cpu")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    cpu, native = torch.device("cpu"), has is not None
+    assert multiplies_bf16(cpu) == native
     assert pick_precision("fp32", cpu) == torch.float32
     assert pick_precision("bf16", cpu) == torch.bfloat16
     assert pick_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)

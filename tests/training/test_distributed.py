@@ -60,8 +60,16 @@ def settings(out: Path, *overrides: str) -> list[str]:
     return [*quiet, "training.precision=fp32", f"training.out={out}", *overrides]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    """Muon's rounds in fp32, as two_processes.py has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.optim.multiplies_bf16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, words):  # noqa: F811
+def runs(exact, tmp_path_factory, words):  # noqa: F811
     """Each model trained by one process, and by two in the ways there are."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")

@@ -1,7 +1,9 @@
-"""The optimiser's groups and rates, and the moving average, each against its formula."""
+"""The optimisers, their groups and rates, each against its formula."""
 
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_to_image import CaptionedMMDiT
-from training.config import OptimizerConfig
+from training.config import ConfigError, OptimizerConfig
 from training.optim import (
     Muon,
     hidden_matrices,
@@ -19,7 +21,7 @@ from training.optim import (
     make_optimizer,
     newton_schulz,
     parameter_groups,
-    update_ema,
+    set_rate,
 )
 
 
@@ -83,25 +85,23 @@ def test_rate_rises_and_falls_as_the_schedule_says():
         assert rates[name](24) == rates[name](99) == pytest.approx(0.2)
 
 
+def test_wsd_holds_the_rate_and_then_falls():
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, schedule="wsd", decay_fraction=0.25, final_lr_fraction=0.1)
+    rate = learning_rate(config, 40)
+    assert [rate(k) for k in (0, 3, 4, 29, 30)] == [0.5, 2.0, 2.0, 2.0, 2.0]
+    assert rate(35) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)) and rate(40) == rate(99) == pytest.approx(0.2)
+    longer = learning_rate(config, 80)  # what a longer run did so far is the same
+    assert [longer(k) for k in range(30)] == [rate(k) for k in range(30)]
+    all_of_it = learning_rate(replace(config, decay_fraction=1.0), 40)
+    assert [all_of_it(k) for k in range(41)] == [
+        pytest.approx(learning_rate(replace(config, schedule="linear"), 40)(k)) for k in range(41)
+    ]
+
+
 def test_rate_without_warmup_and_with_nothing_but_warmup():
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0), 10)(0) == 1.0
     short = learning_rate(OptimizerConfig(lr=1.0, warmup_steps=10, schedule="cosine"), 5)
     assert [short(k) for k in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-def test_moving_average_is_the_formula(decay):
-    ema, net = nn.Linear(2, 2), nn.Linear(2, 2)
-    expected = ema.weight.detach().clone()
-    for step in range(5):
-        with torch.no_grad():
-            net.weight.add_(1)
-        d = min(decay, (1 + step) / (10 + step))
-        expected = d * expected + (1 - d) * net.weight.detach()
-        update_ema(ema, net, decay, step)
-        torch.testing.assert_close(ema.weight.detach(), expected)
-    if decay == 0:
-        assert torch.equal(ema.weight, net.weight)
 
 
 def test_newton_schulz_keeps_the_singular_vectors_and_evens_the_values():
@@ -164,3 +164,73 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q) == (name not in inner), name
         assert not torch.equal(p, before[name]), name
+
+
+# --- optimisers of other libraries --------------------------------------------------------------------------------
+
+
+def test_schedule_free_is_its_recursion():
+    """y = (1 - b) z + b x;  z -= lr g / (sqrt(v) + eps);  x += c (z - x) with c = lr_max^2 over its sum so far."""
+    pytest.importorskip("schedulefree")
+    config = OptimizerConfig(name="schedule-free", betas=(0.8, 0.9), eps=1e-3, weight_decay=0.0)
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer = make_optimizer(layer, config)
+    z = x = layer.weight.detach().clone()
+    v, total, largest = torch.zeros_like(x), 0.0, 0.0
+    for k, rate in enumerate((0.01, 0.02, 0.02, 0.02), 1):
+        torch.testing.assert_close(layer.weight.detach(), 0.2 * z + 0.8 * x)
+        layer.zero_grad()
+        (layer(torch.tensor([1.0, -2.0, 0.5])) ** 3).sum().backward()
+        gradient = layer.weight.grad.clone()
+        set_rate(optimizer, rate)
+        optimizer.step()
+        v = 0.9 * v + 0.1 * gradient**2
+        z = z - rate * gradient / ((v / (1 - 0.9**k)).sqrt() + 1e-3)
+        largest = max(largest, rate)
+        total += largest**2
+        x = x + largest**2 / total * (z - x)
+    torch.testing.assert_close(layer.weight.detach(), 0.2 * z + 0.8 * x)
+
+
+def test_8_bit_moments_step_almost_as_adamw():
+    pytest.importorskip("bitsandbytes")
+    moved = {}
+    for name in ("adamw", "adamw-8bit"):
+        torch.manual_seed(0)
+        layer = nn.Linear(128, 64, bias=False)
+        optimizer, before = make_optimizer(layer, OptimizerConfig(name=name, lr=0.01)), layer.weight.detach().clone()
+        for _ in range(5):
+            layer(torch.randn(8, 128)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[name] = layer.weight.detach() - before
+        sizes = [value.element_size() for value in optimizer.state[layer.weight].values() if torch.is_tensor(value)]
+        assert (1 in sizes) == (name == "adamw-8bit")
+    error = (moved["adamw"] - moved["adamw-8bit"]).norm() / moved["adamw"].norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize(("name", "library"), [("schedule-free", "schedulefree"), ("adamw-8bit", "bitsandbytes")])
+def test_without_its_library_an_optimiser_says_what_to_install(name, library, monkeypatch):
+    for module in (library, f"{library}.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"which needs a library: pip install 'mmdit\[{library}\]'"):
+        make_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name))
+
+
+def test_8_bit_moments_say_why_they_cannot_run(monkeypatch):
+    class Broken(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Broken))
+    with pytest.raises(ValueError, match=r"no such step on cpu \(RuntimeError: no kernel image\); take adamw"):
+        make_optimizer(nn.Linear(2, 2), OptimizerConfig(name="adamw-8bit"))
+
+
+def test_schedule_free_takes_no_schedule():
+    with pytest.raises(ConfigError, match='takes schedule "constant", not "cosine"'):
+        OptimizerConfig(name="schedule-free", schedule="cosine")
+    with pytest.raises(ConfigError, match="needs a number above 0"):
+        OptimizerConfig(name="schedule-free", betas=(0.0, 0.9))

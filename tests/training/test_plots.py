@@ -67,3 +67,20 @@ def test_loss_plot_draws_what_there_is(tmp_path, kinds):
     blue, orange = (33, 113, 181), (217, 72, 1)
     assert (pixels == blue).all(1).any() == ("loss" in kinds)
     assert (pixels == orange).all(1).any() == ("validation_loss" in kinds)
+
+
+def test_losses_by_time_stand_beside(tmp_path):
+    """A line for each bin that the metrics have, in a second plot; without any there is none."""
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    sizes, colours = [], []
+    for bins in ({}, {"loss_t0.0625": 1.0}, {"loss_t0.0625": 1.0, "loss_t0.9375": 0.1}):
+        for step in range(1, 5):
+            run.write_metrics(step, loss=1 / step, **{name: value / step for name, value in bins.items()})
+        loss_plot(run, tmp_path / "loss.png")
+        picture = Image.open(tmp_path / "loss.png").convert("RGB")
+        sizes.append(picture.width)
+        right = np.asarray(picture)[:, picture.width // 2 :].reshape(-1, 3)
+        colours.append((right == (72, 23, 105)).all(1).any())
+    run.close()
+    assert sizes[0] < sizes[1] == sizes[2]
+    assert colours[2] and not colours[1], "dark is the line near t = 1"

@@ -679,10 +679,14 @@ SETTINGS = {
     "optimizer.warmup_steps": ("optimizer.warmup_steps=3", "lr weights"),
     "optimizer.schedule": ("optimizer.schedule=cosine", "lr weights"),
     "optimizer.final_lr_fraction": ("optimizer.schedule=linear; optimizer.final_lr_fraction=0.5", "lr"),
+    "optimizer.decay_fraction": ("optimizer.schedule=wsd; optimizer.decay_fraction=1", "lr"),
+    "optimizer.base_width": ("optimizer.base_width=16", "weights =shapes =lr"),
     "training.num_steps": ("training.num_steps=2", "loss checkpoints"),
     "training.batch_size": ("training.batch_size=4", "loss"),
     "training.grad_accumulation": ("training.grad_accumulation=2", "loss"),
     "training.ema_decay": ("training.ema_decay=0", "average =weights scores"),
+    "training.ema": ("training.ema=power", "average =weights scores"),
+    "training.ema_sigma_rel": ("training.ema=power; training.ema_sigma_rel=[0.2, 0.1]", "average =weights scores"),
     "training.precision": ("training.precision=bf16", "loss weights =shapes"),
     "training.recompute": ("training.recompute=full", "=loss"),
     "training.max_bad_steps": ("training.max_bad_steps=0", "=loss =weights"),
@@ -733,7 +737,17 @@ ELSEWHERE = {
     "training.recompute_every": "tests/training/test_sharding.py",
     **{f"parallel.{name}": "tests/training/test_distributed.py" for name in ("strategy", "shard_size", "reshard")},
     **{f"parallel.{name}": "tests/training/test_sharding.py" for name in ("cpu_offload", "timeout")},
+    "training.ema_snapshot_every": "tests/training/test_ema.py",
+    "training.ema_snapshot_dtype": "tests/training/test_ema.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
+    "training.peak_tflops": "tests/training/test_telemetry.py",
+    "training.profile": "tests/training/test_telemetry.py",
+    "training.wandb": "tests/training/test_telemetry.py",
+    **dict.fromkeys(
+        [f"evaluation.{key}" for key in ["metrics", "metrics_every", "features", "clip", "reference"]]
+        + [f"evaluation.{key}" for key in ["num_reference", "num_images", "cache"]],
+        "tests/training/test_quality.py",
+    ),
     "training.device": "test_the_device_is_the_one_asked_for",
 }
 

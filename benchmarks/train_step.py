@@ -1,0 +1,174 @@
+"""A whole training step of our MMDiT beside diffusers' transformer in a plain loop, on a CPU in fp32.
+
+    python -m benchmarks.train_step --out benchmarks/results/train_step.md
+
+Width 384, 12 blocks, QK-norm, the same weights, 4 latents of 256 tokens a step, 333 text tokens (SD3's 77 of CLIP and
+256 of T5). A step is forward, backward, gradient clipping, optimizer and moving average. Diffusers' is the loop of its
+training examples: the flow-matching loss, `torch.optim.AdamW`, `clip_grad_norm_`, its `EMAModel`. Ours is what the
+trainer runs. Rows "all 333 real": every text token counts, so that neither has an advantage. Rows "real lengths": half
+of the captions are short and half long (log-normal about 12 and 90 tokens, as original and synthetic captions are), at
+most 333; diffusers attends to the padding, as SD3 does, ours packs what is real in one row.
+
+Both run in turn in one process, medians. Compiled means `torch.compile` of each block. The share of the peak is the
+step's FLOPs, by torch's own counter, of the tokens that are computed, over time and what a matrix product of 2048 gets.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.beside_diffusers import ours, theirs
+from benchmarks.forward import CONFIG
+from benchmarks.timing import hardware, seconds
+from training.config import OptimizerConfig
+from training.ema import update_ema
+from training.optim import make_optimizer
+
+BATCH, SIDE, TEXT, KINDS = 4, 32, 333, 6  # samples, latent side, text tokens, batches that are gone through
+
+
+@dataclass(frozen=True)
+class Given:
+    """A batch: x_0 and noise (B, C, h, w), t (B,), context (B, L, D), pooled, and which text tokens are real (B, L)."""
+
+    x_0: Tensor
+    eps: Tensor
+    t: Tensor
+    context: Tensor
+    pooled: Tensor
+    real: Tensor
+
+    @property
+    def x_t(self) -> Tensor:
+        t = self.t[:, None, None, None]
+        return (1 - t) * self.x_0 + t * self.eps
+
+
+def batches(real_lengths: bool) -> list[Given]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def one() -> Given:
+        median = torch.tensor([12.0, 90.0]).repeat(BATCH // 2)
+        lengths = (median * (0.5 * normal(BATCH)).exp()).round().clamp(2, TEXT)
+        real = torch.arange(TEXT) < (lengths[:, None] if real_lengths else TEXT)
+        image = (BATCH, CONFIG.in_channels, SIDE, SIDE)
+        t = torch.rand(BATCH, generator=generator)
+        context = normal(BATCH, TEXT, CONFIG.context_dim)
+        return Given(normal(*image), normal(*image), t, context, normal(BATCH, CONFIG.pooled_dim), real)
+
+    return [one() for _ in range(KINDS)]
+
+
+def our_step(compiled: bool, packed: bool) -> Callable[[Given], None]:
+    torch.manual_seed(0)
+    model = ours(CONFIG)
+    average = ours(CONFIG).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, OptimizerConfig())
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=packed)
+
+    def step(given: Given) -> None:
+        if packed:
+            v = torch.stack(model(list(given.x_t), given.t, given.context, given.pooled, given.real))
+        else:
+            v = model(given.x_t, given.t, given.context, given.pooled)
+        (v - (given.eps - given.x_0)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(average, model, 0.999, 1000)
+
+    return step
+
+
+def their_step(compiled: bool) -> Callable[[Given], None]:
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(0)
+    model = theirs(ours(CONFIG)).train()
+    average = EMAModel(model.parameters(), decay=0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    if compiled:
+        for block in model.transformer_blocks:  # type: ignore[union-attr]
+            block.compile()  # type: ignore[operator]
+
+    def step(given: Given) -> None:
+        v = model(given.x_t, given.context, given.pooled, given.t * 1000, return_dict=False)[0]
+        torch.nn.functional.mse_loss(v, given.eps - given.x_0).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+
+    return step
+
+
+def peak(size: int = 2048) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / seconds({"": lambda: a @ b}, 7)[""]
+
+
+def flops(step: Callable[[Given], None], given: list[Given]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        for one in given:
+            step(one)
+    return counter.get_total_flops() / len(given)
+
+
+def table(repeats: int) -> list[str]:
+    best = peak()
+    lines = [
+        f"A matrix product reaches {best / 1e9:.0f} GFLOP/s.\n",
+        "| text | | ours, s | diffusers, s | ratio | share of the peak: ours | diffusers |",
+        "|---" * 7 + "|",
+    ]
+    for title, real in (("all 333 real", False), ("real lengths", True)):
+        given = batches(real)
+        counted = {"ours": flops(our_step(False, real), given), "diffusers": flops(their_step(False), given)}
+        for how in ("eager", "compiled"):
+            steps = {"ours": our_step(how == "compiled", real), "diffusers": their_step(how == "compiled")}
+            t = seconds({name: _goes_through(step, given) for name, step in steps.items()}, repeats, warm=KINDS)
+            share = [f"{counted[name] / t[name] / best:.0%}" for name in steps]
+            ratio = t["diffusers"] / t["ours"]
+            lines.append(
+                f"| {title} | {how} | {t['ours']:.3f} | {t['diffusers']:.3f} | {ratio:.2f} | {' | '.join(share)} |"
+            )
+            print(lines[-1], flush=True)
+    mean = sum(int(one.real.sum()) for one in batches(True)) / (KINDS * BATCH)
+    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean."]
+
+
+def _goes_through(step: Callable[[Given], None], given: list[Given]) -> Callable[[], None]:
+    turn: Iterator[Given] = cycle(given)
+    return lambda: step(next(turn))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    about: Any = str(__doc__).split("\n\n", 2)[2].strip()
+    text = "\n".join(
+        ["# Training step on a CPU", "", f"`python -m benchmarks.train_step`, {hardware()}.", "", about, ""]
+    )
+    text += "\n" + "\n".join(table(arguments.repeats))
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

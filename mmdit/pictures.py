@@ -1,0 +1,43 @@
+"""PIL images of any kind as a model takes them: as a viewer shows them, upright and in 8-bit RGB."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def upright(image: Image) -> Image:
+    """The image turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    with suppress(Exception):  # broken EXIF data does not make a bad image
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def as_rgb(image: Image) -> Image:
+    """Any mode of Pillow to RGB: transparency lies over white, 16-bit and float gray are scaled and not clipped."""
+    from PIL import Image as pil
+
+    if image.mode.startswith("I") or image.mode == "F":
+        return pil.fromarray(_gray_8bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _gray_8bit(gray: np.ndarray) -> np.ndarray:
+    """16-bit gray, or 32-bit integer or float gray, scaled (not clipped) to 8 bits.
+
+    Integers are of 16 bits unless some value needs more; floats are in [0, 1] unless some value exceeds 1, then 8 bits.
+    """
+    levels = (1, 255) if gray.dtype.kind == "f" else (2**16 - 1, 2**31 - 1)
+    gray = np.nan_to_num(gray.astype(np.float32))
+    top = levels[0] if gray.max(initial=0) <= levels[0] else levels[1]
+    return (gray * (255 / top)).clip(0, 255).round().astype(np.uint8)

@@ -1,0 +1,145 @@
+"""A pipeline on disk: a folder of ours, one for diffusers' StableDiffusion3Pipeline, a file in SD3's original layout.
+
+Ours holds `pipeline.json` (what a call takes where it is not told), `transformer/`, `text/` and `autoencoder/`, each
+with its config and safetensors; a run folder holds that in `pipeline/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from mmdit.autoencoder import PixelSpace, open_autoencoder
+from mmdit.config import MMDiTConfig
+from mmdit.mapped import PICKLES
+from mmdit.model import MMDiT
+from mmdit.text import LearnedText
+from mmdit.weights_io import (
+    check_dtype,
+    load_weights,
+    read_config,
+    read_json,
+    save_weights,
+    write_folder_aside,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from mmdit.sd3_text import SD3Text
+    from mmdit.text_encoders import TextEncoder
+    from mmdit.text_to_image import TextToImage
+
+
+def save_pipeline(pipe: TextToImage, folder: Path, layout: Literal["mmdit", "diffusers"]) -> None:
+    """See `TextToImage.save`."""
+    if layout == "diffusers":
+        from mmdit.sd3_pipeline import write_sd3
+
+        if (folder / "pipeline.json").exists():  # which `load` would find first
+            raise ValueError(f"{folder} holds a pipeline in the layout 'mmdit': save this one in another folder")
+        return write_folder_aside(folder, lambda aside: write_sd3(pipe, aside))
+    if layout != "mmdit":
+        raise ValueError(f"layout is {layout!r}, expected 'mmdit' or 'diffusers'")
+    write_folder_aside(folder, lambda aside: _write_own(pipe, aside))
+
+
+def _write_own(pipe: TextToImage, folder: Path) -> None:
+    write_json(folder / "transformer" / "config.json", pipe.model.transformer.config.to_dict())
+    pipe.model.conditioner.save_config(folder / "text")
+    pipe.autoencoder.save(folder / "autoencoder")
+    save_defaults(pipe, folder)
+    save_pipeline_weights(pipe, folder)
+
+
+def save_defaults(pipe: TextToImage, folder: Path) -> None:
+    """See `TextToImage.save_defaults`."""
+    write_json(
+        folder / "pipeline.json",
+        {
+            "format": pipe.format,
+            "size": list(pipe.size),
+            "shift": pipe.shift,
+            "sampling": pipe.sampling,
+            "autoencoder": "none" if isinstance(pipe.autoencoder, PixelSpace) else "autoencoder",
+        },
+    )
+
+
+def save_pipeline_weights(pipe: TextToImage, folder: Path) -> None:
+    """The trunk's weights and the text encoder's; adapters are added to the trunk's, and written beside."""
+    from mmdit.lora import lora_pairs, plain_state, save_lora
+
+    trunk = pipe.model.transformer
+    save_weights(plain_state(trunk), folder / "transformer" / "model.safetensors")
+    if lora_pairs(trunk):
+        save_lora(trunk, folder / "transformer" / "lora.safetensors")
+    pipe.model.conditioner.save_weights(folder / "text")
+
+
+def load_pipeline(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    without: Sequence[str] = (),
+    text: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+) -> TextToImage:
+    """On the CPU; see `TextToImage.load`."""
+    check_dtype(dtype)
+    if path.is_file() or path.suffix in (".safetensors", *PICKLES):
+        from mmdit.sd3_file import read_sd3_file
+
+        return read_sd3_file(path, dtype or torch.float32, without, text, autoencoder)
+    if text is not None or autoencoder is not None:
+        raise ValueError(f"{path} is a folder, which has its own parts: text and autoencoder go with a single file")
+    folder = path / "pipeline" if (path / "pipeline" / "pipeline.json").exists() else path
+    if not (folder / "pipeline.json").exists() and (folder / "model_index.json").exists():
+        from mmdit.sd3_pipeline import read_sd3
+
+        return read_sd3(folder, dtype or torch.float32, without)
+    if without:
+        raise ValueError(f"{path} has not the three text encoders of SD3: nothing can be left out")
+    return _load_own(path, folder)
+
+
+def _load_own(root: Path, folder: Path) -> TextToImage:
+    if not (folder / "pipeline.json").exists():
+        raise FileNotFoundError(
+            f"{root} holds no trained model: expected a run folder of `mmdit train`, a diffusers SD3 pipeline, or a "
+            ".safetensors file in the original SD3 layout"
+        )
+    about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
+    missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
+    if missing:
+        raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
+    kind = _kind(about.get("format"))
+    model = kind.load_model(folder)
+    spec = about["autoencoder"]
+    autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
+    return kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
+
+
+def _kind(said: Any) -> type[TextToImage]:
+    from mmdit.text_and_images import TransfusionPipeline
+    from mmdit.text_to_image import TextToImage
+
+    return TransfusionPipeline if said == TransfusionPipeline.format else TextToImage
+
+
+def load_captioned(folder: Path) -> nn.Module:
+    """The trunk and the text encoder in a folder of ours."""
+    from mmdit.text_to_image import CaptionedMMDiT
+
+    text: LearnedText | TextEncoder | SD3Text
+    if "encoder" in read_json(folder / "text" / "config.json"):
+        from mmdit.text_encoders import load_encoder
+
+        text = load_encoder(folder / "text")
+    else:
+        text = LearnedText.load(folder / "text")
+    transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
+    load_weights(transformer, folder / "transformer" / "model.safetensors")
+    return CaptionedMMDiT(transformer, text)

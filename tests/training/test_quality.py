@@ -1,0 +1,254 @@
+"""Scores of pictures from folder or model to number: the same as the libraries by hand on the same pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import training
+from mmdit_cli.main import app
+from tests.training.test_trainer import assert_bit_equal, config_for, metrics
+from tests.training.tiny_networks import pictures, save_clip, save_dino, save_pictures
+from training.config import EvaluationConfig, load_config
+from training.image_networks import open_clip_model, open_features
+from training.quality import evaluate_images, spread
+from training.run import RunFolder
+
+pytest.importorskip("torchmetrics")
+ALL = ("fid", "kid", "precision-recall", "clip-score", "cmmd")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Networks, pictures to score, and others to hold them against."""
+    root = tmp_path_factory.mktemp("quality")
+    save_clip(root / "clip")
+    save_dino(root / "dino")
+    save_pictures(root / "made", 12, seed=1)
+    save_pictures(root / "real", 15)
+    return root
+
+
+def config(place, *names, **changes):
+    own = dict(features=str(place / "dino"), clip=str(place / "clip"), reference=str(place / "real"), batch_size=5)
+    return EvaluationConfig(metrics=names, **{**own, "cache": str(place / "cache"), **changes})
+
+
+def test_a_folder_has_the_scores_of_the_libraries_called_by_hand(place):
+    """torchmetrics with the networks themselves, on the pictures themselves."""
+    from torchmetrics.functional.multimodal import clip_score
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+    from transformers import CLIPModel, CLIPProcessor
+
+    scores = evaluate_images(str(place / "made"), config(place, *ALL))
+    made, real, network = pictures(place / "made"), pictures(place / "real"), open_features(str(place / "dino"))
+    by_hand = FrechetInceptionDistance(network), KernelInceptionDistance(network, subset_size=12)
+    for metric in by_hand:
+        metric.update(real, real=True)
+        metric.update(made, real=False)
+    assert scores["fid"] == pytest.approx(by_hand[0].compute().item(), rel=1e-3)
+    torch.manual_seed(0)
+    mean, deviation = by_hand[1].compute()
+    assert (scores["kid"], scores["kid_deviation"]) == pytest.approx((mean.item(), deviation.item()), rel=1e-3)
+
+    class Plain(CLIPModel):
+        """As transformers 4 gives embeddings, which torchmetrics takes."""
+
+        def get_image_features(self, *args, **kwargs):
+            out = super().get_image_features(*args, **kwargs)
+            return getattr(out, "pooler_output", out)
+
+        def get_text_features(self, *args, **kwargs):
+            out = super().get_text_features(*args, **kwargs)
+            return getattr(out, "pooler_output", out)
+
+    parts = Plain.from_pretrained(place / "clip").eval(), CLIPProcessor.from_pretrained(place / "clip")
+    captions = [path.read_text() for path in sorted((place / "made").glob("*.txt"))]
+    with torch.no_grad():
+        expected = clip_score(list(made), captions, model_name_or_path=lambda: parts)
+    assert scores["clip_score"] == pytest.approx(expected.item(), abs=1e-3)
+
+    clip = open_clip_model(str(place / "clip"))
+    x, y = (z / z.norm(dim=1, keepdim=True) for z in (clip(real).double(), clip(made).double()))
+    kernel = [torch.exp(-torch.cdist(a, b).square() / 200).mean().item() for a, b in ((x, x), (y, y), (x, y))]
+    assert scores["cmmd"] == pytest.approx(1000 * (kernel[0] + kernel[1] - 2 * kernel[2]), rel=1e-4)
+    assert 0 <= scores["precision"] <= 1 and 0 <= scores["recall"] <= 1
+    assert (scores["num_images"], scores["num_reference"], scores["kid_subset"]) == (12, 15, 12)
+    assert scores["features_network"].startswith("dinov2 ") and scores["clip_network"].startswith("clip ")
+
+
+def test_pictures_held_against_themselves_are_perfect(place):
+    scores = evaluate_images(str(place / "real"), config(place, "fid", "precision-recall", "cmmd"))
+    assert scores["fid"] == pytest.approx(0, abs=1e-3) and scores["cmmd"] == pytest.approx(0, abs=1e-6)
+    assert (scores["precision"], scores["recall"]) == (1, 1)
+
+
+def test_only_what_is_asked_for_is_scored_and_needed(place):
+    alone = evaluate_images(str(place / "made"), config(place, "clip-score", features=None, reference=None))
+    assert alone.keys() == {"clip_score", "num_images", "clip_network"}
+    some = evaluate_images(str(place / "made"), config(place, "fid", clip=None, num_reference=7), num_images=6)
+    assert (some["num_images"], some["num_reference"]) == (6, 7) and "clip_network" not in some
+
+
+def test_a_part_is_evenly_spread():
+    assert spread(10, None).tolist() == spread(10, 99).tolist() == list(range(10))
+    assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        ((), {}, "which scores"),
+        (("fid",), {"features": "nowhere"}, "no weights at nowhere"),
+        (("cmmd",), {"clip": "nowhere"}, "no weights at nowhere"),
+        (("kid",), {"reference": None}, "name those by evaluation.reference"),
+        (("fid",), {"reference": "nowhere"}, "there is no folder or file nowhere"),
+    ],
+)
+def test_what_is_missing_is_named(place, names, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_images(str(place / "made"), config(place, *names, **changes))
+
+
+def test_pictures_without_captions_have_no_clip_score(place, tmp_path):
+    save_pictures(tmp_path / "bare", 4, captions=False)
+    with pytest.raises(ValueError, match="clip-score needs a caption for each picture"):
+        evaluate_images(str(tmp_path / "bare"), config(place, "clip-score"))
+    assert evaluate_images(str(tmp_path / "bare"), config(place, "cmmd"))["num_images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (['evaluation.metrics=["fid"]'], r"fid needs a network: name it by evaluation.features \(.*--features\)"),
+        (['evaluation.metrics=["clip-score"]'], "name it by evaluation.clip"),
+        (['evaluation.metrics=["fdi"]'], 'did you mean "fid"'),
+        (["evaluation.metrics_every=10"], "evaluation.metrics names none"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("demo", settings)
+
+
+# --- of a run ---------------------------------------------------------------------------------------------------------
+
+
+def scored(place, *names):
+    paths = {"features": place / "dino", "clip": place / "clip", "cache": place / "cache"}
+    return [
+        f"evaluation.metrics={list(names)}".replace("'", '"'),
+        "evaluation.num_images=8",
+        *(f"evaluation.{name}={path}" for name, path in paths.items()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    """Trained with scores on the way and at the end."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return training.train(config_for(out, *scored(place, *ALL), "evaluation.metrics_every=3"))
+
+
+def test_a_run_scores_itself_on_the_way_and_at_the_end(run):
+    for name in ("fid", "kid", "precision", "recall", "clip_score", "cmmd"):
+        assert [step for step, _ in metrics(run, name)] == [3, 6]
+    scores = json.loads((run / "scores.json").read_text())["quality"]
+    assert scores["num_images"] == 8 and scores["num_reference"] == 64
+    assert dict(metrics(run, "fid"))[6] == scores["fid"] != dict(metrics(run, "fid"))[3]
+    assert "step 6: fid " in (run / "log.txt").read_text()
+
+
+def test_the_scores_are_of_the_models_pictures_of_held_out_captions(run, place):
+    """Drawn by hand: picture i of the held-out captions in turn, from the noise of seed + i."""
+    import mmdit
+    from training.data import open_source, split_by_key
+    from training.metrics import fid
+    from training.quality import as_tensor
+
+    pipe, network = mmdit.TextToImage.load(run, "cpu"), open_features(str(place / "dino"))
+    source = open_source("shapes", 32, 8, 64, 0)
+    held_out = [source.caption(i) for i in split_by_key(source, 0.125)[1]]
+    captions = [held_out[i % len(held_out)] for i in range(8)]
+    made = network(as_tensor(pipe(captions, seed=0)))
+    real = network(torch.from_numpy(np.stack([source[i].image for i in range(64)])).permute(0, 3, 1, 2))
+    expected = json.loads((run / "scores.json").read_text())["quality"]["fid"]
+    assert fid(real, made) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_reference_with_captions_says_what_is_drawn(run, place):
+    given = {"metrics": ("fid", "clip-score"), "reference": str(place / "real"), "num_images": 4}
+    one = training.evaluate_run(run, given)["quality"]
+    assert one["num_reference"] == 15 and one["num_images"] == 4
+    other = training.evaluate_run(run, given | {"metrics": ("clip-score",)})["quality"]
+    assert other["clip_score"] == one["clip_score"] and "fid" not in other
+    own = training.evaluate_run(run, {"num_images": 4, "metrics": ("clip-score",)})["quality"]
+    assert own["clip_score"] != one["clip_score"]
+
+
+def test_scores_on_the_way_change_nothing_of_the_training(run, tmp_path):
+    assert_bit_equal(run, training.train(config_for(tmp_path / "plain")))
+
+
+def test_weights_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
+    with pytest.raises(ValueError, match="no weights at nowhere"):
+        training.train(config_for(tmp_path / "run", 'evaluation.metrics=["fid"]', "evaluation.features=nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def call(*words, status=0):
+    result = CliRunner().invoke(app, ["evaluate", *map(str, words)])
+    assert result.exit_code == status, result.output + result.stderr
+    return result.output if status == 0 else result.stderr
+
+
+def test_the_command_scores_a_folder(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    how = ("--features", place / "dino", "--reference", place / "real")
+    out = call("--images", place / "made", "--metrics", "fid,kid", *how, "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"fid               {scores['fid']:.4f}" in out and scores["num_images"] == 12
+    assert scores["fid"] == pytest.approx(evaluate_images(str(place / "made"), config(place, "fid"))["fid"])
+    assert len(list((tmp_path / "cache" / "mmdit" / "references").iterdir())) == 1
+    few = call("--images", place / "made", "--metrics", "fid", *how, "--num-images", 4, "--num-reference", 5)
+    assert "num_images        4" in few and "num_reference     5" in few
+
+
+def test_the_command_scores_a_run(run, place):
+    out = call(run, "--metrics", "clip-score", "--num-images", 3)
+    assert "quality / num_images" in out and "quality / clip_score" in out and "validation_loss" in out
+    assert RunFolder(run).config().evaluation.metrics == ALL, "the run's own settings stay"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a run (mmdit evaluate RUN), or pictures with --images FOLDER"),
+        (["run", "--images", "x"], "name a run (mmdit evaluate RUN), or pictures"),
+        (["run", "--out", "x"], "--out is for --images"),
+        (["--images", "x"], "which scores? name some: fid"),
+        (["--images", "x", "--metrics", "fid"], "--features"),
+        (
+            ["--images", "x", "--metrics", "psnr", "--features", "y"],
+            'evaluation.metrics[0] is "psnr", expected one of "fid"',
+        ),
+        (["--images", "x", "--metrics", "fid", "--features", "y"], "no weights at y"),
+    ],
+)
+def test_what_the_command_lacks_is_one_line(words, message):
+    stderr = call(*words, status=2)
+    assert message in stderr and stderr.count("\n") == 1

@@ -1,0 +1,258 @@
+"""Telemetry against numbers known beforehand, and in runs: what a line says is what happened, and no step waits."""
+
+import gzip
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import training
+from tests.training.test_flops import mmdit, tokens
+from tests.training.test_trainer import TRANSFUSION, config_for, metrics, stop_after
+from training.config import load_config
+from training.flops import captioned, step_flops
+from training.objectives import Batch, Loss
+from training.run import RunFolder
+from training.telemetry import WAIT_WINDOW, Telemetry, bin_names, part_of
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(*overrides: str, **how):
+    """(telemetry of an MMDiT, its clock, its log)."""
+    clock, log = Clock(), []
+    config = load_config("pixels-tiny", overrides)
+    return Telemetry(config, mmdit(), CPU, torch.float32, log.append, clock=clock, **how), clock, log
+
+
+def batches(clock: Clock, wait: float, count: int = 4, text=None):
+    """Batches of `count` pictures of 4 x 6 patches, each after so many seconds."""
+    while True:
+        clock.now += wait
+        yield Batch(torch.zeros(count, 3, 8, 12), tokens(count)[1], text)
+
+
+def test_speed_use_and_wait_are_what_the_clock_says():
+    telemetry, clock, _ = make("training.peak_tflops=1e-5")
+    source = batches(clock, 0.5)
+    for _ in range(3):
+        batch = telemetry.next(source)
+        clock.now += 1.5
+    line = telemetry.line()
+    words = int(batch.tokens.mask.sum())
+    assert line["samples_per_second"] == pytest.approx(12 / 6)
+    assert line["tokens_per_second"] == pytest.approx(3 * (4 * 24 + words) / 6)
+    assert line["data_wait"] == pytest.approx(0.25)
+    flops = 3 * step_flops(telemetry.model, captioned(4, 24, 12))
+    assert line["mfu"] == pytest.approx(flops / 6 / 1e7)
+    clock.now += 50  # validation and checkpoints are no training
+    telemetry.next(source)
+    clock.now += 0.5
+    assert telemetry.line()["samples_per_second"] == pytest.approx(4.0)
+
+
+def test_without_a_known_peak_there_is_no_mfu():
+    telemetry, clock, _ = make()
+    telemetry.next(batches(clock, 1.0))
+    assert "mfu" not in telemetry.line()
+    assert make("training.peak_tflops=measure")[0].peak > 0
+
+
+def test_documents_of_text_count_as_samples_and_their_tokens_too():
+    telemetry, clock, _ = make()
+    text = tokens(2)[1]
+    batch = telemetry.next(batches(clock, 1.0, text=text))
+    line = telemetry.line()
+    assert line["samples_per_second"] == pytest.approx(6)
+    assert line["tokens_per_second"] == pytest.approx(4 * 24 + int(batch.tokens.mask.sum()) + int(text.mask.sum()))
+
+
+def test_losses_fall_into_the_bins_of_their_times():
+    telemetry, *_ = make()
+    telemetry.add(Loss(torch.tensor(0.0), {}, torch.tensor([0.0, 0.1, 0.5, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0])))
+    telemetry.add(Loss(torch.tensor(0.0), {}, torch.tensor([0.124]), torch.tensor([5.0])))
+    line = {name: value for name, value in telemetry.line().items() if name.startswith("loss")}
+    assert line == {"loss_t0.0625": 3.0, "loss_t0.5625": 5.0, "loss_t0.9375": 7.0}
+    assert not any(name.startswith("loss") for name in telemetry.line()), "a line forgets what it has said"
+
+
+def test_several_processes_are_one_run():
+    """A sum over two alike: twice the samples in the same time, and the same use, wait, and losses."""
+    lines = []
+    for reduce in (lambda x: x, lambda x: 2 * x):
+        telemetry, clock, _ = make("training.peak_tflops=1e-5", reduce=reduce)
+        telemetry.next(batches(clock, 0.5))
+        clock.now += 1
+        telemetry.add(Loss(torch.tensor(0.0), {"text": torch.tensor(2.0)}, torch.tensor([0.3]), torch.tensor([4.0])))
+        lines.append(telemetry.line())
+    one, two = lines
+    for name in ("samples_per_second", "tokens_per_second"):
+        assert two[name] == pytest.approx(2 * one[name])
+    for name in ("mfu", "data_wait", "loss_text", "loss_t0.3125"):
+        assert two[name] == pytest.approx(one[name])
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Until a line is written no number is read."""
+    telemetry, clock, _ = make()
+    source, model = batches(clock, 0.1), telemetry.model
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first = next(source)
+
+    def read(*_):
+        raise AssertionError("a number was read")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "__float__", "__int__", "__bool__", "numpy"):
+            patch.setattr(torch.Tensor, name, read)
+        telemetry.next(iter([first]))
+        telemetry.add(Loss(torch.tensor(0.0), {"text": torch.tensor(2.0)}, torch.tensor([0.3]), torch.tensor([4.0])))
+        telemetry.gradients(model)
+    line = telemetry.line()
+    assert line["loss_text"] == 2 and line["loss_t0.3125"] == 4
+    count = sum(p.numel() for p in model.transformer.blocks.parameters())
+    assert line["grad_norm_blocks"] == pytest.approx(count**0.5, rel=1e-5)
+
+
+def test_every_parameter_is_of_a_part():
+    names = {part: [n for n, _ in mmdit().named_parameters() if part_of(n) == part] for part in ("in", "out")}
+    assert {name.split(".")[1] for name in names["in"]} == {"patch_in", "context_in", "time_in", "pooled_in"}
+    assert {name.split(".")[1] for name in names["out"]} == {"modulation_out", "patch_out"}
+    assert (
+        part_of("conditioner.embed.weight") == "text" and part_of("transformer.blocks.0.img.mlp.fc1.bias") == "blocks"
+    )
+    assert part_of("transformer.embed.weight") == "in" and part_of("transformer.head.weight") == "out"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [(["data.cache_latents=false", "data.num_workers=2"], "raise data.num_workers (it is 2)"), ([], "more of a core")],
+)
+def test_a_run_that_waits_for_its_data_is_told(overrides, remedy):
+    telemetry, clock, log = make(*overrides)
+    source = batches(clock, 0.3)
+    for _ in range(int(WAIT_WINDOW)):
+        telemetry.next(source)
+        clock.now += 0.7
+        assert telemetry.line()["data_wait"] == pytest.approx(0.3)
+    assert len(log) == 1 and log[0].startswith("warning: 30% of the last minute") and remedy in log[0]
+
+
+def test_a_run_that_waits_little_is_not():
+    telemetry, clock, log = make()
+    source = batches(clock, 0.05)
+    for _ in range(200):
+        telemetry.next(source)
+        clock.now += 0.95
+        telemetry.line()
+    assert not log
+
+
+# --- in runs ---------------------------------------------------------------------------------------------------------
+
+ONE_BY_ONE = "training.log_every=1"
+
+
+def rows(run):
+    return [row for row in RunFolder(run).metrics() if "loss" in row]
+
+
+def test_a_run_writes_it_all(tmp_path):
+    run = training.train(config_for(tmp_path / "run", ONE_BY_ONE, "training.peak_tflops=0.5", "training.batch_size=16"))
+    for row in rows(run):
+        parts = [row[f"grad_norm_{part}"] for part in ("blocks", "text", "in", "out")]
+        assert row["grad_norm"] == pytest.approx(sum(x**2 for x in parts) ** 0.5, rel=1e-4)
+        by_time = [row[name] for name in bin_names() if name in row]
+        assert min(by_time) <= row["loss"] <= max(by_time)
+        assert row["samples_per_second"] > 0 and 0 <= row["data_wait"] < 1 and 0 < row["mfu"] < 1
+        # 16 pictures of 16 patches and their captions
+        assert 17 < row["tokens_per_second"] / row["samples_per_second"] < 16 + 32
+        assert 0.05 < row["memory_gib"] < 100
+    later = [row["loss_t0.9375"] for row in rows(run) if "loss_t0.9375" in row]
+    assert later, "no time near 1 in six steps of sixteen"
+
+
+def test_text_and_images_have_a_loss_each(tmp_path):
+    run = training.train(config_for(tmp_path / "run", *TRANSFUSION, ONE_BY_ONE, "training.grad_accumulation=2"))
+    for row in rows(run):
+        assert row["loss"] == pytest.approx(row["loss_text"] + 5 * row["loss_image"], rel=1e-5)
+        assert row["grad_norm_blocks"] > 0 and "grad_norm_text" not in row
+
+
+def test_a_resumed_run_says_what_the_whole_one_does(tmp_path, monkeypatch):
+    """Stopped between two lines: the line after holds the losses by time from before the stop too."""
+    settings = (*TRANSFUSION, "training.log_every=4", "training.checkpoint_every=0")
+    whole = training.train(config_for(tmp_path / "whole", *settings))
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        part = training.train(config_for(tmp_path / "part", *settings))
+    training.resume(part)
+    for name in (*bin_names(), "loss_text", "loss_image"):
+        assert metrics(part, name) == [(step, pytest.approx(value)) for step, value in metrics(whole, name)]
+
+
+def test_the_steps_that_are_named_are_profiled(tmp_path):
+    run = training.train(config_for(tmp_path / "run", "training.profile=2:3"))
+    assert {path.name for path in (run / "profile").iterdir()} == {"steps-2-3.json.gz", "steps-2-3.txt"}
+    trace = json.loads(gzip.decompress((run / "profile" / "steps-2-3.json.gz").read_bytes()))
+    steps = [event["name"] for event in trace["traceEvents"] if event["name"].startswith("Optimizer.step")]
+    assert len(steps) == 2
+    assert "profile: " in (run / "log.txt").read_text()
+
+
+def test_a_run_that_ends_while_it_is_profiled_writes_what_there_is(tmp_path):
+    run = training.train(config_for(tmp_path / "run", "training.profile=5:99"))
+    assert (run / "profile" / "steps-5-99.json.gz").exists()
+
+
+@pytest.mark.parametrize("text", ["5", "3:2", "0:1", "a:b", "1:2:3", ":4", "-1:4"])
+def test_steps_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="expected steps FIRST:LAST from 1, such as 10:15"):
+        load_config("demo", [f"training.profile={text}"])
+
+
+def test_wandb_gets_the_metrics_offline(tmp_path, monkeypatch):
+    """What it would send: every line of metrics, in one run for one folder, resumed too."""
+    pytest.importorskip("wandb")
+    import wandb
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    sent, ids = [], []
+    init = wandb.init
+
+    def kept(**how):
+        made = init(**how)
+        ids.append(how["id"])
+        log = made.log
+        monkeypatch.setattr(made, "log", lambda values: (sent.append(values), log(values)))
+        return made
+
+    monkeypatch.setattr(wandb, "init", kept)
+    run = training.train(config_for(tmp_path / "run", "training.wandb=tests", "training.num_steps=2"))
+    training.resume(run, ["training.num_steps=3"])
+    assert sent == RunFolder(run).metrics()
+    assert len(ids) == 2 and len(set(ids)) == 1
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+def test_without_wandb_it_is_said_how_to_have_it(tmp_path, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("training.boards.find_spec", lambda name: None if name == "wandb" else there(name))
+    with pytest.raises(ValueError, match=r"pip install 'mmdit\[wandb\]'"):
+        training.train(config_for(tmp_path / "run", "training.wandb=tests"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="training.wandb is empty"):
+        load_config("demo", ["training.wandb="])

@@ -1,0 +1,224 @@
+"""Averages of the weights: what is sampled, validated and exported.
+
+Exponential, with a fixed decay a step; by a power of the step (Karras et al. 2023, EDM2, arXiv 2312.02696, section 3),
+two of which, kept from time to time, give one of any other width afterwards; or the optimiser's own.
+
+After step t an average of the power g weighs the weights of times tau in (0, t] by the density
+
+    p(tau) = (g + 1) tau^g / t^(g + 1),      sigma_rel = sqrt(g + 1) / ((g + 2) sqrt(g + 3))
+
+its standard deviation over t. Here time is the number of steps done, and a profile is such a (t, g).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmdit.weights_io import read_weights, save_weights
+from training.checkpoint import assign, load_latest
+from training.config import TrainingConfig
+from training.sharding import local, parted, whole
+
+Profile = tuple[float, float]
+WIDEST = 12**-0.5
+"""sigma_rel of the power 0, which weighs all steps alike."""
+
+
+# --- the mathematics ----------------------------------------------------------------------------------------------
+
+
+def power_of(sigma_rel: float) -> float:
+    """The power g of a relative width in (0, 0.2887). Raises ValueError for another width.
+
+    The positive root of g^3 + 7 g^2 + (16 - s) g + 12 - s with s = sigma_rel^-2 (EDM2, equation 126 and algorithm 2).
+    """
+    if not 0 < sigma_rel < WIDEST:
+        raise ValueError(f"sigma_rel is {sigma_rel:g}, expected a number above 0 and below {WIDEST:.4f}")
+    s = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
+
+
+def sigma_rel_of(power: float) -> float:
+    """The relative width of a power (EDM2, equation 123)."""
+    return float((power + 1) ** 0.5 / ((power + 2) * (power + 3) ** 0.5))
+
+
+def power_decay(power: float, done: int) -> float:
+    """How much of the average stays at the step that makes `done` of them: (1 - 1 / done)^(g + 1), 0 at the first.
+
+    The weight of step k then is the density's integral from k - 1 to k, exactly.
+    """
+    return float((1 - 1 / done) ** (power + 1))
+
+
+def overlaps(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
+    """Inner products of profiles, (len(a), len(b)), the integrals of p_a p_b (EDM2, equation 130)."""
+    t, g = (np.array(column, dtype=np.float64)[:, None] for column in zip(*a, strict=True))
+    u, h = (np.array(column, dtype=np.float64)[None, :] for column in zip(*b, strict=True))
+    first = np.minimum(t, u)
+    return (g + 1) * (h + 1) / (g + h + 1) * (first / t) ** g * (first / u) ** h / np.maximum(t, u)
+
+
+def mixture(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
+    """The factors with which the snapshots' sum is nearest, in least squares, to the wanted profile."""
+    found = np.linalg.lstsq(overlaps(snapshots, snapshots), overlaps(snapshots, [wanted])[:, 0], rcond=None)[0]
+    return np.asarray(found)
+
+
+# --- averages that a trainer keeps --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten
+    fast. Frozen parameters are left alone.
+    """
+    averages, weights = _pairs(ema, model)
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+class Exponential:
+    """The average of a fixed decay a step, in `ema`, a copy of the model."""
+
+    def __init__(self, ema: nn.Module, decay: float) -> None:
+        self.ema, self.decay = ema, decay
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights that step number `step`, from 0, has made."""
+        update_ema(self.ema, model, self.decay, step)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of it, by file."""
+        return {"ema": self.ema.state_dict()}
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+        """Put back what `tensors` gave. Raises ValueError that names `source` where it does not fit."""
+        assign(self.ema, tensors["ema"], source)
+
+    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
+        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept.
+
+        Of an average in parts all processes have to ask, and one to write.
+        """
+
+
+class ScheduleFree(Exponential):
+    """The optimiser's own average x = y + (1 - 1 / beta) (z - y), in `ema` (Defazio et al. 2024, arXiv 2405.15682).
+
+    The parameters stay y, where gradients are taken, and z is in the optimiser's state: nothing is moved to and fro.
+    """
+
+    def __init__(self, ema: nn.Module, optimizer: torch.optim.Optimizer, beta: float) -> None:
+        super().__init__(ema, 0.0)
+        self.optimizer, self.beta = optimizer, beta
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        averages, weights = _pairs(self.ema, model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        ends = [self.optimizer.state[p].get("z", p.detach()) for p in parameters]  # unused: it has not moved
+        torch._foreach_copy_(averages, torch._foreach_lerp(weights, ends, 1 - 1 / self.beta))
+
+
+class Power(Exponential):
+    """Two averages by powers of the step, the first in `ema`, and their snapshots every so often."""
+
+    def __init__(self, ema: nn.Module, model: nn.Module, config: TrainingConfig) -> None:
+        super().__init__(ema, 0.0)
+        self.config = config
+        self.powers = [power_of(width) for width in config.ema_sigma_rel]
+        self.second = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        first, weights = _pairs(self.ema, model)
+        second = [local(x) for x in self.second.values()]
+        for power, averages in zip(self.powers, (first, second), strict=True):
+            torch._foreach_lerp_(averages, weights, 1 - power_decay(power, step + 1))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"ema": self.ema.state_dict(), "ema_second": self.second}
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+        super().load(tensors, source)
+        for name, value in self.second.items():
+            local(value).copy_(local(parted(tensors["ema_second"][name], value)))
+
+    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
+        if not self.config.ema_snapshot_every:
+            return
+        kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.ema_snapshot_dtype]
+        first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
+        for width, average in zip(self.config.ema_sigma_rel, (first, self.second), strict=True):
+            path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
+            tensors = {name: whole(value).to(kind) for name, value in average.items()}
+            if write:
+                save_weights(tensors, path)
+
+
+def make_average(
+    ema: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig
+) -> Exponential:
+    """The average that the config asks for, in `ema`, a copy of the model; schedule-free optimisers have their own."""
+    if "weight_sum" in optimizer.param_groups[0]:
+        return ScheduleFree(ema, optimizer, optimizer.param_groups[0]["betas"][0])
+    return Power(ema, model, config) if config.ema == "power" else Exponential(ema, config.ema_decay)
+
+
+def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The averages of what is trained, and it."""
+    pairs = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    return [local(e) for e, _ in pairs], [local(p).to(e.device) for e, p in pairs]
+
+
+# --- afterwards ---------------------------------------------------------------------------------------------------
+
+
+def snapshots(run: Path) -> list[tuple[int, float, Path]]:
+    """(step, sigma_rel, file) of each snapshot of a run, oldest first."""
+    found = []
+    for path in (run / "ema").glob("step-*.safetensors"):
+        match = re.fullmatch(r"step-(\d+)-sigma-([\d.e-]+)\.safetensors", path.name)
+        if match:
+            found.append((int(match[1]), float(match[2]), path))
+    return sorted(found)
+
+
+def remove_snapshots(run: Path, step: int) -> None:
+    """Forget the snapshots past `step`: a resumed run writes them again."""
+    for at, _, path in snapshots(run):
+        if at > step:
+            path.unlink()
+
+
+def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
+    """The weights, averaged with a relative width of any size, after `step` steps (None: those of the last snapshot).
+
+    A state of the whole model: what is not trained is as in the newest checkpoint. Raises ValueError where the run has
+    no snapshots, or none of that step, FileNotFoundError where it has no checkpoint.
+    """
+    run, power = Path(run), power_of(sigma_rel)
+    found = snapshots(run)
+    if not found:
+        raise ValueError(
+            f'{run} has no snapshots of averages: train with training.ema = "power" and training.ema_snapshot_every > 0'
+        )
+    steps = sorted({at for at, _, _ in found})
+    end = steps[-1] if step is None else step
+    if end not in steps:
+        raise ValueError(f"{run} has no snapshot of step {end}, it has {', '.join(map(str, steps))}")
+    used = [(at, power_of(width), read_weights(path)) for at, width, path in found if at <= end]
+    factors = mixture([(at, g) for at, g, _ in used], (end, power)).tolist()
+    state: dict[str, Tensor] = dict(load_latest(run, print)[1]["ema"])
+    for name in used[0][2]:
+        total = torch.zeros(state[name].shape, dtype=torch.float64)
+        for x, (_, _, weights) in zip(factors, used, strict=True):
+            total += x * weights[name].double()
+        state[name] = total.to(state[name].dtype)
+    return state

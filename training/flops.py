@@ -1,0 +1,168 @@
+"""How much arithmetic a training step is, and how much a device could do: the two sides of MFU.
+
+MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the arithmetic that the model's
+matrix products ask for, over what the hardware could do in that time. What is computed again (activation
+checkpointing) does not count, nor do frozen encoders and autoencoders, norms and activations. A multiplication and an
+addition are two.
+
+Shape letters: B batch, N patches of an image, L text tokens, T text tokens of a document, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.blocks import JointBlock
+from mmdit.sd3_text import CLIP_TOKENS, SD3Text
+from mmdit.text import TextLayer
+
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250, 75),
+    ("H200", 989, 67),
+    ("H100 NVL", 835, 60),
+    ("H100 PCIe", 756, 51),
+    ("H100", 989, 67),
+    ("A100", 312, 19.5),
+    ("L40S", 362, 91.6),
+    ("L40", 181, 90.5),
+    ("L4", 121, 30.3),
+    ("A40", 149.7, 37.4),
+    ("A10", 125, 31.2),
+    ("RTX 6000 Ada", 364, 91.1),
+    ("RTX A6000", 154.8, 38.7),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71, 35.6),
+    ("MI300X", 1307, 163.4),
+)
+"""Part of a device's name, and its makers' dense peaks in TFLOPS: bf16 matrices (fp32 sums), fp32 without TF32. The
+first that fits a name counts."""
+
+
+def datasheet_peak(name: str, precision: torch.dtype) -> float | None:
+    """TFLOPS that the makers of a device of that name promise for matrix products; None for one that is not known."""
+    words = {word.partition("-")[0] for word in name.split()}  # "A100-SXM4-80GB"
+    if words & {"MIG", "Laptop", "D"}:  # a part of one, or a smaller one of the same name
+        return None
+    for part, half, single in PEAKS:
+        if words.issuperset(part.split()):
+            return single if precision == torch.float32 else half
+    return None
+
+
+def measured_peak(device: torch.device, precision: torch.dtype, seconds: float = 0.3) -> float:
+    """TFLOPS that a large product of square matrices reaches here, the best of as many as fit in `seconds`."""
+    side = 1024 if device.type == "cpu" else 8192
+    a, best = torch.ones(side, side, device=device, dtype=precision), 0.0
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or not best:
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def peak_tflops(asked: float | str, device: torch.device, precision: torch.dtype) -> float | None:
+    """The peak that `training.peak_tflops` asks for: its number, the datasheet's ("auto"), or a measured one
+    ("measure"); None where there is none.
+    """
+    if isinstance(asked, float):
+        return asked
+    if asked == "measure":
+        return measured_peak(device, precision)
+    return datasheet_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What passes through a model: so many images, patches, text tokens and places that predict the next one, and the
+    sums over sequences of their squared lengths, together, of patches alone, and of text alone.
+    """
+
+    images: float
+    patches: float
+    text: float
+    predicting: float = 0
+    joint: float = 0
+    image: float = 0
+    words: float = 0
+
+
+def captioned(images: int, patches: int, text: int) -> Sizes:
+    """Sizes of an MMDiT's batch: images of so many patches each, with so many places for text, padding counted."""
+    both = images * (patches + text) ** 2
+    return Sizes(images, images * patches, images * text, 0, both, images * patches**2, images * text**2)
+
+
+def packed(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
+    """Sizes of a `Transfusion`'s batch: documents (n,) of at most one image, of so many patches (0: none), with text.
+
+    lead: tokens that say the image's size.
+    """
+    images = patches > 0
+    length = text + images * (2 + lead)  # and the tokens around the image
+    predicting = length - 1 - images.to(length.dtype)  # the token that opens an image predicts none
+    sums = [x.double().sum().item() for x in (images, patches, length, predicting, (patches + length).double() ** 2)]
+    return Sizes(*sums)
+
+
+def text_places(conditioner: nn.Module, tokens: int) -> int:
+    """Of so many tokens of a caption, the places that the trunk has for them: SD3's CLIPs share theirs."""
+    return CLIP_TOKENS + conditioner.max_length if isinstance(conditioner, SD3Text) else tokens
+
+
+def step_flops(model: Any, sizes: Sizes) -> float:
+    """FLOPs of a forward and backward pass of a captioned model.
+
+    Each matrix product forward is one more for the gradient of what came in, and one more for that of its weight; what
+    is frozen has no gradient, nor has what comes from the data.
+    """
+    width = model.transformer.config.width
+    learned = any(p.requires_grad for p in model.conditioner.parameters())
+    total = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            passes = 1 + module.weight.requires_grad + (not _reads_data(name, learned))
+            total += passes * 2 * module.weight.numel() * _rows(name, module, model.transformer, sizes)
+        elif isinstance(module, JointBlock):
+            total += 3 * 4 * width * sizes.joint
+        elif name.endswith(".attn2"):
+            total += 3 * 4 * width * sizes.image
+        elif isinstance(module, TextLayer):
+            total += (3 if learned else 1) * 4 * module.norm1.normalized_shape[0] * sizes.words
+    return total
+
+
+def _reads_data(name: str, learned: bool) -> bool:
+    """Whether what a layer reads has no gradient: latents, times, and all about captions unless that is learned."""
+    first = ("transformer.patch_in", "transformer.patch_in.conv", "transformer.time_in.fc1")
+    text = ("transformer.context_in", "transformer.pooled_in.fc1")
+    return name in first or (not learned and (name in text or name.startswith("conditioner.")))
+
+
+def _rows(name: str, module: nn.Module, trunk: Any, sizes: Sizes) -> float:
+    """Rows that a layer sees; for a convolution, places."""
+    part = name.removeprefix("transformer.")
+    if part.startswith(("time_in.", "pooled_in.")) or part.endswith((".modulation", "modulation_out")):
+        return sizes.images
+    if part.startswith("conditioner.") or part == "context_in" or ".txt." in part:
+        return sizes.text
+    if part == "head":
+        return sizes.predicting
+    if isinstance(module, nn.Conv2d):
+        patch = trunk.config.patch_size
+        return sizes.patches * patch**2 / 4 ** _level(part.split("."), patch.bit_length() - 1)
+    return sizes.patches + (sizes.text if ".all." in part else 0)
+
+
+def _level(words: list[str], last: int) -> int:
+    """How often a U-Net has halved the sides where a convolution writes."""
+    if words[1] in ("blocks", "up", "down"):
+        return int(words[2]) + (words[1] == "down")
+    return 0 if words[1] == "conv" else last

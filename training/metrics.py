@@ -1,0 +1,122 @@
+"""Distances between sets of pictures, on features that a network has made of them, and how well pictures fit captions.
+
+FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are torchmetrics' own;
+precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), CMMD (Jayasumana et al. 2024, arXiv 2401.09603) and
+CLIPScore (Hessel et al. 2021, arXiv 2104.08718, in torchmetrics' scale) are few lines each.
+
+Shape letters: N pictures of the reference, M pictures scored, D features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK = 2048  # rows of a matrix of distances at a time
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
+
+class _Features(nn.Identity):
+    """What torchmetrics takes for a network: the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def need(module: str, what: str) -> None:
+    """Raises ValueError where a library is not installed, with what installs it."""
+    if find_spec(module) is None:
+        raise ValueError(f"{what} needs {module}, which is not installed: pip install 'mmdit[evaluation]'")
+
+
+def fid(reference: Tensor, features: Tensor) -> float:
+    """Frechet distance of the Gaussians of features (N, D) and (M, D), as torchmetrics computes it."""
+    need("torchmetrics", "FID")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    _enough("fid", 2, reference, features)
+    metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]))
+    return _fed(metric, reference, features).item()
+
+
+def kid(
+    reference: Tensor, features: Tensor, subset_size: int = 1000, subsets: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """(mean, standard deviation) of the squared MMD of a cubic kernel over random subsets, as torchmetrics computes it.
+
+    Subsets are no larger than the sets; they are drawn from `seed`.
+    """
+    need("torchmetrics", "KID")
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    _enough("kid", 2, reference, features)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # that it keeps all features, which are here anyway
+        torch.manual_seed(seed)
+        size = min(subset_size, len(reference), len(features))
+        metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size)
+        mean, deviation = _fed(metric, reference, features)
+    return mean.item(), deviation.item()
+
+
+def _fed(metric: Any, reference: Tensor, features: Tensor) -> Any:
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
+    return metric.compute()
+
+
+def precision_recall(reference: Tensor, features: Tensor, k: int = 3) -> tuple[float, float]:
+    """(precision, recall): the share of pictures (M, D) within the reference's manifold, and of the reference (N, D)
+    within theirs. A manifold is the union of spheres about its points that reach their k-th nearest neighbour.
+    """
+    _enough("precision-recall", k + 1, reference, features)
+    return _within(features, reference, k), _within(reference, features, k)
+
+
+def _within(points: Tensor, manifold: Tensor, k: int) -> float:
+    radii = torch.cat(
+        [
+            torch.cdist(manifold[i : i + CHUNK], manifold)
+            .diagonal_scatter(torch.full((min(CHUNK, len(manifold) - i),), torch.inf), i)  # not its own neighbour
+            .kthvalue(k)
+            .values
+            for i in range(0, len(manifold), CHUNK)
+        ]
+    )
+    inside = [(torch.cdist(some, manifold) <= radii).any(1) for some in points.split(CHUNK)]
+    return torch.cat(inside).double().mean().item()
+
+
+def cmmd(reference: Tensor, embeddings: Tensor) -> float:
+    """1000 times the squared MMD of a Gaussian kernel, sigma 10, on CLIP embeddings (N, D), (M, D) of any length.
+
+    The estimator of least variance, which counts each picture beside itself, as the paper's code does.
+    """
+    _enough("cmmd", 1, reference, embeddings)
+    x, y = (F.normalize(z.double(), dim=1) for z in (reference, embeddings))
+    return CMMD_SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
+
+
+def _mean_kernel(x: Tensor, y: Tensor) -> float:
+    """Mean over all pairs of exp(-|x - y|^2 / (2 sigma^2)), of unit vectors."""
+    sums = [torch.exp((some @ y.T - 1) / CMMD_SIGMA**2).sum() for some in x.split(CHUNK)]
+    return torch.stack(sums).sum().item() / (len(x) * len(y))
+
+
+def clip_score(images: Tensor, texts: Tensor) -> float:
+    """100 times the mean cosine of pictures' and captions' CLIP embeddings (M, D), at least 0."""
+    _enough("clip-score", 1, images, texts)
+    return max(0.0, 100 * F.cosine_similarity(images.double(), texts.double()).mean().item())
+
+
+def _enough(name: str, least: int, *sets: Tensor) -> None:
+    if min(map(len, sets)) < least:
+        raise ValueError(
+            f"{name} needs at least {least} pictures on either side, not {' and '.join(str(len(s)) for s in sets)}"
+        )

@@ -1,0 +1,68 @@
+"""Rates and first weights that fit any width: muP (Yang et al. 2022, Tensor Programs V, arXiv 2203.03466, table 3).
+
+A trunk of `base_width` trains as it does without; in a wider one, r times as wide, with Adam
+
+    matrix from width to width:   rate / r,   first weights of variance as 1 / r
+    matrix from width to a fixed number (the way out, the head):   rate / r,   first weights of variance as 1 / r^2
+    matrix from a fixed number to width, biases, gains, embeddings:   as in the trunk of base_width
+
+so that activations move alike, and the best rate of a narrow trunk is that of a wide one. Widths grow by their number
+of heads: heads keep their width, and with it the attention its scale. The learned text encoder keeps its width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fan_ratios(trunk: Any, base_width: int) -> dict[str, tuple[float, float]]:
+    """(fan-in, fan-out) of each linear or convolution weight over those of a trunk of `base_width`, where they differ.
+
+    Raises ValueError where heads do not divide `base_width`.
+    """
+    with torch.device("meta"):
+        base = _of_width(trunk, base_width)
+    found = {}
+    for name, weight in _matrices(trunk).items():
+        small = base.get_parameter(name)
+        ratio = (weight[0].numel() / small[0].numel(), weight.shape[0] / small.shape[0])
+        if ratio != (1, 1):
+            found[name] = ratio
+    return found
+
+
+def rate_scales(trunk: Any, base_width: int) -> dict[int, float]:
+    """What the rates of weights are scaled by, by the id of the parameter; those that are not there keep theirs."""
+    ratios = fan_ratios(trunk, base_width)
+    return {id(trunk.get_parameter(name)): 1 / fan_in for name, (fan_in, _) in ratios.items() if fan_in != 1}
+
+
+@torch.no_grad()
+def scale_start(trunk: Any, base_width: int) -> None:
+    """Bring fresh weights to the size that they have in a trunk of `base_width`, by the table above; zeros stay."""
+    with torch.random.fork_rng(devices=[]):
+        base = _of_width(trunk, base_width)
+    for name, (fan_in, fan_out) in fan_ratios(trunk, base_width).items():
+        weight, size = trunk.get_parameter(name), base.get_parameter(name).square().mean().sqrt()
+        wanted = size * (fan_in**-0.5 if fan_out != 1 else 1 / fan_in)
+        if size:
+            weight.mul_(wanted.to(weight.device) / weight.square().mean().sqrt())
+
+
+def _matrices(trunk: nn.Module) -> dict[str, nn.Parameter]:
+    layers = {name: m for name, m in trunk.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)}
+    return {f"{name}.weight": m.weight for name, m in layers.items()}  # type: ignore[misc]
+
+
+def _of_width(trunk: Any, base_width: int) -> Any:
+    """A fresh trunk like it, of that width."""
+    heads, rest = divmod(base_width, trunk.config.head_dim)
+    if rest or not heads:
+        raise ValueError(
+            f"optimizer.base_width is {base_width}, expected a multiple of model.head_dim = {trunk.config.head_dim}"
+        )
+    return type(trunk)(replace(trunk.config, num_heads=heads))

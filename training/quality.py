@@ -1,0 +1,200 @@
+"""Scores of pictures by networks: FID, KID, precision and recall, CLIPScore, CMMD, of a model's or of any others.
+
+    pictures (, captions) -> networks -> features -> metrics <- features <- networks <- reference
+
+Pictures come in parts, so that a hundred thousand need no memory but their features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdit.text_to_image import TextToImage
+from mmdit.weights_io import write_json
+from training.config import BY_CLIP, BY_FEATURES, EvaluationConfig, TrainConfig
+from training.data import DataError, Source, one_pass, open_source, split_by_key
+from training.devices import pick_device
+from training.image_networks import find_weights, open_clip_model, open_features
+from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
+from training.reference import Log, cache_folder, reference_features
+
+KID_SUBSET = 1000
+AGAINST = (*BY_FEATURES, "cmmd")  # what needs a reference
+
+
+def check_metrics(config: EvaluationConfig) -> None:
+    """Raises ValueError where what `evaluation.metrics` needs is not there: libraries, weights."""
+    if set(config.metrics) & {"fid", "kid"}:
+        need("torchmetrics", f"evaluation.metrics ({', '.join(config.metrics)})")
+    for names, path in ((BY_FEATURES, config.features), (BY_CLIP, config.clip)):
+        if set(config.metrics) & set(names) and path is not None:
+            find_weights(path)
+
+
+class Judge:
+    """Holds pictures against a reference: `add` some and some more, then `scores`.
+
+    reference: pictures of the size that is scored, None where no metric asks for any. Raises ValueError for weights
+    that are not there or do not fit.
+    """
+
+    def __init__(
+        self, config: EvaluationConfig, reference: Source | None, device: torch.device, log: Log = lambda text: None
+    ) -> None:
+        self.config, self.reference, self.log = config, reference, log
+        if reference is None and self._asks(*AGAINST):
+            raise DataError(
+                f"{', '.join(config.metrics)}: pictures are held against others, so name those by evaluation.reference "
+                "(mmdit evaluate --reference)"
+            )
+        self._networks: dict[str, Any] = {}
+        if self._asks(*BY_FEATURES):
+            self._networks["features"] = open_features(str(config.features)).to(device)
+        if self._asks(*BY_CLIP):
+            self._networks["clip"] = open_clip_model(str(config.clip)).to(device)
+        self._seen: dict[str, list[Tensor]] = {name: [] for name in (*self._networks, "captions")}
+        self._references: dict[str, Tensor] = {}
+
+    def _asks(self, *names: str) -> bool:
+        return any(name in self.config.metrics for name in names)
+
+    def add(self, images: Tensor, captions: Sequence[str] = ()) -> None:
+        """Pictures, uint8 (B, 3, H, W), and for CLIPScore a caption each."""
+        for name, network in self._networks.items():
+            self._seen[name].append(network(images).cpu())
+        if self._asks("clip-score"):
+            if len(captions) != len(images) or not all(captions):
+                raise DataError(
+                    "clip-score needs a caption for each picture: put a .txt file of the same name beside it"
+                )
+            self._seen["captions"].append(self._networks["clip"].read(captions).cpu())
+
+    def scores(self) -> dict[str, Any]:
+        """What `evaluation.metrics` asks for, of all pictures added; then it begins anew."""
+        seen = {name: torch.cat(parts) for name, parts in self._seen.items() if parts}
+        for parts in self._seen.values():
+            parts.clear()
+        out: dict[str, Any] = {}
+        if self._asks("fid"):
+            out["fid"] = fid(self._held_against("features"), seen["features"])
+        if self._asks("kid"):
+            reference = self._held_against("features")
+            size = min(KID_SUBSET, len(reference), len(seen["features"]))
+            out["kid"], out["kid_deviation"] = kid(reference, seen["features"], size, seed=self.config.seed)
+            out["kid_subset"] = size
+        if self._asks("precision-recall"):
+            out["precision"], out["recall"] = precision_recall(self._held_against("features"), seen["features"])
+        if self._asks("clip-score"):
+            out["clip_score"] = clip_score(seen["clip"], seen["captions"])
+        if self._asks("cmmd"):
+            out["cmmd"] = cmmd(self._held_against("clip"), seen["clip"])
+        counts: dict[str, Any] = {f"{name}_network": network.name for name, network in self._networks.items()}
+        for reference in self._references.values():
+            counts["num_reference"] = len(reference)
+        return {**out, "num_images": len(next(iter(seen.values()))), **counts}
+
+    def _held_against(self, name: str) -> Tensor:
+        """What a network sees in the reference."""
+        if name not in self._references:
+            assert self.reference is not None
+            self._references[name] = reference_features(
+                self.reference,
+                spread(len(self.reference), self.config.num_reference),
+                self._networks[name],
+                cache_folder(self.config.cache),
+                self.config.batch_size,
+                log=self.log,
+            )
+        return self._references[name]
+
+
+class ModelJudge:
+    """Scores a run's model on pictures of captions, again and again as it learns."""
+
+    def __init__(self, config: TrainConfig, pipe: TextToImage, log: Log = lambda text: None) -> None:
+        self.config = config.evaluation
+        data, own = config.data, self.config.reference is None
+        spec, count = (data.source, data.num_samples) if own else (str(self.config.reference), None)
+        reference = open_source(spec, pipe.size, pipe.step, count, config.seed, need_captions=False)
+        self.captions = captions_to_draw(config, reference, pipe)
+        self.judge = Judge(self.config, reference, pipe.device, log)
+
+    def __call__(self, pipe: TextToImage, **sampling: Any) -> dict[str, Any]:
+        """Draw `evaluation.num_images` pictures and score them; picture i starts from the noise of seed + i."""
+        config, prompts = self.config, list(islice(cycle(self.captions), self.config.num_images))
+        for first in range(0, len(prompts), config.batch_size):
+            some = prompts[first : first + config.batch_size]
+            pictures = pipe(some, seed=config.seed + first, batch_size=config.batch_size, **sampling)
+            self.judge.add(as_tensor(pictures), some)
+        return self.judge.scores()
+
+
+def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage) -> list[str]:
+    """The captions of a reference that is named; of the run's own data, those that were held out from training."""
+    if config.evaluation.reference:
+        own = [caption for i in range(len(reference)) if (caption := reference.caption(i))]
+        if own:
+            return own
+    data = config.data
+    source = open_source(data.source, data.image_size, pipe.step, data.num_samples, config.seed)
+    training, held_out = split_by_key(source, data.held_out)
+    found = [caption for i in (held_out if len(held_out) else training) if (caption := source.caption(int(i)))]
+    if not found:
+        raise DataError(f"there are no captions to draw in {data.source}: name others by evaluation.reference")
+    return found
+
+
+def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as uint8 (B, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def spread(length: int, count: int | None) -> np.ndarray:
+    """`count` of the numbers below `length`, evenly spread, or all."""
+    return np.arange(length) if count is None or count >= length else np.arange(count) * length // count
+
+
+def evaluate_images(
+    spec: str,
+    config: EvaluationConfig,
+    num_images: int | None = None,
+    out: Path | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
+    """Score a folder of pictures (or shards) by `config.metrics`, against `config.reference`; writes JSON to `out`.
+
+    Captions stand beside the pictures as in training data. num_images: score so many, evenly spread. The reference is
+    fitted to the pictures' size. Raises DataError for no pictures, ValueError for networks that are not there.
+    """
+    if not config.metrics:
+        raise ValueError("which scores? name some: fid, kid, precision-recall, clip-score, cmmd")
+    check_metrics(config)
+    source = open_source(spec, need_captions=False)
+    reference = None
+    if config.reference is not None:
+        reference = open_source(config.reference, source.image_size, need_captions=False)
+    judge = Judge(config, reference, pick_device("auto"), log)
+    for batch in one_pass(source, spread(len(source), num_images), config.batch_size, 0):
+        for key, reason in batch.skipped:
+            log(f"skipped: {key}: {reason}")
+        if len(batch.captions):
+            judge.add(batch.images, batch.captions)
+    scores = judge.scores()
+    if out is not None:
+        write_json(out, scores)
+    return scores
+
+
+def with_evaluation(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The config with some settings of [evaluation] replaced; None leaves one as it is."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(config, evaluation=replace(config.evaluation, **given))

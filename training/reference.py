@@ -1,0 +1,99 @@
+"""Features of the pictures that others are held against, made once and kept.
+
+A kept file is named by what went into it: the bytes of the pictures in their order, their size, the network's weights
+and the libraries that ran it. It is read only where all of these are the same and its content is whole, so that a wrong
+one cannot be used.
+
+Shape letters: N pictures, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit.mapped import read_metadata, read_weights
+from mmdit.weights_io import save_weights
+from training.data import DataError, Source, one_pass
+from training.image_networks import ImageNetwork
+
+Log = Callable[[str], None]
+FIT = 1  # counts up when `images.fit` makes other pixels of the same file
+
+
+def cache_folder(asked: str | None) -> Path:
+    """Where kept features are: the folder asked for, else `mmdit` in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    if asked is not None:
+        return Path(asked).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdit" / "references"
+
+
+def reference_features(
+    source: Source,
+    indices: np.ndarray,
+    network: ImageNetwork,
+    cache: Path,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    log: Log = lambda text: None,
+) -> Tensor:
+    """Features (N, D) of a source's pictures, read from `cache` if they were made before. Raises DataError where no
+    picture can be read.
+    """
+    key = {"pictures": content(source, indices), "size": list(source.image_size), "fit": FIT, "network": network.digest}
+    path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    kept = _read(path, key)
+    if kept is not None:
+        return kept
+    log(f"reference: {network.name} looks at {len(indices)} pictures, once; what it sees is kept in {cache}")
+    features, skipped = [], []
+    for batch in one_pass(source, indices, batch_size, num_workers):
+        skipped += batch.skipped
+        if len(batch.captions):
+            features.append(network(batch.images).cpu())
+    if not features:
+        raise DataError(f"none of the reference's {len(indices)} pictures can be read")
+    found = torch.cat(features)
+    if skipped:  # whatever the reason was, it may be gone the next time
+        log(f"reference: {len(skipped)} pictures cannot be read, so nothing is kept; one is {': '.join(skipped[0])}")
+        return found
+    save_weights({"features": found}, path, {"key": json.dumps(key), "sha256": _sum(found)})
+    return found
+
+
+def content(source: Source, indices: np.ndarray) -> str:
+    """SHA-256 of pictures in their order: of their files' bytes, or of the pixels where there are no files."""
+    digest = hashlib.sha256()
+    raw = getattr(source, "raw", None)
+    for i in map(int, indices):
+        one = hashlib.sha256()
+        if raw is not None:
+            one.update(raw(i))
+        else:
+            image = source[i].image
+            one.update(b"" if image is None else image.tobytes())
+        digest.update(one.digest())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: dict) -> Tensor | None:
+    """The features in a file, None unless it was made from `key` and is whole."""
+    if not path.is_file():
+        return None
+    try:
+        about, features = read_metadata(path), read_weights(path)["features"]
+    except (ValueError, KeyError, OSError):
+        return None
+    whole = about.get("key") == json.dumps(key) and about.get("sha256") == _sum(features)
+    return features if whole else None
+
+
+def _sum(features: Tensor) -> str:
+    return hashlib.sha256(features.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,263 @@
+"""What a run says about itself: speed, use of the hardware, waiting for data, gradients, losses by time.
+
+Nothing here waits for the device while steps run: tensors are kept as they are, and read when a line of metrics is
+written. What adds up over processes stands in one vector, so that a run on several sums it with one call (`reduce`).
+
+Shape letters: I images of a part of a batch, B samples, L places of a caption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.text_and_images import CaptionedTransfusion
+from training.config import TrainConfig
+from training.flops import captioned, packed, peak_tflops, step_flops, text_places
+from training.objectives import Batch, Loss
+
+TIME_BINS = 8  # equal parts of [0, 1]
+WAIT_LIMIT = 0.1  # share of the time that a run may wait for data, unremarked
+WAIT_WINDOW = 60.0  # seconds over which it is watched
+
+
+class Telemetry:
+    """Gathers during steps, and `line` gives it all.
+
+    samples_per_second, tokens_per_second (patches and real text tokens, a dropped caption's too), mfu, data_wait
+    (share of the time that went into waiting for batches), loss_t0.0625 ... (mean loss of the images in each of 8
+    equal parts of [0, 1], by its middle), loss_text and loss_image, grad_norm_blocks, _text, _in and _out, memory_gib
+    (peak).
+
+    reduce: sums a float64 vector over all processes; then `line` is to be called by all.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        device: torch.device,
+        precision: torch.dtype,
+        log: Callable[[str], None],
+        reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config, self.model, self.device, self.log = config, model, device, log
+        self.reduce, self.clock = reduce, clock
+        self.peak = peak_tflops(config.training.peak_tflops, device, precision)
+        self._bins = torch.zeros(2, TIME_BINS, dtype=torch.float64)  # sums of losses, and their numbers
+        self._watched = [0.0, 0.0]  # seconds waited, and seconds in all, since the last look at them
+        self._norms: dict[str, Tensor] = {}
+        self._flops: dict[tuple[int, int, int], float] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._began: float | None = None
+        self._waited = 0.0
+        self._batches: list[tuple[torch.Size, torch.Size, Tensor, Tensor | None]] = []
+        self._timed: list[tuple[Tensor, Tensor]] = []
+        self._parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+
+    # --- while steps run ----------------------------------------------------------------------------------------------
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, its wait and its size noted."""
+        start = self.clock()
+        self._began = start if self._began is None else self._began
+        batch = next(batches)
+        self._waited += self.clock() - start
+        text = batch.text.mask.sum(1) if batch.text else None
+        self._batches.append((batch.latents.shape, batch.tokens.mask.shape, batch.tokens.mask.sum(1), text))
+        return batch
+
+    def add(self, loss: Loss) -> None:
+        """The loss of a batch, or of a part of one."""
+        for name, value in loss.parts.items():
+            if name != "loss":  # the total, which the trainer writes
+                self._parts[name].append(value)
+        if loss.t is not None and loss.errors is not None:
+            self._timed.append((loss.t, loss.errors))
+
+    def gradients(self, model: nn.Module) -> None:
+        """Norms of the gradients of the model's parts, to be called before they are clipped or dropped."""
+        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                parts[part_of(name)].append(parameter.grad)
+        self._norms = {f"grad_norm_{part}": _norm(gradients) for part, gradients in parts.items()}
+
+    # --- when a line is written ---------------------------------------------------------------------------------------
+
+    def line(self) -> dict[str, float]:
+        """All since the last line, by name; what there is nothing of is left out."""
+        self._fill_bins()
+        samples, tokens, flops = self._work()
+        names = list(self._parts)
+        values = [torch.stack(self._parts[name]).double().mean().item() for name in names]
+        norms = {name: float(norm) for name, norm in self._norms.items()}
+        wall = (
+            0.0 if self._began is None else self.clock() - self._began
+        )  # the device has finished: its numbers are read
+        totals = torch.tensor([1.0, samples, tokens, flops, self._waited, *values], dtype=torch.float64)
+        totals = self.reduce(torch.cat([totals, self._bins.flatten()]))
+        processes, samples, tokens, flops, waited, *values = totals[: len(totals) - 2 * TIME_BINS].tolist()
+        sums, counts = totals[len(totals) - 2 * TIME_BINS :].view(2, TIME_BINS)
+        out = {f"loss_{name}": value / processes for name, value in zip(names, values, strict=True)}
+        out |= {name: (sums[i] / counts[i]).item() for i, name in enumerate(bin_names()) if counts[i]}
+        out |= norms | memory(self.device)
+        if wall:
+            out |= {"samples_per_second": samples / wall, "tokens_per_second": tokens / wall}
+            out["data_wait"] = waited / processes / wall
+            if self.peak:
+                out["mfu"] = flops / wall / processes / (1e12 * self.peak)
+            self._watch(waited / processes, wall)
+        self._bins.zero_()
+        self._norms = {}
+        self._forget()
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """The losses by time since the last line, for a checkpoint; what is about speed is not kept."""
+        self._fill_bins()
+        return {"bins": self._bins.tolist(), "parts": {k: [x.item() for x in v] for k, v in self._parts.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._bins = torch.tensor(state["bins"], dtype=torch.float64)
+        for name, values in state["parts"].items():
+            self._parts[name] = [torch.tensor(value, device=self.device) for value in values]
+
+    def _fill_bins(self) -> None:
+        if self._timed:
+            t, errors = (torch.cat(parts).double().cpu() for parts in zip(*self._timed, strict=True))
+            bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+            self._bins[0] += torch.bincount(bins, errors, TIME_BINS)
+            self._bins[1] += torch.bincount(bins, minlength=TIME_BINS)
+            self._timed.clear()
+
+    def _work(self) -> tuple[float, float, float]:
+        """Samples, tokens and FLOPs of the batches since the last line."""
+        samples = tokens = flops = 0.0
+        patch, mixed = self.model.transformer.config.patch_size**2, isinstance(self.model, CaptionedTransfusion)
+        for latents, places, captions, documents in self._batches:
+            images, patches = latents[0], latents[2] * latents[3] // patch
+            samples += images + (0 if documents is None else len(documents))
+            text = captions if documents is None else torch.cat([captions, documents])
+            tokens += images * patches + text.sum().item()
+            if not self.peak:
+                continue
+            if mixed:
+                one_each = torch.zeros_like(text)
+                one_each[:images] = patches
+                lead = 2 if self.model.transformer.config.size_tokens else 0
+                flops += step_flops(self.model, packed(one_each, text, lead))
+            else:
+                flops += self._padded((images, patches, text_places(self.model.conditioner, places[1])))
+        return samples, tokens, flops
+
+    def _padded(self, sizes: tuple[int, int, int]) -> float:
+        if sizes not in self._flops:
+            self._flops[sizes] = step_flops(self.model, captioned(*sizes))
+        return self._flops[sizes]
+
+    def _watch(self, waited: float, wall: float) -> None:
+        """Say so where over a while the run has waited too long for its data."""
+        self._watched = [self._watched[0] + waited, self._watched[1] + wall]
+        if self._watched[1] < WAIT_WINDOW:
+            return
+        share, self._watched = self._watched[0] / self._watched[1], [0.0, 0.0]
+        if share > WAIT_LIMIT:
+            self.log(f"warning: {share:.0%} of the last minute went into waiting for data: {_remedy(self.config)}")
+
+
+def shared_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the states of several processes one that each of them can go on from: the means."""
+    if len(states) == 1:
+        return states[0]
+    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).mean(0).tolist()
+    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0).tolist()
+             for name in states[0]["parts"]}  # fmt: skip
+    return {"bins": bins, "parts": parts}
+
+
+def part_of(parameter: str) -> str:
+    """Which part of a captioned model a parameter is of, by its name: "blocks", "text", "in" or "out"."""
+    where, _, rest = parameter.partition(".")
+    name = rest.partition(".")[0]
+    if where == "conditioner":
+        return "text"
+    return "blocks" if name == "blocks" else "in" if name.endswith("_in") or name == "embed" else "out"
+
+
+def bin_names() -> list[str]:
+    """Names of the losses by time: the middle of each bin."""
+    return [f"loss_t{(2 * i + 1) / (2 * TIME_BINS):.4f}" for i in range(TIME_BINS)]
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The peak since the start, in GiB: of the process on a CPU, of torch's tensors on a GPU."""
+    if device.type == "cuda":
+        return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+
+
+def _remedy(config: TrainConfig) -> str:
+    workers = config.data.num_workers
+    if config.data.cache_latents:
+        return "the latents are in memory, so give the process more of a core, or lower the load beside it"
+    return f"raise data.num_workers (it is {workers}), or keep the latents in memory (data.cache_latents=true)"
+
+
+class Profiler:
+    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None]) -> None:
+        self.steps, self.folder, self.log = steps, folder, log
+        self._running: Any = None
+
+    def before(self, step: int) -> None:
+        """Called before each step, with its number from 1 on."""
+        if self.steps is not None and self._running is None and step == self.steps[0]:
+            from torch.profiler import ProfilerActivity, profile
+
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
+            self._running.start()
+
+    def after(self, step: int) -> None:
+        """Called after each step; after the last to be recorded it writes."""
+        if self._running is not None and self.steps is not None and step == self.steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._running is None or self.steps is None:
+            return
+        running, self._running = self._running, None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        running.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"steps-{self.steps[0]}-{self.steps[1]}"
+        running.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = running.key_averages().table(sort_by=by, row_limit=40)
+        (self.folder / f"{name}.txt").write_text(table)
+        self.log(f"profile: {self.folder / name}.json.gz (open it in chrome://tracing or ui.perfetto.dev)")
