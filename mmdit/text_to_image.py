@@ -50,6 +50,8 @@ class CaptionedMMDiT(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens, drop: Tensor | None = None) -> Tensor:
         """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
+        if self.packed and isinstance(self.conditioner, LearnedText):
+            tokens = tokens.trimmed()
         context, pooled, mask = self.conditioner(tokens, drop)
         if self.packed:
             return torch.stack(self.transformer(list(x_t), t, context, pooled, mask))

@@ -315,6 +315,8 @@ class TrainingConfig(Settings):
     """Where to compute; "auto" takes CUDA if present."""
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
     """Kernel of the attention; all but "sdpa" want CUDA."""
+    packing: bool = False
+    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     log_every: Count = 10
@@ -477,6 +479,8 @@ class TrainConfig(Settings):
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
                 'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
+        if self.transfusion.enabled and self.training.packing:
+            raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
         if self.transfusion.size_tokens and not self.transfusion.enabled:
             raise ConfigError(
                 "transfusion.size_tokens is for models of text and images: set transfusion.enabled=true too"

@@ -99,6 +99,7 @@ def build_model(
         start_transfusion(config, run, trunk, resumed)
     else:
         model = CaptionedMMDiT(_mmdit(config, text, autoencoder, height, width), text)
+        model.packed = config.training.packing
         model.transformer = start_mmdit(config, run, model, resumed)
     if config.optimizer.base_width is not None and not config.init_paths:
         scale_start(model.transformer, config.optimizer.base_width)

@@ -344,7 +344,7 @@ def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callabl
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
     log("compiling the model (under a minute)")
-    if config.transfusion.enabled:  # packed batches are of any length, and what packs them is no graph
+    if config.transfusion.enabled or asked.packing:  # packed batches are of any length, and what packs is no graph
         for block in model.transformer.blocks:
             block.compile(dynamic=True)
         return model
