@@ -23,7 +23,7 @@ import torch
 
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
-from training.loader import Order
+from training.order import Order
 from training.sources import printable, walk
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")

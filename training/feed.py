@@ -22,7 +22,7 @@ from mmdit.text_and_images import Words
 from mmdit.text_encoders import TextEncoder
 from training.corpus import Pieces
 from training.data import DataError, Source, loader, one_pass
-from training.loader import Order
+from training.order import Order
 from training.objectives import Batch
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
