@@ -25,7 +25,7 @@ from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import open_source, split_by_key
 from training.devices import pick_precision, repeatable
-from training.order import Order
+from training.loader import Order
 from training.objectives import next_token_loss
 from training.optim import learning_rate, make_optimizer, update_ema
 from training.progress import Progress

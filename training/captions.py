@@ -63,10 +63,13 @@ def captions_of(row: Any, fields: Weights = ()) -> Captions:
     if not fields:
         first = next((found[0] for name in (*CAPTION_FIELDS, "txt") if (found := _all(row.get(name)))), None)
         return ((first,), ()) if first else NONE
-    found = [
-        (text, weight / len(texts)) for name, weight in fields for texts in [_all(row.get(name))] for text in texts
-    ]
-    return tuple(text for text, _ in found), tuple(share for _, share in found)
+    captions: list[str] = []
+    shares: list[float] = []
+    for name, weight in fields:
+        own = _all(row.get(name))
+        captions += own
+        shares += [weight / len(own)] * len(own)
+    return tuple(captions), tuple(shares)
 
 
 def joined(first: Captions, second: Captions, fields: Weights) -> Captions:
@@ -76,16 +79,16 @@ def joined(first: Captions, second: Captions, fields: Weights) -> Captions:
     return first[0] + second[0], first[1] + second[1]
 
 
-def choose(captions: tuple[str, ...], shares: tuple[float, ...], u: float) -> int:
-    """Which caption a number u in [0, 1) chooses; equal shares where none are given."""
+def choose(num: int, shares: tuple[float, ...], u: float) -> int:
+    """Which of `num` captions a number u in [0, 1) chooses; equal shares where none are given."""
     if not shares:
-        return min(int(u * len(captions)), len(captions) - 1)
+        return min(int(u * num), num - 1)
     total, place = sum(shares), 0.0
     for i, share in enumerate(shares):
         place += share / total
         if u < place:
             return i
-    return len(shares) - 1
+    return num - 1
 
 
 def _all(value: Any) -> list[str]:

@@ -194,12 +194,12 @@ class FileSource:
         caption, place, flip = entry.caption or "", (0.5, 0.5), False
         if rng is not None:
             u, down, right, mirror = rng.random(4)
-            caption = entry.captions[choose(entry.captions, entry.shares, u)] if entry.captions else ""
+            caption = entry.captions[choose(len(entry.captions), entry.shares, u)] if entry.captions else ""
             place = (down, right) if self.options.crop == "random" else place
             flip = self.options.flip and mirror < 0.5
         if entry.caption is None and index.need_captions:
             return Sample(entry.key, None, "", "missing caption")
-        size = self.image_size if self.layout.bucket is None else self.layout.sizes[self.layout.bucket[i]]
+        size = self.layout.sizes[self.layout.bucket_of(i)]
         try:
             found = read_fitted(index.read(entry), size, place, flip)
         except RemoteError as error:  # the sample is good, the server is not
@@ -212,10 +212,9 @@ class FileSource:
         part = block = bucket = None
         if len(self._tables) > 1:
             part = np.repeat(np.arange(len(self._tables), dtype=np.int16), [len(table) for table in self._tables])
-        blocks = [table.columns.get("block") for table in self._tables]
-        if all(x is not None for x in blocks):
-            steps = np.cumsum([0, *(x.max(initial=0) + 1 for x in blocks)])
-            block = np.concatenate([x + first for x, first in zip(blocks, steps, strict=False)])
+        if any("block" in table.columns for table in self._tables):
+            none = [np.full(len(table), -1, dtype=np.int32) for table in self._tables]
+            block = np.concatenate([t.columns.get("block", x) for t, x in zip(self._tables, none, strict=True)])
         sizes: tuple[Size, ...] = (self.image_size,)
         if self.options.buckets:
             sizes, bucket = self._buckets(step)
@@ -254,7 +253,7 @@ class ShapesSource:
 
         self._world = ShapesWorld(image_size=image_size, seed=seed, split="train")
         self.image_size = image_size
-        self.keys = [f"shapes-{i:08d}" for i in range(num_samples)]
+        self.keys: Sequence[str] = [f"shapes-{i:08d}" for i in range(num_samples)]
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:

@@ -23,11 +23,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.errors import DataError
-from training.order import Layout, Plan
+from training.order import Layout, Order, Plan
+from training.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from training.data import Sample, Source
 
+
+__all__ = ["Batch", "Order", "layout_of", "loader", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -38,7 +41,7 @@ class Batch:
     """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
 
     originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
-    the scaled ones, in pixels; flipped (B,): which are mirrored.
+    the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source.
     """
 
     images: torch.Tensor
@@ -48,6 +51,7 @@ class Batch:
     originals: torch.Tensor
     crops: torch.Tensor
     flipped: torch.Tensor
+    indices: list[int]
 
 
 def loader(
@@ -57,14 +61,13 @@ def loader(
     seed: int,
     start_step: int = 0,
     num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    share: Share = WHOLE,
 ) -> Generator[Batch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
     Batches run across the ends of epochs; each is of one bucket, if the source has buckets. In place of a bad sample
-    stands the next good one in `indices`. Of `world` processes each reads its own `batch_size / world` rows of every
-    batch, so that all together read the batches of one. The batches do not depend on `num_workers`. The iterator's
+    stands the next good one of its bucket and source. share: the rows of each batch that this process reads; all
+    shares together are the batches of one process. The batches do not depend on `num_workers`. The iterator's
     `close()` ends the workers. Raises `DataError` for arguments out of range; while iterating, when no sample is good,
     a server fails or a worker process dies.
     """
@@ -72,14 +75,10 @@ def loader(
     _at_least("seed", seed, 0)
     _at_least("start_step", start_step, 0)
     _at_least("num_workers", num_workers, 0)
-    if not 0 <= rank < world or batch_size % world:
-        raise DataError(f"batch_size {batch_size} cannot be divided among {world} processes, as number {rank} of them")
     if len(indices) == 0:
         raise DataError("no samples to train on: the list of indices is empty; use more data, or hold out less of it")
-    rows = range(rank * batch_size // world, (rank + 1) * batch_size // world)
-    return _run(
-        _Shuffled(source, np.asarray(indices), batch_size, seed, rows), itertools.count(start_step), num_workers
-    )
+    batch_at = _Shuffled(source, np.asarray(indices), batch_size, seed, share.rows(batch_size))
+    return _run(batch_at, itertools.count(start_step), num_workers)
 
 
 def one_pass(
@@ -99,7 +98,7 @@ def one_pass(
 class _Shuffled:
     """step -> Batch, as `loader` says."""
 
-    def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, rows: range) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, rows: list[int]) -> None:
         self.source, self.indices, self.seed, self.rows = source, indices, seed, rows
         self.plan = Plan(len(indices), layout_of(source).of(indices), batch_size, seed)
         self.draw = getattr(source, "draw", None)
@@ -112,26 +111,21 @@ class _Shuffled:
                 found = list(pool.map(self._good_sample, asked))
         else:
             found = [self._good_sample(one) for one in asked]
-        size = layout_of(self.source).sizes[bucket]
-        return _batch(size, [sample for sample, _ in found], [bad for _, skipped in found for bad in skipped])
+        skipped = [bad for _, _, before in found for bad in before]
+        return _batch(layout_of(self.source).sizes[bucket], [(i, sample) for i, sample, _ in found], skipped)
 
-    def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[Sample, list[tuple[str, str]]]:
-        """(the sample, or the next good one of its pool, the bad ones before it)."""
+    def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
+        """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
         pool, place, step, row = asked
-        skipped = []
-        for i in range(len(pool)):
-            sample = self._sample(int(self.indices[pool[(place + i) % len(pool)]]), step, row)
+        skipped: list[tuple[str, str]] = []
+        for offset in range(len(pool)):
+            i = int(self.indices[pool[(place + offset) % len(pool)]])
+            sample = self.source[i] if self.draw is None else self.draw(i, rng_for(self.seed, step, row))
             if sample.error is None:
-                return sample, skipped
+                return i, sample, skipped
             skipped.append((sample.key, sample.error))
         key, reason = skipped[-1]
         raise DataError(f"none of the {len(pool)} samples can be used; one of them is {key}: {reason}")
-
-    def _sample(self, i: int, step: int, row: int) -> Sample:
-        if self.draw is None:
-            return self.source[i]
-        sample: Sample = self.draw(i, rng_for(self.seed, step, row))
-        return sample
 
 
 def rng_for(seed: int, step: int, row: int) -> np.random.Generator:
@@ -146,11 +140,11 @@ def layout_of(source: Source) -> Layout:
 
 
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
-    samples = [source[int(i)] for i in chunks[step]]
-    skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
+    samples = [(int(i), source[int(i)]) for i in chunks[step]]
+    skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
     layout, first = layout_of(source), int(chunks[step][0])
     size = layout.sizes[0 if layout.bucket is None else layout.bucket[first]]
-    return _batch(size, [sample for sample in samples if sample.error is None], skipped)
+    return _batch(size, [(i, sample) for i, sample in samples if sample.error is None], skipped)
 
 
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -160,7 +154,8 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _batch(size: tuple[int, int], samples: list[Sample], skipped: list[tuple[str, str]]) -> Batch:
+def _batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
+    samples = [sample for _, sample in numbered]
     images = np.empty((len(samples), *size, 3), dtype=np.uint8)
     for slot, sample in zip(images, samples, strict=True):
         assert sample.image is not None
@@ -170,7 +165,7 @@ def _batch(size: tuple[int, int], samples: list[Sample], skipped: list[tuple[str
     originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped)
+    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, [i for i, _ in numbered])
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------

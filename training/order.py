@@ -118,6 +118,10 @@ class Layout:
     weights: tuple[float, ...] = (1.0,)
     block: np.ndarray | None = None
 
+    def bucket_of(self, i: int) -> int:
+        """The bucket of a sample."""
+        return 0 if self.bucket is None else int(self.bucket[i])
+
     def of(self, indices: np.ndarray) -> Layout:
         """That of some of the samples."""
         bucket, part, block = (None if x is None else x[indices] for x in (self.bucket, self.part, self.block))
@@ -146,7 +150,7 @@ class Plan:
             counts.append(max(len(pools) > 0, round(n * sum(weights))))
         self.turns = Turns(counts, batch_size, seed)
 
-    def places(self, step: int, rows: range) -> tuple[int, list[tuple[np.ndarray, int]]]:
+    def places(self, step: int, rows: Sequence[int]) -> tuple[int, list[tuple[np.ndarray, int]]]:
         """(bucket, [(pool, place in the pool)]) of some rows of a batch."""
         bucket, k = self.turns[step]
         found = []
@@ -172,4 +176,5 @@ def _pools(n: int, layout: Layout, bucket: int) -> tuple[list[tuple[np.ndarray, 
 
 
 def _blocks(layout: Layout, pool: np.ndarray) -> np.ndarray | None:
-    return None if layout.block is None else layout.block[pool]
+    """The block of each place of a pool; those of one source have numbers of their own, or are all -1: none."""
+    return None if layout.block is None or layout.block[pool[0]] < 0 else layout.block[pool]

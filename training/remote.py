@@ -1,4 +1,4 @@
-"""Files on any server that fsspec knows (s3://, https://, memory:// ...), read in ranges, with patience but not without end.
+"""Files on any server that fsspec knows (s3://, https://, memory://), read in ranges, with patience, not without end.
 
 A read that fails or does not answer in time is tried again, after a pause that doubles each time; after the last try
 `RemoteError` says what was asked and why it failed. Nothing is downloaded whole.
@@ -79,7 +79,7 @@ def _listed(files: Any, name: str, info: dict[str, Any]) -> Listed:
 
 
 def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
-    """Bytes start ... end - 1 of a file. Raises `RemoteError` after the last try, also for an answer that is too short."""
+    """Bytes start ... end - 1 of a file. Raises `RemoteError` after the last try; an answer too short is a failure."""
     files, path = _open(url)
 
     def read() -> bytes:
@@ -92,7 +92,7 @@ def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a server to be read and sought in; keeps the last block, so that going forward asks for each byte once."""
+    """A file on a server to be read and sought in; keeps the last block: going forward asks for each byte once."""
 
     def __init__(self, file: Listed, patience: Patience) -> None:
         self.file, self.patience = file, patience

@@ -13,7 +13,7 @@ KEY_COLUMNS = ("__key__", "key")
 
 
 class Row(NamedTuple):
-    """A row that can be read again as row number `row` of block `block`; image: its bytes, where they were asked for."""
+    """A row that can be read again as number `row` of block `block`; image: its bytes, where they were asked for."""
 
     block: int
     row: int

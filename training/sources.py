@@ -47,6 +47,7 @@ from training.shards import (
     SHARD_ERRORS,
     SHARD_SUFFIXES,
     Members,
+    Place,
     images_of,
     open_shard,
     read_members,
@@ -262,8 +263,8 @@ class Index:
                 for kind in (".txt", ".json"):
                     if (self.wanted.captions or not captions[0]) and (path := texts.get((stem, kind))):
                         captions = joined(captions, self._read_captions(path, kind), self.wanted.captions)
-                path = str(root / name)
-                self._add(Entry(stem, captions[0], path, shares=captions[1]), self._measured(path))
+                image = str(root / name)
+                self._add(Entry(stem, captions[0], image, shares=captions[1]), self._measured(image))
 
     def _read_captions(self, path: Path, kind: str) -> Captions:
         try:

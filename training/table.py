@@ -106,8 +106,8 @@ def _renamed(table: Table, hashes: np.ndarray, longer_key: Callable[[int, Entry]
     """(i, new key) of each sample whose key an earlier one has."""
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
-    known, counts = hashes[order], {}  # type: dict[str, int]
-    del hashes
+    known = hashes[order]
+    counts: dict[str, int] = {}  # a new key -> how often it was asked for again
     for i in np.sort(order[again]).tolist():
         longer = longer_key(i, table[i])
         key = longer
@@ -174,7 +174,7 @@ class Table(Sequence[Entry]):
 
         def arrays(aside: Path) -> None:
             with aside.open("wb") as file:
-                np.savez(file, starts=self.starts, **self.columns)
+                np.savez(file, **{"starts": self.starts, **self.columns})  # type: ignore[arg-type]
 
         size = Path(self.path).stat().st_size
         head = {"files": self.files, "size": size, "count": len(self), **about}

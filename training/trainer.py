@@ -57,6 +57,9 @@ KEPT = (
     "data.num_samples",
     "data.image_size",
     "data.held_out",
+    "data.buckets",
+    "data.bucket_ratio",
+    "data.captions",
 )
 
 
