@@ -96,12 +96,16 @@ class DataConfig(Settings):
     """Leave out captions of fewer characters, and samples that have no other."""
     max_caption: CountOrZero = 0
     """Leave out captions of more characters, and samples that have no other; 0 takes any, cut at 10,000."""
+    shuffle_buffer: Count = 1000
+    """Rows of a stream ("hf-stream:NAME") that are shuffled among each other."""
     timeout: Positive = 30.0
     """Seconds that a server may take for an answer."""
     retries: CountOrZero = 5
     """Further tries where a server fails, after pauses that begin at half a second and double."""
 
     def check(self) -> None:
+        if self.cache_latents and self.source.startswith("hf-stream:"):
+            raise ConfigError("data.source is a stream, which is read as it comes: set data.cache_latents=false")
         if self.cache_latents and (self.crop == "random" or self.flip):
             what = 'data.crop = "random"' if self.crop == "random" else "data.flip"
             raise ConfigError(f"{what} draws anew each time: set data.cache_latents=false, which encodes each time")

@@ -23,7 +23,7 @@ import numpy as np
 from training.buckets import assign, bucket_sizes, merge_small
 from training.captions import Weights, choose, parse_weights
 from training.errors import DataError
-from training.images import BadImage, Size, fit_size, read_fitted, read_size
+from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.loader import Batch, loader, one_pass
 from training.order import Layout
 from training.remote import RemoteError
@@ -118,7 +118,7 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"num_samples must be at least 1, not {num_samples}")
-    size, mix = _checked_size(image_size), _mix_in(spec)
+    size, mix = checked_size(image_size), _mix_in(spec)
     if any(name.partition(":")[0] == "shapes" for name, _ in mix):
         if len(mix) > 1:
             raise DataError(f"{spec}: shapes cannot be mixed with files")
@@ -191,22 +191,16 @@ class FileSource:
 
     def _read(self, i: int, rng: np.random.Generator | None) -> Sample:
         index, entry = self._entry(i)
-        caption, place, flip = entry.caption or "", (0.5, 0.5), False
-        if rng is not None:
-            u, down, right, mirror = rng.random(4)
-            caption = entry.captions[choose(len(entry.captions), entry.shares, u)] if entry.captions else ""
-            place = (down, right) if self.options.crop == "random" else place
-            flip = self.options.flip and mirror < 0.5
-        if entry.caption is None and index.need_captions:
-            return Sample(entry.key, None, "", "missing caption")
         size = self.layout.sizes[self.layout.bucket_of(i)]
+        if not entry.captions and index.need_captions:
+            return Sample(entry.key, None, "", "missing caption")
         try:
-            found = read_fitted(index.read(entry), size, place, flip)
+            data = index.read(entry)
         except RemoteError as error:  # the sample is good, the server is not
             raise DataError(str(error)) from error
-        except (BadImage, OSError) as error:
-            return Sample(entry.key, None, caption, str(error))
-        return Sample(entry.key, found.image, caption, None, found.original, found.crop, found.flipped)
+        except OSError as error:
+            return Sample(entry.key, None, entry.caption or "", (error.strerror or str(error)).lower())
+        return read_sample(entry.key, entry.captions, entry.shares, data, size, self.options, rng)
 
     def _layout(self, step: int, weights: tuple[float, ...]) -> Layout:
         part = block = bucket = None
@@ -243,6 +237,33 @@ class FileSource:
         if not sizes:
             raise DataError(f"no image can be read, of {len(self)} images found; one of them is {reason}")
         return sizes.most_common(1)[0][0]
+
+
+def read_sample(
+    key: str,
+    captions: tuple[str, ...],
+    shares: tuple[float, ...],
+    data: ImageData,
+    size: Size,
+    options: SourceOptions,
+    rng: np.random.Generator | None,
+) -> Sample:
+    """A sample of size (h, w) from its image file and captions; its `error` is set where the image is bad.
+
+    One caption is drawn, then the place of the crop, then whether it is mirrored; without rng it is the first caption,
+    the centre, and no.
+    """
+    caption, place, flip = captions[0] if captions else "", (0.5, 0.5), False
+    if rng is not None:
+        u, down, right, mirror = rng.random(4)
+        caption = captions[choose(len(captions), shares, u)] if captions else ""
+        place = (down, right) if options.crop == "random" else place
+        flip = options.flip and mirror < 0.5
+    try:
+        found = read_fitted(data, size, place, bool(flip))
+    except BadImage as error:
+        return Sample(key, None, caption, str(error))
+    return Sample(key, found.image, caption, None, found.original, found.crop, found.flipped)
 
 
 class ShapesSource:
@@ -287,7 +308,8 @@ def place_of(text: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
 
 
-def _checked_size(image_size: int | Size | None) -> Size | None:
+def checked_size(image_size: int | Size | None) -> Size | None:
+    """A side or (height, width) as the latter. Raises `DataError` for anything else."""
     if image_size is None:
         return None
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -30,6 +30,7 @@ from training.seeds import generator_for
 from training.setup import held_out_pieces, open_run_source
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
+from training.stream import HeldOut, StreamSource
 from training.time_density import Uniform
 
 
@@ -90,9 +91,12 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
     """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
-    source = open_run_source(config, pipe.step)
-    _, held_out = split_by_key(source, config.data.held_out)
-    indices = held_out[: config.evaluation.validation_samples]
+    source: Any = open_run_source(config, pipe.step)
+    if isinstance(source, StreamSource):
+        source = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
+        indices = np.arange(len(source))
+    else:
+        indices = split_by_key(source, config.data.held_out)[1][: config.evaluation.validation_samples]
     if not len(indices):
         return None
     device = pipe.model.transformer.device

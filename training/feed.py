@@ -24,11 +24,13 @@ from mmdit.text_and_images import Words
 from mmdit.text_encoders import TextEncoder
 from training.captions import choose
 from training.corpus import Pieces
+from training.data import Batch as Images
 from training.data import DataError, Source, loader, one_pass
 from training.loader import layout_of, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.share import WHOLE, Share
+from training.stream import StreamSource, stream_loader
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
 Conditioner = LearnedText | Words | TextEncoder | SD3Text
@@ -60,10 +62,13 @@ class ImageFeed:
         self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
         self.device, self.num_workers, self.skipped = device, num_workers, skipped
 
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+        return loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
+
     @torch.no_grad()
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
-        reader = loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
+        reader = self._reader(batch_size, seed, start_step, share)
         try:
             for batch in reader:
                 for key, reason in batch.skipped:
@@ -72,6 +77,17 @@ class ImageFeed:
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
+
+
+class StreamFeed(ImageFeed):
+    """The rows of a stream that are not held out, read and encoded as they come."""
+
+    def __init__(self, stream: StreamSource, held_out: float, *common: Any) -> None:
+        super().__init__(stream, np.zeros(0), *common)  # type: ignore[arg-type]
+        self.stream, self.held_out = stream, held_out
+
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+        return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, self.num_workers, share)
 
 
 class LatentFeed:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["Batch", "Order", "layout_of", "loader", "one_pass", "rng_for"]
+__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for", "run"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -78,7 +78,7 @@ def loader(
     if len(indices) == 0:
         raise DataError("no samples to train on: the list of indices is empty; use more data, or hold out less of it")
     batch_at = _Shuffled(source, np.asarray(indices), batch_size, seed, share.rows(batch_size))
-    return _run(batch_at, itertools.count(start_step), num_workers)
+    return run(batch_at, itertools.count(start_step), num_workers)
 
 
 def one_pass(
@@ -92,7 +92,7 @@ def one_pass(
     _at_least("batch_size", batch_size, 1)
     _at_least("num_workers", num_workers, 0)
     chunks = _chunks(source, np.asarray(indices, dtype=np.int64), batch_size)
-    return _run(partial(_in_order, source, chunks), range(len(chunks)), num_workers)
+    return run(partial(_in_order, source, chunks), range(len(chunks)), num_workers)
 
 
 class _Shuffled:
@@ -112,7 +112,7 @@ class _Shuffled:
         else:
             found = [self._good_sample(one) for one in asked]
         skipped = [bad for _, _, before in found for bad in before]
-        return _batch(layout_of(self.source).sizes[bucket], [(i, sample) for i, sample, _ in found], skipped)
+        return make_batch(layout_of(self.source).sizes[bucket], [(i, sample) for i, sample, _ in found], skipped)
 
     def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
         """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
@@ -144,7 +144,7 @@ def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
     layout, first = layout_of(source), int(chunks[step][0])
     size = layout.sizes[0 if layout.bucket is None else layout.bucket[first]]
-    return _batch(size, [(i, sample) for i, sample in samples if sample.error is None], skipped)
+    return make_batch(size, [(i, sample) for i, sample in samples if sample.error is None], skipped)
 
 
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -154,7 +154,8 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
+def make_batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
+    """The batch of some good samples of one size (h, w), with their numbers."""
     samples = [sample for _, sample in numbered]
     images = np.empty((len(samples), *size, 3), dtype=np.uint8)
     for slot, sample in zip(images, samples, strict=True):
@@ -174,17 +175,18 @@ def _batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skipped: l
 class _Steps(Dataset):
     """What a worker calls: step -> Batch, or the error as a value, to be raised without the worker's traceback."""
 
-    def __init__(self, batch_at: Callable[[int], Batch]) -> None:
+    def __init__(self, batch_at: Callable[[Any], Batch]) -> None:
         self.batch_at = batch_at
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, step: Any) -> Batch | DataError:
         try:
             return self.batch_at(step)
         except DataError as error:
             return error
 
 
-def _run(batch_at: Callable[[int], Batch], steps: Iterable[int], num_workers: int) -> Generator[Batch, None, None]:
+def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int) -> Generator[Batch, None, None]:
+    """The batch of each step in order, made by worker processes if there are any. Steps are whatever batch_at takes."""
     if num_workers == 0:
         yield from map(batch_at, steps)
         return

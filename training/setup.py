@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +29,27 @@ from mmdit.transfusion import Transfusion
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import DataError, Source, SourceOptions, open_source, split_by_key
-from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable
+from training.data import DataError, Source, SourceOptions, checked_size, open_source, split_by_key
+from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
 from training.loader import layout_of
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
 from training.sources import Wanted
 from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
+from training.stream import STREAM, HeldOut, StreamSource
 
-TOKENIZER_CAPTIONS = 1_000_000  # captions that a tokenizer is trained on at most
+TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
+STREAM_CAPTIONS = 20_000  # and of a stream
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
     source = open_run_source(config, factor * config.model.patch_size, run.path / "index")
     sizes, (height, width) = layout_of(source).sizes, source.image_size
-    run.log(
-        f"data: {len(source)} samples of {config.data.source}, fitted to "
-        + (f"{height} x {width}" if len(sizes) == 1 else bucket_text(source))
-    )
+    number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
+    fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
+    run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
     for reason, count, key in getattr(source, "left_out", ()):
         run.log(f"left out: {count} samples with {reason}, such as {key}")
     for key, reason in source.skipped:
@@ -56,7 +58,7 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
 
 
 def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -> Source:
-    """A run's samples, as its config says; index: a folder where a slow index is kept."""
+    """A run's samples, as its config says, or a `StreamSource`; index: a folder where a slow index is kept."""
     data = config.data
     wanted = Wanted(
         parse_weights(data.captions, "data.captions") if data.captions else (),
@@ -70,6 +72,10 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -
     )
     pictures = config.training.batch_size - config.text_documents
     options = SourceOptions(data.buckets, data.bucket_ratio, pictures, data.crop, data.flip, wanted)
+    if data.source.startswith(STREAM):
+        size = checked_size(data.image_size)
+        stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
+        return stream  # type: ignore[no-any-return]
     return open_source(data.source, data.image_size, step, data.num_samples, config.seed, options=options)
 
 
@@ -152,7 +158,10 @@ def build_model(
 
 
 def _captions(source: Source) -> Iterator[str]:
-    """Captions to train a tokenizer on: of very many samples some, evenly spread."""
+    """Captions to train a tokenizer on: of very many samples some, evenly spread; of a stream the first."""
+    if isinstance(source, StreamSource):
+        yield from source.captions(STREAM_CAPTIONS)
+        return
     for i in range(0, len(source), -(-len(source) // TOKENIZER_CAPTIONS)):
         if hasattr(source, "captions"):
             yield from source.captions(i)[0]
@@ -241,11 +250,13 @@ def open_feeds(
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[ImageFeed | LatentFeed, LatentFeed | None]:
+) -> tuple[ImageFeed | LatentFeed | StreamFeed, LatentFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.
 
     Raises DataError where no sample is left to train on.
     """
+    if isinstance(source, StreamSource):
+        return open_stream(config, run, source, autoencoder, text, device)
     training, held_out = split_by_key(source, config.data.held_out)
     if not len(training):
         raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
@@ -264,3 +275,22 @@ def open_feeds(
         feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done))
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
+
+
+def open_stream(
+    config: TrainConfig,
+    run: RunFolder,
+    stream: StreamSource,
+    autoencoder: Autoencoder,
+    text: Conditioner,
+    device: torch.device,
+) -> tuple[StreamFeed, LatentFeed | None]:
+    """(training feed, validation feed) of a stream; the latter is None where no held-out row is found."""
+    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
+    held_out = HeldOut(stream, config.data.held_out, config.evaluation.validation_samples)
+    validation = None
+    with suppress(NothingUsable):
+        validation = LatentFeed(held_out, np.arange(len(held_out)), autoencoder, text, device, 0, run.log_skipped)
+    if validation is None:
+        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    return StreamFeed(stream, config.data.held_out, *common), validation

@@ -60,6 +60,7 @@ KEPT = (
     "data.buckets",
     "data.bucket_ratio",
     "data.captions",
+    "data.shuffle_buffer",
 )
 
 
