@@ -68,7 +68,7 @@ def captions_of(row: Any, fields: Weights = ()) -> Captions:
     for name, weight in fields:
         own = _all(row.get(name))
         captions += own
-        shares += [weight / len(own)] * len(own)
+        shares += [weight / len(own) for _ in own]
     return tuple(captions), tuple(shares)
 
 
