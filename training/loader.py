@@ -40,6 +40,8 @@ READ_AHEAD = 16
 class Batch:
     """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
 
+    The images' channels lie last in memory, as decoders leave them.
+
     originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
     the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source.
     """
@@ -120,7 +122,7 @@ class _Shuffled:
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
             i = int(self.indices[pool[(place + offset) % len(pool)]])
-            sample = self.source[i] if self.draw is None else self.draw(i, rng_for(self.seed, step, row))
+            sample = self.source[i] if self.draw is None else self.draw(i, partial(rng_for, self.seed, step, row))
             if sample.error is None:
                 return i, sample, skipped
             skipped.append((sample.key, sample.error))
@@ -161,12 +163,13 @@ def make_batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skippe
     for slot, sample in zip(images, samples, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
     originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, [i for i, _ in numbered])
+    numbers = [i for i, _ in numbered]
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------

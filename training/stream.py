@@ -209,7 +209,7 @@ class _Asked:
 def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Batch:
     samples = []
     for number, row in zip(asked.numbers, asked.rows, strict=True):
-        rng = rng_for(seed, asked.step, number)
+        rng = partial(rng_for, seed, asked.step, number)
         samples.append(read_sample(row.key, row.captions, row.shares, row.image, size, options, rng))
     skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
     good = [i for i, sample in enumerate(samples) if sample.error is None]
