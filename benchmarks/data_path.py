@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Images a second from shards to batches, and the wait of training.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of WebDataset shards")
     parser.add_argument("--most", type=int, default=1280, help="images a round")
-    parser.add_argument("--speed", type=float, default=120.0, help="images a second of the demo's training")
+    parser.add_argument("--speed", type=float, default=120.0, help="images a second that training takes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

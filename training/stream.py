@@ -216,7 +216,7 @@ def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Ba
     if not good:
         raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
     chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
-    return make_batch(size, [(-1, samples[i]) for i in chosen], skipped)
+    return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
 
 
 def ahead(items: Iterable[Any], most: int) -> Iterator[Any]:
