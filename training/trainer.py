@@ -65,6 +65,10 @@ KEPT = (
     "optimizer.base_width",
     "training.ema",
     "training.ema_sigma_rel",
+    "data.buckets",
+    "data.bucket_ratio",
+    "data.captions",
+    "data.shuffle_buffer",
 )
 
 
