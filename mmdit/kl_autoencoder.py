@@ -59,6 +59,8 @@ _RENAMES = (  # the original code's names to diffusers', then diffusers' old nam
 class KLAutoencoder(Autoencoder):
     """An AutoencoderKL behind our calls; `vae` is that network."""
 
+    has_posterior = True
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae: Any = vae
@@ -87,6 +89,9 @@ class KLAutoencoder(Autoencoder):
 
         posterior = DiagonalGaussianDistribution(statistics)
         return posterior.mode() if generator is None else posterior.sample(generator)
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in json.loads(self.vae.to_json_string()).items() if name[0] != "_"}
 
     def raw_images(self, raw: Tensor) -> Tensor:
         return self.vae.decode(raw).sample

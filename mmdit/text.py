@@ -40,6 +40,10 @@ class Tokens(NamedTuple):
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))
 
+    def split(self, size: int) -> list[Tokens]:
+        """In parts of so many captions."""
+        return list(map(Tokens, self.ids.split(size), self.mask.split(size)))
+
 
 class Condition(NamedTuple):
     """What the trunk takes: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean, or None where all are real."""
