@@ -97,9 +97,9 @@ def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
 class KnownText(nn.Module):
     """The conditioner of frozen encoders whose features are known: takes `Features`, or `Tokens` as they do.
 
-    about: what the encoders' `about()` says; shape: of their features; empty: those of the empty caption. `open_encoder`
-    gives the encoders themselves, the first time that captions come; they live on the CPU, and on the device only while
-    they work. Nothing here is learnt, stored or copied, as with the encoders.
+    about: what the encoders' `about()` says; shape: of their features; empty: those of the empty caption.
+    `open_encoder` gives the encoders themselves, the first time that captions come; they live on the CPU, and on the
+    device only while they work. Nothing here is learnt, stored or copied, as with the encoders.
     """
 
     def __init__(

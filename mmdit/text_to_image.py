@@ -18,6 +18,7 @@ from mmdit.autoencoder import Autoencoder, PixelSpace, open_autoencoder
 from mmdit.config import MMDiTConfig
 from mmdit.drawing import Drawing
 from mmdit.edit import Edit, known_latents
+from mmdit.features import Features, KnownText
 from mmdit.model import MMDiT
 from mmdit.sampling import Sampling
 from mmdit.text import Condition, LearnedText, Tokens
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 class CaptionedMMDiT(nn.Module):
     """An MMDiT and the conditioner that feeds it, learnt or frozen: all that is trained, as one module."""
 
-    def __init__(self, transformer: MMDiT, conditioner: LearnedText | TextEncoder | SD3Text) -> None:
+    def __init__(self, transformer: MMDiT, conditioner: LearnedText | TextEncoder | SD3Text | KnownText) -> None:
         super().__init__()
         self.transformer, self.conditioner = transformer, conditioner
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens, drop: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None) -> Tensor:
         """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
         context, pooled, mask = self.conditioner(tokens, drop)
         return self.transformer(x_t, t, context, pooled, mask)

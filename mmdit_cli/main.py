@@ -3,6 +3,7 @@
 mmdit train demo                                  mmdit evaluate RUN
 mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
 mmdit autoencoder train --data FOLDER --out FOLDER  mmdit convert IN OUT --layout diffusers
+mmdit cache my.toml --data FOLDER --out FOLDER    mmdit cache --verify FOLDER
 """
 
 import os
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmdit_cli import autoencoder, errors
+from mmdit_cli.cache import cache
 from mmdit_cli.convert import convert
 from mmdit_cli.evaluate import evaluate
 from mmdit_cli.generate import generate
@@ -65,6 +67,7 @@ app.command()(sample)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(convert)
+app.command()(cache)
 app.add_typer(autoencoder.app, name="autoencoder")
 
 

@@ -64,7 +64,8 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     source: str = "shapes"
-    """Where pictures come from: "shapes" (drawn), a folder of images with captions, or .tar shards (folder or glob)."""
+    """Where pictures come from: "shapes" (drawn), a folder of images with captions, .tar shards (folder or glob), or
+    what `mmdit cache` made of one of these."""
     num_samples: Count | None = None
     """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
@@ -75,6 +76,8 @@ class DataConfig(Settings):
     """Processes that read images beside the trainer; the order of samples does not depend on it."""
     cache_latents: bool = True
     """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
 
 
 @dataclass(frozen=True)

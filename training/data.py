@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from training.cache import About, is_cache
 from training.images import BadImage, ImageData, Size, fit, fit_size, read_image, read_size
 from training.loader import Batch, loader, one_pass
 from training.sources import DataError, Entry, Index
@@ -62,7 +64,7 @@ def open_source(
     seed: int = 0,
     need_captions: bool = True,
 ) -> Source:
-    """Open a data set: "shapes" or "shapes:20000" (the procedural world), a folder of images, or shards.
+    """Open a data set: "shapes" or "shapes:20000" (the procedural world), a folder of images, shards, or a cache.
 
     Shards are one file, a folder (also one level down) or a glob. `image_size` is a side or (height, width), fitted to
     multiples of `step`; None takes the most common size in the data (64 for shapes). `num_samples` limits files to the
@@ -75,7 +77,16 @@ def open_source(
     if spec == "shapes" or spec.startswith("shapes:"):
         count = _count_in(spec) or num_samples or NUM_SHAPES
         return ShapesSource(count, fit_size(*(size or (64, 64)), step), seed)
+    if is_cache(spec):
+        from training.cached import CachedSource
+
+        return CachedSource(spec, size, step, num_samples)
     return FileSource(Index(spec, need_captions), size, step, num_samples)
+
+
+def is_shapes(spec: str) -> bool:
+    """Whether the data is the drawn world, or a cache of it."""
+    return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
 class FileSource:

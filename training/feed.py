@@ -9,13 +9,16 @@ Shape letters: B batch, C channels, h w latent sides.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder
+from mmdit.features import KnownText
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText
 from mmdit.text_and_images import Words
@@ -24,9 +27,12 @@ from training.corpus import Pieces
 from training.data import DataError, Source, loader, one_pass
 from training.loader import Order
 from training.objectives import Batch
+from training.seeds import generator_for
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
-Conditioner = LearnedText | Words | TextEncoder | SD3Text
+CPU_BLOCK = 8  # and of these, at a time on a CPU
+POSTERIOR = (0, 1)  # counters of the draws from an autoencoder's posterior, after (seed, step)
+Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
 
 
@@ -37,6 +43,24 @@ class NothingUsable(DataError):
 def to_signed(images: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) to float in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
+    """What the autoencoder says of uint8 images (B, 3, H, W): (B, S, h, w), on the device.
+
+    On a CPU in blocks of one size, the last one filled up: sums are taken in one order then, and an image's numbers do
+    not depend on how many come with it.
+    """
+    if device.type != "cpu":
+        return autoencoder.statistics(to_signed(images.to(device)))
+    filled = torch.cat([images, images[-1:].expand(-len(images) % CPU_BLOCK, -1, -1, -1)])
+    return torch.cat([autoencoder.statistics(to_signed(part)) for part in filled.split(CPU_BLOCK)])[: len(images)]
+
+
+def drawn(sampled: bool, seed: int, step: int) -> torch.Generator | None:
+    """What a batch's latents are drawn with: a function of (seed, step); None for the mode."""
+    return generator_for(seed, step, *POSTERIOR) if sampled else None
 
 
 class ImageFeed:
@@ -51,26 +75,31 @@ class ImageFeed:
         device: torch.device,
         num_workers: int,
         skipped: Skipped,
+        sampled: bool = False,
     ) -> None:
         self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
         self.device, self.num_workers, self.skipped = device, num_workers, skipped
+        self.sampled = sampled
 
     @torch.no_grad()
     def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on."""
         reader = loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers)
         try:
-            for batch in reader:
+            for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
                     self.skipped(key, reason)
-                latents = self.autoencoder.encode(to_signed(batch.images.to(self.device)))
+                statistics = statistics_of(self.autoencoder, batch.images, self.device)
+                latents = self.autoencoder.latents_of(statistics, drawn(self.sampled, seed, step))
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
 
 
 class LatentFeed:
-    """Every image is read and encoded once, now; its latent (float32) stays in memory."""
+    """Every image is read and encoded once, now; its latent (float32) stays in memory, or where latents are sampled
+    what they are drawn from.
+    """
 
     def __init__(
         self,
@@ -82,8 +111,9 @@ class LatentFeed:
         num_workers: int,
         skipped: Skipped,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        sampled: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
         self.captions: list[str] = []
         parts, reasons = [], []
         done = 0
@@ -92,8 +122,8 @@ class LatentFeed:
             for key, reason in batch.skipped:
                 skipped(key, reason)
             if len(batch.captions):
-                with torch.no_grad():
-                    parts.append(autoencoder.encode(to_signed(batch.images.to(device))).cpu())
+                statistics = statistics_of(autoencoder, batch.images, device)
+                parts.append((statistics if sampled else autoencoder.latents_of(statistics)).cpu())
                 self.captions += batch.captions
             done += len(batch.captions) + len(batch.skipped)
             progress(done, len(indices))
@@ -106,23 +136,27 @@ class LatentFeed:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def at(self, rows: Sequence[int]) -> Batch:
-        """The samples at some rows as a batch."""
+    def at(self, rows: Sequence[int], generator: torch.Generator | None = None) -> Batch:
+        """The samples at some rows as a batch; where latents are sampled they are drawn with the generator, if any."""
         index = torch.tensor(rows)
-        return Batch(self.latents[index], type(self.tokens)(*(part[index] for part in self.tokens))).to(self.device)
+        latents = self.latents[index]
+        if self.sampled:
+            latents = self.autoencoder.latents_of(latents.to(self.device), generator)
+        return Batch(latents, type(self.tokens)(*(part[index] for part in self.tokens))).to(self.device)
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on."""
-        order, first = Order(len(self), seed), start_step * batch_size
-        while True:
-            yield self.at([order[position] for position in range(first, first + batch_size)])
-            first += batch_size
+        order = Order(len(self), seed)
+        for step in itertools.count(start_step):
+            rows = [order[position] for position in range(step * batch_size, (step + 1) * batch_size)]
+            yield self.at(rows, drawn(self.sampled, seed, step))
 
 
 class WithText:
     """A feed of pictures in which `num_documents` of each batch are text alone."""
 
-    def __init__(self, feed: ImageFeed | LatentFeed, text: Pieces, num_documents: int) -> None:
+    def __init__(self, feed: Any, text: Pieces, num_documents: int) -> None:
+        """feed: any of pictures alone."""
         self.feed, self.text, self.num_documents = feed, text, num_documents
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
@@ -132,4 +166,4 @@ class WithText:
             for batch, text in zip(pictures, self.text.batches(self.num_documents, seed, start_step), strict=True):
                 yield batch._replace(text=text)
         finally:
-            pictures.close()  # type: ignore[attr-defined]
+            pictures.close()

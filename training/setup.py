@@ -16,6 +16,7 @@ import torch
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.features import KnownText
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -23,6 +24,7 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from training.cached import CachedFeed, CachedSource, latent_feed
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, open_source, split_by_key
@@ -89,8 +91,10 @@ def build_model(
     corpus: Iterable[str] | None = None,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
+    if isinstance(source, CachedSource):
+        source.check(autoencoder)
     height, width = (side // autoencoder.factor for side in source.image_size)
-    text = _text(config, run, chain((source.caption(i) for i in range(len(source))), corpus or ()), resumed)
+    text = _text(config, run, source, chain((source.caption(i) for i in range(len(source))), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
         trunk = _transfusion(config, text, autoencoder, (height, width), text_form(config, run, resumed))
@@ -107,9 +111,12 @@ def build_model(
     return model
 
 
-def _text(config: TrainConfig, run: RunFolder, texts: Iterable[str], resumed: bool) -> Conditioner:
+def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:
     """The conditioner: a frozen one from its folder, or one with its own tokenizer, made for the texts."""
     here = run.path / "pipeline" / "text"
+    if config.text.encoder != "learned" and isinstance(source, CachedSource):
+        run.log(f"what {config.text.encoder} says of captions is read from {config.data.source}")
+        return source.text(config.text.encoder, config.text.max_length, here if resumed else None)
     if config.text.encoder != "learned":
         frozen = load_encoder(here) if resumed else open_text_encoder(config.text.encoder, config.text.max_length)
         run.log(f"captions are read by {frozen.source}, frozen")
@@ -136,7 +143,11 @@ def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def _mmdit(
-    config: TrainConfig, text: LearnedText | TextEncoder | SD3Text, autoencoder: Autoencoder, height: int, width: int
+    config: TrainConfig,
+    text: LearnedText | TextEncoder | SD3Text | KnownText,
+    autoencoder: Autoencoder,
+    height: int,
+    width: int,
 ) -> MMDiT:
     patch = config.model.patch_size
     own = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__ if name != "section"}
@@ -178,7 +189,7 @@ def open_feeds(
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[ImageFeed | LatentFeed, LatentFeed | None]:
+) -> tuple[ImageFeed | LatentFeed | CachedFeed, LatentFeed | CachedFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.
 
     Raises DataError where no sample is left to train on.
@@ -190,14 +201,19 @@ def open_feeds(
     common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
     validation = None
     with suppress(NothingUsable):
-        validation = LatentFeed(source, held_out, *common)
+        validation = latent_feed(source, held_out, *common)
     if validation is None:
         run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    sampled = config.data.posterior == "sample"
+    if sampled and not autoencoder.has_posterior:
+        raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
+    if isinstance(source, CachedSource):
+        return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
     if not config.data.cache_latents:
-        return ImageFeed(source, training, *common), validation
+        return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
     with Progress("encoding", len(training)) as progress:
-        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done))
+        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done), sampled=sampled)
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation

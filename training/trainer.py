@@ -22,6 +22,7 @@ from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import assign_weights
+from training.cached import CachedFeed
 from training.checkpoint import (
     list_checkpoints,
     load_latest,
@@ -140,7 +141,7 @@ class Trainer:
         )
         if resumed:
             self._load()
-        self.feed: ImageFeed | LatentFeed | WithText
+        self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
         self.feed, self.validation = open_feeds(
             config, run, source, self.autoencoder, self.model.conditioner, self.device
         )
@@ -317,5 +318,5 @@ def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callabl
     return whole
 
 
-def _example(validation: LatentFeed | None) -> str:
+def _example(validation: LatentFeed | CachedFeed | None) -> str:
     return validation.captions[0] if validation is not None else "a caption like yours"
