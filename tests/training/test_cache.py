@@ -192,7 +192,8 @@ from training.config import load_config
 torch.set_num_threads(1)
 cache_writer.BATCH = 8
 source, out = sys.argv[1:]
-cache_writer.open_text_encoder(source, 32)  # its library is imported once
+text = cache_writer.open_text_encoder(source, 32)
+cache_writer.open_text_encoder = lambda *how: text  # for all that follow
 config = load_config("pixels-tiny", [f"text.encoder={source}", "data.num_samples=36"])
 options = cache_writer.CacheOptions(shard_mb=0.15)
 replace, deaths = os.replace, 0
@@ -225,7 +226,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(parts, tmp_path):
     command = [sys.executable, "-c", KILLED, str(parts / "t5"), str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     deaths, status = map(int, done.stdout.split()[-2:])
-    assert deaths >= 7 and status == 0
+    assert deaths >= 6 and status == 0
     how = (f"text.encoder={parts / 't5'}", "data.num_samples=36")
     made(tmp_path / "whole", *how, options=CacheOptions(shard_mb=0.15))
     assert files(out) == files(tmp_path / "whole")

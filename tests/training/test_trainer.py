@@ -726,6 +726,7 @@ ELSEWHERE = {
     **{f"lora.{name}": "tests/training/test_start.py" for name in ("rank", "alpha", "targets")},
     "transfusion.freeze_text": "tests/training/test_start.py",
     "text.encoder": "test_frozen_text.py",
+    "data.posterior": "test_cache.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.device": "test_the_device_is_the_one_asked_for",
 }
