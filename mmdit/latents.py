@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmdit.tiles import in_tiles
 from mmdit.weights_io import json_writer, read_json
 
 PREVIEW = "preview.json"
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Autoencoder(nn.Module, ABC):
@@ -57,8 +58,8 @@ class Autoencoder(nn.Module, ABC):
     def statistics(self, images: Tensor) -> Tensor:
         """What is known of each latent pixel (B, S, h, w): the raw latents, or what their distribution is told by."""
 
-    def draw(self, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Raw latents of such statistics: a sample where a generator is given, else their mode."""
+    def draw(self, statistics: Tensor, generator: Generators | None) -> Tensor:
+        """Raw latents of such statistics: a sample where a generator is given, or one for each, else their mode."""
         return statistics
 
     def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -89,8 +90,8 @@ class Autoencoder(nn.Module, ABC):
             )
         return self.latents_of(self._worked(self.statistics, images, tile), generator)
 
-    def latents_of(self, statistics: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of such statistics: a sample where a generator is given, else their mode."""
+    def latents_of(self, statistics: Tensor, generator: Generators | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of such statistics; `generator` as in `draw`."""
         return (self.draw(statistics, generator) - self.shift_factor) * self.scaling_factor
 
     def settings(self) -> dict[str, Any]:

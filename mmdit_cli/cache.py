@@ -97,7 +97,7 @@ def _report(folder: Path, part: tuple[int, int], written: "Written") -> None:
 
 def _verify(folder: Path, data: str | None) -> None:
     from training.cache import Cache, CacheError
-    from training.cache_writer import changed
+    from training.cache_writer import changed, data_of
     from training.progress import Progress
 
     found = Cache(folder)
@@ -105,7 +105,7 @@ def _verify(folder: Path, data: str | None) -> None:
         problems = found.problems(progress.show)
     if data is not None and not problems:
         with Progress("comparing", len(found.samples)) as progress:
-            problems = changed(found, data, progress.show)
+            problems = changed(found, data_of(found, data), progress.show)
     for problem in problems[:20]:
         print(problem)
     if problems:

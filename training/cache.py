@@ -30,18 +30,22 @@ from torch import Tensor
 from mmdit.features import TextShape
 from mmdit.mapped import read_weights
 from mmdit.weights_io import weights_writer, write_aside
+from training.errors import DataError
 from training.signed import fsync, read_signed, sha256, write_signed
-from training.sources import DataError
 
 FORMAT = "mmdit cache 1"
 FIT = "scaled to cover, centre-cropped"
 """How images become those of one size (`training.images.fit`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIONS = ("buckets", "bucket_ratio", "captions", "min_side", "max_aspect", "min_caption", "max_caption")
 _WORDS = {
     "autoencoder": "autoencoder",
     "text": "text encoder",
     "size": "image size",
+    "sizes": "buckets",
     "fit": "fitting of images",
+    "options": "choice of samples and captions (data.*)",
+    "weights": "weights of data sets",
     "dtype": "type of latents (--dtype)",
     "text_dtype": "type of text features (--text-dtype)",
     "keys": "data",
@@ -69,15 +73,27 @@ class About:
     text_shape: TextShape | None
     """Of their features."""
     size: tuple[int, int]
-    """Height and width in pixels that images were fitted to."""
+    """Height and width in pixels that images were fitted to, or that the buckets are about the area of."""
+    sizes: tuple[tuple[int, int], ...]
+    """The sizes themselves: one, or those of the buckets."""
     fit: str
     """How."""
+    options: dict[str, Any]
+    """Settings of [data] that say which samples there are, and with which captions: those of `OPTIONS`."""
+    weights: tuple[float, ...]
+    """Of the data sets, where several are mixed."""
     dtype: str
     """Type of the latents, a name of `DTYPES`."""
     text_dtype: str
     """Type of the text features."""
     source: str
     """The data's name."""
+    step: int
+    """What sides were multiples of, in pixels."""
+    min_bucket: int
+    """Samples of the smallest bucket: a batch's."""
+    num_samples: int | None
+    """Of each data set the first so many were taken; None: all."""
     seed: int | None
     """Of data that is drawn; None where it is files."""
     samples: int
@@ -89,8 +105,9 @@ class About:
 
     def differences(self, other: About) -> list[str]:
         """What is another there, in words. Where data and text encoders are kept does not count."""
-        found = [words for name, words in _WORDS.items() if self._of(name) != other._of(name)]
-        return found[:-1] if len(found) > 1 and found[-1] == _WORDS["shard_samples"] else found  # it follows from them
+        found = [name for name in _WORDS if self._of(name) != other._of(name)]
+        follow = {"sizes": "size" in found, "shard_samples": len(found) > 1}  # from what else is another
+        return [_WORDS[name] for name in found if not follow.get(name)]
 
     def _of(self, name: str) -> Any:
         value = getattr(self, name)
@@ -119,7 +136,9 @@ class About:
         if table.pop("format", None) != FORMAT:
             raise CacheError(f"{folder / 'cache.json'} is of another version of mmdit: make the cache anew")
         shape = table["text_shape"]
-        return cls(**table | {"size": tuple(table["size"]), "text_shape": shape and TextShape.read(shape)})
+        sizes = {"size": tuple(table["size"]), "sizes": tuple(map(tuple, table["sizes"]))}
+        lists = {"weights": tuple(table["weights"]), "text_shape": shape and TextShape.read(shape)}
+        return cls(**table | sizes | lists)
 
 
 def is_cache(folder: str | Path) -> bool:
@@ -136,12 +155,18 @@ def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Sample(NamedTuple):
-    """A sample as a shard's .json names it: SHA-256 of its pixels and captions, and why it has no image, if so."""
+    """A sample as a shard's .json names it: SHA-256 of its pixels and captions; why it has no image, if so; the shares
+    by which its captions are drawn (none: equal ones); its bucket, data set and block (`order.Layout`).
+    """
 
     key: str
     content: str
     captions: list[str]
     error: str | None = None
+    shares: Sequence[float] = ()
+    bucket: int = 0
+    part: int = 0
+    block: int = -1
 
 
 class Known(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from mmdit.text_encoders import open_text_encoder
 from training.cache import (
     DTYPES,
     FIT,
+    OPTIONS,
     About,
     Cache,
     CacheError,
@@ -42,14 +44,16 @@ from training.cache import (
     stem_of,
     write_shard,
 )
-from training.config import TrainConfig
-from training.data import Source, is_shapes, open_source
+from training.config import DataConfig, TrainConfig, TrainingConfig
+from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
 from training.interrupts import Interrupts
-from training.loader import _run
+from training.loader import READ_AHEAD, layout_of, run
+from training.order import Layout
 from training.progress import Progress
-from training.setup import fingerprint
+from training.setup import fingerprint, open_run_source
+from training.stream import STREAM
 
 BATCH = 64  # samples of a chunk
 NAMED = 10  # bad samples that are named
@@ -137,10 +141,16 @@ class _Writer:
             text=None if self.text is None else self.text.about(),
             text_shape=None if self.text is None else self.text.shape,
             size=(height, width),
+            sizes=layout_of(self.source).sizes,
             fit=FIT,
+            options={name: getattr(config.data, name) for name in OPTIONS},
+            weights=layout_of(self.source).weights,
             dtype=self.options.dtype,
             text_dtype=self.options.text_dtype,
             source=config.data.source,
+            step=self.autoencoder.factor * config.model.patch_size,
+            min_bucket=config.training.batch_size - config.text_documents,
+            num_samples=config.data.num_samples,
             seed=config.seed if is_shapes(config.data.source) else None,
             samples=len(self.source),
             keys=fingerprint(self.source),
@@ -166,8 +176,8 @@ class _Writer:
         jobs = [job for shard in shards for job in self._jobs(shard)]
         total, left = sum(len(self.about.places(k)) for k in shards), sum(len(job.places) for job in jobs)
         start, done = time.perf_counter(), 0
-        read_job: Any = partial(_read, self.source, jobs)
-        reads: Any = _run(read_job, range(len(jobs)), self.workers)
+        read_job: Any = partial(_read, self.source)
+        reads: Any = run(read_job, [job.places for job in jobs], self.workers)
         with interrupts.deferred(), Progress("caching", total, total - left) as progress, closing(reads):
             for job, read in zip(jobs, reads, strict=True):
                 known = self._known(read)
@@ -269,28 +279,41 @@ class _Read(NamedTuple):
     images: list[tuple[list[int], Tensor]]
 
 
-def _read(source: Source, jobs: Sequence[_Job], number: int) -> _Read:
+def _read(source: Source, places: range) -> _Read:
     """What a worker does: read and fit the images of a chunk, and say what they are known by."""
-    samples: list[Sample] = []
+    if getattr(source, "is_remote", False):
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            found = list(pool.map(partial(_one, source), places))
+    else:
+        found = [_one(source, i) for i in places]
     rows: dict[tuple[int, ...], list[int]] = {}
     images: dict[tuple[int, ...], list[np.ndarray]] = {}
-    count = 0
-    for i in jobs[number].places:
-        one = source[i]
-        if one.image is None:
-            samples.append(Sample(one.key, "", [one.caption], one.error))
-            continue
-        samples.append(Sample(one.key, content_of(one.image, [one.caption]), [one.caption]))
-        rows.setdefault(one.image.shape, []).append(count)
-        images.setdefault(one.image.shape, []).append(one.image)
-        count += 1
+    for row, image in enumerate(image for _, image in found if image is not None):
+        rows.setdefault(image.shape, []).append(row)
+        images.setdefault(image.shape, []).append(image)
     stacked = {shape: torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2) for shape, some in images.items()}
-    return _Read(samples, [(rows[shape], x.contiguous()) for shape, x in stacked.items()])
+    return _Read([sample for sample, _ in found], [(rows[shape], x.contiguous()) for shape, x in stacked.items()])
 
 
 def _others(folder: Path) -> list[Path]:
     """What is in a folder, but for what a kill left of a cache that had hardly begun."""
     return [path for path in folder.iterdir() if not (path.name.startswith(".cache.json.") and path.suffix == ".part")]
+
+
+def _one(source: Source, i: int) -> tuple[Sample, np.ndarray | None]:
+    """A sample and its image, which a bad one has not."""
+    one, layout = source[i], layout_of(source)
+    texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
+    place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
+    if one.image is None:
+        return Sample(one.key, "", list(texts), one.error, list(shares), *place), None
+    captions = list(texts) or [""]
+    return Sample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
+
+
+def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
+    """What tells the data set and the block of each sample, and what they are where nothing does."""
+    return (layout.part, 0), (layout.block, -1)
 
 
 def _is_whole(chunk: Path) -> bool:
@@ -310,26 +333,34 @@ def _check_finite(sample: Sample, known: Known, options: CacheOptions) -> None:
 
 
 def _source(config: TrainConfig, factor: int) -> Source:
-    data, step = config.data, factor * config.model.patch_size
+    """The config's data. Raises CacheError for what cannot be cached."""
+    data = config.data
     if is_cache(data.source):
         raise CacheError(f"{data.source} is a cache already, which has no images")
-    return open_source(data.source, data.image_size, step, num_samples=data.num_samples, seed=config.seed)
+    if data.source.startswith(STREAM):
+        raise CacheError(f"{data.source} is a stream, whose samples have no numbers: cache hf:NAME, or files")
+    if data.crop != "center" or data.flip:
+        raise CacheError('a cache has one crop of each image: set data.crop="center" and data.flip=false')
+    return open_run_source(config, factor * config.model.patch_size)
 
 
-def changed(cache: Cache, data: str, told: Callable[[int], object] = lambda done: None) -> list[str]:
-    """Which samples of a cache are others in the data now: their images, once fitted, or their captions; one line each.
-
-    Raises DataError where the data cannot be read, or its samples are others altogether.
+def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = lambda done: None) -> list[str]:
+    """Which samples of a cache are others in a config's data now: their images, once fitted, or their captions; one
+    line each. Raises DataError where the data cannot be read, or its samples are others altogether.
     """
-    about = cache.about
-    source = open_source(data, about.size, num_samples=about.samples, seed=about.seed or 0)
-    if source.keys != [sample.key for sample in cache.samples]:
-        raise CacheError(f"{data} has other samples than {cache.folder} was made of")
+    source = open_run_source(config, cache.about.step)
+    if list(source.keys) != [sample.key for sample in cache.samples]:
+        raise CacheError(f"{config.data.source} has other samples than {cache.folder} was made of")
     found = []
     for i, known in enumerate(cache.samples):
-        one = source[i]
-        content = "" if one.image is None else content_of(one.image, [one.caption])
-        if content != known.content:
-            found.append(f"{known.key} is another in {data} than when {cache.folder} was made")
+        if _one(source, i)[0].content != known.content:
+            found.append(f"{known.key} is another in {config.data.source} than when {cache.folder} was made")
         told(i + 1)
     return found
+
+
+def data_of(cache: Cache, source: str) -> TrainConfig:
+    """A config of the data that a cache was made of, as it is in `source` now."""
+    about = cache.about
+    data = DataConfig(source=source, image_size=about.size, num_samples=about.num_samples, **about.options)
+    return TrainConfig(seed=about.seed or 0, data=data, training=TrainingConfig(batch_size=about.min_bucket))

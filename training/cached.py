@@ -6,9 +6,7 @@ Shape letters: B batch, C channels, h w latent sides, L text tokens, D width of 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,16 @@ from mmdit.features import Encoded, Features, KnownText, TextShape
 from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
 from mmdit.weights_io import read_json
 from training.cache import Cache, CacheError, Known, same_text
+from training.captions import choose
+from training.config import DataConfig
 from training.data import Sample, Source
 from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn
 from training.images import Size, fit_size
-from training.loader import Order
+from training.loader import rng_for
 from training.objectives import Batch
+from training.order import Layout, Plan
+from training.share import WHOLE, Share
+from training.stream import ahead
 
 AHEAD = 2  # batches read before they are asked for
 
@@ -39,22 +42,66 @@ class CachedSource:
     ) -> None:
         """Raises CacheError where the cache is not whole, or of images of another size than is asked for."""
         self.cache = Cache(folder)
-        self.image_size = self.cache.about.size
-        height, width = self.image_size
+        about = self.cache.about
+        self.image_size = about.size
         if image_size is not None and fit_size(*image_size, step) != self.image_size:
-            raise CacheError(f"{folder} has images of {height} x {width}: leave out data.image_size, or make another")
-        if height % step or width % step:
-            raise CacheError(f"{folder} has images of {height} x {width}, the model needs multiples of {step}")
-        self.samples = self.cache.samples[:num_samples]
-        self.keys = [sample.key for sample in self.samples]
+            size = " x ".join(map(str, self.image_size))
+            raise CacheError(f"{folder} has images of {size}: leave out data.image_size, or make another cache")
+        if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
+            size = " x ".join(map(str, wrong[0]))
+            raise CacheError(f"{folder} has images of {size}, the model needs multiples of {step}")
+        self.numbers = self._first(num_samples)  # in the cache
+        self.samples = [self.cache.samples[i] for i in self.numbers]
+        self.keys: Sequence[str] = [sample.key for sample in self.samples]
         self.skipped: list[tuple[str, str]] = []
+        self.layout = self._layout()
+
+    def _first(self, num_samples: int | None) -> list[int]:
+        """The first so many of each data set."""
+        counts: dict[int, int] = {}
+        found = []
+        for i, sample in enumerate(self.cache.samples):
+            counts[sample.part] = counts.get(sample.part, 0) + 1
+            if num_samples is None or counts[sample.part] <= num_samples:
+                found.append(i)
+        return found
+
+    def _layout(self) -> Layout:
+        """As that of the data."""
+        about = self.cache.about
+        bucket, part, block = (
+            np.array([getattr(s, name) for s in self.samples]) for name in ("bucket", "part", "block")
+        )
+        return Layout(
+            about.sizes,
+            bucket if about.options["buckets"] else None,
+            part if len(about.weights) > 1 else None,
+            about.weights,
+            block if block.max(initial=-1) >= 0 else None,
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def caption(self, i: int) -> str:
-        """The caption; "" where it is missing."""
-        return self.samples[i].captions[0]
+        """The first caption; "" where it is missing."""
+        captions = self.samples[i].captions
+        return captions[0] if captions else ""
+
+    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """All captions, and the shares by which one is drawn (none: equal ones)."""
+        return tuple(self.samples[i].captions), tuple(self.samples[i].shares)
+
+    def check_data(self, data: DataConfig) -> None:
+        """Raises CacheError where a config asks for other samples or captions than the cache was made of; what it
+        leaves as it is by default is as the cache has it.
+        """
+        if data.crop != "center" or data.flip:
+            raise CacheError(f"{self.cache.folder} has one crop of each image: leave out data.crop and data.flip")
+        for name, value in self.cache.about.options.items():
+            asked = getattr(data, name)
+            if asked not in (value, getattr(DataConfig(), name)):
+                raise CacheError(f"{self.cache.folder} was made with data.{name} = {value}, not {asked}: leave it out")
 
     def __getitem__(self, i: int) -> Sample:
         """Raises CacheError: there are no images."""
@@ -130,7 +177,9 @@ class CachedFeed:
         bad = [source.samples[i] for i in indices if source.samples[i].error is not None]
         for sample in bad:
             skipped(sample.key, str(sample.error))
-        self.rows = [int(i) for i in indices if source.samples[i].error is None]
+        good = [int(i) for i in indices if source.samples[i].error is None]
+        self.rows = sorted(good, key=source.layout.bucket_of)  # bucket after bucket, each in order
+        self.layout = source.layout.of(np.array(self.rows, dtype=np.int64))
         if not self.rows:
             first = f"; one of them is {bad[0].key}: {bad[0].error}" if bad else ""
             raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
@@ -140,37 +189,58 @@ class CachedFeed:
 
     @property
     def captions(self) -> list[str]:
-        """Of all samples."""
+        """The first one of all samples."""
         return [self.source.caption(i) for i in self.rows]
 
-    def at(self, rows: Sequence[int], generator: torch.Generator | None = None) -> Batch:
-        """The samples at some rows as a batch; where latents are sampled they are drawn with the generator, if any."""
-        return self._batch(self._read(rows), generator)
+    def chunks(self, size: int) -> Iterator[range]:
+        """All rows in order, up to `size` of one bucket at a time."""
+        buckets = [self.layout.bucket_of(row) for row in range(len(self))]
+        for bucket, some in itertools.groupby(range(len(self)), buckets.__getitem__):
+            last = (first := next(some)) + buckets.count(bucket)
+            yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
-    def batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches from number `start_step` on, the next ones read meanwhile."""
-        order, pending = Order(len(self), seed), deque[Future]()
-        with ThreadPoolExecutor(1) as reader:
+    def at(
+        self,
+        rows: Sequence[int],
+        draws: Sequence[float] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Batch:
+        """As `LatentFeed.at`."""
+        return self._batch(self._read(rows, draws), generators)
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on, of each the rows of this share; the next ones are read
+        meanwhile.
+        """
+        plan, rows = Plan(len(self), self.layout, batch_size, seed), share.rows(batch_size)
+
+        def reads() -> Iterator[tuple[Tensor, Any]]:
             for step in itertools.count(start_step):
-                while len(pending) <= AHEAD:
-                    first = (step + len(pending)) * batch_size
-                    rows = [order[position] for position in range(first, first + batch_size)]
-                    pending.append(reader.submit(self._read, rows))
-                yield self._batch(pending.popleft().result(), drawn(self.sampled, seed, step))
+                _, places = plan.places(step, rows)
+                draws = [rng_for(seed, step, row).random() for row in rows]
+                yield self._read([int(pool[place]) for pool, place in places], draws)
 
-    def _read(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
+        for step, read in enumerate(ahead(reads(), AHEAD), start=start_step):
+            yield self._batch(read, drawn(self.sampled, seed, step, rows))
+
+    def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor, Any]:
         """Statistics (B, S, h, w) and text, as they lie in the cache."""
         indices = [self.rows[row] for row in rows]
-        known: list[Known] = [self.source.cache.read(i) for i in indices]
+        known: list[Known] = [self.source.cache.read(self.source.numbers[i]) for i in indices]
+        chosen = [0] * len(rows)
+        if draws is not None:
+            found = [self.source.captions(i) for i in indices]
+            chosen = [choose(len(texts), shares, u) for (texts, shares), u in zip(found, draws, strict=True)]
         statistics = torch.stack([one.statistics for one in known])
         if isinstance(self.conditioner, KnownText):
-            return statistics, features([one.text[0] for one in known], self.conditioner.shape)
-        return statistics, self.conditioner.tokenize([self.source.caption(i) for i in indices])
+            texts = [one.text[k] for one, k in zip(known, chosen, strict=True)]
+            return statistics, features(texts, self.conditioner.shape)
+        captions = [self.source.samples[i].captions[k] for i, k in zip(indices, chosen, strict=True)]
+        return statistics, self.conditioner.tokenize(captions)
 
-    def _batch(self, read: tuple[Tensor, Any], generator: torch.Generator | None) -> Batch:
+    def _batch(self, read: tuple[Tensor, Any], generators: Sequence[torch.Generator] | None) -> Batch:
         statistics, text = read
-        generator = generator if self.sampled else None
-        latents = self.autoencoder.latents_of(statistics.to(self.device).float(), generator)
+        latents = self.autoencoder.latents_of(statistics.to(self.device).float(), generators if self.sampled else None)
         return Batch(latents, text.to(self.device))
 
 

@@ -24,6 +24,7 @@ import torch
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
 from training.loader import Order
+from training.share import WHOLE, Share
 from training.sources import printable, walk
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -112,11 +113,11 @@ class Pieces:
         ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=self.pad)
         return Tokens(ids, ids != self.pad).to(self.device)
 
-    def batches(self, num: int, seed: int, start_step: int = 0) -> Generator[Tokens, None, None]:
+    def batches(self, num: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Generator[Tokens, None, None]:
         """Endless shuffled batches of `num` pieces from number `start_step` on: a function of (seed, step)."""
-        order, first = Order(len(self), seed), start_step * num
+        order, first, rows = Order(len(self), seed), start_step * num, share.rows(num)
         while True:
-            yield self.at(order[place] for place in range(first, first + num))
+            yield self.at(order[first + row] for row in rows)
             first += num
 
 

@@ -58,6 +58,10 @@ KEPT = (
     "data.num_samples",
     "data.image_size",
     "data.held_out",
+    "data.buckets",
+    "data.bucket_ratio",
+    "data.captions",
+    "data.shuffle_buffer",
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,11 +27,13 @@ from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_pipeline, t5, t
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CacheError, Known, Sample, Shard, packed, write_shard
-from training.cache_writer import CacheOptions, changed, write_cache
+from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
 from training.data import is_shapes, open_source
 from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.setup import fingerprint, open_run_source
+from training.share import Share
 
 CPU = torch.device("cpu")
 EXACT = CacheOptions("fp32", "fp32")
@@ -81,6 +83,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- the format ---------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(
     st.lists(
         st.tuples(st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=3)), max_size=5
@@ -104,7 +107,7 @@ def test_what_is_written_is_read(tmp_path_factory, shapes, dtype, bad):
     stem = tmp_path_factory.mktemp("shard") / "shard-00000"
     write_shard(stem, samples, packed(known, Known(torch.empty(0, 0, 0, dtype=dtype), [text(1)])))
     shard = Shard(stem)
-    assert shard.samples == samples and shard.problems() == []
+    assert [one._replace(shares=()) for one in shard.samples] == samples and shard.problems() == []
     for place, one in zip(shard.good(), known, strict=True):
         read = shard.read(place)
         assert torch.equal(read.statistics, one.statistics) and read.statistics.dtype == dtype
@@ -370,13 +373,13 @@ def test_changed_data_is_found_by_content(written, tmp_path):
     assert write_cache(how, tmp_path / "cache", log=said.append).bad == 1
     assert len(said) == 1 and said[0].startswith("skipped: bad: ")
     cache = Cache(tmp_path / "cache")
-    assert changed(cache, str(tmp_path)) == []
+    assert changed(cache, data_of(cache, str(tmp_path))) == []
     Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "1.png")
     (tmp_path / "2.txt").write_text("another")
-    assert [line.partition(" ")[0] for line in changed(cache, str(tmp_path))] == ["1", "2"]
+    assert [line.partition(" ")[0] for line in changed(cache, data_of(cache, str(tmp_path)))] == ["1", "2"]
     (tmp_path / "3.png").unlink()
     with pytest.raises(CacheError, match="has other samples than"):
-        changed(cache, str(tmp_path))
+        changed(cache, data_of(cache, str(tmp_path)))
 
 
 # --- the same batches and the same training as from images -----------------------------------------------------------
@@ -418,6 +421,71 @@ def test_batches_are_those_of_images(parts, tmp_path, learned, kind, sampled):
     assert torch.equal(feeds[0].at([1, 2]).latents, feeds[1].at([1, 2]).latents)
     for run in runs:
         run.close()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed):
+    """Images of three shapes in buckets, of two data sets, with captions to draw among; the split of a batch too."""
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 30), ("b", 14)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            size = [(32, 32), (64, 32), (32, 64)][i % 3]
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+            captions = {"original": f"{name} {i}", "synthetic": [f"{name} {i} again", f"{name} {i} once more"][: i % 3]}
+            (tmp_path / name / f"{i}.json").write_text(json.dumps(captions))
+    spec = f"{tmp_path / 'a'}=0.7,{tmp_path / 'b'}=0.3" if mixed else str(tmp_path / "a")
+    overrides = ["data.num_samples=none", "data.buckets=true", "data.image_size=32", "model.patch_size=8"]
+    overrides += ["data.captions=original=0.5,synthetic=0.5", "training.batch_size=4", f"data.source={spec}"]
+    cached, images = made(tmp_path / "cache", *overrides), open_run_source(config(*overrides), 8)
+    assert len(cached.layout.sizes) == 3 and fingerprint(cached) == fingerprint(images)
+    common, indices = (PixelSpace(), learned, CPU), np.arange(2, len(images))
+    feeds = (
+        CachedFeed(cached, indices, *common, lambda *what: None),
+        LatentFeed(images, indices, *common, 0, lambda *what: None),
+    )
+    assert feeds[0].captions == feeds[1].captions
+    for share in (Share(), Share(1, 2)):
+        runs = [feed.batches(4, seed=3, start_step=1, share=share) for feed in feeds]
+        shapes = set()
+        for _ in range(20):
+            ours, theirs = map(next, runs)
+            assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.tokens.ids, theirs.tokens.ids)
+            shapes.add(tuple(ours.latents.shape))
+        assert len(shapes) == 3
+        for run in runs:
+            run.close()
+    for ours, theirs in zip(feeds[0].chunks(5), feeds[1].chunks(5), strict=True):
+        assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
+    assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.min_side=8"], "was made with data.min_side = 0, not 8: leave it out"),
+        (["data.buckets=true"], "was made with data.buckets = False, not True"),
+        (["data.flip=true", "data.cache_latents=false"], "has one crop of each image: leave out data.crop and"),
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_other_samples_is_refused(written, changes, message):
+    with pytest.raises(CacheError, match=message):
+        open_run_source(config(f"data.source={written}", *changes), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.crop=random"], 'one crop of each image: set data.crop="center"'),
+        (["data.source=hf-stream:nowhere"], "is a stream, whose samples have no numbers"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_cached_is_refused(tmp_path, changes, message):
+    with pytest.raises(CacheError, match=message):
+        write_cache(config("data.cache_latents=false", *changes), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_bad_samples_are_told_and_left_out(tmp_path, learned):

@@ -214,7 +214,7 @@ def test_unpacked_shards_go_with_the_source(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     source = open_source(make_layout(".tar.gz", tmp_path))
-    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    assert len(list((tmp_path / "tmp").iterdir())) == 2  # the index and the images
 
     def drop_it() -> None:
         nonlocal source
