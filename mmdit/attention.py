@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,53 @@ class Packed:
         """(n, L, H*d) as one row again, (1, S, H*d)."""
         together = heads.flatten(0, 1)
         return (together if self.ordered else together[self.places])[None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A mask over one row that holds the image tokens of all samples and then their text tokens, without padding: each
+    sample sees its own image and text.
+
+    images, texts: how many tokens each sample has of either.
+    """
+
+    images: tuple[int, ...]
+    texts: tuple[int, ...]
+
+    def without_text(self) -> Pairs:
+        """The same over a row of the image tokens alone."""
+        return Pairs(self.images, (0,) * len(self.images))
+
+    @torch.compiler.disable  # the lengths are others in each batch
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (1, H, S, d) to (1, S, H*d)."""
+        if q.device.type == "cuda":
+            return self._varlen(q, k, v)
+        sizes, n = [*self.images, *self.texts], len(self.images)
+        parts = [x.split(sizes, dim=2) for x in (q, k, v)]
+        both = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
+        halves = [x.split(pair, dim=1) for x, pair in zip(both, zip(self.images, self.texts, strict=True), strict=True)]
+        return torch.cat([image for image, _ in halves] + [text for _, text in halves], dim=1)
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Sample after sample in one kernel."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        order, ends, longest = _by_sample(self, q.device)
+        q, k, v = (x[0].transpose(0, 1)[order] for x in (q, k, v))
+        out = varlen_attn(q, k, v, ends, ends, longest, longest)
+        assert isinstance(out, Tensor)
+        return torch.empty_like(out).index_copy(0, order, out).flatten(1)[None]
+
+
+@lru_cache(maxsize=2)  # all blocks of a step ask for the same
+def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """The places of a row sample after sample (S,), where each sample ends (B + 1,), tokens of the longest."""
+    n = len(pairs.images)
+    sample = torch.repeat_interleave(torch.arange(n).repeat(2), torch.tensor([*pairs.images, *pairs.texts]))
+    lengths = torch.tensor(pairs.images) + torch.tensor(pairs.texts)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return sample.argsort(stable=True).to(device), ends.to(device), int(lengths.max())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ and values ("pre-only").
 Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.attention import Mask, attention
+from mmdit.attention import Mask, Pairs, attention
 from mmdit.embeddings import rotate
+from mmdit.linear import Linear, linear_gelu
 
 EPS = 1e-6  # of every normalisation in SD3
 
@@ -26,11 +26,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D), or (D,)."""
     if shift.ndim == 1:
         return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, EPS)
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else gate * x
+def _added(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * branch."""
+    return x + branch if gate is None else torch.addcmul(x, gate, branch)
 
 
 class PerToken(NamedTuple):
@@ -40,7 +41,7 @@ class PerToken(NamedTuple):
     rows: Tensor
 
 
-class Modulation(nn.Linear):
+class Modulation(Linear):
     """silu(c), (B, D), (B, S, D) or `PerToken`, to `num` modulations, each (B, 1 or S, D), in one matrix product."""
 
     def __init__(self, dim: int, num: int) -> None:
@@ -84,9 +85,9 @@ class QKV(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: str | None, out: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm, self.k_norm = (nn.RMSNorm(dim // num_heads, eps=EPS) if qk_norm else None for _ in range(2))
-        self.out = nn.Linear(dim, dim) if out else None
+        self.out = Linear(dim, dim) if out else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, D) to q, k, v, each (B, H, S, d)."""
@@ -99,26 +100,16 @@ class QKV(nn.Module):
         return q, k, v
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The tanh form of GELU (Hendrycks & Gimpel 2016), x (1 + tanh u) / 2 = x sigmoid(2 u).
-
-    To learn, a CPU takes the sigmoid, whose one exponential costs half of a tanh.
-    """
-    if x.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
-
-
 class MLP(nn.Module):
     """Two linear layers with the tanh form of GELU between."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class Stream(nn.Module):
@@ -152,17 +143,30 @@ class Stream(nn.Module):
         return self.attn(modulate(x, mods[0], mods[1]), rotary)
 
     def attend(
-        self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        heads: Tensor,
+        mods: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Mask | None = None,
     ) -> Tensor:
-        """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D)."""
+        """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D).
+
+        mask: who sees whom in the second attention, where samples stand in one row.
+        """
         assert self.attn.out is not None and self.mlp is not None
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, *second = mods
-        y = x + _gated(self.attn.out(heads), gate)
+        y = _added(x, self.attn.out(heads), gate)
         if self.attn2 is not None:
             shift2, scale2, gate2 = second
-            own = attention(*self.attn2(modulate(x, shift2, scale2), rotary))
-            y = y + gate2 * self.attn2.out(own)  # type: ignore[misc]
-        return y + _gated(self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
+            q, k, v = self.attn2(modulate(x, shift2, scale2), rotary)
+            own = attention(q, k, v, mask)
+            y = _added(y, self.attn2.out(own), gate2)  # type: ignore[misc]
+        return _added(y, self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
+
+
+def _own(mask: Tensor | Mask | None) -> Mask | None:
+    return mask.without_text() if isinstance(mask, Pairs) else None
 
 
 class JointBlock(nn.ModuleDict):
@@ -178,17 +182,23 @@ class JointBlock(nn.ModuleDict):
         """One tensor (B, S_i, D) a stream in and out; a pre-only stream is not among those that come out.
 
         silu_c: silu of the conditioning, (B, D), or one for each stream. mask: boolean, broadcastable to (B, H, sum S,
-        sum S), True = may see. rotaries: one rotary embedding or None a stream.
+        sum S), True = may see; or what attends to one row, in which the streams' tokens stand sample after sample.
+        rotaries: one rotary embedding or None a stream.
         """
         streams: list[Stream] = list(self.values())  # type: ignore[arg-type]
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
-        qkv = [s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)]
+        qkv: list[tuple[Tensor, ...]] = [
+            s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)
+        ]
+        one_row = not (mask is None or isinstance(mask, Tensor))
+        if one_row:
+            qkv = [tuple(rearrange(part, "b h s d -> 1 h (b s) d") for part in parts) for parts in qkv]
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
-        heads = attention(q, k, v, mask).split([x.shape[1] for x in xs], dim=1)
+        heads = attention(q, k, v, mask).split([parts[0].shape[2] for parts in qkv], dim=1)
         return [
-            s.attend(x, h, m, r)
+            s.attend(x, h.view(x.shape) if one_row else h, m, r, _own(mask) if len(x) == 1 else None)
             for s, x, h, m, r in zip(streams, xs, heads, mods, rotaries, strict=True)
             if not s.pre_only
         ]

@@ -49,7 +49,7 @@ class LlamaStream(nn.Module):
         k, v = (kv.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for kv in (k, v))
         return q, k, v
 
-    def attend(self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: Any) -> Tensor:
+    def attend(self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: Any, mask: object = None) -> Tensor:
         """The residual branches, given what the joint attention brought: `heads` (B, S, D)."""
         y = x + self.out(heads)
         z = self.norm2(y)

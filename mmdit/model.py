@@ -6,14 +6,15 @@ modulate every block. Given noised latents x_t it predicts the velocity v = eps 
 Shape letters: B batch, C channels, h w latent sides, N image tokens, L text tokens, D width.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdit.attention import key_mask
-from mmdit.blocks import JointBlock, Modulation, Stream, init_linear, modulate
+from mmdit.attention import Pairs, key_mask
+from mmdit.blocks import JointBlock, Modulation, PerToken, Stream, init_linear, modulate
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import (
     TimeEmbedding,
@@ -63,48 +64,97 @@ class MMDiT(nn.Module):
 
     def forward(
         self,
-        x_t: Tensor,
+        x_t: Tensor | Sequence[Tensor],
         t: Tensor,
         context: Tensor,
         pooled: Tensor,
         context_mask: Tensor | None = None,
         skip_layers: Collection[int] = (),
-    ) -> Tensor:
+    ) -> Any:
         """Velocity at x_t (B, C, h, w), shaped like it.
 
         t (B,) in [0, 1], 0 = data; context (B, L, context_dim) text tokens; pooled (B, pooled_dim) text vector;
         context_mask (B, L) boolean, True where a text token is real (None: all are); skip_layers: blocks, from 0, that
-        are passed over, for guidance by a weaker model. Raises ValueError for shapes that do not fit.
+        are passed over, for guidance by a weaker model. x_t may be a list of B latents (C, h, w), each of its own size:
+        then all tokens stand in one row without padding, and a list comes back, with the same numbers as one by one.
+        Raises ValueError for shapes that do not fit.
         """
         self._check(x_t, t, context, pooled, context_mask)
-        p, (height, width) = self.config.patch_size, x_t.shape[-2:]
-        rows, columns = height // p, width // p
+        silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
+        if not isinstance(x_t, Tensor):
+            return self._packed(list(x_t), silu_c, context, context_mask, skip_layers)
+        (img, rotary), mask = self._read(x_t), key_mask(self._num_tokens(x_t), context_mask)
+        img = self._through([img, self.context_in(context)], [silu_c] * 2, mask, [rotary, None], skip_layers)
+        return self._write(img, silu_c, x_t.shape[-2:])
+
+    def _packed(
+        self, latents: list[Tensor], silu_c: Tensor, context: Tensor, real: Tensor | None, skip_layers: Collection[int]
+    ) -> list[Tensor]:
+        """The same without padding; images of one size stay side by side, of several they are a row like the texts."""
+        counts = [self._num_tokens(x) for x in latents]
+        lengths = [context.shape[1]] * len(latents) if real is None else real.sum(1).tolist()
+        txt = self.context_in(context.flatten(0, 1) if real is None else context[real.bool()])[None]
+        one_size = len({x.shape for x in latents}) == 1
+        if one_size:
+            img, rotary = self._read(torch.stack(latents))
+        else:
+            parts = [self._read(x[None]) for x in latents]
+            img = torch.cat([x for x, _ in parts], dim=1)
+            rotaries = [r for _, r in parts if r is not None]
+            rotary = (torch.cat([r[0] for r in rotaries]), torch.cat([r[1] for r in rotaries])) if rotaries else None
+        of_img: Any = silu_c if one_size else _per_token(silu_c, counts)
+        conditions = [of_img, _per_token(silu_c, lengths)]
+        mask = Pairs(tuple(counts), tuple(lengths))
+        img = self._through([img, txt], conditions, mask, [rotary, None], skip_layers)
+        if one_size:
+            return list(self._write(img, of_img, latents[0].shape[-2:]))
+        shift, scale = self.modulation_out(of_img)
+        patches = self.patch_out(modulate(img, shift, scale)).split(counts, dim=1)
+        sizes = [x.shape[-2:] for x in latents]
+        return [unpatchify(x, self.config.patch_size, *size)[0] for x, size in zip(patches, sizes, strict=True)]
+
+    def _num_tokens(self, x_t: Tensor) -> int:
+        return x_t.shape[-2] * x_t.shape[-1] // self.config.patch_size**2
+
+    def _read(self, x_t: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Latents of one size as tokens (B, N, D) that know their places, and the rotary embedding, if there is one."""
+        p = self.config.patch_size
+        rows, columns = x_t.shape[-2] // p, x_t.shape[-1] // p
         img = self.patch_in(patchify(x_t, p))
-        rotaries = None
         if self.config.positions != "rope":
             table = extended_positions(self.pos_embed, max(rows, columns), self.config.sample_size // p)
             img = img + crop_positions(table, rows, columns).to(img.dtype)
-        if self.config.positions != "sincos":
-            rotaries = [rotary_2d(rows, columns, self.config.head_dim, x_t.device), None]
-        txt = self.context_in(context)
-        silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
-        mask = key_mask(rows * columns, context_mask)
-        streams = [img, txt]
-        for i, block in enumerate(self.blocks):
-            if i in skip_layers:
-                continue
-            streams = block(streams, silu_c, mask, rotaries)
-        shift, scale = self.modulation_out(silu_c)
-        return unpatchify(self.patch_out(modulate(streams[0], shift, scale)), p, height, width)
+        if self.config.positions == "sincos":
+            return img, None
+        return img, rotary_2d(rows, columns, self.config.head_dim, x_t.device)
 
-    def _check(self, x_t: Tensor, t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None) -> None:
-        c, batch = self.config, x_t.shape[0]
-        if x_t.ndim != 4 or x_t.shape[1] != c.in_channels:
-            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {c.in_channels}, h, w)")
-        if x_t.shape[2] % c.patch_size or x_t.shape[3] % c.patch_size:
-            raise ValueError(
-                f"x_t is {x_t.shape[2]} x {x_t.shape[3]}, both sides must divide by the patch ({c.patch_size})"
-            )
+    def _through(
+        self, streams: list[Tensor], conditions: list[Any], mask: Any, rotaries: list[Any], skip: Collection[int]
+    ) -> Tensor:
+        """The image stream after all blocks."""
+        for i, block in enumerate(self.blocks):
+            if i not in skip:
+                streams = block(streams, conditions, mask, rotaries)
+        return streams[0]
+
+    def _write(self, img: Tensor, silu_c: Tensor, size: Sequence[int]) -> Tensor:
+        """Tokens (B, N, D) of images of one size to velocities (B, C, h, w)."""
+        shift, scale = self.modulation_out(silu_c)
+        return unpatchify(self.patch_out(modulate(img, shift, scale)), self.config.patch_size, *size)
+
+    def _check(
+        self, x_t: Tensor | Sequence[Tensor], t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None
+    ) -> None:
+        c, batch, dense = self.config, len(x_t), isinstance(x_t, Tensor)
+        for x in [x_t] if isinstance(x_t, Tensor) else x_t:
+            if x.ndim != (4 if dense else 3) or x.shape[-3] != c.in_channels:
+                form = f"({'B, ' if dense else ''}{c.in_channels}, h, w)"
+                raise ValueError(f"x_t has shape {tuple(x.shape)}, expected {form}")
+            height, width = x.shape[-2:]
+            if height % c.patch_size or width % c.patch_size:
+                raise ValueError(f"x_t is {height} x {width}, both sides must divide by the patch ({c.patch_size})")
+        if not batch:
+            raise ValueError("x_t holds no image")
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] a sample")
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:
@@ -121,3 +171,9 @@ class MMDiT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.patch_in.weight.device
+
+
+def _per_token(silu_c: Tensor, counts: list[int]) -> PerToken:
+    """Conditioning (B, D) of tokens that stand in one row, so many of each sample."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return PerToken(silu_c, rows.to(silu_c.device))

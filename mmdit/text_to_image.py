@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 
 class CaptionedMMDiT(nn.Module):
-    """An MMDiT and the conditioner that feeds it, learnt or frozen: all that is trained, as one module."""
+    """An MMDiT and the conditioner that feeds it, learnt or frozen: all that is trained, as one module.
+
+    packed: the trunk takes all samples in one row, without the padding of their captions, to the same numbers.
+    """
+
+    packed = False
 
     def __init__(self, transformer: MMDiT, conditioner: LearnedText | TextEncoder | SD3Text | KnownText) -> None:
         super().__init__()
@@ -41,6 +46,8 @@ class CaptionedMMDiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None) -> Tensor:
         """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
         context, pooled, mask = self.conditioner(tokens, drop)
+        if self.packed:
+            return torch.stack(self.transformer(list(x_t), t, context, pooled, mask))
         return self.transformer(x_t, t, context, pooled, mask)
 
 

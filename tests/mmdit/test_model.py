@@ -419,3 +419,39 @@ def test_presets():
     assert preset("sd3-medium").width == 1536 and preset("sd3.5-large").width == 2432
     with pytest.raises(ValueError, match="did you mean 'sd3-medium'"):
         preset("sd3-medum")
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope", "both"])
+@pytest.mark.parametrize("one_size", [True, False])
+def test_packed_is_one_by_one(positions, one_size):
+    """In one row, without padding, each sample has the numbers, and each weight the gradient, that it has alone."""
+    torch.manual_seed(0)
+    config = MMDiTConfig(
+        depth=2,
+        num_heads=2,
+        head_dim=16,
+        context_dim=12,
+        pooled_dim=8,
+        sample_size=8,
+        qk_norm="rms_norm",
+        positions=positions,
+        dual_attention_layers=(0,),
+    )
+    model = alive(config).double()
+    sizes = [(8, 8)] * 3 if one_size else [(8, 8), (4, 12), (8, 4)]
+    latents = [torch.randn(config.in_channels, *size, dtype=torch.float64) for size in sizes]
+    t, context, pooled = torch.rand(3).double(), torch.randn(3, 5, 12).double(), torch.randn(3, 8).double()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]).bool()
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+    together = model(latents, t, context, pooled, mask)
+    alone = [
+        model(x[None], t[i : i + 1], context[i : i + 1, mask[i]], pooled[i : i + 1])[0] for i, x in enumerate(latents)
+    ]
+    for x, y in zip(together, alone, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    sums = [sum(x.square().mean() for x in parts) for parts in (together, alone)]
+    for x, y in zip(gradients(sums[0]), gradients(sums[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)

@@ -1,0 +1,65 @@
+"""Matrix products with weights, and the one kernel that a CPU has for a product with what follows it.
+
+Where nothing has to be learnt, oneDNN multiplies and applies GELU in one pass over memory, which torch's compiler knows
+and its eager mode does not use. On an AMD EPYC (Zen 4) the first layer of an MLP takes 0.72 of the time at width 384
+and 0.63 at SD3's 1536.
+
+Shape letters: S tokens, I and O the widths of a product.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
+
+
+class Linear(nn.Linear):
+    """torch's own, x (..., I) to (..., O), with oneDNN's kernel where that can serve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _in_one(x, self, "none") if _serves(x, self) else super().forward(x)
+
+
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """gelu(layer(x)); in one kernel where that can serve."""
+    if type(layer) is Linear and _serves(x, layer):
+        return _in_one(x, layer, "gelu")
+    return gelu(layer(x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016), x (1 + tanh u) / 2 = x sigmoid(2 u).
+
+    Compiled for a CPU it is the sigmoid, whose one exponential costs half of a tanh.
+    """
+    if x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
+
+
+def _in_one(x: Tensor, layer: nn.Linear, then: str) -> Tensor:
+    algorithm = "tanh" if then == "gelu" else ""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, then, [], algorithm)
+    return out
+
+
+def _serves(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether the kernel gives what torch's eager product would: it knows neither gradients nor autocast."""
+    w = layer.weight
+    return bool(
+        x.device.type == w.device.type == "cpu"
+        and x.dtype == w.dtype == torch.float32
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.numel() // x.shape[-1] * w.numel() >= WORTH
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )

@@ -1,0 +1,79 @@
+"""One kernel for a product and its GELU: where it is taken, and that it changes no number."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmdit import linear
+from mmdit.linear import Linear, gelu, linear_gelu
+
+LARGE = (256, 64, 128)  # tokens, in, out: enough work for the kernel
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of the kernel."""
+    found = []
+    inner = linear._in_one
+    monkeypatch.setattr(linear, "_in_one", lambda x, layer, then: found.append(then) or inner(x, layer, then))
+    return found
+
+
+def layer_and_input(shape=LARGE):
+    torch.manual_seed(0)
+    tokens, dim_in, dim_out = shape
+    return Linear(dim_in, dim_out), torch.randn(2, tokens, dim_in)
+
+
+@torch.no_grad()
+def test_kernel_gives_torchs_numbers(calls):
+    layer, x = layer_and_input()
+    plain = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(linear_gelu(layer, x), F.gelu(plain, approximate="tanh"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer(x.mT.contiguous().mT), plain, rtol=0, atol=1e-5)
+    assert calls == ["none", "gelu", "none"]
+
+
+@torch.no_grad()
+def test_small_products_and_other_types_are_torchs_own(calls):
+    layer, x = layer_and_input((4, 8, 8))
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer, x = layer_and_input()
+    layer.double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_gelu(layer.float(), x).dtype == torch.bfloat16
+    assert calls == []
+
+
+def test_what_is_learnt_or_differentiated_is_torchs_own(calls):
+    layer, x = layer_and_input()
+    linear_gelu(layer, x).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.any()
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(lambda y: linear_gelu(layer, y), (x,), (torch.ones_like(x),))
+    assert tangent.any()
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_layer_that_is_wrapped_is_called(calls):
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    layer, x = layer_and_input()
+    torch.testing.assert_close(linear_gelu(Doubled(layer), x), gelu(2 * layer(x)))
+    assert "gelu" not in calls
+
+
+def test_compiled_gelu_is_torchs():
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    compiled = torch.compile(gelu, backend="eager")(x)
+    torch.testing.assert_close(compiled, F.gelu(x, approximate="tanh"), rtol=0, atol=1e-12)
+    assert not torch.equal(compiled, F.gelu(x, approximate="tanh"))
