@@ -223,6 +223,7 @@ print(deaths, status)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(parts, tmp_path):
     """By SIGKILL, again and again, before and after each of the first renamings."""
     out = tmp_path / "cache"
