@@ -58,7 +58,7 @@ def compare_steps(kind: str, steps: int, folder: Path) -> dict[str, float]:
     written = write_cache(config, folder / "cache", CacheOptions())
     size = sum(path.stat().st_size for path in (folder / "cache").iterdir())
     trainers = {
-        name: _trainer([*overrides, *more], folder / name)
+        name: _trainer([*overrides, *more], folder / f"from {name}")
         for name, more in (("images", []), ("cache", [f"data.source={folder / 'cache'}"]))
     }
     times: dict[str, list[float]] = {name: [] for name in trainers}
