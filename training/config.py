@@ -53,6 +53,9 @@ __all__ = [
     "to_toml",
 ]
 
+MAX_CHARACTERS = 1_000_000
+MAX_DOTS = 1_000
+"""Of a config file, and of a line of it: what a key costs to parse grows with the square of its parts."""
 MODE_S_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
 
@@ -495,7 +498,10 @@ def read_config(path: str | Path) -> TrainConfig:
 
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_CHARACTERS or any(line.count(".") > MAX_DOTS for line in text.split("\n")):
+            raise ValueError(f"it has over {MAX_CHARACTERS:,} characters, or a line with over {MAX_DOTS:,} dots")
+        table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}") from error
     base = table.pop("preset", None)

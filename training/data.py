@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -188,7 +188,7 @@ class FileSource:
     def __getitem__(self, i: int) -> Sample:
         return self._read(i, None)
 
-    def draw(self, i: int, rng: np.random.Generator) -> Sample:
+    def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
         """A sample with one of its captions, cropped and mirrored as the options say: a function of i and the draws.
 
         The caption is chosen by the first draw.
@@ -200,7 +200,7 @@ class FileSource:
         """Whether most of the time of a read is waiting."""
         return any(index.is_remote for index in self._indexes)
 
-    def _read(self, i: int, rng: np.random.Generator | None) -> Sample:
+    def _read(self, i: int, rng: Callable[[], np.random.Generator] | None) -> Sample:
         index, entry = self._entry(i)
         size = self.layout.sizes[self.layout.bucket_of(i)]
         if not entry.captions and index.need_captions:
@@ -257,16 +257,16 @@ def read_sample(
     data: ImageData,
     size: Size,
     options: SourceOptions,
-    rng: np.random.Generator | None,
+    rng: Callable[[], np.random.Generator] | None,
 ) -> Sample:
     """A sample of size (h, w) from its image file and captions; its `error` is set where the image is bad.
 
     One caption is drawn, then the place of the crop, then whether it is mirrored; without rng it is the first caption,
-    the centre, and no.
+    the centre, and no. rng: makes the generator, which is asked for where something is to be drawn.
     """
     caption, place, flip = captions[0] if captions else "", (0.5, 0.5), False
-    if rng is not None:
-        u, down, right, mirror = rng.random(4)
+    if rng is not None and (len(captions) > 1 or options.crop == "random" or options.flip):
+        u, down, right, mirror = rng().random(4)
         caption = captions[choose(len(captions), shares, u)] if captions else ""
         place = (down, right) if options.crop == "random" else place
         flip = options.flip and mirror < 0.5

@@ -45,8 +45,8 @@ class NothingUsable(DataError):
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) to float in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 images (B, 3, H, W) to float in [-1, 1], contiguous."""
+    return images.contiguous().float() / 127.5 - 1
 
 
 @torch.no_grad()

@@ -68,10 +68,9 @@ def read_fitted(
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         scale = max(size[0] / original[0], size[1] / original[1])
-        spare = (original[0] * scale - size[0], original[1] * scale - size[1])
-        return Fitted(
-            _fit(image, size, place), original, (round(spare[0] * place[0]), round(spare[1] * place[1])), flip
-        )
+        down, right = original[0] * scale - size[0], original[1] * scale - size[1]
+        crop = round(down * place[0]), round(right * place[1])
+        return Fitted(np.asarray(_fit(image, size, place)), original, crop, flip)
 
 
 def _decoded(data: ImageData, max_pixels: int, at_least: Size | None) -> tuple[Image.Image, Size]:
@@ -99,18 +98,18 @@ def fit(image: np.ndarray, size: Size, place: tuple[float, float] = (0.5, 0.5)) 
 
     place: where the crop lies, down and right, in [0, 1]; 0.5 is the centre.
     """
-    return image if image.shape[:2] == tuple(size) else _fit(Image.fromarray(image), size, place)
+    return image if image.shape[:2] == tuple(size) else np.asarray(_fit(Image.fromarray(image), size, place))
 
 
-def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> np.ndarray:
+def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> Image.Image:
     (width, height), (h, w) = image.size, size
     if (height, width) == (h, w):
-        return np.asarray(image)
+        return image
     scale = max(h / height, w / width)
     crop_h, crop_w = min(height, h / scale), min(width, w / scale)
     top, left = (height - crop_h) * place[0], (width - crop_w) * place[1]
     box = (left, top, min(width, left + crop_w), min(height, top + crop_h))
-    return np.asarray(image.resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))
+    return image.resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def fit_size(height: int, width: int, step: int) -> Size:
@@ -182,7 +181,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _gray_8bit(gray: np.ndarray) -> np.ndarray:

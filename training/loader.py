@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ READ_AHEAD = 16
 @dataclass(frozen=True)
 class Batch:
     """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
+
+    The images' channels lie last in memory, as decoders leave them.
 
     originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
     the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source.
@@ -108,11 +110,17 @@ class _Shuffled:
         asked = [(pool, place, step, row) for (pool, place), row in zip(places, self.rows, strict=True)]
         if getattr(self.source, "is_remote", False):
             with ThreadPoolExecutor(READ_AHEAD) as pool:
-                found = list(pool.map(self._good_sample, asked))
+                found: Iterable[Any] = list(pool.map(self._good_sample, asked))
         else:
-            found = [self._good_sample(one) for one in asked]
-        skipped = [bad for _, _, before in found for bad in before]
-        return make_batch(layout_of(self.source).sizes[bucket], [(i, sample) for i, sample, _ in found], skipped)
+            found = map(self._good_sample, asked)
+        skipped: list[tuple[str, str]] = []
+
+        def samples() -> Iterator[tuple[int, Sample]]:
+            for i, sample, before in found:
+                skipped.extend(before)
+                yield i, sample
+
+        return make_batch(layout_of(self.source).sizes[bucket], len(asked), samples(), skipped)
 
     def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
         """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
@@ -120,7 +128,7 @@ class _Shuffled:
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
             i = int(self.indices[pool[(place + offset) % len(pool)]])
-            sample = self.source[i] if self.draw is None else self.draw(i, rng_for(self.seed, step, row))
+            sample = self.source[i] if self.draw is None else self.draw(i, partial(rng_for, self.seed, step, row))
             if sample.error is None:
                 return i, sample, skipped
             skipped.append((sample.key, sample.error))
@@ -144,7 +152,8 @@ def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
     layout, first = layout_of(source), int(chunks[step][0])
     size = layout.sizes[0 if layout.bucket is None else layout.bucket[first]]
-    return make_batch(size, [(i, sample) for i, sample in samples if sample.error is None], skipped)
+    good = [(i, sample) for i, sample in samples if sample.error is None]
+    return make_batch(size, len(good), good, skipped)
 
 
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -154,19 +163,23 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def make_batch(size: tuple[int, int], numbered: list[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
-    """The batch of some good samples of one size (h, w), with their numbers."""
-    samples = [sample for _, sample in numbered]
-    images = np.empty((len(samples), *size, 3), dtype=np.uint8)
-    for slot, sample in zip(images, samples, strict=True):
+def make_batch(
+    size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
+) -> Batch:
+    """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
+    images = np.empty((count, *size, 3), dtype=np.uint8)
+    samples, numbers = [], []
+    for slot, (i, sample) in zip(images, numbered, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        samples.append(replace(sample, image=None))
+        numbers.append(i)
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
     originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, [i for i, _ in numbered])
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------

@@ -209,14 +209,14 @@ class _Asked:
 def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Batch:
     samples = []
     for number, row in zip(asked.numbers, asked.rows, strict=True):
-        rng = rng_for(seed, asked.step, number)
+        rng = partial(rng_for, seed, asked.step, number)
         samples.append(read_sample(row.key, row.captions, row.shares, row.image, size, options, rng))
     skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
     good = [i for i, sample in enumerate(samples) if sample.error is None]
     if not good:
         raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
     chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
-    return make_batch(size, [(-1, samples[i]) for i in chosen], skipped)
+    return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
 
 
 def ahead(items: Iterable[Any], most: int) -> Iterator[Any]:

@@ -157,10 +157,10 @@ class Table(Sequence[Entry]):
         return self._line(i)[0]
 
     def _line(self, i: int) -> list[Any]:
+        start = int(self.starts[i])
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self.starts[i])
         line: list[Any] = json.loads(self._map[start : self._map.find(b"\n", start)])
         return line
 
