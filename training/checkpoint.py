@@ -6,9 +6,6 @@ aside and renamed, so a kill at any moment leaves the one before whole. Every ra
 (seed, step), so step and seed are the whole state of RNG and data cursor.
 """
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.weights_io import read_json, read_weights, save_weights, write_json
+from training.signed import fsync, sha256, sha256_of
 
 
 class CorruptCheckpoint(ValueError):
@@ -39,15 +37,15 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     for name, tensors in weights.items():
         save_weights(tensors, aside / f"{name}.safetensors")
-    files = {path.name: _sha256(path) for path in sorted(aside.glob("*.safetensors"))}
+    files = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
     written = {**state, "files": files}
-    write_json(aside / "state.json", {**written, "sha256": _sha256_of(written)})
+    write_json(aside / "state.json", {**written, "sha256": sha256_of(written)})
     for path in aside.iterdir():
-        _fsync(path)
+        fsync(path)
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}.old.part"))
     aside.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     for old in folder.parent.glob(".step-*.part"):
         shutil.rmtree(old)
     _remove_old(run, folder, keep)
@@ -66,10 +64,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
     """State and weights of a checkpoint. Raises CorruptCheckpoint that says which file is bad, and how."""
     try:
         state = read_json(folder / "state.json")
-        if state.pop("sha256") != _sha256_of(state):
+        if state.pop("sha256") != sha256_of(state):
             raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
         for name, digest in state["files"].items():
-            if _sha256(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
         return state, {Path(name).stem: read_weights(folder / name) for name in state["files"]}
     except (OSError, KeyError, TypeError, AttributeError) as error:
@@ -137,20 +135,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
             raise CorruptCheckpoint(f"the optimiser's {name} does not fit the model")
         # The step count of the fused optimiser lives beside its parameter, in float32.
         optimizer.state[p][key] = value.to(p.device, copy=True) if number is None else number
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -74,7 +74,8 @@ class DataConfig(Settings):
 
     source: str = "shapes"
     """Where pictures come from: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a
-    folder, a glob or a URL), "hf:NAME", or a mix of such by weight, "a=0.7,b=0.3" (docs/data.md)."""
+    folder, a glob or a URL), "hf:NAME", or a mix of such by weight, "a=0.7,b=0.3"; or what `mmdit cache` made of
+    one of these (docs/data.md)."""
     num_samples: Count | None = None
     """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
@@ -85,6 +86,8 @@ class DataConfig(Settings):
     """Processes that read images beside the trainer; the order of samples does not depend on it."""
     cache_latents: bool = True
     """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
     buckets: bool = False
     """Train at several aspect ratios, each batch at one: sizes of about the area of image_size, an image takes the
     nearest in shape."""

@@ -21,6 +21,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small
+from training.cache import About, is_cache
 from training.captions import Weights, choose, parse_weights
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
@@ -108,7 +109,8 @@ def open_source(
     need_captions: bool = True,
     options: SourceOptions = SourceOptions(),
 ) -> Source:
-    """Open a data set: "shapes" or "shapes:20000" (the procedural world), images in files, shards or rows, or a mix.
+    """Open a data set: "shapes" or "shapes:20000" (the procedural world), images in files, shards or rows, a mix, or a
+    cache of these.
 
     Shards and Parquet files are one file, a folder (shards also one level down), a glob or a URL. "a=0.7,b=0.3" mixes
     data sets by weight. `image_size` is a side or (height, width), fitted to multiples of `step`; None takes the most
@@ -128,8 +130,17 @@ def open_source(
             )
         count = _count_in(spec) or num_samples or NUM_SHAPES
         return ShapesSource(count, fit_size(*(size or (64, 64)), step), seed)
+    if is_cache(spec):
+        from training.cached import CachedSource
+
+        return CachedSource(spec, size, step, num_samples)
     indexes = [Index(name, need_captions, options.wanted) for name, _ in mix]
     return FileSource(indexes, size, step, num_samples, options, [weight for _, weight in mix])
+
+
+def is_shapes(spec: str) -> bool:
+    """Whether the data is the drawn world, or a cache of it."""
+    return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
 class FileSource:

@@ -19,9 +19,10 @@ from mmdit.generate import TextSampling
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
+from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import split_by_key
+from training.data import is_shapes, split_by_key
 from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss
 from training.plots import caption_grid, loss_plot
@@ -41,7 +42,7 @@ def fixed_times(n: int) -> list[float]:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> dict[str, float]:
+def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
     """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise;
     where there are buckets also of each.
 
@@ -90,7 +91,9 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
     return {"validation_corpus": total / count}
 
 
-def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
+def held_out_feed(
+    config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None
+) -> LatentFeed | CachedFeed | None:
     """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
     source: Any = open_run_source(config, pipe.step)
     if isinstance(source, StreamSource):
@@ -102,7 +105,7 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda 
         return None
     device = pipe.model.transformer.device
     try:
-        return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
     except NothingUsable:
         return None
 
@@ -154,7 +157,7 @@ def evaluate_run(path: str | Path, evaluation: dict[str, Any] | None = None, **s
     def count(progress: samplers.Progress) -> None:
         counted.append(progress.num_evals)
 
-    if config.data.source.partition(":")[0] == "shapes" and config.evaluation.prompts_per_question:
+    if is_shapes(config.data.source) and config.evaluation.prompts_per_question:
         start = time.perf_counter()
         scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=count)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)

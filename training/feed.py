@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder
+from mmdit.features import KnownText
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText
 from mmdit.text_and_images import Words
@@ -29,11 +30,13 @@ from training.data import DataError, Source, loader, one_pass
 from training.loader import layout_of, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
+from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
-Conditioner = LearnedText | Words | TextEncoder | SD3Text
+CPU_BLOCK = 8  # and of these, at a time on a CPU
+Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
 
 
@@ -44,6 +47,24 @@ class NothingUsable(DataError):
 def to_signed(images: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) to float in [-1, 1], contiguous."""
     return images.contiguous().float() / 127.5 - 1
+
+
+@torch.no_grad()
+def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
+    """What the autoencoder says of uint8 images (B, 3, H, W): (B, S, h, w), on the device.
+
+    On a CPU in blocks of one size, the last one filled up: sums are taken in one order then, and an image's numbers do
+    not depend on how many come with it.
+    """
+    if device.type != "cpu":
+        return autoencoder.statistics(to_signed(images.to(device)))
+    filled = torch.cat([images, images[-1:].expand(-len(images) % CPU_BLOCK, -1, -1, -1)])
+    return torch.cat([autoencoder.statistics(to_signed(part)) for part in filled.split(CPU_BLOCK)])[: len(images)]
+
+
+def drawn(sampled: bool, seed: int, step: int, rows: Sequence[int]) -> list[torch.Generator] | None:
+    """What the latents of some rows of a batch are drawn with: functions of (seed, step, row); None for the mode."""
+    return [generator_for(seed, step, row, 1) for row in rows] if sampled else None
 
 
 class ImageFeed:
@@ -58,9 +79,10 @@ class ImageFeed:
         device: torch.device,
         num_workers: int,
         skipped: Skipped,
+        sampled: bool = False,
     ) -> None:
         self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
-        self.device, self.num_workers, self.skipped = device, num_workers, skipped
+        self.device, self.num_workers, self.skipped, self.sampled = device, num_workers, skipped, sampled
 
     def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
         return loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
@@ -70,10 +92,12 @@ class ImageFeed:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
         reader = self._reader(batch_size, seed, start_step, share)
         try:
-            for batch in reader:
+            for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
                     self.skipped(key, reason)
-                latents = self.autoencoder.encode(to_signed(batch.images.to(self.device)))
+                statistics = statistics_of(self.autoencoder, batch.images, self.device)
+                generators = drawn(self.sampled, seed, step, share.rows(batch_size))
+                latents = self.autoencoder.latents_of(statistics, generators)
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
@@ -91,7 +115,8 @@ class StreamFeed(ImageFeed):
 
 
 class LatentFeed:
-    """Every image is read and encoded once, now; its latent (float32) stays in memory, in `latents` by bucket.
+    """Every image is read and encoded once, now; its latent (float32) stays in memory, in `latents` by bucket; where
+    latents are sampled, what they are drawn from.
 
     Rows are in the order of `indices`, where there are buckets bucket after bucket. Where a sample has several captions
     each batch draws one, as `ImageFeed` does; `captions` are the first ones.
@@ -107,8 +132,9 @@ class LatentFeed:
         num_workers: int,
         skipped: Skipped,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        sampled: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
         self.captions: list[str] = []
         layout = layout_of(source)
         kept: list[int] = []
@@ -120,9 +146,9 @@ class LatentFeed:
             for key, reason in batch.skipped:
                 skipped(key, reason)
             if len(batch.captions):
-                with torch.no_grad():
-                    latents = autoencoder.encode(to_signed(batch.images.to(device))).cpu()
-                parts.setdefault(layout.bucket_of(batch.indices[0]), []).append(latents)
+                found = statistics_of(autoencoder, batch.images, device)
+                found = (found if sampled else autoencoder.latents_of(found)).cpu()
+                parts.setdefault(layout.bucket_of(batch.indices[0]), []).append(found)
                 self.captions += batch.captions
                 kept += batch.indices
             done += len(batch.captions) + len(batch.skipped)
@@ -139,10 +165,19 @@ class LatentFeed:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def at(self, rows: Sequence[int], draws: Sequence[float] | None = None) -> Batch:
-        """The samples at some rows of one bucket as a batch. draws in [0, 1): which of its captions each has."""
+    def at(
+        self,
+        rows: Sequence[int],
+        draws: Sequence[float] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Batch:
+        """The samples at some rows of one bucket as a batch. draws in [0, 1): which of its captions each has;
+        generators: what latents are drawn with, where they are sampled.
+        """
         bucket = self.layout.bucket_of(rows[0])
         latents = self.latents[bucket][torch.tensor(rows) - self._firsts[bucket]]
+        if self.sampled:
+            latents = self.autoencoder.latents_of(latents.to(self.device), generators)
         words = torch.tensor(self._alternatives.at(rows, draws))
         return Batch(latents, type(self.tokens)(*(part[words] for part in self.tokens))).to(self.device)
 
@@ -158,7 +193,8 @@ class LatentFeed:
         for step in count(start_step):
             _, places = plan.places(step, rows)
             draws = [rng_for(seed, step, row).random() for row in rows] if self._alternatives.several else None
-            yield self.at([int(pool[place]) for pool, place in places], draws)
+            generators = drawn(self.sampled, seed, step, rows)
+            yield self.at([int(pool[place]) for pool, place in places], draws, generators)
 
 
 class _Alternatives:
@@ -204,7 +240,8 @@ def size_of(feed: Any, rows: range) -> tuple[int, ...]:
 class WithText:
     """A feed of pictures in which `num_documents` of each batch are text alone."""
 
-    def __init__(self, feed: ImageFeed | LatentFeed, text: Pieces, num_documents: int) -> None:
+    def __init__(self, feed: Any, text: Pieces, num_documents: int) -> None:
+        """feed: any of pictures alone."""
         self.feed, self.text, self.num_documents = feed, text, num_documents
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:

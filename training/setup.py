@@ -19,6 +19,7 @@ import torch
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.features import KnownText
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -26,6 +27,7 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from training.cached import CachedFeed, CachedSource, latent_feed
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
@@ -77,7 +79,10 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -
         size = checked_size(data.image_size)
         stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
         return stream  # type: ignore[no-any-return]
-    return open_source(data.source, data.image_size, step, data.num_samples, config.seed, options=options)
+    source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, options=options)
+    if isinstance(source, CachedSource):
+        source.check_data(data)
+    return source
 
 
 def bucket_text(source: Source) -> str:
@@ -141,7 +146,9 @@ def build_model(
     """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
     height, width = (side // autoencoder.factor for side in source.image_size)
     largest = max(side for size in layout_of(source).sizes for side in size) // autoencoder.factor
-    text = _text(config, run, chain(_captions(source), corpus or ()), resumed)
+    if isinstance(source, CachedSource):
+        source.check(autoencoder)
+    text = _text(config, run, source, chain(_captions(source), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
         trunk = _transfusion(config, text, autoencoder, (height, width), largest, text_form(config, run, resumed))
@@ -173,9 +180,12 @@ def _captions(source: Source) -> Iterator[str]:
             yield source.caption(i)
 
 
-def _text(config: TrainConfig, run: RunFolder, texts: Iterable[str], resumed: bool) -> Conditioner:
+def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:
     """The conditioner: a frozen one from its folder, or one with its own tokenizer, made for the texts."""
     here = run.path / "pipeline" / "text"
+    if config.text.encoder != "learned" and isinstance(source, CachedSource):
+        run.log(f"what {config.text.encoder} says of captions is read from {config.data.source}")
+        return source.text(config.text.encoder, config.text.max_length, here if resumed else None)
     if config.text.encoder != "learned":
         frozen = load_encoder(here) if resumed else open_text_encoder(config.text.encoder, config.text.max_length)
         run.log(f"captions are read by {frozen.source}, frozen")
@@ -203,7 +213,7 @@ def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
 
 def _mmdit(
     config: TrainConfig,
-    text: LearnedText | TextEncoder | SD3Text,
+    text: LearnedText | TextEncoder | SD3Text | KnownText,
     autoencoder: Autoencoder,
     size: tuple[int, int],
     largest: int,
@@ -254,11 +264,14 @@ def open_feeds(
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[ImageFeed | LatentFeed | StreamFeed, LatentFeed | None]:
+) -> tuple[ImageFeed | LatentFeed | StreamFeed | CachedFeed, LatentFeed | CachedFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.
 
     Raises DataError where no sample is left to train on.
     """
+    sampled = config.data.posterior == "sample"
+    if sampled and not autoencoder.has_posterior:
+        raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
     if isinstance(source, StreamSource):
         return open_stream(config, run, source, autoencoder, text, device)
     training, held_out = split_by_key(source, config.data.held_out)
@@ -268,15 +281,17 @@ def open_feeds(
     common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
     validation = None
     with suppress(NothingUsable):
-        validation = LatentFeed(source, held_out, *common)
+        validation = latent_feed(source, held_out, *common)
     if validation is None:
         run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    if isinstance(source, CachedSource):
+        return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
     if not config.data.cache_latents:
-        return ImageFeed(source, training, *common), validation
+        return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
     with Progress("encoding", len(training)) as progress:
-        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done))
+        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done), sampled=sampled)
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
 
@@ -297,4 +312,4 @@ def open_stream(
         validation = LatentFeed(held_out, np.arange(len(held_out)), autoencoder, text, device, 0, run.log_skipped)
     if validation is None:
         run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
-    return StreamFeed(stream, config.data.held_out, *common), validation
+    return StreamFeed(stream, config.data.held_out, *common, config.data.posterior == "sample"), validation

@@ -23,6 +23,7 @@ from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import assign_weights
 from training.boards import open_board
+from training.cached import CachedFeed
 from training.checkpoint import (
     list_checkpoints,
     load_latest,
@@ -157,7 +158,7 @@ class Trainer:
         )
         if resumed:
             self._load()
-        self.feed: ImageFeed | LatentFeed | WithText
+        self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
         self.feed, self.validation = open_feeds(
             config, run, source, self.autoencoder, self.model.conditioner, self.device
         )
@@ -359,5 +360,5 @@ def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callabl
     return whole
 
 
-def _example(validation: LatentFeed | None) -> str:
+def _example(validation: LatentFeed | CachedFeed | None) -> str:
     return validation.captions[0] if validation is not None else "a caption like yours"

@@ -733,6 +733,7 @@ ELSEWHERE = {
     "text.encoder": "test_frozen_text.py",
     "training.ema_snapshot_every": "tests/training/test_ema.py",
     "training.ema_snapshot_dtype": "tests/training/test_ema.py",
+    "data.posterior": "test_cache.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.peak_tflops": "tests/training/test_telemetry.py",
     "training.profile": "tests/training/test_telemetry.py",
