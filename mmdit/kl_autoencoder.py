@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmdit.files import DIFFUSERS_WEIGHTS, read_folder
-from mmdit.latents import Autoencoder
+from mmdit.latents import Autoencoder, Generators
 from mmdit.mapped import read_weights
 from mmdit.weights_io import check_fit, json_writer, read_json, weights_writer, write_all_aside
 
@@ -59,6 +59,8 @@ _RENAMES = (  # the original code's names to diffusers', then diffusers' old nam
 class KLAutoencoder(Autoencoder):
     """An AutoencoderKL behind our calls; `vae` is that network."""
 
+    has_posterior = True
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae: Any = vae
@@ -82,11 +84,14 @@ class KLAutoencoder(Autoencoder):
     def statistics(self, images: Tensor) -> Tensor:
         return self.vae.encode(images).latent_dist.parameters
 
-    def draw(self, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, statistics: Tensor, generator: Generators | None) -> Tensor:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         posterior = DiagonalGaussianDistribution(statistics)
-        return posterior.mode() if generator is None else posterior.sample(generator)
+        return posterior.mode() if generator is None else posterior.sample(generator)  # type: ignore[arg-type]
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in json.loads(self.vae.to_json_string()).items() if name[0] != "_"}
 
     def raw_images(self, raw: Tensor) -> Tensor:
         return self.vae.decode(raw).sample

@@ -10,9 +10,12 @@ Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from mmdit.tiles import in_tiles
 from mmdit.weights_io import json_writer, read_json
 
 PREVIEW = "preview.json"
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Autoencoder(nn.Module, ABC):
@@ -31,6 +35,8 @@ class Autoencoder(nn.Module, ABC):
     """Latent channels C."""
     factor: int
     """Image pixels per latent pixel, along each side."""
+    has_posterior = False
+    """Whether `draw` gives more than the mode."""
     preview_map: Tensor | None
     """(C + 1, 3): colour of a latent pixel, and a constant; None until one is fitted or read."""
 
@@ -52,8 +58,8 @@ class Autoencoder(nn.Module, ABC):
     def statistics(self, images: Tensor) -> Tensor:
         """What is known of each latent pixel (B, S, h, w): the raw latents, or what their distribution is told by."""
 
-    def draw(self, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Raw latents of such statistics: a sample where a generator is given, else their mode."""
+    def draw(self, statistics: Tensor, generator: Generators | None) -> Tensor:
+        """Raw latents of such statistics: a sample where a generator is given, or one for each, else their mode."""
         return statistics
 
     def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -82,8 +88,24 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
             )
-        statistics = self._worked(self.statistics, images, tile)
+        return self.latents_of(self._worked(self.statistics, images, tile), generator)
+
+    def latents_of(self, statistics: Tensor, generator: Generators | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of such statistics; `generator` as in `draw`."""
         return (self.draw(statistics, generator) - self.shift_factor) * self.scaling_factor
+
+    def settings(self) -> dict[str, Any]:
+        """What beside the weights the latents follow from."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the kind, its settings and its weights in float32: alike for every copy, wherever it is kept."""
+        about = [type(self).__name__, self.channels, self.factor, self.scaling_factor, self.shift_factor]
+        digest = hashlib.sha256(json.dumps([*about, self.settings()], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w); `tile` as in `encode`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,9 @@ class PatchAutoencoder(Autoencoder):
 
     def statistics(self, images: Tensor) -> Tensor:
         return self.linear_in(images) + self.encoder(images)
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.config)
 
     def raw_images(self, raw: Tensor) -> Tensor:
         return F.pixel_shuffle(self.linear_out(raw), 8) + self.decoder(raw)

@@ -29,7 +29,7 @@ def as_rgb(image: Image) -> Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _gray_8bit(gray: np.ndarray) -> np.ndarray:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mmdit.features import Encoded, Features, TextShape, joined, left_out
 from mmdit.text import Condition, Tokens
 from mmdit.text_encoders import TextEncoder, fingerprint, open_hub
 from mmdit.weights_io import read_json, write_json
@@ -97,47 +97,65 @@ class SD3Text(nn.Module):
         """Tokens to a `Condition` in float32 without a mask; where `drop` (B, 3) is True an encoder's caption is
         dropped.
         """
-        lengths = [encoder.max_length if encoder else 0 for encoder in self.encoders]
-        ids = tokens.ids.split(lengths, dim=1)
-        drops = [None] * 3 if drop is None else drop.split(1, dim=1)
-        encoded = [self._encoded(i, *one) for i, one in enumerate(zip(ids, drops, strict=True))]
-        (clip_l, pooled_l), (clip_g, pooled_g), (t5, _) = encoded
-        clip = torch.cat([clip_l, clip_g], dim=2)
-        context = torch.cat([F.pad(clip, (0, self.context_dim - clip.shape[2])), t5], dim=1)
-        return Condition(context, torch.cat([pooled_l, pooled_g], dim=1), None)
-
-    def _encoded(self, i: int, ids: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States and pooled vectors of encoder i."""
-        encoder = self.encoders[i]
-        if encoder is None:
-            return self._zeros(i, ids)
         if drop is not None and self.dropped == "empty":
-            ids, _ = encoder.dropped(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), drop)
-        states, pooled = (x.float() for x in encoder.encode(ids, None))
-        if drop is not None and self.dropped == "zeros":
-            states, pooled = states.masked_fill(drop[..., None], 0), pooled.masked_fill(drop, 0)
-        return states, pooled
+            tokens = self._emptied(tokens, drop)
+        known, parts = iter(self.features(tokens)), []
+        for i, (encoder, shape) in enumerate(zip(self.encoders, self.shape.encoders, strict=True)):
+            part = left_out(shape, tokens.ids) if encoder is None else next(known)
+            if drop is not None and self.dropped == "zeros":
+                part = part.dropped(drop[:, i : i + 1], None)
+            parts.append(part)
+        return joined(parts, self.context_dim)
 
-    def _zeros(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        if i == 2:
-            return torch.zeros(len(like), self.max_length, self.context_dim, device=like.device), like[:, :0].float()
-        own, other = self._widths()[i], self.encoders[1 - i]
-        pooled = self.pooled_dim - other.pooled_dim if other else self.pooled_dim * (1 - i)
-        zeros = torch.zeros(len(like), CLIP_TOKENS, own, device=like.device)
-        return zeros, torch.zeros(len(like), pooled, device=like.device)
+    @torch.no_grad()
+    def features(self, tokens: Tokens) -> Features:
+        """What the encoders that are there say of captions; T5's pooled vector, which nothing takes, is left out."""
+        parts = zip(self.encoders, self._ids(tokens), strict=True)
+        encoded = [Encoded(*encoder.encode(ids, None)) for encoder, ids in parts if encoder is not None]
+        if self.encoders[2] is not None:
+            encoded[-1] = encoded[-1]._replace(pooled=encoded[-1].pooled[:, :0])
+        return Features(encoded)
 
-    def save_config(self, folder: str | Path) -> None:
-        """Write where the encoders are and what they were, for `load_encoder`."""
+    @property
+    def shape(self) -> TextShape:
+        """Of the features of all three; of those that are left out, what the zeros in their place have."""
+        clips, t5 = self.encoders[:2], self.encoders[2]
+        lacking = self.pooled_dim - sum(clip.pooled_dim for clip in clips if clip)
+        shapes = []
+        for i, (clip, width) in enumerate(zip(clips, self._widths(), strict=True)):
+            pooled = clip.pooled_dim if clip else lacking if clips[1 - i] else lacking * (1 - i)
+            shapes.append((CLIP_TOKENS, width, pooled))
+        there = (clips[0] is not None, clips[1] is not None, t5 is not None)
+        return TextShape((*shapes, (self.max_length, self.context_dim, 0)), there, self.context_dim)
+
+    def _ids(self, tokens: Tokens) -> Sequence[Tensor]:
+        """Those of each encoder; of one that is left out none."""
+        return tokens.ids.split([encoder.max_length if encoder else 0 for encoder in self.encoders], dim=1)
+
+    def _emptied(self, tokens: Tokens, drop: Tensor) -> Tokens:
+        """Those of the empty caption where an encoder's is dropped."""
+        parts = zip(self.encoders, self._ids(tokens), drop.split(1, dim=1), strict=True)
+        ids = [
+            ids if encoder is None else encoder.dropped(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), one).ids
+            for encoder, ids, one in parts
+        ]
+        return Tokens(torch.cat(ids, dim=1), tokens.mask)
+
+    def about(self) -> dict[str, Any]:
+        """Where the encoders are and what they are. Raises ValueError for those that came from no folder."""
         if self.source is None:
             raise ValueError("these text encoders came from no folder: save the pipeline in the layout 'diffusers'")
-        about = {
+        return {
             "encoder": str(self.source),
             "max_length": self.max_length,
             "dropped": self.dropped,
             "without": [name for name in ENCODERS if getattr(self, name) is None],
             "sha256": fingerprint(self.source),
         }
-        write_json(Path(folder) / "config.json", about)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write where the encoders are and what they were, for `load_encoder`."""
+        write_json(Path(folder) / "config.json", self.about())
 
     def save_weights(self, folder: str | Path) -> None:
         """Nothing: what is frozen does not change."""

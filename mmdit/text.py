@@ -40,6 +40,15 @@ class Tokens(NamedTuple):
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))
 
+    def trimmed(self) -> Tokens:
+        """Without the padding that all of them have."""
+        longest = int(self.mask.sum(1).max())
+        return Tokens(self.ids[:, :longest], self.mask[:, :longest])
+
+    def split(self, size: int) -> list[Tokens]:
+        """In parts of so many captions."""
+        return list(map(Tokens, self.ids.split(size), self.mask.split(size)))
+
 
 class Condition(NamedTuple):
     """What the trunk takes: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean, or None where all are real."""

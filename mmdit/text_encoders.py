@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmdit.features import Encoded, Features, TextShape, joined
 from mmdit.text import Condition, Tokens
 from mmdit.weights_io import read_json, write_json
 
@@ -75,9 +76,17 @@ class TextEncoder(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
         """Tokens to a `Condition` in float32; where `drop` (B, 1) is True the caption counts as empty."""
-        ids, mask = self.dropped(tokens, drop)
-        context, pooled = self.encode(ids, mask)
-        return Condition(context.float(), pooled.float(), mask)
+        return joined(self.features(self.dropped(tokens, drop)), self.context_dim)
+
+    @torch.no_grad()
+    def features(self, tokens: Tokens) -> Features:
+        """What there is to know of captions: states, pooled vectors, and which tokens are real."""
+        return Features([Encoded(*self.encode(*tokens), tokens.mask)])
+
+    @property
+    def shape(self) -> TextShape:
+        """Of the features."""
+        return TextShape(((self.max_length, self.context_dim, self.pooled_dim),), (True,), self.context_dim)
 
     def dropped(self, tokens: Tokens, drop: Tensor | None) -> Tokens:
         """The tokens, those of the empty caption where `drop` (B, 1) says so."""
@@ -86,12 +95,15 @@ class TextEncoder(nn.Module, ABC):
         empty = self.tokenize([""]).to(tokens.ids.device)
         return Tokens(*(torch.where(drop, e, x) for e, x in zip(empty, tokens, strict=True)))
 
-    def save_config(self, folder: str | Path) -> None:
-        """Write where the encoder is and what it was, for `load_encoder`; its weights stay where they are."""
+    def about(self) -> dict[str, Any]:
+        """Where the encoder is and what it is. Raises ValueError for one that came from no folder."""
         if self.source is None:
             raise ValueError("this text encoder came from no folder: save it, and open it with open_text_encoder")
-        about = {"encoder": str(self.source), "max_length": self.max_length, "sha256": fingerprint(self.source)}
-        write_json(Path(folder) / "config.json", about)
+        return {"encoder": str(self.source), "max_length": self.max_length, "sha256": fingerprint(self.source)}
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write where the encoder is and what it was, for `load_encoder`; its weights stay where they are."""
+        write_json(Path(folder) / "config.json", self.about())
 
     def save_weights(self, folder: str | Path) -> None:
         """Nothing: what is frozen does not change."""

@@ -18,6 +18,7 @@ import samplers
 from mmdit.autoencoder import Autoencoder
 from mmdit.drawing import Drawing, each_seed
 from mmdit.edit import Edit, known_latents
+from mmdit.features import Features, KnownText
 from mmdit.model import MMDiT
 from mmdit.pipeline_files import (
     load_captioned,
@@ -44,12 +45,14 @@ class CaptionedMMDiT(nn.Module):
 
     packed = False
 
-    def __init__(self, transformer: MMDiT, conditioner: LearnedText | TextEncoder | SD3Text) -> None:
+    def __init__(self, transformer: MMDiT, conditioner: LearnedText | TextEncoder | SD3Text | KnownText) -> None:
         super().__init__()
         self.transformer, self.conditioner = transformer, conditioner
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens, drop: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None) -> Tensor:
         """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
+        if self.packed and isinstance(self.conditioner, LearnedText) and isinstance(tokens, Tokens):
+            tokens = tokens.trimmed()
         context, pooled, mask = self.conditioner(tokens, drop)
         if self.packed:
             return torch.stack(self.transformer(list(x_t), t, context, pooled, mask))

@@ -4,6 +4,7 @@ mmdit train demo                                  mmdit evaluate RUN
 mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
 mmdit autoencoder train --data FOLDER --out FOLDER  mmdit convert IN OUT --layout diffusers
 mmdit ema RUN --sigma-rel 0.1 --out FOLDER
+mmdit cache my.toml --data FOLDER --out FOLDER    mmdit cache --verify FOLDER
 """
 
 import os
@@ -16,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmdit_cli import autoencoder, errors
+from mmdit_cli.cache import cache
 from mmdit_cli.convert import convert
 from mmdit_cli.ema import ema
 from mmdit_cli.evaluate import evaluate
@@ -68,6 +70,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(convert)
 app.command()(ema)
+app.command()(cache)
 app.add_typer(autoencoder.app, name="autoencoder")
 
 

@@ -6,9 +6,6 @@ aside and renamed, so a kill at any moment leaves the one before whole. Every ra
 (seed, step), so step and seed are the whole state of RNG and data cursor. Models in parts: sharded_checkpoint.py.
 """
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
 from training.sharding import local, parted
+from training.signed import fsync, sha256, sha256_of
 
 
 class CorruptCheckpoint(ValueError):
@@ -37,7 +35,7 @@ def save_checkpoint(
     aside = fresh_aside(run, state["step"])
     for name, tensors in weights.items():
         save_weights(tensors, aside / f"{name}.safetensors")
-    seal(aside, state, {path.name: digest(path) for path in sorted(aside.glob("*.safetensors"))})
+    seal(aside, state, {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))})
     return put_in_place(run, aside, keep)
 
 
@@ -53,9 +51,9 @@ def fresh_aside(run: Path, step: int) -> Path:
 def seal(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Write the state, with the digests of the other files and its own, and bring all to the disk."""
     written = {**state, "files": dict(files)}
-    write_json(aside / "state.json", {**written, "sha256": _sha256_of(written)})
+    write_json(aside / "state.json", {**written, "sha256": sha256_of(written)})
     for path in aside.iterdir():
-        _fsync(path)
+        fsync(path)
 
 
 def put_in_place(run: Path, aside: Path, keep: int) -> Path:
@@ -64,7 +62,7 @@ def put_in_place(run: Path, aside: Path, keep: int) -> Path:
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}.old.part"))
     aside.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     for old in folder.parent.glob(".step-*.part"):
         shutil.rmtree(old)
     _remove_old(run, folder, keep)
@@ -104,10 +102,10 @@ def verify(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose files are all as they were written; else raises CorruptCheckpoint."""
     try:
         state = read_json(folder / "state.json")
-        if state.pop("sha256") != _sha256_of(state):
+        if state.pop("sha256") != sha256_of(state):
             raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
         for name, sha in state["files"].items():
-            if digest(folder / name) != sha:
+            if sha256(folder / name) != sha:
                 raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
         return state
     except (OSError, KeyError, TypeError, AttributeError) as error:
@@ -192,20 +190,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         value = value.to(p.device, copy=True)
         of_weight = value.ndim > 0 and value.shape == p.shape
         optimizer.state[p][key] = number if number is not None else parted(value, p) if of_weight else value
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -54,6 +54,9 @@ __all__ = [
     "to_toml",
 ]
 
+MAX_CHARACTERS = 1_000_000
+MAX_DOTS = 1_000
+"""Of a config file, and of a line of it: what a key costs to parse grows with the square of its parts."""
 MODE_S_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
 
@@ -71,7 +74,9 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     source: str = "shapes"
-    """Where pictures come from: "shapes" (drawn), a folder of images with captions, or .tar shards (folder or glob)."""
+    """Where pictures come from: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a
+    folder, a glob or a URL), "hf:NAME", or a mix of such by weight, "a=0.7,b=0.3"; or what `mmdit cache` made of
+    one of these (docs/data.md)."""
     num_samples: Count | None = None
     """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
@@ -82,6 +87,41 @@ class DataConfig(Settings):
     """Processes that read images beside the trainer; the order of samples does not depend on it."""
     cache_latents: bool = True
     """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
+    buckets: bool = False
+    """Train at several aspect ratios, each batch at one: sizes of about the area of image_size, an image takes the
+    nearest in shape."""
+    bucket_ratio: Annotated[float, Range(1)] = 2.0
+    """Longest side of a bucket over its shortest."""
+    crop: Literal["center", "random"] = "center"
+    """Where an image is cut that is not of its size's shape."""
+    flip: bool = False
+    """Mirror half of the images, each time drawn anew; not for captions that say left and right."""
+    captions: str | None = None
+    """Fields of captions to draw among and their weights, such as "original=0.5,synthetic=0.5"; a list's share equally.
+    "none" takes the first caption that is found."""
+    min_side: CountOrZero = 0
+    """Leave out images with a side below so many pixels."""
+    max_aspect: Annotated[float, Range(0)] = 0.0
+    """Leave out images whose longer side is over so many times the shorter; 0 takes any."""
+    min_caption: CountOrZero = 0
+    """Leave out captions of fewer characters, and samples that have no other."""
+    max_caption: CountOrZero = 0
+    """Leave out captions of more characters, and samples that have no other; 0 takes any, cut at 10,000."""
+    shuffle_buffer: Count = 1000
+    """Rows of a stream ("hf-stream:NAME") that are shuffled among each other."""
+    timeout: Positive = 30.0
+    """Seconds that a server may take for an answer."""
+    retries: CountOrZero = 5
+    """Further tries where a server fails, after pauses that begin at half a second and double."""
+
+    def check(self) -> None:
+        if self.cache_latents and self.source.startswith("hf-stream:"):
+            raise ConfigError("data.source is a stream, which is read as it comes: set data.cache_latents=false")
+        if self.cache_latents and (self.crop == "random" or self.flip):
+            what = 'data.crop = "random"' if self.crop == "random" else "data.flip"
+            raise ConfigError(f"{what} draws anew each time: set data.cache_latents=false, which encodes each time")
 
 
 @dataclass(frozen=True)
@@ -316,6 +356,8 @@ class TrainingConfig(Settings):
     """Where to compute; "auto" takes CUDA if present."""
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
     """Kernel of the attention; all but "sdpa" want CUDA."""
+    packing: bool = False
+    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -507,6 +549,8 @@ class TrainConfig(Settings):
                 f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
                 'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
             )
+        if self.transfusion.enabled and self.training.packing:
+            raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
         if self.transfusion.size_tokens and not self.transfusion.enabled:
             raise ConfigError(
                 "transfusion.size_tokens is for models of text and images: set transfusion.enabled=true too"
@@ -593,8 +637,11 @@ def read_config(path: str | Path) -> TrainConfig:
 
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_CHARACTERS or any(line.count(".") > MAX_DOTS for line in text.split("\n")):
+            raise ValueError(f"it has over {MAX_CHARACTERS:,} characters, or a line with over {MAX_DOTS:,} dots")
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}") from error
     base = table.pop("preset", None)
     if base is not None and not isinstance(base, str):

@@ -1,26 +1,37 @@
 """Image-caption data: `open_source` gives a map-style source, `split_by_key` a held-out part, `loader` batches.
 
-    "shapes" | folder | metadata.jsonl | shards -> open_source -> Source -> split_by_key -> loader -> Batch, Batch, ...
+    "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
+        -> open_source -> Source -> split_by_key -> loader -> Batch, Batch, ...
 
 A source answers `source[i]` at any time in any process, so that order, workers and resuming are matters of the loader.
-Images are uint8 RGB (h, w, 3), all of one size, which is a multiple of the model's step; sizes are (height, width).
+Images are uint8 RGB (h, w, 3), all of one size, or of the size of their bucket; sizes are (height, width), multiples of
+the model's step.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from training.images import BadImage, ImageData, Size, fit, fit_size, read_image, read_size
+from training.buckets import assign, bucket_sizes, merge_small
+from training.cache import About, is_cache
+from training.captions import Weights, choose, parse_weights
+from training.errors import DataError
+from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.loader import Batch, loader, one_pass
-from training.sources import DataError, Entry, Index
+from training.order import Layout
+from training.remote import RemoteError
+from training.sources import Index, Wanted
+from training.table import Entry, Keys
 
-__all__ = ["Batch", "DataError", "FileSource", "Sample", "ShapesSource", "Source"]
+__all__ = ["Batch", "DataError", "FileSource", "Sample", "ShapesSource", "Source", "SourceOptions"]
 __all__ += ["loader", "one_pass", "open_source", "split_by_key"]
 
 NUM_SHAPES = 100_000
@@ -31,20 +42,31 @@ _PROBED = 100  # images whose headers are looked at to find the most common size
 
 @dataclass(frozen=True)
 class Sample:
-    """One image uint8 RGB (h, w, 3) with its caption; or, with `error` set to the reason, none (image is None)."""
+    """One image uint8 RGB (h, w, 3) with its caption; or, with `error` set to the reason, none (image is None).
+
+    original: (height, width) of the upright file; crop: how far (down, right) the image begins in the scaled one, in
+    pixels; flipped: whether it was mirrored.
+    """
 
     key: str
     image: np.ndarray | None
     caption: str
     error: str | None = None
+    original: Size | None = None
+    crop: Size = (0, 0)
+    flipped: bool = False
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A map-style data set; `skipped` names what could not be indexed: (name, reason)."""
+    """A map-style data set; `skipped` names what could not be indexed: (name, reason).
+
+    A source may also have `layout`, how its samples fall into buckets and parts (`order.Layout`; without it there is
+    one of each), and `draw(i, rng)`, a sample with what is random about it.
+    """
 
     image_size: Size
-    keys: list[str]
+    keys: Sequence[str]
     skipped: list[tuple[str, str]]
 
     def __len__(self) -> int: ...
@@ -55,6 +77,29 @@ class Source(Protocol):
         """The caption without the image; "" where it is missing."""
 
 
+@dataclass(frozen=True)
+class SourceOptions:
+    """How images are brought to size, and which samples are wanted.
+
+    buckets: instead of one size, sizes of about the area of image_size, whose sides are at most `max_ratio` to 1; a
+    bucket of fewer than min_bucket samples joins the next. crop: where an image is cut, at its centre or anywhere.
+    flip: mirror half of the images.
+    """
+
+    buckets: bool = False
+    max_ratio: float = 2.0
+    min_bucket: int = 1
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    wanted: Wanted = field(default_factory=Wanted)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for but images of one size with their captions."""
+        same = Wanted(cache=self.wanted.cache, patience=self.wanted.patience)
+        return not self.buckets and self.crop == "center" and not self.flip and self.wanted == same
+
+
 def open_source(
     spec: str,
     image_size: int | Size | None = None,
@@ -62,55 +107,139 @@ def open_source(
     num_samples: int | None = None,
     seed: int = 0,
     need_captions: bool = True,
+    options: SourceOptions = SourceOptions(),
 ) -> Source:
-    """Open a data set: "shapes" or "shapes:20000" (the procedural world), a folder of images, or shards.
+    """Open a data set: "shapes" or "shapes:20000" (the procedural world), images in files, shards or rows, a mix, or a
+    cache of these.
 
-    Shards are one file, a folder (also one level down) or a glob. `image_size` is a side or (height, width), fitted to
-    multiples of `step`; None takes the most common size in the data (64 for shapes). `num_samples` limits files to the
-    first so many, and is the size of "shapes", which `seed` seeds. Unless captions are needed, a missing one is "".
-    Raises `DataError` where there are no images, no captions, or `spec` or a size makes no sense.
+    Shards and Parquet files are one file, a folder (shards also one level down), a glob or a URL. "a=0.7,b=0.3" mixes
+    data sets by weight. `image_size` is a side or (height, width), fitted to multiples of `step`; None takes the most
+    common size in the data (64 for shapes). `num_samples` limits each data set to the first so many, and is the size of
+    "shapes", which `seed` seeds. Unless captions are needed, a missing one is "". Raises `DataError` where there are no
+    images, no captions, or `spec` or a size makes no sense.
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"num_samples must be at least 1, not {num_samples}")
-    size = _checked_size(image_size)
-    if spec == "shapes" or spec.startswith("shapes:"):
+    size, mix = checked_size(image_size), _mix_in(spec)
+    if any(name.partition(":")[0] == "shapes" for name, _ in mix):
+        if len(mix) > 1:
+            raise DataError(f"{spec}: shapes cannot be mixed with files")
+        if not options.is_plain:
+            raise DataError(
+                "shapes are drawn at one size, with one caption: no buckets, crops, flips, captions, filters"
+            )
         count = _count_in(spec) or num_samples or NUM_SHAPES
         return ShapesSource(count, fit_size(*(size or (64, 64)), step), seed)
-    return FileSource(Index(spec, need_captions), size, step, num_samples)
+    if is_cache(spec):
+        from training.cached import CachedSource
+
+        return CachedSource(spec, size, step, num_samples)
+    indexes = [Index(name, need_captions, options.wanted) for name, _ in mix]
+    return FileSource(indexes, size, step, num_samples, options, [weight for _, weight in mix])
+
+
+def is_shapes(spec: str) -> bool:
+    """Whether the data is the drawn world, or a cache of it."""
+    return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
 class FileSource:
-    """Images in files or shards. A sample that cannot be used (no caption, bad image) comes with its `error` set."""
+    """Images in files, shards or rows. A sample that cannot be used (no caption, bad image) comes with its `error` set.
 
-    def __init__(self, index: Index, size: Size | None = None, step: int = 1, num_samples: int | None = None) -> None:
-        self.skipped = index.skipped
-        self._index, self._entries = index, index.entries[:num_samples]
-        self.keys = [entry.key for entry in self._entries]
+    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size.
+    """
+
+    def __init__(
+        self,
+        index: Index | Sequence[Index],
+        size: Size | None = None,
+        step: int = 1,
+        num_samples: int | None = None,
+        options: SourceOptions = SourceOptions(),
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        self._indexes = [index] if isinstance(index, Index) else list(index)
+        self.skipped = [row for one in self._indexes for row in one.skipped]
+        self.left_out = [(reason, *told) for one in self._indexes for reason, told in one.left_out.items()]
+        self._tables = [one.entries[:num_samples] for one in self._indexes]
+        self._ends = np.cumsum([len(table) for table in self._tables])
+        self.keys: Sequence[str] = Keys(self._tables)
+        self.options = options
         self.image_size = fit_size(*(size or self._common_size()), step)
+        self.layout = self._layout(step, tuple(weights))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return int(self._ends[-1])
+
+    def _entry(self, i: int) -> tuple[Index, Entry]:
+        i = range(len(self))[i]
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return self._indexes[part], self._tables[part][i - int(self._ends[part])]
 
     def caption(self, i: int) -> str:
-        """The caption without the image; "" where it is missing."""
-        return self._entries[i].caption or ""
+        """The first caption without the image; "" where it is missing."""
+        return self._entry(i)[1].caption or ""
+
+    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """All captions, and the shares by which one is drawn (none: equal ones)."""
+        entry = self._entry(i)[1]
+        return entry.captions, entry.shares
 
     def __getitem__(self, i: int) -> Sample:
-        entry = self._entries[i]
-        if entry.caption is None and self._index.need_captions:
+        return self._read(i, None)
+
+    def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
+        """A sample with one of its captions, cropped and mirrored as the options say: a function of i and the draws.
+
+        The caption is chosen by the first draw.
+        """
+        return self._read(i, rng)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether most of the time of a read is waiting."""
+        return any(index.is_remote for index in self._indexes)
+
+    def _read(self, i: int, rng: Callable[[], np.random.Generator] | None) -> Sample:
+        index, entry = self._entry(i)
+        size = self.layout.sizes[self.layout.bucket_of(i)]
+        if not entry.captions and index.need_captions:
             return Sample(entry.key, None, "", "missing caption")
         try:
-            image = fit(read_image(_bytes_of(entry), at_least=self.image_size), self.image_size)
-        except (BadImage, OSError) as error:
-            return Sample(entry.key, None, self.caption(i), str(error))
-        return Sample(entry.key, image, self.caption(i))
+            data = index.read(entry)
+        except RemoteError as error:  # the sample is good, the server is not
+            raise DataError(str(error)) from error
+        except OSError as error:
+            return Sample(entry.key, None, entry.caption or "", (error.strerror or str(error)).lower())
+        return read_sample(entry.key, entry.captions, entry.shares, data, size, self.options, rng)
+
+    def _layout(self, step: int, weights: tuple[float, ...]) -> Layout:
+        part = block = bucket = None
+        if len(self._tables) > 1:
+            part = np.repeat(np.arange(len(self._tables), dtype=np.int16), [len(table) for table in self._tables])
+        if any("block" in table.columns for table in self._tables):
+            none = [np.full(len(table), -1, dtype=np.int32) for table in self._tables]
+            block = np.concatenate([t.columns.get("block", x) for t, x in zip(self._tables, none, strict=True)])
+        sizes: tuple[Size, ...] = (self.image_size,)
+        if self.options.buckets:
+            sizes, bucket = self._buckets(step)
+        return Layout(sizes, bucket, part, weights, block)
+
+    def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
+        """(sizes of the buckets that have images, the bucket of each image)."""
+        all_sizes = bucket_sizes(*self.image_size, step, self.options.max_ratio)
+        columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
+        bucket = merge_small(assign(columns[0], columns[1], all_sizes), all_sizes, self.options.min_bucket)
+        used, numbers = np.unique(bucket, return_inverse=True)
+        return tuple(all_sizes[b] for b in used), numbers.astype(np.int16)
 
     def raw(self, i: int) -> bytes:
         """The bytes of the image's file; none where they cannot be read."""
+        index, entry = self._entry(i)
         try:
-            data = _bytes_of(self._entries[i])
+            data = index.read(entry)
             return data if isinstance(data, bytes) else Path(data).read_bytes()
-        except OSError:
+        except (OSError, RemoteError):
             return b""
 
     def _common_size(self) -> Size:
@@ -118,13 +247,43 @@ class FileSource:
         sizes: Counter[Size] = Counter()
         reason = ""
         for i in np.linspace(0, len(self) - 1, min(_PROBED, len(self))).astype(int):
+            index, entry = self._entry(int(i))
             try:
-                sizes[read_size(_bytes_of(self._entries[i]))] += 1
+                sizes[entry.image_size or read_size(index.read(entry))] += 1
+            except RemoteError as error:
+                raise DataError(str(error)) from error
             except (BadImage, OSError) as error:
-                reason = reason or f"{self.keys[i]}: {error}"
+                reason = reason or f"{entry.key}: {error}"
         if not sizes:
             raise DataError(f"no image can be read, of {len(self)} images found; one of them is {reason}")
         return sizes.most_common(1)[0][0]
+
+
+def read_sample(
+    key: str,
+    captions: tuple[str, ...],
+    shares: tuple[float, ...],
+    data: ImageData,
+    size: Size,
+    options: SourceOptions,
+    rng: Callable[[], np.random.Generator] | None,
+) -> Sample:
+    """A sample of size (h, w) from its image file and captions; its `error` is set where the image is bad.
+
+    One caption is drawn, then the place of the crop, then whether it is mirrored; without rng it is the first caption,
+    the centre, and no. rng: makes the generator, which is asked for where something is to be drawn.
+    """
+    caption, place, flip = captions[0] if captions else "", (0.5, 0.5), False
+    if rng is not None and (len(captions) > 1 or options.crop == "random" or options.flip):
+        u, down, right, mirror = rng().random(4)
+        caption = captions[choose(len(captions), shares, u)] if captions else ""
+        place = (down, right) if options.crop == "random" else place
+        flip = options.flip and mirror < 0.5
+    try:
+        found = read_fitted(data, size, place, bool(flip))
+    except BadImage as error:
+        return Sample(key, None, caption, str(error))
+    return Sample(key, found.image, caption, None, found.original, found.crop, found.flipped)
 
 
 class ShapesSource:
@@ -135,7 +294,7 @@ class ShapesSource:
 
         self._world = ShapesWorld(image_size=image_size, seed=seed, split="train")
         self.image_size = image_size
-        self.keys = [f"shapes-{i:08d}" for i in range(num_samples)]
+        self.keys: Sequence[str] = [f"shapes-{i:08d}" for i in range(num_samples)]
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
@@ -169,15 +328,8 @@ def place_of(text: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
 
 
-def _bytes_of(entry: Entry) -> ImageData:
-    if entry.size is None:
-        return entry.path
-    with open(entry.path, "rb") as file:  # opened anew each time: nothing to share between processes
-        file.seek(entry.offset)
-        return file.read(entry.size)
-
-
-def _checked_size(image_size: int | Size | None) -> Size | None:
+def checked_size(image_size: int | Size | None) -> Size | None:
+    """A side or (height, width) as the latter. Raises `DataError` for anything else."""
     if image_size is None:
         return None
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -198,3 +350,15 @@ def _count_in(spec: str) -> int | None:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise DataError(f"{spec!r}: expected 'shapes' or 'shapes:N' with a number of samples, such as 'shapes:20000'")
     return int(text)
+
+
+def _mix_in(spec: str) -> Weights:
+    """The data sets of "a=0.7,b=0.3" with their weights; a spec that is no such list is one data set of weight 1."""
+    parts = spec.split(",")
+    if (
+        len(parts) < 2
+        or Path(spec).exists()
+        or not all(re.fullmatch(r".+=[0-9.]+(e-?[0-9]+)?", part) for part in parts)
+    ):
+        return ((spec, 1.0),)
+    return parse_weights(spec, "data.source")

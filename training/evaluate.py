@@ -19,18 +19,20 @@ from mmdit.generate import TextSampling
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
+from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import open_source, split_by_key
-from training.feed import LatentFeed, NothingUsable
+from training.data import is_shapes, split_by_key
+from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss
 from training.plots import caption_grid, loss_plot
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.setup import held_out_pieces
+from training.setup import held_out_pieces, open_run_source
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
+from training.stream import HeldOut, StreamSource
 from training.time_density import Uniform
 
 
@@ -40,8 +42,9 @@ def fixed_times(n: int) -> list[float]:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> dict[str, float]:
-    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise.
+def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
+    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise;
+    where there are buckets also of each.
 
     A model of text and images is also asked for the captions: nats a token of captions alone ("validation_text"), and
     of captions after their clean image ("validation_caption").
@@ -50,11 +53,14 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
     objective: Any = TextAndImages(Uniform()) if config.transfusion.enabled else FlowMatching(Uniform())
     sums = dict.fromkeys(times, 0.0)
     nats: dict[str, list[tuple[float, int]]] = {"validation_text": [], "validation_caption": []}
-    for first in range(0, len(feed), size):
-        batch = feed.at(range(first, min(first + size, len(feed))))
+    by_size: dict[str, list[tuple[float, int]]] = {}
+    for rows in chunks_of(feed, size):
+        first, batch = rows[0], feed.at(rows)
         for t in times:  # the same noise at every time: the curve over t is then smooth
             loss = objective(model, batch, generator_for(config.evaluation.seed, first), t)
-            sums[t] += loss.parts.get("image", loss.total).item() * len(batch.latents)
+            error = loss.parts.get("image", loss.total).item()
+            sums[t] += error * len(batch.latents)
+            by_size.setdefault("x".join(map(str, size_of(feed, rows))), []).append((error, len(rows)))
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
                 first_of = torch.full((len(batch.latents),), image_first)
@@ -62,8 +68,14 @@ def validation_loss(model: nn.Module, feed: LatentFeed, config: TrainConfig) -> 
                 loss = TextAndImages(Uniform())(model, found, generator_for(config.evaluation.seed, first), 0.0)
                 nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
-    text = {name: sum(x * n for x, n in rows) / sum(n for _, n in rows) for name, rows in nats.items() if rows}
-    return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **text}
+    text = {name: _mean(rows) for name, rows in nats.items() if rows}
+    sizes = {f"validation_loss_{name}": _mean(rows) for name, rows in by_size.items() if len(by_size) > 1}
+    return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **sizes, **text}
+
+
+def _mean(rows: list[tuple[float, int]]) -> float:
+    """Of values, each with its weight."""
+    return sum(x * n for x, n in rows) / sum(n for _, n in rows)
 
 
 @torch.no_grad()
@@ -79,16 +91,21 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
     return {"validation_corpus": total / count}
 
 
-def held_out_feed(config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None) -> LatentFeed | None:
+def held_out_feed(
+    config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None
+) -> LatentFeed | CachedFeed | None:
     """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
-    source = open_source(config.data.source, config.data.image_size, pipe.step, config.data.num_samples, config.seed)
-    _, held_out = split_by_key(source, config.data.held_out)
-    indices = held_out[: config.evaluation.validation_samples]
+    source: Any = open_run_source(config, pipe.step)
+    if isinstance(source, StreamSource):
+        source = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
+        indices = np.arange(len(source))
+    else:
+        indices = split_by_key(source, config.data.held_out)[1][: config.evaluation.validation_samples]
     if not len(indices):
         return None
     device = pipe.model.transformer.device
     try:
-        return LatentFeed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
     except NothingUsable:
         return None
 
@@ -140,7 +157,7 @@ def evaluate_run(path: str | Path, evaluation: dict[str, Any] | None = None, **s
     def count(progress: samplers.Progress) -> None:
         counted.append(progress.num_evals)
 
-    if config.data.source.partition(":")[0] == "shapes" and config.evaluation.prompts_per_question:
+    if is_shapes(config.data.source) and config.evaluation.prompts_per_question:
         start = time.perf_counter()
         scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=count)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)

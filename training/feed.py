@@ -10,24 +10,33 @@ Shape letters: B batch, C channels, h w latent sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, count
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder
+from mmdit.features import KnownText
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText
 from mmdit.text_and_images import Words
 from mmdit.text_encoders import TextEncoder
+from training.captions import choose
 from training.corpus import Pieces
+from training.data import Batch as Images
 from training.data import DataError, Source, loader, one_pass
-from training.loader import Order
+from training.loader import layout_of, rng_for
 from training.objectives import Batch
+from training.order import Layout, Plan
+from training.seeds import generator_for
 from training.share import WHOLE, Share
+from training.stream import StreamSource, stream_loader
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
-Conditioner = LearnedText | Words | TextEncoder | SD3Text
+CPU_BLOCK = 8  # and of these, at a time on a CPU
+Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
 
 
@@ -36,8 +45,26 @@ class NothingUsable(DataError):
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) to float in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 images (B, 3, H, W) to float in [-1, 1], contiguous."""
+    return images.contiguous().float() / 127.5 - 1
+
+
+@torch.no_grad()
+def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
+    """What the autoencoder says of uint8 images (B, 3, H, W): (B, S, h, w), on the device.
+
+    On a CPU in blocks of one size, the last one filled up: sums are taken in one order then, and an image's numbers do
+    not depend on how many come with it.
+    """
+    if device.type != "cpu":
+        return autoencoder.statistics(to_signed(images.to(device)))
+    filled = torch.cat([images, images[-1:].expand(-len(images) % CPU_BLOCK, -1, -1, -1)])
+    return torch.cat([autoencoder.statistics(to_signed(part)) for part in filled.split(CPU_BLOCK)])[: len(images)]
+
+
+def drawn(sampled: bool, seed: int, step: int, rows: Sequence[int]) -> list[torch.Generator] | None:
+    """What the latents of some rows of a batch are drawn with: functions of (seed, step, row); None for the mode."""
+    return [generator_for(seed, step, row, 1) for row in rows] if sampled else None
 
 
 class ImageFeed:
@@ -52,26 +79,48 @@ class ImageFeed:
         device: torch.device,
         num_workers: int,
         skipped: Skipped,
+        sampled: bool = False,
     ) -> None:
         self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
-        self.device, self.num_workers, self.skipped = device, num_workers, skipped
+        self.device, self.num_workers, self.skipped, self.sampled = device, num_workers, skipped, sampled
+
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+        return loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
 
     @torch.no_grad()
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
-        reader = loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
+        reader = self._reader(batch_size, seed, start_step, share)
         try:
-            for batch in reader:
+            for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
                     self.skipped(key, reason)
-                latents = self.autoencoder.encode(to_signed(batch.images.to(self.device)))
+                statistics = statistics_of(self.autoencoder, batch.images, self.device)
+                generators = drawn(self.sampled, seed, step, share.rows(batch_size))
+                latents = self.autoencoder.latents_of(statistics, generators)
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
 
 
+class StreamFeed(ImageFeed):
+    """The rows of a stream that are not held out, read and encoded as they come."""
+
+    def __init__(self, stream: StreamSource, held_out: float, *common: Any) -> None:
+        super().__init__(stream, np.zeros(0), *common)  # type: ignore[arg-type]
+        self.stream, self.held_out = stream, held_out
+
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+        return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, self.num_workers, share)
+
+
 class LatentFeed:
-    """Every image is read and encoded once, now; its latent (float32) stays in memory."""
+    """Every image is read and encoded once, now; its latent (float32) stays in memory, in `latents` by bucket; where
+    latents are sampled, what they are drawn from.
+
+    Rows are in the order of `indices`, where there are buckets bucket after bucket. Where a sample has several captions
+    each batch draws one, as `ImageFeed` does; `captions` are the first ones.
+    """
 
     def __init__(
         self,
@@ -83,47 +132,116 @@ class LatentFeed:
         num_workers: int,
         skipped: Skipped,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        sampled: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
         self.captions: list[str] = []
-        parts, reasons = [], []
+        layout = layout_of(source)
+        kept: list[int] = []
+        reasons: list[tuple[str, str]] = []
+        parts: dict[int, list[Tensor]] = {}
         done = 0
         for batch in one_pass(source, indices, ENCODE_BATCH, num_workers):
             reasons += batch.skipped[:1]
             for key, reason in batch.skipped:
                 skipped(key, reason)
             if len(batch.captions):
-                with torch.no_grad():
-                    parts.append(autoencoder.encode(to_signed(batch.images.to(device))).cpu())
+                found = statistics_of(autoencoder, batch.images, device)
+                found = (found if sampled else autoencoder.latents_of(found)).cpu()
+                parts.setdefault(layout.bucket_of(batch.indices[0]), []).append(found)
                 self.captions += batch.captions
+                kept += batch.indices
             done += len(batch.captions) + len(batch.skipped)
             progress(done, len(indices))
         if not parts:
             first = f"; one of them is {': '.join(reasons[0])}" if reasons else ""
             raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
-        self.latents = torch.cat(parts)
-        self.tokens = text.tokenize(self.captions)
+        self.layout = layout.of(np.array(kept))
+        self.latents = {bucket: torch.cat(some) for bucket, some in parts.items()}
+        self._firsts = dict(zip(self.latents, accumulate([0, *map(len, self.latents.values())]), strict=False))
+        self._alternatives = _Alternatives(source, kept, self.captions)
+        self.tokens = text.tokenize(self._alternatives.captions)
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def at(self, rows: Sequence[int]) -> Batch:
-        """The samples at some rows as a batch."""
-        index = torch.tensor(rows)
-        return Batch(self.latents[index], type(self.tokens)(*(part[index] for part in self.tokens))).to(self.device)
+    def at(
+        self,
+        rows: Sequence[int],
+        draws: Sequence[float] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Batch:
+        """The samples at some rows of one bucket as a batch. draws in [0, 1): which of its captions each has;
+        generators: what latents are drawn with, where they are sampled.
+        """
+        bucket = self.layout.bucket_of(rows[0])
+        latents = self.latents[bucket][torch.tensor(rows) - self._firsts[bucket]]
+        if self.sampled:
+            latents = self.autoencoder.latents_of(latents.to(self.device), generators)
+        words = torch.tensor(self._alternatives.at(rows, draws))
+        return Batch(latents, type(self.tokens)(*(part[words] for part in self.tokens))).to(self.device)
+
+    def chunks(self, size: int) -> Iterator[range]:
+        """All rows in order, up to `size` of one bucket at a time."""
+        for bucket, first in self._firsts.items():
+            last = first + len(self.latents[bucket])
+            yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
-        order, first, rows = Order(len(self), seed), start_step * batch_size, share.rows(batch_size)
-        while True:
-            yield self.at([order[first + row] for row in rows])
-            first += batch_size
+        plan, rows = Plan(len(self), self.layout, batch_size, seed), share.rows(batch_size)
+        for step in count(start_step):
+            _, places = plan.places(step, rows)
+            draws = [rng_for(seed, step, row).random() for row in rows] if self._alternatives.several else None
+            generators = drawn(self.sampled, seed, step, rows)
+            yield self.at([int(pool[place]) for pool, place in places], draws, generators)
+
+
+class _Alternatives:
+    """The captions of some samples, one after the other, and which of them are whose."""
+
+    def __init__(self, source: Source, indices: Sequence[int], first: list[str]) -> None:
+        self.captions, self.several = first, False
+        if not hasattr(source, "captions"):
+            return
+        found = [source.captions(i) for i in indices]
+        self.several = any(len(texts) > 1 for texts, _ in found)
+        if self.several:
+            self._found = [(len(texts), shares) for texts, shares in found]
+            self._firsts = list(accumulate([0, *(max(1, len(texts)) for texts, _ in found)]))
+            self.captions = [text for texts, _ in found for text in texts or ("",)]
+
+    def at(self, rows: Sequence[int], draws: Sequence[float] | None) -> list[int]:
+        """Which caption the sample of each row has: that of its draw, or its first."""
+        if not self.several:
+            return list(rows)
+        if draws is None:
+            return [self._firsts[row] for row in rows]
+        return [
+            self._firsts[row] + (choose(*self._found[row], u) if self._found[row][0] > 1 else 0)
+            for row, u in zip(rows, draws, strict=True)
+        ]
+
+
+def chunks_of(feed: Any, size: int) -> Iterator[range]:
+    """All rows of a feed in order, up to `size` at a time and of one size of image."""
+    if hasattr(feed, "chunks"):
+        yield from feed.chunks(size)
+    else:
+        yield from (range(row, min(row + size, len(feed))) for row in range(0, len(feed), size))
+
+
+def size_of(feed: Any, rows: range) -> tuple[int, ...]:
+    """(height, width) in pixels of the images at such rows; of a feed without buckets ()."""
+    layout: Layout | None = getattr(feed, "layout", None)
+    return () if layout is None else layout.sizes[layout.bucket_of(rows[0])]
 
 
 class WithText:
     """A feed of pictures in which `num_documents` of each batch are text alone."""
 
-    def __init__(self, feed: ImageFeed | LatentFeed, text: Pieces, num_documents: int) -> None:
+    def __init__(self, feed: Any, text: Pieces, num_documents: int) -> None:
+        """feed: any of pictures alone."""
         self.feed, self.text, self.num_documents = feed, text, num_documents
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -42,32 +42,76 @@ def read_image(data: ImageData, max_pixels: int = MAX_PIXELS, at_least: Size | N
     many times faster for photographs, and to be used only where `fit` follows. Raises `BadImage` for what is missing,
     empty, truncated, corrupt, or larger than `max_pixels`.
     """
-    with _reading(), _open(data, max_pixels) as image:
+    with _reading():
+        return np.array(_decoded(data, max_pixels, at_least)[0])
+
+
+class Fitted(NamedTuple):
+    """An image fitted to the model's size, uint8 (h, w, 3), and what was done to it: `original` the (H, W) of the
+    upright file; `crop` how far (down, right) the crop begins in the scaled image, in pixels; whether it was mirrored.
+    """
+
+    image: np.ndarray
+    original: Size
+    crop: Size = (0, 0)
+    flipped: bool = False
+
+
+def read_fitted(
+    data: ImageData,
+    size: Size,
+    place: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Fitted:
+    """`read_image` and `fit` in one go, without the copies between. Raises `BadImage` as `read_image` does."""
+    with _reading():
+        image, original = _decoded(data, max_pixels, at_least=size)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        scale = max(size[0] / original[0], size[1] / original[1])
+        down, right = original[0] * scale - size[0], original[1] * scale - size[1]
+        crop = round(down * place[0]), round(right * place[1])
+        return Fitted(np.asarray(_fit(image, size, place)), original, crop, flip)
+
+
+def _decoded(data: ImageData, max_pixels: int, at_least: Size | None) -> tuple[Image.Image, Size]:
+    """(the upright RGB image, its (H, W) in the file)."""
+    with _open(data, max_pixels) as image:
+        turned = _orientation(image)
+        sideways = turned in _SIDEWAYS
+        original = image.size if sideways else (image.height, image.width)
         if at_least is not None:
-            height, width = reversed(at_least) if _is_sideways(image) else at_least
+            height, width = reversed(at_least) if sideways else at_least
             image.draft(None, (2 * width, 2 * height))
         image.load()
-        return np.array(as_rgb(upright(image)))
+        return as_rgb(upright(image) if turned else image), original
 
 
 def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
     """(H, W) of the upright image, from the file's header alone; raises `BadImage` as `read_image` does."""
     with _reading(), _open(data, max_pixels) as image:
         width, height = image.size
-        return (width, height) if _is_sideways(image) else (height, width)
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def fit(image: np.ndarray, size: Size) -> np.ndarray:
-    """Scale uint8 (H, W, 3) to cover `size` = (h, w), antialiased (Lanczos), and crop the centre: uint8 (h, w, 3)."""
-    (height, width), (h, w) = image.shape[:2], size
+def fit(image: np.ndarray, size: Size, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Scale uint8 (H, W, 3) to cover `size` = (h, w), antialiased (Lanczos), and crop: uint8 (h, w, 3).
+
+    place: where the crop lies, down and right, in [0, 1]; 0.5 is the centre.
+    """
+    return image if image.shape[:2] == tuple(size) else np.asarray(_fit(Image.fromarray(image), size, place))
+
+
+def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> Image.Image:
+    (width, height), (h, w) = image.size, size
     if (height, width) == (h, w):
         return image
     scale = max(h / height, w / width)
     crop_h, crop_w = min(height, h / scale), min(width, w / scale)
-    top, left = (height - crop_h) / 2, (width - crop_w) / 2
+    top, left = (height - crop_h) * place[0], (width - crop_w) * place[1]
     box = (left, top, min(width, left + crop_w), min(height, top + crop_h))
-    resized = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.array(resized)
+    return image.resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def fit_size(height: int, width: int, step: int) -> Size:
@@ -116,8 +160,11 @@ def _open(data: ImageData, max_pixels: int) -> Image.Image:
     return image
 
 
-def _is_sideways(image: Image.Image) -> bool:
-    """Whether height and width of the opened image are yet to be swapped; Pillow has done so for a TIFF."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag where it asks to turn or mirror the opened image, else 0; Pillow has turned a TIFF itself."""
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # nowhere else is it looked for
+        return 0
     with suppress(Exception):  # broken EXIF data does not make a bad image
-        return image.format != "TIFF" and int(image.getexif().get(_ORIENTATION, 1)) in _SIDEWAYS
-    return False
+        turned = int(image.getexif().get(_ORIENTATION, 1))
+        return turned if image.format != "TIFF" and 2 <= turned <= 8 else 0
+    return 0

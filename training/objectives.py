@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mmdit.features import Features
 from mmdit.sequences import MixedBatch, pack
 from mmdit.text import Tokens
 from samplers import RectifiedFlow, Schedule, randn
@@ -31,12 +32,12 @@ from training.time_density import Shifted, TimeDensity, make_time_density
 
 
 class Batch(NamedTuple):
-    """Scaled latents (B, C, h, w) of the images, the tokens (B, L) of their captions, and documents of text alone, if
-    there are any: their tokens (D, P).
+    """Scaled latents (B, C, h, w) of the images, the tokens (B, L) of their captions, or their features where frozen
+    encoders' are known; and documents of text alone, if there are any: their tokens (D, P).
     """
 
     latents: Tensor
-    tokens: Tokens
+    tokens: Tokens | Features
     text: Tokens | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -45,12 +46,9 @@ class Batch(NamedTuple):
     def split(self, parts: int) -> list[Batch]:
         """In equal parts, each with its share of images and of text."""
 
-        def cut(x: Tensor) -> Sequence[Tensor]:
-            return x.split(len(x) // parts)
-
-        tokens = list(map(Tokens, *map(cut, self.tokens)))
-        text = list(map(Tokens, *map(cut, self.text))) if self.text else [None] * parts
-        return list(map(Batch, cut(self.latents), tokens, text))
+        size = len(self.latents) // parts
+        text = self.text.split(len(self.text.ids) // parts) if self.text else [None] * parts
+        return list(map(Batch, self.latents.split(size), self.tokens.split(size), text))
 
 
 class Loss(NamedTuple):

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.features import KnownText
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -23,30 +27,80 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from training.cached import CachedFeed, CachedSource, latent_feed
+from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import DataError, Source, open_source, split_by_key
-from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable
+from training.data import DataError, Source, SourceOptions, checked_size, open_source, split_by_key
+from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
+from training.loader import layout_of
 from training.mup import scale_start
 from training.progress import Progress
+from training.remote import Patience
 from training.run import RunFolder
+from training.sources import Wanted
 from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
+from training.stream import STREAM, HeldOut, StreamSource
+
+TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
+STREAM_CAPTIONS = 20_000  # and of a stream
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
-    data, step = config.data, factor * config.model.patch_size
-    source = open_source(data.source, data.image_size, step, num_samples=data.num_samples, seed=config.seed)
-    height, width = source.image_size
-    run.log(f"data: {len(source)} samples of {data.source}, fitted to {height} x {width}")
+    source = open_run_source(config, factor * config.model.patch_size, run.path / "index")
+    sizes, (height, width) = layout_of(source).sizes, source.image_size
+    number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
+    fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
+    run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
+    for reason, count, key in getattr(source, "left_out", ()):
+        run.log(f"left out: {count} samples with {reason}, such as {key}")
     for key, reason in source.skipped:
         run.log_skipped(key, reason)
     return source
 
 
+def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -> Source:
+    """A run's samples, as its config says, or a `StreamSource`; index: a folder where a slow index is kept."""
+    data = config.data
+    wanted = Wanted(
+        parse_weights(data.captions, "data.captions") if data.captions else (),
+        data.buckets,
+        data.min_side,
+        data.max_aspect,
+        data.min_caption,
+        data.max_caption,
+        Patience(data.timeout, data.retries),
+        index,
+    )
+    pictures = config.training.batch_size - config.text_documents
+    options = SourceOptions(data.buckets, data.bucket_ratio, pictures, data.crop, data.flip, wanted)
+    if data.source.startswith(STREAM):
+        size = checked_size(data.image_size)
+        stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
+        return stream  # type: ignore[no-any-return]
+    source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, options=options)
+    if isinstance(source, CachedSource):
+        source.check_data(data)
+    return source
+
+
+def bucket_text(source: Source) -> str:
+    """ "3 buckets: 32 x 128 (20 %), ..." """
+    layout = layout_of(source)
+    assert layout.bucket is not None
+    shares = np.bincount(layout.bucket, minlength=len(layout.sizes)) / len(layout.bucket)
+    texts = [f"{h} x {w} ({share:.1%})" for (h, w), share in zip(layout.sizes, shares, strict=True)]
+    return f"{len(texts)} buckets: {', '.join(texts)}"
+
+
 def fingerprint(source: Source) -> str:
-    """SHA-256 of the samples' size and of their keys in order: what a resumed run must find again."""
-    return hashlib.sha256("\n".join([str(tuple(source.image_size)), *source.keys]).encode()).hexdigest()
+    """SHA-256 of the samples' sizes and of their keys in order: what a resumed run must find again."""
+    sizes = layout_of(source).sizes
+    found = hashlib.sha256(str(tuple(source.image_size) if len(sizes) == 1 else sizes).encode())
+    for key in source.keys:
+        found.update(b"\n" + key.encode())
+    return found.hexdigest()
 
 
 def open_corpus(config: TrainConfig, run: RunFolder) -> Corpus | None:
@@ -91,14 +145,18 @@ def build_model(
 ) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
     height, width = (side // autoencoder.factor for side in source.image_size)
-    text = _text(config, run, chain((source.caption(i) for i in range(len(source))), corpus or ()), resumed)
+    largest = max(side for size in layout_of(source).sizes for side in size) // autoencoder.factor
+    if isinstance(source, CachedSource):
+        source.check(autoencoder)
+    text = _text(config, run, source, chain(_captions(source), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
-        trunk = _transfusion(config, text, autoencoder, (height, width), text_form(config, run, resumed))
+        trunk = _transfusion(config, text, autoencoder, (height, width), largest, text_form(config, run, resumed))
         model = CaptionedTransfusion(trunk, text)
         start_transfusion(config, run, trunk, resumed)
     else:
-        model = CaptionedMMDiT(_mmdit(config, text, autoencoder, height, width), text)
+        model = CaptionedMMDiT(_mmdit(config, text, autoencoder, (height, width), largest), text)
+        model.packed = config.training.packing
         model.transformer = start_mmdit(config, run, model, resumed)
     if config.optimizer.base_width is not None and not config.init_paths:
         scale_start(model.transformer, config.optimizer.base_width)
@@ -110,9 +168,24 @@ def build_model(
     return model
 
 
-def _text(config: TrainConfig, run: RunFolder, texts: Iterable[str], resumed: bool) -> Conditioner:
+def _captions(source: Source) -> Iterator[str]:
+    """Captions to train a tokenizer on: of very many samples some, evenly spread; of a stream the first."""
+    if isinstance(source, StreamSource):
+        yield from source.captions(STREAM_CAPTIONS)
+        return
+    for i in range(0, len(source), -(-len(source) // TOKENIZER_CAPTIONS)):
+        if hasattr(source, "captions"):
+            yield from source.captions(i)[0]
+        else:
+            yield source.caption(i)
+
+
+def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:
     """The conditioner: a frozen one from its folder, or one with its own tokenizer, made for the texts."""
     here = run.path / "pipeline" / "text"
+    if config.text.encoder != "learned" and isinstance(source, CachedSource):
+        run.log(f"what {config.text.encoder} says of captions is read from {config.data.source}")
+        return source.text(config.text.encoder, config.text.max_length, here if resumed else None)
     if config.text.encoder != "learned":
         frozen = load_encoder(here) if resumed else open_text_encoder(config.text.encoder, config.text.max_length)
         run.log(f"captions are read by {frozen.source}, frozen")
@@ -139,11 +212,16 @@ def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def _mmdit(
-    config: TrainConfig, text: LearnedText | TextEncoder | SD3Text, autoencoder: Autoencoder, height: int, width: int
+    config: TrainConfig,
+    text: LearnedText | TextEncoder | SD3Text | KnownText,
+    autoencoder: Autoencoder,
+    size: tuple[int, int],
+    largest: int,
 ) -> MMDiT:
-    patch = config.model.patch_size
+    """largest: the longest side of a latent that is trained on."""
+    patch, (height, width) = config.model.patch_size, size
     own = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__ if name != "section"}
-    own["pos_embed_max_size"] = max(own["pos_embed_max_size"], height // patch, width // patch)
+    own["pos_embed_max_size"] = max(own["pos_embed_max_size"], largest // patch)
     shape = MMDiTConfig(
         in_channels=autoencoder.channels,
         context_dim=text.context_dim,
@@ -155,7 +233,12 @@ def _mmdit(
 
 
 def _transfusion(
-    config: TrainConfig, text: Words, autoencoder: Autoencoder, size: tuple[int, int], llama: LlamaConfig | None
+    config: TrainConfig,
+    text: Words,
+    autoencoder: Autoencoder,
+    size: tuple[int, int],
+    largest: int,
+    llama: LlamaConfig | None,
 ) -> Transfusion:
     model, mixed = config.model, config.transfusion
     own = ("weights", "time", "attention", "codec", "codec_width", "size_tokens", "max_tokens")
@@ -164,7 +247,7 @@ def _transfusion(
         vocab_size=text.config.vocab_size,
         in_channels=autoencoder.channels,
         sample_size=max(model.patch_size, round((size[0] * size[1]) ** 0.5)),
-        pos_embed_max_size=max(model.pos_embed_max_size, *(side // model.patch_size for side in size)),
+        pos_embed_max_size=max(model.pos_embed_max_size, largest // model.patch_size),
         **{name: getattr(mixed, name) for name in own},
         first_size=text.tokenizer.sizes.start,
         **dict(zip(("pad", "eos", "boi", "eoi"), text.tokenizer.special, strict=True)),  # type: ignore[arg-type]
@@ -181,11 +264,16 @@ def open_feeds(
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[ImageFeed | LatentFeed, LatentFeed | None]:
+) -> tuple[ImageFeed | LatentFeed | StreamFeed | CachedFeed, LatentFeed | CachedFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.
 
     Raises DataError where no sample is left to train on.
     """
+    sampled = config.data.posterior == "sample"
+    if sampled and not autoencoder.has_posterior:
+        raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
+    if isinstance(source, StreamSource):
+        return open_stream(config, run, source, autoencoder, text, device)
     training, held_out = split_by_key(source, config.data.held_out)
     if not len(training):
         raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
@@ -193,14 +281,35 @@ def open_feeds(
     common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
     validation = None
     with suppress(NothingUsable):
-        validation = LatentFeed(source, held_out, *common)
+        validation = latent_feed(source, held_out, *common)
     if validation is None:
         run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    if isinstance(source, CachedSource):
+        return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
     if not config.data.cache_latents:
-        return ImageFeed(source, training, *common), validation
+        return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
     with Progress("encoding", len(training), quiet=run.quiet) as progress:
-        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done))
+        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done), sampled=sampled)
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
+
+
+def open_stream(
+    config: TrainConfig,
+    run: RunFolder,
+    stream: StreamSource,
+    autoencoder: Autoencoder,
+    text: Conditioner,
+    device: torch.device,
+) -> tuple[StreamFeed, LatentFeed | None]:
+    """(training feed, validation feed) of a stream; the latter is None where no held-out row is found."""
+    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
+    held_out = HeldOut(stream, config.data.held_out, config.evaluation.validation_samples)
+    validation = None
+    with suppress(NothingUsable):
+        validation = LatentFeed(held_out, np.arange(len(held_out)), autoencoder, text, device, 0, run.log_skipped)
+    if validation is None:
+        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    return StreamFeed(stream, config.data.held_out, *common, config.data.posterior == "sample"), validation

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import digest, fresh_aside, put_in_place, seal
+from training.checkpoint import fresh_aside, put_in_place, seal
 from training.parallel import Ranks
+from training.signed import sha256
 
 
 def save_sharded(
@@ -47,7 +48,7 @@ def save_sharded(
             rank, (first, _) = next(iter(error.failures.items()))
             raise OSError(f"{aside.name} could not be written by process {rank}: {first}") from error
         own = sorted(aside.glob("*.safetensors"))[ranks.rank :: ranks.world]
-        files = {name: sha for part in ranks.gather({p.name: digest(p) for p in own}) for name, sha in part.items()}
+        files = {name: sha for part in ranks.gather({p.name: sha256(p) for p in own}) for name, sha in part.items()}
 
         def place() -> Path:
             seal(aside, {**state, "sharded": True}, files)

@@ -10,34 +10,60 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
+
+from training.captions import NONE, Captions
+from training.images import Size
+from training.remote import Listed, Patience, RemoteFile, is_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError)
 
+MAX_HEADER = 1 << 24
+"""Bytes that one header, with its long names and attributes, may ask for."""
+
+Place = tuple[str, int, int, Size | str | None]
+"""Of an image: path, offset, bytes; and (height, width), why there is none, or None where it was not asked for."""
 Members = dict[str, Any]
-"""Of one sample: ".png" -> (path, offset, size), ".txt" or ".json" -> its caption."""
+"""Of one sample: ".png" -> `Place`, ".txt" or ".json" -> its `Captions`."""
 
 
-def open_shard(path: Path) -> BinaryIO | gzip.GzipFile:
+def open_shard(file: Listed, patience: Patience) -> BinaryIO | gzip.GzipFile:
     """The archive's bytes, decompressed on the way where the file starts as gzip does, whatever its name."""
-    with open(path, "rb") as file:
-        magic = file.read(2)
-    return gzip.open(path) if magic == b"\x1f\x8b" else open(path, "rb")
+    if is_url(file.url):
+        remote: Any = RemoteFile(file, patience)
+        magic = remote.read(2)
+        return gzip.GzipFile(fileobj=remote) if magic == b"\x1f\x8b" else remote
+    with open(file.url, "rb") as local:
+        magic = local.read(2)
+    return gzip.open(file.url) if magic == b"\x1f\x8b" else open(file.url, "rb")
 
 
-def read_members(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    """(header, function that reads the data now) of each regular file in a tar, plain or gzip, but hidden ones.
+class _Headers:
+    """The archive as tarfile sees it when it parses a header: with a limit to what it may ask for."""
+
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header asks for {size} bytes")
+        return self._read(size)
+
+
+def read_members(
+    file: BinaryIO | gzip.GzipFile,
+) -> Iterator[tuple[tarfile.TarInfo, Callable[[int], bytes]]]:
+    """(header, function that reads up to so many bytes of the data now) of each regular file in a tar but hidden ones.
 
     Raises one of `SHARD_ERRORS` where the archive is cut off or corrupt; tarfile's own iteration takes a corrupt header
     for the end of the archive, and stops in silence.
     """
     length = file.seek(0, io.SEEK_END) if not isinstance(file, gzip.GzipFile) else None
     file.seek(0)
-    archive = tarfile.TarFile(fileobj=file)
+    archive = tarfile.TarFile(fileobj=_Headers(file))  # type: ignore[arg-type]
     archive.offset = 0
     while True:
         file.seek(archive.offset)
@@ -47,17 +73,20 @@ def read_members(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[tarfile.TarIn
             return
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("no end mark") from error
+        if archive.offset <= member.offset or member.size < 0:
+            raise tarfile.ReadError(f"the size of {member.name} is none")
         if length is not None and member.offset_data + member.size > length:
             raise tarfile.ReadError(f"it ends within {member.name}")
 
-        def data(member: tarfile.TarInfo = member) -> bytes:
+        def data(most: int, member: tarfile.TarInfo = member) -> bytes:
             file.seek(member.offset_data)
-            found = file.read(member.size)
-            if len(found) < member.size:
+            wanted = min(member.size, most)
+            found = file.read(wanted)
+            if len(found) < wanted:
                 raise tarfile.ReadError(f"it ends within {member.name}")
             return found
 
-        if member.isreg() and not os.path.basename(member.name).startswith("."):
+        if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
             yield member, data
 
 
@@ -68,16 +97,16 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, (dot + kind).lower()
 
 
-def images_of(key: str, members: Members) -> Iterator[tuple[str, tuple[str, int, int], str | None]]:
-    """(key, place, caption) of the images among the members of one key.
+def images_of(key: str, members: Members) -> Iterator[tuple[str, Place, list[Captions]]]:
+    """(key, place, captions in each file that has some) of the images among the members of one key.
 
     That is one, the member with a plain image suffix. Where there is none, names with dots ("b.1.png", "b.2.png") are
-    samples of their own, with their own captions or the common one.
+    samples of their own, with their own captions or the common ones.
     """
     images = [kind for kind in members if kind in IMAGE_SUFFIXES][:1] or [
         k for k in members if k.endswith(IMAGE_SUFFIXES)
     ]
     for kind in images:
         infix = kind[: kind.rindex(".")]
-        texts = (members.get(prefix + suffix) for prefix in (infix, "") for suffix in (".txt", ".json"))
-        yield key + infix, members[kind], next((text for text in texts if text), None)
+        names = dict.fromkeys(prefix + suffix for prefix in (infix, "") for suffix in (".txt", ".json"))
+        yield key + infix, members[kind], [members[name] for name in names if members.get(name, NONE)[0]]

@@ -1,10 +1,11 @@
-"""The index of a data set on disk: which samples there are, in which order, and where their bytes lie.
+"""The index of a data set: which samples there are, in which order, and where their bytes lie.
 
-Three layouts, one index. A folder of images with captions in `.txt` (or `.json`) files of the same stem; a folder with
-a Hugging Face `metadata.jsonl` or `metadata.csv` (`file_name` and `caption` or `text`); WebDataset shards. Whatever the
-layout, a sample is an `Entry`: a unique key, a caption, and a range of bytes in a file, so that any process can read
-any sample at any time. Members of a `.tar` are read in place, the images of a `.tar.gz` are unpacked into a temporary
-file that goes when the index does. Captions stay in memory. The order depends on names alone, not on the file system.
+A folder of images with captions in `.txt` (or `.json`) files of the same stem; a folder with a Hugging Face
+`metadata.jsonl` or `metadata.csv` (`file_name` and `caption` or `text`); WebDataset shards and Parquet files, on disk
+or behind a URL; a Hugging Face dataset. Whatever the layout, a sample is an `Entry`: a unique key, captions, and a
+place, so that any process can read any sample at any time. Members of a `.tar` are read in place, never by their names;
+the images of a `.tar.gz` are unpacked into a temporary file that goes when the index does. Of a sample 8 bytes are in
+memory, the rest on disk (`table.py`). The order depends on names alone, not on the file system.
 """
 
 from __future__ import annotations
@@ -12,102 +13,245 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import io
+import hashlib
 import json
 import os
+import tarfile
 import tempfile
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
+from training.captions import (
+    CAPTION_FIELDS,
+    MAX_CAPTION,
+    MAX_JSON,
+    MAX_TEXT,
+    NONE,
+    Captions,
+    Weights,
+    captions_in,
+    captions_of,
+    joined,
+)
+from training.errors import DataError
+from training.images import BadImage, ImageData, Size, read_size
+from training.remote import Listed, Patience, RemoteError, is_url, list_urls, read_range
 from training.shards import (
     IMAGE_SUFFIXES,
     SHARD_ERRORS,
     SHARD_SUFFIXES,
     Members,
+    Place,
     images_of,
     open_shard,
     read_members,
     split_name,
 )
+from training.table import Entry, Table, Writer, remove
+
+if TYPE_CHECKING:
+    from training.rows import Row
+
+__all__ = ["CAPTION_FIELDS", "MAX_CAPTION", "DataError", "Entry", "Index", "Wanted", "printable", "walk"]
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-CAPTION_FIELDS = ("caption", "text")
-MAX_CAPTION = 10_000
-"""Captions are cut after so many characters."""
+PARQUET = ".parquet"
+HUB = "hf:"
+MAX_LINE = 16_000_000
+"""A line of metadata is cut after so many characters."""
+AT_ONCE = 16
+"""Shards of a server that are read at the same time."""
+MAX_IMAGE = 1 << 30
+"""Bytes of an image file at most."""
+HEAD = 1 << 16
+"""Bytes of an image in which its size is looked for first."""
 
-_LOOKED_FOR = f"images ({' '.join(IMAGE_SUFFIXES)}), metadata.jsonl, or shards ({' '.join(SHARD_SUFFIXES)})"
+_LOOKED_FOR = (
+    f"images ({' '.join(IMAGE_SUFFIXES)}), metadata.jsonl, shards ({' '.join(SHARD_SUFFIXES)}) or {PARQUET} files"
+)
+_FORMAT = 1  # of a kept index
 
 
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line that says what to do."""
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a data set's samples; one that does not fit is left out of the index, and counted.
 
+    captions: fields to choose among, by weight. sizes: each image's size is read, as it is for a filter by size.
+    min_side: pixels of the shorter side. max_aspect: longer side over shorter. min_caption, max_caption: characters of
+    a caption; of several captions those that do not fit are left out. 0: any.
+    """
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One sample: its image is `size` bytes of `path` from `offset` on (all of it where `size` is None)."""
+    captions: Weights = ()
+    sizes: bool = False
+    min_side: int = 0
+    max_aspect: float = 0.0
+    min_caption: int = 0
+    max_caption: int = 0
+    patience: Patience = Patience()
+    cache: Path | None = None
 
-    key: str
-    caption: str | None
-    path: str
-    offset: int = 0
-    size: int | None = None
+    @property
+    def measures(self) -> bool:
+        """Whether sizes are read."""
+        return self.sizes or self.min_side > 0 or self.max_aspect > 0
+
+    def fitting(self, captions: Captions) -> Captions:
+        """The captions of an allowed length, with their shares."""
+        texts, shares = captions
+        most = self.max_caption or MAX_CAPTION
+        fit = [i for i, text in enumerate(texts) if self.min_caption <= len(text) <= most]
+        if len(fit) == len(texts):
+            return captions
+        return tuple(texts[i] for i in fit), tuple(shares[i] for i in fit) if shares else ()
+
+    def refuses(self, size: Size) -> str | None:
+        """Why an image of that size is left out, if it is."""
+        short, long = min(size), max(size)
+        if short < self.min_side:
+            return f"a side below {self.min_side} pixels"
+        if self.max_aspect and long > self.max_aspect * short:
+            return f"sides that are more than {self.max_aspect:g} to 1"
+        return None
 
 
 class Index:
-    """The samples of a data set in their fixed order, and in `skipped` what could not be indexed: (name, reason).
+    """The samples of a data set in their fixed order; in `skipped` what could not be indexed: (name, reason); and in
+    `left_out` how many samples were for a reason that `Wanted` gives, with the key of the first.
 
-    `spec` is a folder, a shard, a metadata file or a glob of shards. Raises `DataError` if nothing can be trained on.
+    `spec` is a folder, a shard, a metadata or Parquet file, a glob of shards or Parquet files, a URL of those, or
+    "hf:NAME". Raises `DataError` if nothing can be trained on.
     """
 
-    def __init__(self, spec: str, need_captions: bool = True) -> None:
-        self.need_captions = need_captions
-        self.entries: list[Entry] = []
+    def __init__(self, spec: str, need_captions: bool = True, wanted: Wanted = Wanted()) -> None:
+        self.need_captions, self.wanted = need_captions, wanted
         self.skipped: list[tuple[str, str]] = []
-        self._keys: dict[str, int] = {}  # each key that is taken -> how often it was asked for again as a longer key
+        self.left_out: dict[str, tuple[int, str]] = {}
         self._spool: BinaryIO | None = None
-        root, names = _list_files(spec)
-        if metadata := [name for name in names if Path(name).name in METADATA_NAMES]:
-            for name in metadata:
-                self._add_metadata(root / name, name)
-        elif shards := [name for name in names if name.lower().endswith(SHARD_SUFFIXES) and name.count("/") <= 1]:
-            for name in shards:
-                self._add_shard(root / name, name)
-        else:
-            self._add_folder(root, names)
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._rows: Any = None  # reads the rows of Parquet files, or of a dataset
+        self._begun: list[tuple[int, str]] = []  # the first sample of each file, and what makes a key of it longer
+        self._root: Path | None = None  # of a folder of images
+        root, files = (Path(), []) if spec.startswith(HUB) else _list_files(spec, wanted.patience)
+        name = self._name_of(spec, files)
+        if name is None or not self._found(name):
+            self._writer = Writer()
+            self._read(spec, root, files)
+            self.entries: Table = self._writer.table(self._longer_key)
+            del self._writer
+            if name is not None and wanted.cache is not None and len(self.entries):
+                self.entries.keep(wanted.cache, name, {"skipped": self.skipped, "left_out": self.left_out})
         if self._spool is not None:
             self._spool.close()
             self._spool = None  # its path is in the entries
-        self._keys.clear()
-        self._check(spec, len(names))
+        self._check(spec, len(files))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None}
+
+    def _read(self, spec: str, root: Path, files: list[Listed]) -> None:
+        names = [file.url for file in files]
+        if spec.startswith(HUB):
+            from training.hub import HubRows
+
+            self._rows = HubRows(spec.removeprefix(HUB))
+            self._add_rows(self._rows.rows(self.wanted), spec.removeprefix(HUB), HUB)
+        elif metadata := [name for name in names if Path(name).name in METADATA_NAMES and not is_url(name)]:
+            for name in metadata:
+                self._add_metadata(root / name, name)
+        elif shards := [file for file in files if file.url.lower().endswith(SHARD_SUFFIXES) and _near(file.url)]:
+            self._add_shards(root, shards)
+        elif parquet := [file for file in files if file.url.lower().endswith(PARQUET)]:
+            for file in parquet:
+                self._add_parquet(root, file)
+        elif names and is_url(names[0]):
+            raise DataError(f"{spec} holds no shards ({' '.join(SHARD_SUFFIXES)}) and no {PARQUET} files")
+        else:
+            self._add_folder(root, names)
 
     def _check(self, spec: str, num_files: int) -> None:
         why = f"; skipped {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
-        if not self.entries:
+        if not len(self.entries):
+            if self.left_out:
+                reason, (count, key) = next(iter(self.left_out.items()))
+                raise DataError(f"no images left of {spec}: {count} have {reason}, such as {key}; widen the filter")
             raise DataError(f"no images found in {spec}: looked through {num_files} files for {_LOOKED_FOR}{why}")
         if self.need_captions and all(entry.caption is None for entry in self.entries):
+            fields = f" in {', '.join(name for name, _ in self.wanted.captions)}" if self.wanted.captions else ""
             raise DataError(
-                f"no captions found: {spec} has {len(self.entries)} images, none with a caption; give each a .txt file "
-                "(or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
+                f"no captions found{fields}: {spec} has {len(self.entries)} images, none with a caption; give each a "
+                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
             )
 
-    def _add(self, key: str, longer_key: str, caption: str | None, path: str | Path, *place: int) -> None:
-        """Append a sample; where the key is taken it becomes the longer key, then that with a number."""
-        key, longer_key = printable(key), printable(longer_key)
-        if key in self._keys:
-            key = longer_key
-        while key in self._keys:
-            self._keys[longer_key] += 1
-            key = f"{longer_key}#{self._keys[longer_key] + 1}"
-        self._keys[key] = 0
-        self.entries.append(Entry(key, caption, str(path), *place))
+    # --- a sample ---
+
+    def _measured(self, image: ImageData) -> Size | str | None:
+        """(height, width) of an image where sizes are wanted, or why there is none."""
+        if not self.wanted.measures:
+            return None
+        try:
+            return _size_in(image)
+        except (BadImage, OSError) as error:
+            return str(error)
+
+    def _add(self, entry: Entry, size: Size | str | None, shared: bool = False, block: int | None = None) -> None:
+        """Append a sample, unless it is left out, or its size could not be measured."""
+        key = printable(entry.key)
+        texts, shares = self.wanted.fitting((entry.captions, entry.shares))
+        if isinstance(size, str):
+            self.skipped.append((key, size))
+        elif entry.captions and not texts:
+            self._leave_out("a caption of another length than asked for", key)
+        elif size is not None and (reason := self.wanted.refuses(size)):
+            self._leave_out(reason, key)
+        else:
+            try:
+                self._writer.add(replace(entry, key=key, captions=texts, shares=shares, image_size=size), shared, block)
+            except OSError as error:
+                raise _no_room("the index", error) from error
+
+    def _leave_out(self, reason: str, key: str) -> None:
+        count, first = self.left_out.get(reason, (0, key))
+        self.left_out[reason] = (count + 1, first)
+
+    def _begin(self, prefix: str) -> None:
+        """What follows lies in another file; prefix: what makes its keys longer."""
+        self._begun.append((len(self._writer), prefix))
+
+    def _longer_key(self, i: int, entry: Entry) -> str:
+        if self._root is not None:
+            return printable(os.path.relpath(entry.path, self._root))
+        prefix = self._begun[bisect_right(self._begun, (i, chr(0x10FFFF))) - 1][1] if self._begun else ""
+        return f"{prefix}/{entry.key}" if prefix else entry.key
+
+    def read(self, entry: Entry) -> ImageData:
+        """The image file of a sample: its bytes or its path. Raises OSError where it cannot be read."""
+        if self._rows is not None:
+            data: bytes = self._rows.image(entry)
+            return data
+        if entry.size is None:
+            return entry.path
+        if is_url(entry.path):
+            return read_range(entry.path, entry.offset, entry.offset + entry.size, self.wanted.patience)
+        with open(entry.path, "rb") as file:  # opened anew each time: nothing to share between processes
+            file.seek(entry.offset)
+            return file.read(entry.size)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether images come from a server, and many are best asked for at a time."""
+        return bool(self.entries.files) and is_url(self.entries.files[0])
 
     # --- a folder of images ---
 
     def _add_folder(self, root: Path, names: list[str]) -> None:
-        texts = {}
+        self._root, texts = root, {}
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in (".txt", ".json"):
@@ -115,60 +259,81 @@ class Index:
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
-                caption = None
+                captions = NONE
                 for kind in (".txt", ".json"):
-                    if caption is None and (path := texts.get((stem, kind))):
-                        caption = self._read_caption(path, kind)
-                self._add(stem, name, caption, root / name)
+                    if (self.wanted.captions or not captions[0]) and (path := texts.get((stem, kind))):
+                        captions = joined(captions, self._read_captions(path, kind), self.wanted.captions)
+                image = str(root / name)
+                self._add(Entry(stem, captions[0], image, shares=captions[1]), self._measured(image))
 
-    def _read_caption(self, path: Path, kind: str) -> str | None:
+    def _read_captions(self, path: Path, kind: str) -> Captions:
         try:
             with open(path, "rb") as file:
-                return _caption_in(kind, file.read(4 * MAX_CAPTION if kind == ".txt" else -1))
+                return captions_in(kind, file.read(MAX_TEXT if kind == ".txt" else MAX_JSON + 1), self.wanted.captions)
         except OSError as error:
             self.skipped.append((printable(str(path)), f"caption not readable: {error.strerror}"))
-            return None
+            return NONE
 
     # --- Hugging Face metadata ---
 
     def _add_metadata(self, path: Path, name: str) -> None:
         folder = Path(name).parent
+        self._begin("")
         try:
-            text = path.read_bytes().decode("utf-8-sig", errors="replace")
-        except OSError as error:
-            self.skipped.append((name, f"not readable: {error.strerror}"))
-            return
-        for number, row in _rows(text, path.suffix):
-            file_name = row.get("file_name") if isinstance(row, dict) else None
-            if not isinstance(file_name, str) or not file_name:
-                self.skipped.append((f"{name}:{number}", "not a row with a file_name"))
-                continue
-            key = os.path.splitext((folder / file_name).as_posix())[0]
-            self._add(key, key, _caption_of(row), path.parent / file_name)
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+                for number, row in _rows(file, path.suffix):
+                    file_name = row.get("file_name") if isinstance(row, dict) else None
+                    if not isinstance(file_name, str) or not file_name or "\0" in file_name:
+                        self.skipped.append((f"{name}:{number}", "not a row with a file_name"))
+                        continue
+                    if _leads_outside(file_name):
+                        self.skipped.append((f"{name}:{number}", "its file_name leads out of the folder"))
+                        continue
+                    key = os.path.splitext((folder / file_name).as_posix())[0]
+                    image, (texts, shares) = str(path.parent / file_name), captions_of(row, self.wanted.captions)
+                    self._add(Entry(key, texts, image, shares=shares), self._measured(image))
+        except (OSError, csv.Error) as error:
+            self.skipped.append((name, f"not readable: {getattr(error, 'strerror', None) or error}"))
 
     # --- shards ---
 
-    def _add_shard(self, path: Path, name: str) -> None:
-        stem = name[: name.lower().rindex(".t")]
-        for key, same_key in self._read_shard(path, name).items():
-            for members in same_key:
-                for image_key, place, caption in images_of(key, members):
-                    self._add(image_key, f"{stem}/{image_key}", caption, *place)
+    def _add_shards(self, root: Path, shards: list[Listed]) -> None:
+        """One after the other; those of a server some at a time, for most of the time is waiting."""
+        at_once = AT_ONCE if is_url(shards[0].url) else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            for first in range(0, len(shards), at_once):
+                some = shards[first : first + at_once]
+                for file, samples in zip(some, pool.map(lambda file: self._read_shard(root, file), some), strict=True):
+                    self._add_shard(file.url, samples)
 
-    def _read_shard(self, path: Path, name: str) -> dict[str, list[Members]]:
+    def _add_shard(self, name: str, samples: dict[str, list[Members]]) -> None:
+        stem = name[: name.lower().rindex(".t")]
+        self._begin(stem.rpartition("/")[2] if is_url(name) else stem)
+        for key, same_key in samples.items():
+            for members in same_key:
+                for image_key, (path, offset, length, size), texts in images_of(key, members):
+                    captions = NONE
+                    for found in texts:
+                        if self.wanted.captions or not captions[0]:
+                            captions = joined(captions, found, self.wanted.captions)
+                    self._add(Entry(image_key, captions[0], path, offset, length, captions[1]), size, shared=True)
+
+    def _read_shard(self, root: Path, listed: Listed) -> dict[str, list[Members]]:
         """The samples of each key, of what is whole in a shard; what is not becomes one line in `skipped`."""
         samples: dict[str, list[Members]] = {}
-        num_members = 0
+        name, num_members = listed.url, 0
+        path = name if is_url(name) else str(root / name)
         try:
-            with open_shard(path) as file:
+            with open_shard(listed._replace(url=path), self.wanted.patience) as file:
                 for member, read in read_members(file):
                     key, kind = split_name(member.name)
                     value: Any
                     if kind.endswith(IMAGE_SUFFIXES):
-                        in_place = (str(path), member.offset_data, member.size)
-                        value = self._unpack(read()) if isinstance(file, gzip.GzipFile) else in_place
+                        value = self._image(path, member, read, isinstance(file, gzip.GzipFile))
                     elif kind.endswith((".txt", ".json")):
-                        value = _caption_in("." + kind.rpartition(".")[2], read())
+                        suffix = "." + kind.rpartition(".")[2]
+                        most = MAX_TEXT if suffix == ".txt" else MAX_JSON + 1
+                        value = captions_in(suffix, read(most), self.wanted.captions)
                     else:
                         continue
                     num_members += 1
@@ -178,51 +343,149 @@ class Index:
                     same_key[-1][kind] = value
         except DataError:
             raise
+        except RemoteError as error:
+            raise DataError(str(error)) from error
         except SHARD_ERRORS as error:
             why = " ".join(str(error).split()) or type(error).__name__
             self.skipped.append((name, f"cut off or corrupt: {why}; the {num_members} files before that are used"))
         return samples
 
+    def _image(self, path: str, member: tarfile.TarInfo, read: Callable[[int], bytes], unpack: bool) -> Place:
+        """Where a shard's image lies, and its size if that is wanted."""
+        if unpack:
+            data = read(MAX_IMAGE)
+            return (*self._unpack(data), self._measured(data))
+        size: Size | str | None = None
+        if self.wanted.measures:
+            size = self._measured(read(HEAD))
+            if isinstance(size, str) and member.size > HEAD:
+                size = self._measured(read(MAX_IMAGE))
+        return path, member.offset_data, member.size, size
+
     def _unpack(self, data: bytes) -> tuple[str, int, int]:
         """Append an image to the temporary file -> its place there."""
+        with self._lock:
+            try:
+                if self._spool is None:
+                    handle, self._spool_path = tempfile.mkstemp(prefix="mmdit-shards-")
+                    weakref.finalize(self, remove, self._spool_path, os.getpid())
+                    self._spool = open(handle, "wb")  # noqa: SIM115
+                place = (self._spool_path, self._spool.tell(), len(data))
+                self._spool.write(data)
+                return place
+            except OSError as error:
+                raise _no_room("the images of .tar.gz shards (or unpack them to .tar)", error) from error
+
+    # --- rows ---
+
+    def _add_parquet(self, root: Path, listed: Listed) -> None:
+        from training.parquet import ParquetRows
+
+        name = listed.url
+        self._rows = self._rows or ParquetRows(self.wanted.patience)
+        path = name if is_url(name) else str(root / name)
         try:
-            if self._spool is None:
-                handle, self._spool_path = tempfile.mkstemp(prefix="mmdit-shards-")
-                weakref.finalize(self, _remove, self._spool_path, os.getpid())
-                self._spool = open(handle, "wb")  # noqa: SIM115
-            place = (self._spool_path, self._spool.tell(), len(data))
-            self._spool.write(data)
-            return place
-        except OSError as error:
-            raise DataError(
-                f"no room to unpack the .tar.gz shards in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a "
-                f"folder with more room, or unpack them to .tar"
-            ) from error
+            self._add_rows(self._rows.rows(listed._replace(url=path), self.wanted), name.removesuffix(PARQUET), path)
+        except DataError:
+            raise
+        except RemoteError as error:
+            raise DataError(str(error)) from error
+        except (OSError, ValueError) as error:
+            self.skipped.append((name, f"not readable: {' '.join(str(error).split())}"))
+
+    def _add_rows(self, rows: Iterable[Row], name: str, path: str) -> None:
+        """Rows of a Parquet file or a dataset; a block is what is read at once."""
+        self._begin("")
+        first, last = self._blocks, -1
+        for number, row in enumerate(rows):
+            size = self._measured(row.image) if row.image is not None else None
+            key = row.key or f"{name.rpartition('/')[2]}-{number:08d}"
+            entry = Entry(key, row.captions[0], path, row.block, row.row, row.captions[1])
+            self._add(entry, size, shared=True, block=first + row.block if path != HUB else None)
+            last = max(last, row.block)
+        self._blocks += last + 1
+
+    # --- an index that is kept ---
+
+    def _name_of(self, spec: str, files: list[Listed]) -> str | None:
+        """The name under which the index is kept: another where files or wishes are others; None: it is not kept."""
+        if self.wanted.cache is None or not files or not _kept(files):
+            return None
+        wishes = replace(self.wanted, cache=None, patience=Patience())
+        text = "\n".join([f"{_FORMAT} {self.need_captions} {wishes} {spec}", *map(str, files)])
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+    def _found(self, name: str) -> bool:
+        found = Table.found(self.wanted.cache, name) if self.wanted.cache is not None else None
+        if found is None:
+            return False
+        self.entries, about = found
+        self.skipped = [(key, reason) for key, reason in about["skipped"]]
+        self.left_out = {reason: (count, key) for reason, (count, key) in about["left_out"].items()}
+        if any(path.lower().endswith(PARQUET) for path in self.entries.files):
+            from training.parquet import ParquetRows
+
+            self._rows = ParquetRows(self.wanted.patience)
+        return True
 
 
-def _remove(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker that ends must not take the file from the others
-        Path(path).unlink(missing_ok=True)
+def _no_room(what: str, error: OSError) -> DataError:
+    return DataError(
+        f"no room for {what} in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with more room"
+    )
+
+
+def _size_in(image: ImageData) -> Size:
+    return read_size(image)
+
+
+def _near(name: str) -> bool:
+    """Whether a shard lies in the folder itself or one level down."""
+    return is_url(name) or name.count("/") <= 1
+
+
+def _kept(files: list[Listed]) -> bool:
+    """Whether an index of these is kept: of shards that are read in place, and of Parquet files."""
+    names = [file.url.lower() for file in files]
+    return not any(Path(name).name in METADATA_NAMES for name in names) and (
+        any(name.endswith((".tar", PARQUET)) for name in names) and not any(name.endswith("gz") for name in names)
+    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _list_files(spec: str) -> tuple[Path, list[str]]:
-    """(root, the sorted paths below it with "/") of all regular files that `spec` names; hidden ones are left out."""
+def _list_files(spec: str, patience: Patience) -> tuple[Path, list[Listed]]:
+    """(root, the files below it) that `spec` names, sorted, with "/"; hidden ones are left out. URLs have no root."""
+    if is_url(spec):
+        try:
+            return Path(), list_urls(spec, patience)
+        except RemoteError as error:
+            raise DataError(str(error)) from error
+    root, names = _local_files(spec)
+    return root, [_listed(root, name) for name in names]
+
+
+def _listed(root: Path, name: str) -> Listed:
+    if not name.lower().endswith((*SHARD_SUFFIXES, PARQUET)):  # of other files nothing is kept
+        return Listed(name, 0, "")
+    about = (root / name).stat()
+    return Listed(name, about.st_size, str(about.st_mtime_ns))
+
+
+def _local_files(spec: str) -> tuple[Path, list[str]]:
     path = Path(spec).expanduser()
+    suffixes = (*SHARD_SUFFIXES, PARQUET)
     if path.is_dir():
         return path, sorted(walk(path))
     if path.is_file():
-        if path.name.lower().endswith(SHARD_SUFFIXES) or path.name in METADATA_NAMES:
+        if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
-        raise DataError(
-            f"{spec} is one file; expected a folder, a shard ({' '.join(SHARD_SUFFIXES)}) or a metadata.jsonl"
-        )
+        raise DataError(f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}) or a metadata.jsonl")
     if glob.has_magic(spec):
-        shards = [found for found in glob.glob(str(path), recursive=True) if found.lower().endswith(SHARD_SUFFIXES)]
+        shards = [found for found in glob.glob(str(path), recursive=True) if found.lower().endswith(suffixes)]
         if not shards:
-            raise DataError(f"no images found: no shard ({' '.join(SHARD_SUFFIXES)}) matches {spec}")
+            raise DataError(f"no images found: no shard ({' '.join(suffixes)}) matches {spec}")
         root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards]))
         return root, sorted(Path(os.path.abspath(shard)).relative_to(root).as_posix() for shard in shards)
     raise DataError(f"no images found: there is no folder or file {spec}; give a folder, shards, or 'shapes'")
@@ -249,44 +512,18 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-# --- captions --------------------------------------------------------------------------------------------------------
+def _leads_outside(name: str) -> bool:
+    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
 
 
-def _caption_in(kind: str, data: bytes) -> str | None:
-    """The caption in the bytes of a ".txt" or ".json" file, None where there is none."""
-    if kind == ".txt":
-        return _clean(data.decode("utf-8-sig", errors="replace"))
-    try:
-        return _caption_of(json.loads(data.decode("utf-8-sig", errors="replace")))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _caption_of(row: Any) -> str | None:
-    """The caption in a row of metadata; of a list of captions the first."""
-    if not isinstance(row, dict):
-        return None
-    for field in CAPTION_FIELDS:
-        value = row.get(field)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and (caption := _clean(value)):
-            return caption
-    return None
-
-
-def _clean(text: str) -> str | None:
-    """One line of valid Unicode, at most MAX_CAPTION characters; None if nothing is left."""
-    text = " ".join(text[: 2 * MAX_CAPTION].split())[:MAX_CAPTION]
-    return text.encode("utf-8", "replace").decode() or None  # json can hold lone surrogates, which tokenizers refuse
-
-
-def _rows(text: str, suffix: str) -> Iterable[tuple[int, Any]]:
+def _rows(file: TextIO, suffix: str) -> Iterable[tuple[int, Any]]:
     """(line number, row) of a metadata file; a line that is no JSON gives None."""
     if suffix == ".csv":
-        yield from enumerate(csv.DictReader(io.StringIO(text)), start=2)
+        yield from enumerate(csv.DictReader(file), start=2)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    number = 0
+    while line := file.readline(MAX_LINE):
+        number += 1
         if line.strip():
             try:
                 yield number, json.loads(line)

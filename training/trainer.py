@@ -25,6 +25,7 @@ from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from training.boards import open_board
+from training.cached import CachedFeed
 from training.checkpoint import (
     assign,
     list_checkpoints,
@@ -83,6 +84,10 @@ KEPT = (
     "optimizer.base_width",
     "training.ema",
     "training.ema_sigma_rel",
+    "data.buckets",
+    "data.bucket_ratio",
+    "data.captions",
+    "data.shuffle_buffer",
 )
 
 
@@ -203,7 +208,7 @@ class Trainer:
         )
         if resumed:
             self._load()
-        self.feed: ImageFeed | LatentFeed | WithText
+        self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
         self.feed, self.validation = open_feeds(
             config, run, source, self.autoencoder, self.model.conditioner, self.device
         )
@@ -509,9 +514,10 @@ def compiled(
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
     log("compiling the model (under a minute)")
-    if config.transfusion.enabled or blocks_alone:
-        for block in model.transformer.blocks:  # packed batches are of any length, and what packs them is no graph
-            block.compile(dynamic=True if config.transfusion.enabled else None)
+    packed = config.transfusion.enabled or asked.packing  # of any length, and what packs them is no graph
+    if packed or blocks_alone:
+        for block in model.transformer.blocks:
+            block.compile(dynamic=True if packed else None)
         return model
     if config.text.encoder != "learned":  # what is frozen is no part of the graph
         model.transformer.compile()
@@ -520,5 +526,5 @@ def compiled(
     return whole
 
 
-def _example(validation: LatentFeed | None) -> str:
+def _example(validation: LatentFeed | CachedFeed | None) -> str:
     return validation.captions[0] if validation is not None else "a caption like yours"

@@ -295,6 +295,7 @@ def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
         "generate",
         "evaluate",
         "convert",
+        "cache",
         "autoencoder train",
         "autoencoder evaluate",
         "autoencoder",

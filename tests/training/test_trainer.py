@@ -687,6 +687,7 @@ SETTINGS = {
     "training.ema_decay": ("training.ema_decay=0", "average =weights scores"),
     "training.ema": ("training.ema=power", "average =weights scores"),
     "training.ema_sigma_rel": ("training.ema=power; training.ema_sigma_rel=[0.2, 0.1]", "average =weights scores"),
+    "training.packing": ("training.packing=true", "weights"),
     "training.precision": ("training.precision=bf16", "loss weights =shapes"),
     "training.recompute": ("training.recompute=full", "=loss"),
     "training.max_bad_steps": ("training.max_bad_steps=0", "=loss =weights"),
@@ -739,6 +740,7 @@ ELSEWHERE = {
     **{f"parallel.{name}": "tests/training/test_sharding.py" for name in ("cpu_offload", "timeout")},
     "training.ema_snapshot_every": "tests/training/test_ema.py",
     "training.ema_snapshot_dtype": "tests/training/test_ema.py",
+    "data.posterior": "test_cache.py",
     "training.compile": "test_compile_is_asked_for_where_it_should",
     "training.peak_tflops": "tests/training/test_telemetry.py",
     "training.profile": "tests/training/test_telemetry.py",
@@ -978,6 +980,14 @@ def test_tokenizers_that_do_not_work_leave_the_name_free(material, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         training.train(config_for(tmp_path / "run", *TRANSFUSION, *(change.format(**material) for change in changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_packing_changes_nothing_but_the_work(tmp_path):
+    """Losses and held-out losses of a run whose captions have no padding, to rounding."""
+    runs = [training.train(config_for(tmp_path / how, f"training.packing={how}")) for how in ("false", "true")]
+    for name in ("loss", "validation_loss"):
+        plain, packed = (torch.tensor(metrics(run, name)) for run in runs)
+        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=0)
 
 
 def test_every_setting_is_tested():

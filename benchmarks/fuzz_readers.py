@@ -1,0 +1,426 @@
+"""Feed damaged and hostile files to every reader of data: nothing but our own errors may come out of them.
+
+    python -m benchmarks.fuzz_readers --inputs 10000 --out benchmarks/results/fuzz.md
+
+An input is a good file with some bytes changed, cut, copied or replaced by what readers stumble over, or one of the
+hand-made ones (`hostile`); input i of a reader is a function of (seed, i). A crash is an exception that is not ours, a
+dead process, more than SECONDS, more memory than MEMORY, or a file touched outside of the input's own folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+SECONDS = 20
+MEMORY = 6 << 30
+SHARE_HOSTILE = 0.05
+WORDS = (
+    b"../",
+    b"/etc/passwd",
+    b"\0",
+    b"\xff\xfe",
+    b"NaN",
+    b"1e999",
+    b"9" * 400,
+    b"[" * 400,
+    b'{"a":' * 300,
+    b"\n",
+    b'"',
+)
+NUMBERS = [struct.pack(form, n) for form in ("<I", ">I", "<Q", ">H") for n in (0, 1, 255, 2**15, 2**16 - 1)]
+
+Check = Callable[[Path, bytes], None]
+
+
+# --- the readers -----------------------------------------------------------------------------------------------------
+
+
+def _index(name: str) -> Check:
+    """Index a data set of that one file with sizes read, and read its first samples."""
+
+    def check(folder: Path, data: bytes) -> None:
+        from training.data import SourceOptions, open_source
+        from training.sources import Wanted
+
+        (folder / name).write_bytes(data)
+        wanted = Wanted(captions=(("caption", 1.0), ("txt", 1.0)) if len(data) % 2 else (), sizes=len(data) % 3 == 0)
+        options = SourceOptions(buckets=wanted.sizes, wanted=wanted)
+        source = open_source(str(folder), image_size=16, need_captions=len(data) % 5 > 0, options=options)
+        for i in range(min(4, len(source))):
+            sample = source[i]
+            assert (sample.image is None) == bool(sample.error)
+            sample.key.encode(), sample.caption.encode()
+
+    return check
+
+
+def _image(folder: Path, data: bytes) -> None:
+    from training.images import read_fitted, read_image, read_size
+
+    size = read_size(data)
+    assert read_fitted(data, (16, 24)).image.shape == (16, 24, 3)
+    if size[0] * size[1] < 10**6:
+        assert read_image(data).ndim == 3
+
+
+def _config(folder: Path, data: bytes) -> None:
+    from training.config import load_config
+
+    (folder / "my.toml").write_bytes(data)
+    load_config(str(folder / "my.toml"), [])
+
+
+def _corpus(folder: Path, data: bytes) -> None:
+    from training.corpus import Corpus
+
+    (folder / "text.jsonl").write_bytes(data)
+    for document in Corpus(str(folder / "text.jsonl")):
+        document.encode("utf-8", "replace")
+
+
+READERS: dict[str, Check] = {
+    "shard (.tar)": _index("0.tar"),
+    "shard (.tar.gz)": _index("0.tar.gz"),
+    "Parquet": _index("0.parquet"),
+    "metadata.jsonl": _index("metadata.jsonl"),
+    "metadata.csv": _index("metadata.csv"),
+    "caption (.json)": _index("good.json"),
+    "caption (.txt)": _index("good.txt"),
+    "image": _image,
+    "corpus (.jsonl)": _corpus,
+    "config (.toml)": _config,
+}
+
+
+# --- good files, and hostile ones ------------------------------------------------------------------------------------
+
+
+def picture(kind: str, mode: str = "RGB") -> bytes:
+    """A small picture."""
+    file = io.BytesIO()
+    Image.effect_noise((40, 30), 60).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def tar(files: list[tuple[str, bytes]], **fields: Any) -> bytes:
+    """An archive of such files; fields: of every header."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=fields.pop("format", tarfile.GNU_FORMAT)) as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"image": [picture("PNG")] * 6, "text": ["one", "two", None, "four", "five", "six"]})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file, row_group_size=4)
+    return file.getvalue()
+
+
+def _pairs() -> list[tuple[str, bytes]]:
+    return [("a.png", picture("PNG")), ("a.txt", b"a cat"), ("b.jpg", picture("JPEG")), ("b.json", b'{"caption": "b"}')]
+
+
+def good(reader: str) -> list[bytes]:
+    """Files that the reader accepts."""
+    long_name = [("n" * 150 + ".png", picture("PNG")), ("n" * 150 + ".txt", b"long")]
+    row = {"file_name": "good.png", "text": "a cat"}
+    match reader:
+        case "shard (.tar)":
+            return [tar(_pairs()), tar(long_name), tar(long_name, format=tarfile.PAX_FORMAT)]
+        case "shard (.tar.gz)":
+            return [gzip.compress(tar(_pairs())), gzip.compress(tar(long_name))]
+        case "Parquet":
+            return [_parquet()]
+        case "metadata.jsonl" | "corpus (.jsonl)":
+            return [b"\n".join(json.dumps(row | {"n": i}).encode() for i in range(4))]
+        case "metadata.csv":
+            return [b"file_name,text\ngood.png,a cat\ngood.png,'another, cat'\n"]
+        case "caption (.json)":
+            return [b'{"caption": ["one", "two"], "width": 40, "text": "three"}']
+        case "caption (.txt)":
+            return ["ein Bär\n".encode(), b"a cat"]
+        case "image":
+            kinds = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("JPEG", "L"), ("GIF", "P")]
+            return [picture(*how) for how in [*kinds, ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "I;16")]]
+        case _:
+            return [b'preset = "demo"\nname = "x"\n[data]\nimage_size = [64, 32]\n[optimizer]\nlr = 1e-4\n']
+
+
+def png_bomb(side: int = 100_000) -> bytes:
+    """A PNG that claims side x side pixels, and holds a few."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**5))) + chunk(b"IEND", b"")
+    )
+
+
+def hostile(reader: str) -> list[bytes]:
+    """Files made to do harm."""
+    outside = [(name, picture("PNG")) for name in ("../../up.png", "/tmp/absolute.png", "a/../../../up.png", "..png")]
+    texts = [(name.replace(".png", ".txt"), b"outside") for name, _ in outside]
+    deep, number, large = b"[" * 200_000, b"9" * 20_000, b"x" * 10_000_000
+    tars = [
+        tar([*outside, *texts]),
+        tar(_pairs(), type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        tar(_pairs(), type=tarfile.LNKTYPE, linkname="../../up"),
+        tar(_pairs(), type=tarfile.GNUTYPE_SPARSE),
+        tar([("a.png", png_bomb()), ("a.txt", large), ("b.png", picture("PNG")), ("b.json", deep)]),
+        tar(
+            [("a.png", picture("PNG"))],
+            pax_headers={"size": "-1", "GNU.sparse.size": "9" * 30},
+            format=tarfile.PAX_FORMAT,
+        ),
+        tar([("a.png", picture("PNG")), ("a.json", b'{"caption": ' + number + b"}")]),
+    ]
+    names = ["../../../../etc/passwd", "/etc/passwd", "a\0b", "..\\..\\x", "~/x", "x" * 5000]
+    rows = [json.dumps({"file_name": name, "text": "t"}).encode() for name in names]
+    objects = [
+        deep,
+        b'{"caption":' + number + b"}",
+        b'{"caption": "' + large + b'"}',
+        b"\xff\xfe\x00",
+        b'{"a":' * 100_000,
+    ]
+    match reader:
+        case "shard (.tar)":
+            return tars
+        case "shard (.tar.gz)":
+            return [
+                *map(gzip.compress, tars),
+                gzip.compress(bytes(10**8)),
+                gzip.compress(tar(_pairs()))[:-9] + large[:99],
+            ]
+        case "metadata.jsonl" | "corpus (.jsonl)":
+            return [b"\n".join(rows), *objects]
+        case "metadata.csv":
+            head = b"file_name,text\n"
+            csvs = [
+                head + large,
+                head + b'good.png,"' + large,
+                head + b"a\0b,c\n",
+                b"file_name,file_name\na,b,c,d\n",
+                b'"',
+            ]
+            return [*csvs, head + b"\n".join(name.encode() + b",t" for name in names)]
+        case "caption (.json)":
+            return objects
+        case "caption (.txt)":
+            return [large, b"\xff\xfe\x00\xd8" * 999, bytes(99), "\u202e\u0000 \U000e0001".encode()]
+        case "image":
+            return [png_bomb(), png_bomb(2**31 - 1), b"GIF89a" + b"\xff" * 99, picture("PNG")[:60], b""]
+        case "config (.toml)":
+            bombs = [b"a = " + deep, b"a = " + number, b"a." * 50_000 + b"b = 1", b"name = '" + large + b"'"]
+            return [
+                *bombs,
+                b"[training]\nbatch_size = 1e400\n",
+                b"[data]\nnum_workers = -9" + number,
+                b"\xff",
+                b"[[data]]\n",
+            ]
+        case _:
+            return []
+
+
+def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A good file with one to eight changes."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.randint(1, 8)):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 100))
+        match rng.randrange(7):
+            case 0:
+                data[at : at + length] = rng.randbytes(length)
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = data[at : at + length]
+            case 3:
+                data[at : at + length] = rng.choice(WORDS)
+            case 4:
+                data[at : at + 4] = rng.choice(NUMBERS)
+            case 5 if rng.random() < 0.2:
+                del data[at:]
+            case 6 if at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def inputs(reader: str, count: int, seed: int) -> Iterator[bytes]:
+    """The inputs of a reader: the hostile ones by turns with damaged ones."""
+    seeds, bad = good(reader), hostile(reader)
+    for i in range(count):
+        rng = random.Random(f"{seed} {reader} {i}")
+        if i < len(bad):
+            yield bad[i]
+        elif bad and rng.random() < SHARE_HOSTILE:
+            small = [data for data in bad if len(data) < 10**6] or bad
+            yield mutated(rng, small)
+        else:
+            yield mutated(rng, seeds)
+
+
+# --- one input after the other ---------------------------------------------------------------------------------------
+
+_own: list[str] = []  # while an input is read: the folders that may be touched
+_touched: list[str] = []
+_WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate"}
+
+
+def _audit(event: str, args: tuple) -> None:
+    if not _own or (event != "open" and event not in _WRITES):
+        return
+    path = args[0] if args and isinstance(args[0], str | bytes) else None
+    if path is None:
+        return
+    real = os.path.realpath(os.fsdecode(path))
+    if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+        readable = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "/proc", "/sys", "/dev", "/usr")
+        if real.startswith(readable):
+            return
+    if real != os.devnull and not real.startswith(tuple(_own)):
+        _touched.append(f"{event} {real}")
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """What is touched outside of a folder while the context lasts."""
+    if _audit not in _hooks:
+        sys.addaudithook(_audit)
+        _hooks.append(_audit)
+    _touched.clear()
+    _own[:] = [os.path.realpath(folder)]
+    try:
+        yield _touched
+    finally:
+        _own.clear()
+
+
+_hooks: list[Any] = []
+
+
+def outcome(reader: str, data: bytes, folder: Path) -> str:
+    """ "accepted", "refused", or what went wrong."""
+    with tempfile.TemporaryDirectory(dir=folder) as own, watched(Path(own)) as touched:
+        before, tempfile.tempdir = tempfile.tempdir, own
+        try:
+            (Path(own) / "data").mkdir()
+            (Path(own) / "data" / "good.png").write_bytes(GOOD_PICTURE)
+            READERS[reader](Path(own) / "data", data)
+            result = "accepted"
+        except ValueError as error:
+            ours = type(error).__module__.startswith(("training", "mmdit", "samplers"))
+            one_line = "\n" not in str(error)
+            result = "refused" if ours and one_line else f"crash: {type(error).__name__}: {str(error)[:100]}"
+        except BaseException as error:
+            result = f"crash: {type(error).__name__}: {str(error)[:100]}"
+        finally:
+            tempfile.tempdir = before
+        found = sorted(set(touched))
+    return f"crash: touched {found[0]}" if found else result
+
+
+GOOD_PICTURE = picture("PNG")
+
+
+def _work(reader: str, first: int, count: int, seed: int, folder: str, pipe: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    for i, data in enumerate(inputs(reader, count, seed)):
+        if i >= first:
+            signal.alarm(SECONDS)
+            result = outcome(reader, data, Path(folder))
+            signal.alarm(0)
+            pipe.send((i, result))
+    pipe.send((count, "done"))
+
+
+def fuzz(reader: str, count: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
+    """How many inputs were refused, accepted, crashed; and what the crashes were. Each runs in a process of its own."""
+    counts: Counter = Counter()
+    crashes: list[str] = []
+    context, done = multiprocessing.get_context("fork"), 0
+    while done < count:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(reader, done, count, seed, str(folder), theirs))
+        process.start()
+        theirs.close()
+        try:
+            while True:
+                i, result = ours.recv()
+                if result == "done":
+                    done = count
+                    break
+                done = i + 1
+                counts[result.partition(":")[0]] += 1
+                if result.startswith("crash"):
+                    crashes.append(f"input {i}: {result}")
+        except EOFError:
+            process.join()
+            counts["crash"] += 1
+            crashes.append(f"input {done}: crash: the process died ({process.exitcode})")
+            done += 1
+        process.join()
+    return counts, crashes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Feed damaged and hostile files to every reader of data.")
+    parser.add_argument("--inputs", type=int, default=10_000, help="of all readers together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", choices=sorted(READERS), help="this one alone")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    names = [options.reader] if options.reader else list(READERS)
+    each = -(-options.inputs // len(names))
+    lines = ["| reader | inputs | refused | accepted | crashes |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for name in names:
+            counts, crashes = fuzz(name, each, options.seed, Path(folder))
+            lines.append(f"| {name} | {each} | {counts['refused']} | {counts['accepted']} | {counts['crash']} |")
+            print(lines[-1], *crashes[:20], sep="\n    ", flush=True)
+    text = "\n".join(lines)
+    print(text)
+    if options.out:
+        command = f"python -m benchmarks.fuzz_readers --inputs {options.inputs} --seed {options.seed}"
+        head = (__doc__ or "").split("\n\n")
+        options.out.write_text(f"# Damaged and hostile files\n\n    {command}\n\n{head[2].strip()}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

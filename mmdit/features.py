@@ -1,0 +1,186 @@
+"""What frozen text encoders say of captions, kept apart for each encoder: computed once, read many times.
+
+`TextEncoder.features` and `SD3Text.features` make them; `KnownText` stands in an encoder's place where they are known,
+and opens the encoder only for captions that are not.
+
+Shape letters: B batch, L tokens, D width of a state, P width of the pooled vector, E encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit.text import Condition, Tokens
+from mmdit.weights_io import write_json
+
+if TYPE_CHECKING:
+    from mmdit.sd3_text import SD3Text
+    from mmdit.text_encoders import TextEncoder
+
+
+class Encoded(NamedTuple):
+    """What one encoder says of captions: `states` (B, L, D), `pooled` (B, P), and `mask` (B, L) boolean, True where a
+    token is real; None where padding counts as text.
+    """
+
+    states: Tensor
+    pooled: Tensor
+    mask: Tensor | None = None
+
+    def dropped(self, drop: Tensor, empty: Encoded | None) -> Encoded:
+        """The features, where `drop` (B, 1) those of the empty caption (one row), or zeros where it is None."""
+        if empty is None:
+            return Encoded(self.states.masked_fill(drop[..., None], 0), self.pooled.masked_fill(drop, 0), self.mask)
+        mask = None if self.mask is None else torch.where(drop, empty.mask, self.mask)  # type: ignore[arg-type]
+        states = torch.where(drop[..., None], empty.states, self.states)
+        return Encoded(states, torch.where(drop, empty.pooled, self.pooled), mask)
+
+
+class Features(tuple[Encoded, ...]):
+    """The features of a batch of captions, one `Encoded` for each encoder that there is."""
+
+    def to(self, device: torch.device | str) -> Features:
+        return self._each(lambda x: x.to(device))
+
+    def split(self, size: int) -> list[Features]:
+        """In parts of so many captions."""
+        count = len(self[0].pooled) if self else 0
+        return [self._each(lambda x, i=i: x[i : i + size]) for i in range(0, count, size)]  # type: ignore[misc]
+
+    @property
+    def mask(self) -> Tensor:
+        """Which tokens (B, L) are real, those of all encoders side by side."""
+        return torch.cat(
+            [x.states.new_ones(x.states.shape[:2], dtype=torch.bool) if x.mask is None else x.mask for x in self], dim=1
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        return Features(Encoded(*(None if x is None else change(x) for x in part)) for part in self)  # type: ignore[arg-type]
+
+
+class TextShape(NamedTuple):
+    """The shape of a conditioner's features: for each encoder (L, D, P), and whether it is there or left out."""
+
+    encoders: tuple[tuple[int, int, int], ...]
+    there: tuple[bool, ...]
+    context_dim: int
+
+    @classmethod
+    def read(cls, about: Sequence[Any]) -> TextShape:
+        """From what JSON makes of one."""
+        encoders, there, context_dim = about
+        return cls(tuple((int(a), int(b), int(c)) for a, b, c in encoders), tuple(map(bool, there)), int(context_dim))
+
+    @property
+    def present(self) -> list[tuple[int, int, int]]:
+        """Shapes of the encoders that are there."""
+        return [shape for shape, there in zip(self.encoders, self.there, strict=True) if there]
+
+
+def left_out(shape: tuple[int, int, int], like: Tensor) -> Encoded:
+    """What an encoder of that shape (L, D, P) that is left out says: zeros, for as many captions as `like` has rows."""
+    length, width, pooled = shape
+    zeros = (torch.zeros(len(like), *rest, device=like.device) for rest in ((length, width), (pooled,)))
+    return Encoded(*zeros)
+
+
+def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
+    """What the trunk takes, in float32: one encoder's features as they are, or SD3's three together (`sd3_text.py`)."""
+    if len(parts) == 1:
+        [(states, pooled, mask)] = parts
+        return Condition(states.float(), pooled.float(), mask)
+    clip_l, clip_g, t5 = parts
+    clip = torch.cat([clip_l.states, clip_g.states], dim=2).float()
+    context = torch.cat([F.pad(clip, (0, context_dim - clip.shape[2])), t5.states.float()], dim=1)
+    return Condition(context, torch.cat([clip_l.pooled, clip_g.pooled], dim=1).float(), None)
+
+
+class KnownText(nn.Module):
+    """The conditioner of frozen encoders whose features are known: takes `Features`, or `Tokens` as they do.
+
+    about: what the encoders' `about()` says; shape: of their features; empty: those of the empty caption.
+    `open_encoder` gives the encoders themselves, the first time that captions come; they live on the CPU, and on the
+    device only while they work. Nothing here is learnt, stored or copied, as with the encoders.
+    """
+
+    def __init__(
+        self,
+        about: dict[str, Any],
+        shape: TextShape,
+        empty: Features,
+        open_encoder: Callable[[], TextEncoder | SD3Text],
+    ) -> None:
+        super().__init__()
+        self._about, self.shape, self.empty = about, shape, empty
+        self._open, self._opened = open_encoder, ()  # in a tuple, out of sight of parameters() and state_dict()
+
+    def __deepcopy__(self, memo: object) -> KnownText:
+        return self
+
+    @property
+    def num_encoders(self) -> int:
+        """E: the encoders whose captions are dropped each by itself."""
+        return len(self.shape.encoders)
+
+    @property
+    def context_dim(self) -> int:
+        """Width of a text token."""
+        return self.shape.context_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled vector."""
+        return sum(pooled for _, _, pooled in self.shape.encoders)
+
+    @property
+    def encoder(self) -> Any:
+        """The encoders themselves, opened if they have not been."""
+        if not self._opened:
+            self._opened = (self._open(),)  # type: ignore[assignment]
+        return self._opened[0]  # type: ignore[misc]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the encoders' weights have been read."""
+        return bool(self._opened)
+
+    def about(self) -> dict[str, Any]:
+        """What the encoders say of themselves."""
+        return dict(self._about)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions to `Tokens`, on the CPU; opens the encoders."""
+        return self.encoder.tokenize(captions)
+
+    @torch.no_grad()
+    def forward(self, text: Features | Tokens, drop: Tensor | None = None) -> Condition:
+        """Features, or tokens, to a `Condition` in float32; where `drop` (B, E) an encoder's caption is dropped."""
+        if isinstance(text, Tokens):
+            encoder = self.encoder.to(text.ids.device)
+            try:
+                return encoder(text, drop)
+            finally:
+                encoder.to("cpu")
+        like = text[0].pooled
+        self.empty = self.empty.to(like.device)
+        known, empties = iter(text), iter(self.empty)
+        parts = []
+        for i, (shape, there) in enumerate(zip(self.shape.encoders, self.shape.there, strict=True)):
+            part, empty = (next(known), next(empties)) if there else (left_out(shape, like), None)
+            if drop is not None and there:
+                part = part.dropped(drop[:, i : i + 1], None if self._about.get("dropped") == "zeros" else empty)
+            parts.append(part)
+        return joined(parts, self.context_dim)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write where the encoders are and what they are, as they would."""
+        write_json(Path(folder) / "config.json", self._about)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing: what is frozen does not change."""

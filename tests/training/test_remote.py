@@ -1,0 +1,215 @@
+"""Data behind URLs: the same samples as on disk; servers that stall, fail, lie about lengths, or have no such file."""
+
+import functools
+import http.server
+import itertools
+import threading
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.training.pictures import members, parquet_of, shards_of, tar_of
+from training.data import DataError, SourceOptions, loader, open_source
+from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_range
+from training.sources import Wanted
+
+QUICK = Patience(timeout=0.2, retries=2, pause=0.01)
+
+
+class Flaky(MemoryFileSystem):
+    """Files in memory whose reads do what `faults` says, one after the other, and then work."""
+
+    protocol = "flaky"
+    store: dict = {}
+    pseudo_dirs = [""]
+    faults: list[str] = []
+    reads: list[tuple[int, int]] = []
+
+    def cat_file(self, path, start=None, end=None, **how):
+        type(self).reads.append((start, end))
+        match type(self).faults.pop(0) if type(self).faults else "works":
+            case "stalls":
+                time.sleep(1)
+            case "fails":
+                raise ConnectionResetError("connection reset by peer")
+            case "cuts":
+                return super().cat_file(path, start, end)[:-1]
+        return super().cat_file(path, start, end)
+
+
+fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    Flaky.store.clear()
+    Flaky.faults, Flaky.reads = [], []
+
+
+def options(patience=QUICK, **wanted) -> SourceOptions:
+    return SourceOptions(wanted=Wanted(patience=patience, **wanted))
+
+
+def put(path: str, data: bytes) -> None:
+    with fsspec.open(path, "wb") as file:
+        file.write(data)
+
+
+def test_what_a_url_is():
+    assert all(map(is_url, ("s3://bucket/a.tar", "https://host/{a}.tar", "memory://x")))
+    assert not any(map(is_url, ("/data/a.tar", "C:\\data", "shapes:3", "a=0.5,b=0.5", "hf:name")))
+
+
+@pytest.mark.parametrize("spec", ["flaky://set", "flaky://set/*.tar", "flaky://set/00[01].tar"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_behind_a_url_are_those_on_disk(tmp_path, spec, num_workers):
+    local = shards_of(tmp_path, (5, 3))
+    for path in local.iterdir():
+        put(f"flaky://set/{path.name}", path.read_bytes())
+    one, other = open_source(str(local)), open_source(spec, options=options())
+    assert other.is_remote and other.keys == one.keys and other.image_size == one.image_size
+    pairs = zip(loader(one, range(8), 4, 0), loader(other, range(8), 4, 0, num_workers=num_workers), strict=True)
+    for a, b in itertools.islice(pairs, 4):
+        assert a.keys == b.keys and a.captions == b.captions and a.images.equal(b.images)
+
+
+def test_an_index_reads_headers_and_captions_alone():
+    """Pictures larger than what is asked for at a time are passed over."""
+    files = members(range(3)) | {f"{i:05d}.png": bytes(3 << 20) for i in range(3)}
+    put("flaky://large.tar", tar_of(files))
+    source = open_source("flaky://large.tar", image_size=8, options=options())
+    assert len(source) == 3 and source.caption(2) == "picture 2"
+    assert sum(end - start for start, end in Flaky.reads) < 5 << 20
+
+
+def test_parquet_behind_a_url(tmp_path):
+    put("flaky://rows.parquet", parquet_of(tmp_path / "rows.parquet", range(10)).read_bytes())
+    one, other = open_source(str(tmp_path / "rows.parquet")), open_source("flaky://rows.parquet", options=options())
+    assert all((one[i].image == other[i].image).all() and one[i].key == other[i].key for i in range(10))
+
+
+@pytest.mark.parametrize("fault", ["stalls", "fails", "cuts"])
+def test_a_fault_is_survived_and_the_last_one_is_an_error(fault):
+    put("flaky://a", b"0123456789")
+    Flaky.faults = [fault] * 2
+    assert read_range("flaky://a", 2, 6, QUICK) == b"2345" and len(Flaky.reads) == 3
+    Flaky.faults = [fault] * 3
+    reason = {
+        "stalls": r"no answer within 0\.2 s",
+        "fails": "connection reset by peer",
+        "cuts": "3 bytes came in place",
+    }
+    with pytest.raises(RemoteError, match=rf"^flaky://a: {reason[fault]}.* \(tried 3 times\)$"):
+        read_range("flaky://a", 2, 6, QUICK)
+
+
+def test_a_server_that_fails_stops_the_batches_and_loses_no_sample(tmp_path):
+    """A sample whose server fails is not bad: no other stands in its place."""
+    put("flaky://a.tar", tar_of(members(range(6))))
+    source = open_source("flaky://a.tar", options=options())
+    Flaky.faults = ["fails"] * 100
+    for num_workers in (0, 1):
+        batches = loader(source, range(6), 2, 0, num_workers=num_workers)
+        with pytest.raises(DataError, match="flaky://a.tar: connection reset by peer .tried 3 times"):
+            next(batches)
+    Flaky.faults = ["fails", "stalls"]
+    assert len(next(loader(source, range(6), 2, 0)).keys) == 2
+
+
+def test_a_shard_that_cannot_be_indexed_is_an_error_not_a_loss():
+    put("flaky://set/a.tar", tar_of(members(range(6))))
+    Flaky.faults = ["stalls"] * 100
+    with pytest.raises(DataError, match="no answer within"):
+        open_source("flaky://set", options=options())
+
+
+def test_pauses_grow(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    put("flaky://a", b"0123456789")
+    Flaky.faults = ["fails"] * 9
+    with pytest.raises(RemoteError, match="tried 6 times"):
+        read_range("flaky://a", 0, 1, Patience(5, 5, pause=1.0))
+    assert len(pauses) == 5 and all(2**k * 0.5 <= pause <= 2**k * 1.5 for k, pause in enumerate(pauses))
+
+
+def test_what_is_not_there_is_said_at_once():
+    with pytest.raises(DataError, match="flaky://none.tar: there is no such file on the server"):
+        open_source("flaky://none.tar", options=options())
+    put("flaky://set/a.png", b"")
+    with pytest.raises(DataError, match="flaky://set holds no shards"):
+        open_source("flaky://set", options=options())
+    with pytest.raises(DataError, match="nosuch://a.tar cannot be read: .*nosuch"):
+        open_source("nosuch://a.tar")
+
+
+def test_a_remote_file_reads_and_seeks_as_a_local_one():
+    data = np.random.default_rng(0).bytes(3 << 20)
+    put("flaky://file", data)
+    file = RemoteFile(list_urls("flaky://file", QUICK)[0], QUICK)
+    for offset, size in ((0, 10), (5, 100), (1 << 20, 1 << 21), (2, 3), (len(data) - 5, 100), (len(data), 1)):
+        file.seek(offset)
+        assert file.read(size) == data[offset : offset + size]
+    assert file.seek(-4, 2) == len(data) - 4 and file.read() == data[-4:]
+    assert RemoteFile(Listed("flaky://file", len(data), ""), QUICK).read() == data
+
+
+def test_an_index_is_found_again_while_the_files_are_the_same(tmp_path):
+    cache = tmp_path / "index"
+    put("flaky://set/a.tar", tar_of(members(range(6))))
+    first = open_source("flaky://set", image_size=8, options=options(cache=cache))
+    Flaky.reads.clear()
+    second = open_source("flaky://set", image_size=8, options=options(cache=cache))
+    assert not Flaky.reads and second.keys == first.keys and (second[3].image == first[3].image).all()
+    open_source("flaky://set", image_size=8, options=options(cache=cache, min_side=3))
+    assert Flaky.reads  # other wishes, another index
+    put("flaky://set/a.tar", tar_of(members(range(7))))
+    assert len(open_source("flaky://set", image_size=8, options=options(cache=cache))) == 7
+    for path in cache.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert len(open_source("flaky://set", image_size=8, options=options(cache=cache))) == 7
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server of files that knows ranges, as those of shards do, and is silent for a while where it is told to."""
+
+    silent = 0
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if type(self).silent > 0:
+            type(self).silent -= 1
+            time.sleep(0.6)
+            return
+        first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        part = data[int(first) : int(last or len(data)) + 1]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
+    local = shards_of(tmp_path / "set", (5,))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        spec = f"http://127.0.0.1:{server.server_port}/set/000.tar"
+        source = open_source(spec, options=options())
+        _Quiet.silent = 2
+        one, other = next(loader(open_source(str(local)), range(5), 5, 0)), next(loader(source, range(5), 5, 0))
+        assert one.keys == other.keys and one.images.equal(other.images)
+        with pytest.raises(DataError, match="no such file on the server"):
+            open_source(spec.replace("000", "none"), options=options())
+    finally:
+        server.shutdown()

@@ -1,0 +1,264 @@
+"""Parquet files and Hugging Face datasets: the same samples as in a folder, at any row; streams; what is refused."""
+
+import builtins
+import itertools
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+import training
+from tests.training.pictures import parquet_of, picture, shards_of
+from training.config import ConfigError, load_config
+from training.data import DataError, SourceOptions, loader, open_source, split_by_key
+from training.parquet import ParquetRows
+from training.remote import Patience
+from training.run import RunFolder
+from training.share import Share
+from training.sources import Wanted
+from training.stream import HeldOut, StreamSource, ahead, shuffled, stream_loader
+
+
+def colours(source) -> list[tuple[int, str]]:
+    """(number in the colour, caption) of each sample."""
+    samples = [source[i] for i in range(len(source))]
+    assert [s.error for s in samples] == [None] * len(samples)
+    return [(int(s.image[0, 0, 0]) + 256 * int(s.image[0, 0, 1]), s.caption) for s in samples]
+
+
+EXPECTED = [(i, f"picture {i}") for i in range(10)]
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_holds_the_same_samples(tmp_path, struct):
+    parquet_of(tmp_path / "a.parquet", range(6), struct=struct)
+    parquet_of(tmp_path / "b.parquet", range(6, 10), struct=struct)
+    for spec in (tmp_path, tmp_path / "*.parquet"):
+        source = open_source(str(spec))
+        assert colours(source) == EXPECTED and source.keys[7] == "b-00000001" and source.image_size == (8, 12)
+        assert colours(pickle.loads(pickle.dumps(source))) == EXPECTED
+    assert source.layout.block.tolist() == [0] * 4 + [1] * 2 + [2] * 4
+
+
+def test_row_groups_are_read_once_each_while_they_are_kept(tmp_path, monkeypatch):
+    """In the shuffled order an epoch reads each row group once."""
+    source = open_source(str(parquet_of(tmp_path / "a.parquet", range(160), rows_per_group=5)))
+    opened = []
+    plain = ParquetRows._open
+    monkeypatch.setattr(ParquetRows, "_open", lambda self, file: opened.append(file) or plain(self, file))
+    keys = [key for batch in itertools.islice(loader(source, range(160), 4, 0), 40) for key in batch.keys]
+    assert sorted(keys) == sorted(source.keys) and keys != sorted(keys)
+    assert 24 <= len(opened) <= 32  # some are there from finding the common size
+
+
+def test_parquet_columns(tmp_path):
+    path = parquet_of(tmp_path / "a.parquet", range(4), __key__=["k0", "k1", "k2", "k3"], other=["x", None, "yy", "z"])
+    wanted = Wanted(captions=(("text", 1.0), ("other", 3.0)), sizes=True)
+    source = open_source(str(path), options=SourceOptions(wanted=wanted))
+    assert source.keys == ["k0", "k1", "k2", "k3"]
+    assert source.captions(0) == (("picture 0", "x"), (1.0, 3.0)) and source.captions(1) == (("picture 1",), (1.0,))
+    assert source._entry(2)[1].image_size == (8, 12)
+
+
+def test_a_corrupt_parquet_file_is_named(tmp_path):
+    parquet_of(tmp_path / "a.parquet", range(4))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-30])
+    (tmp_path / "c.parquet").write_bytes(b"")
+    source = open_source(str(tmp_path))
+    assert len(source) == 4 and [name for name, _ in source.skipped] == ["b.parquet", "c.parquet"]
+    (tmp_path / "a.parquet").write_bytes(whole[:40] + bytes(60) + whole[100:])
+    source = open_source(str(tmp_path), image_size=8)
+    assert {source[i].error is None for i in range(4)} == {False}
+
+
+@pytest.mark.parametrize(
+    ("missing", "spec", "extra"), [("pyarrow", "a.parquet", "parquet"), ("datasets", "hf:name", "hf")]
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, missing, spec, extra):
+    (tmp_path / "a.parquet").touch()
+    plain = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == missing:
+            raise ImportError(name)
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=rf'pip install "mmdit\[{extra}\]"'):
+        open_source(spec if ":" in spec else str(tmp_path / spec))
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory) -> str:
+    """The ten pictures as `save_to_disk` writes them."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    images = [{"bytes": picture(i), "path": None} for i in range(10)]
+    data = datasets.Dataset.from_dict({"image": images, "text": [f"picture {i}" for i in range(10)]})
+    folder = tmp_path_factory.mktemp("hub") / "saved"
+    data.cast_column("image", datasets.Image()).save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_a_dataset_holds_the_same_samples(on_disk):
+    source = open_source(f"hf:{on_disk}")
+    assert colours(source) == EXPECTED and source.layout.block is None
+    with pytest.raises(DataError, match="no images left of .*: 10 have a side below 9 pixels, such as saved-00000000"):
+        open_source(f"hf:{on_disk}", options=SourceOptions(wanted=Wanted(min_side=9)))
+
+
+def test_workers_read_a_dataset(on_disk):
+    source = open_source(f"hf:{on_disk}")
+    alone, helped = loader(source, range(10), 4, 0), loader(source, range(10), 4, 0, num_workers=2)
+    for _ in range(5):
+        one, other = next(alone), next(helped)
+        assert one.keys == other.keys and torch.equal(one.images, other.images)
+    helped.close()
+
+
+def test_what_is_no_dataset_is_said(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match=f"hf:{tmp_path}/none cannot be loaded: "):
+        open_source(f"hf:{tmp_path}/none")
+    with pytest.raises(DataError, match="expected a dataset's name"):
+        open_source("hf:")
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> str:
+    """A folder of three Parquet files with 50 pictures, which `datasets` streams."""
+    datasets = pytest.importorskip("datasets")
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # at the end of each pass
+    folder = tmp_path_factory.mktemp("many")
+    for number, (first, last) in enumerate(((0, 23), (23, 24), (24, 50))):
+        parquet_of(folder / f"{number}.parquet", range(first, last))
+    return f"hf-stream:{folder}"
+
+
+def test_a_stream_shows_each_sample_once_an_epoch(many):
+    stream = StreamSource(many, buffer=8)
+    assert stream.image_size == (8, 12)
+    held_out = {row.key for row in HeldOut(stream, 0.2, 100).rows}
+    rows = list(itertools.islice(shuffled(stream, 0.2, seed=1), 3 * (50 - len(held_out))))
+    size = 50 - len(held_out)
+    assert 3 < len(held_out) < 20 and not held_out & {row.key for row in rows}
+    epochs = [[row.key for row in rows[e * size : e * size + size]] for e in range(3)]
+    assert all(len(set(epoch)) == size for epoch in epochs) and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 50, 1000])
+def test_a_stream_goes_on_from_any_position(many, buffer):
+    stream = StreamSource(many, buffer=buffer)
+    whole = [row.key for row in itertools.islice(shuffled(stream, 0.1, 3), 120)]
+    for start in (1, min(buffer, 90), 44, 45, 46, 51, 99):
+        again = [row.key for row in itertools.islice(shuffled(stream, 0.1, 3, start), 5)]
+        assert again == whole[start : start + 5], start
+
+
+def test_batches_of_a_stream_depend_on_neither_workers_nor_ranks(many):
+    stream = StreamSource(many, buffer=8, options=SourceOptions(crop="random", flip=True), size=(8, 8))
+    alone = list(itertools.islice(stream_loader(stream, 0.1, 4, 0), 12))
+    for start, num_workers in ((0, 2), (5, 1), (11, 0)):
+        batches = stream_loader(stream, 0.1, 4, 0, start, num_workers)
+        for one, other in zip(alone[start:], batches, strict=False):
+            assert one.keys == other.keys and torch.equal(one.images, other.images)
+        batches.close()
+    ranks = [stream_loader(stream, 0.1, 4, 0, share=Share(rank, 2)) for rank in range(2)]
+    for one in alone[:4]:
+        parts = [next(rank) for rank in ranks]
+        assert sum((part.keys for part in parts), []) == one.keys
+        assert torch.equal(torch.cat([part.images for part in parts]), one.images)
+
+
+def test_a_bad_image_of_a_stream_is_named_and_replaced(tmp_path):
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [{"bytes": picture(i) if i != 2 else b"no image", "path": None} for i in range(6)]
+    table = pyarrow.table({"image": images, "text": [f"picture {i}" if i != 4 else "" for i in range(6)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    stream = StreamSource(f"hf-stream:{tmp_path}", buffer=100)
+    batch = next(stream_loader(stream, 0.0, 5, 0))
+    assert len(batch.keys) == 5 and len(batch.skipped) == 1 and "not an image" in batch.skipped[0][1]
+    assert sorted(Counter(batch.captions).values()) == [1, 1, 1, 2]
+
+
+def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
+    with pytest.raises(DataError, match="buckets need files or hf:NAME"):
+        StreamSource(many, options=SourceOptions(buckets=True))
+    with pytest.raises(ConfigError, match="set data.cache_latents=false"):
+        load_config("pixels-tiny", [f"data.source={many}", "data.cache_latents=true"])
+    with pytest.raises(DataError, match="no samples to train on"):
+        next(stream_loader(StreamSource(many), 1.0, 4, 0))
+
+
+def test_a_run_on_a_stream_resumes_to_the_bit(many, tmp_path):
+    changes = [f"data.source={many}", "data.image_size=[8,16]", "data.held_out=0.2", "data.cache_latents=false",
+               "data.num_samples=none", "data.shuffle_buffer=8", "training.batch_size=4", "training.sample_every=0",
+               "training.precision=fp32", "training.checkpoint_every=4", "training.keep_checkpoints=9"]  # fmt: skip
+    runs = []
+    for name, steps in (("whole", 12), ("half", 5)):
+        runs.append(training.train(load_config("pixels-tiny", [*changes, f"training.out={tmp_path / name}",
+                                                               f"training.num_steps={steps}"])))  # fmt: skip
+    training.resume(runs[1], ["training.num_steps=12"])
+    one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "validation_loss" in RunFolder(runs[0]).metrics()[-1]
+
+
+def test_what_is_fetched_ahead_comes_in_order_with_its_error():
+    def items():
+        yield from range(20)
+        raise DataError("broken")
+
+    fetched = ahead(items(), 3)
+    assert [next(fetched) for _ in range(20)] == list(range(20))
+    with pytest.raises(DataError, match="broken"):
+        next(fetched)
+    endless = ahead(itertools.count(), 2)
+    assert next(endless) == 0
+    endless.close()
+
+
+# --- mixes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_has_its_weights_and_each_source_its_epochs(tmp_path):
+    shards = shards_of(tmp_path / "shards", (12, 8))
+    rows = parquet_of(tmp_path / "rows.parquet", range(100, 110))
+    source = open_source(f"{shards}=0.75,{rows}=0.25")
+    assert len(source) == 30 and len(source.keys) == 30 and source.keys[20] == "rows-00000000"
+    assert colours(source) == [(i, f"picture {i}") for i in [*range(20), *range(100, 110)]]
+    numbers = [i for batch in itertools.islice(loader(source, range(30), 8, 0), 20) for i in batch.indices]
+    first, second = ([i for i in numbers if (i < 20) == side] for side in (True, False))
+    assert (len(first), len(second)) == (120, 40)
+    assert all(sorted(first[k : k + 20]) == list(range(20)) for k in range(0, 120, 20))
+    assert all(sorted(second[k : k + 10]) == list(range(20, 30)) for k in range(0, 40, 10))
+    training_part, held_out = split_by_key(source, 0.3)
+    some = {i for batch in itertools.islice(loader(source, training_part, 8, 0), 20) for i in batch.indices}
+    assert some == set(training_part.tolist()) and len(held_out) > 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("{0}=0.5,{0}=0", "weights above 0"), ("{0}=0.5,{0}=0.5", "a name comes twice"),
+     ("{0}=0.5,shapes=0.5", "shapes cannot be mixed"), ("{0}=1,{0}x=1", "no folder or file")],
+)  # fmt: skip
+def test_bad_mixes(tmp_path, spec, message):
+    shards = shards_of(tmp_path / "shards", (3,))
+    with pytest.raises(DataError, match=message):
+        open_source(spec.format(shards))
+
+
+def test_patience_reaches_the_rows(tmp_path):
+    rows = ParquetRows(Patience(1, 2))
+    assert pickle.loads(pickle.dumps(rows)).patience == Patience(1, 2)

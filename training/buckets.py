@@ -1,0 +1,70 @@
+"""Aspect-ratio buckets: sizes of about one area, of which each image takes the nearest in shape.
+
+SD3 (arXiv 2403.03206, section 5.3.2) fine-tunes at mixed aspect ratios with H x W near S^2. Here the heights are all
+multiples of the step, and to each belongs the multiple of the step that brings the area nearest to S^2.
+
+Shapes: n images, b buckets; sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Size = tuple[int, int]
+
+
+def bucket_sizes(height: int, width: int, step: int, max_ratio: float) -> list[Size]:
+    """All buckets of about the area height * width, longer side over shorter at most max_ratio, by falling width.
+
+    Sides are multiples of `step`. Both the bucket of a height and that of its mirror image are there. Raises ValueError
+    for a ratio below 1.
+    """
+    if max_ratio < 1:
+        raise ValueError(f"the largest aspect ratio of a bucket must be at least 1, not {max_ratio:g}")
+    area = height * width
+    found = {_nearest_square(area, step)}
+    for side in range(step, int(math.sqrt(area * max_ratio)) + step, step):
+        other = max(1, round(area / side / step)) * step
+        if max(side, other) <= max_ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    return sorted(found, key=lambda size: (size[0] / size[1], size))
+
+
+def _nearest_square(area: int, step: int) -> Size:
+    side = max(1, round(math.sqrt(area) / step)) * step
+    return side, side
+
+
+def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.ndarray:
+    """Which bucket (n,) each image takes: the one whose ratio is nearest on the logarithmic scale, so least is cropped.
+
+    Of buckets with one ratio, the one of the largest area.
+    """
+    order = sorted(range(len(sizes)), key=lambda b: (sizes[b][0] / sizes[b][1], -sizes[b][0] * sizes[b][1]))
+    ratios, first = np.unique(np.array([sizes[b][0] / sizes[b][1] for b in order]), return_index=True)
+    logs = np.log(ratios)
+    right = np.searchsorted((logs[1:] + logs[:-1]) / 2, np.log(heights / widths))
+    return np.array(order)[first[right]].astype(np.int16)
+
+
+def merge_small(bucket: np.ndarray, sizes: list[Size], least: int) -> np.ndarray:
+    """Buckets (n,) where those of fewer than `least` images have joined the neighbour in shape, the smallest first.
+
+    A batch of a bucket that cannot fill it would show an image twice. With fewer images than that in all, one is left.
+    """
+    counts = np.bincount(bucket, minlength=len(sizes))
+    into = np.arange(len(sizes))
+    logs = np.array([math.log(h / w) for h, w in sizes])
+    while True:
+        alive = np.flatnonzero(counts)
+        small = alive[counts[alive] < least]
+        if len(alive) < 2 or not len(small):
+            return into[bucket].astype(np.int16)
+        b = small[np.argmin(counts[small])]
+        others = alive[alive != b]
+        to = others[np.argmin(np.abs(logs[others] - logs[b]))]
+        counts[to] += counts[b]
+        counts[b] = 0
+        into[into == b] = to

@@ -1,0 +1,366 @@
+"""Writing a cache (`training/cache.py`), so that it may stop at any moment and go on, in parts and with workers.
+
+    source -> [worker processes: read, fit, digest] -> [autoencoder, text encoders] -> chunks -> shards
+
+A chunk is `BATCH` samples, kept as a small shard in the hidden folder of the shard that it becomes part of: a kill
+loses one chunk's work at most. What a shard holds follows from the data alone, so that parts, workers, stops and
+restarts give the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit.autoencoder import open_autoencoder
+from mmdit.features import Features
+from mmdit.text_encoders import open_text_encoder
+from training.cache import (
+    DTYPES,
+    FIT,
+    OPTIONS,
+    About,
+    Cache,
+    CacheError,
+    Known,
+    Sample,
+    Shard,
+    content_of,
+    is_cache,
+    is_there,
+    merged,
+    packed,
+    stem_of,
+    write_shard,
+)
+from training.config import DataConfig, TrainConfig, TrainingConfig
+from training.data import Source, is_shapes
+from training.devices import pick_device
+from training.feed import statistics_of
+from training.interrupts import Interrupts
+from training.loader import READ_AHEAD, layout_of, run
+from training.order import Layout
+from training.progress import Progress
+from training.setup import fingerprint, open_run_source
+from training.stream import STREAM
+
+BATCH = 64  # samples of a chunk
+NAMED = 10  # bad samples that are named
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache is written."""
+
+    dtype: str = "fp16"
+    """Type of the latents: "fp16", "bf16" or "fp32"."""
+    text_dtype: str = "fp16"
+    """Type of the text features."""
+    shard_mb: float = 256
+    """Size of a shard at most, in 10^6 bytes, but for one chunk at least."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): write only every n-th shard from the i-th on, beside processes that write the others."""
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "text_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise CacheError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(DTYPES)}")
+        i, n = self.part
+        if not 0 <= i < n:
+            raise CacheError(f"the part is {i}/{n}, expected 0/{max(n, 1)} to {max(n, 1) - 1}/{max(n, 1)}")
+        if not self.shard_mb > 0:
+            raise CacheError(f"shard_mb is {self.shard_mb:g}, expected a number above 0")
+
+
+class Written(NamedTuple):
+    """What was written: samples this time, bad ones among them, seconds; and what is still missing of the part, and of
+    all shards.
+    """
+
+    samples: int
+    bad: int
+    seconds: float
+    missing_here: int
+    missing: int
+
+
+def write_cache(
+    config: TrainConfig, folder: str | Path, options: CacheOptions | None = None, log: Callable[[str], None] = print
+) -> Written:
+    """Write what a folder lacks of the cache of a config's data, autoencoder and frozen text encoder.
+
+    An interrupt (Ctrl-C, SIGTERM) ends the chunk that is being made and returns. Raises CacheError where the folder
+    holds something else, or a cache of other data, encoders or options.
+    """
+    with Interrupts() as interrupts:
+        return _Writer(config, Path(folder), options or CacheOptions(), log).run(interrupts)
+
+
+class _Writer:
+    """All that one call holds."""
+
+    def __init__(self, config: TrainConfig, folder: Path, options: CacheOptions, log: Callable[[str], None]) -> None:
+        if folder.exists() and not is_cache(folder) and (not folder.is_dir() or _others(folder)):
+            raise CacheError(f"{folder} exists and is no cache: name a new folder with --out")
+        self.folder, self.options, self.log, self.bad = folder, options, log, 0
+        self.workers, self.device = config.data.num_workers, pick_device(config.training.device)
+        self.autoencoder = open_autoencoder(config.autoencoder).to(self.device)
+        self.source = _source(config, self.autoencoder.factor)
+        self.text = None
+        if config.text.encoder != "learned":
+            self.text = open_text_encoder(config.text.encoder, config.text.max_length).to(self.device)
+        self.empty = self._empty()
+        self.about = self._about(config)
+
+    def _empty(self) -> Known:
+        """The empty caption, and no image."""
+        text = self._texts([""]) if self.text is not None else []
+        return Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
+
+    def _about(self, config: TrainConfig) -> About:
+        height, width = self.source.image_size
+        latent = statistics_of(self.autoencoder, torch.zeros(1, 3, height, width, dtype=torch.uint8), self.device)
+        size = latent.numel() * DTYPES[self.options.dtype].itemsize
+        size += sum(x.numel() * x.element_size() for pair in (self.empty.text or [[]])[0] for x in pair)
+        if self.text is not None:  # of as many tokens as there can be
+            per_token = DTYPES[self.options.text_dtype].itemsize
+            size += sum(length * width * per_token for length, width, _ in self.text.shape.present)
+        about = About(
+            autoencoder=self.autoencoder.fingerprint(),
+            text=None if self.text is None else self.text.about(),
+            text_shape=None if self.text is None else self.text.shape,
+            size=(height, width),
+            sizes=layout_of(self.source).sizes,
+            fit=FIT,
+            options={name: getattr(config.data, name) for name in OPTIONS},
+            weights=layout_of(self.source).weights,
+            dtype=self.options.dtype,
+            text_dtype=self.options.text_dtype,
+            source=config.data.source,
+            step=self.autoencoder.factor * config.model.patch_size,
+            min_bucket=config.training.batch_size - config.text_documents,
+            num_samples=config.data.num_samples,
+            seed=config.seed if is_shapes(config.data.source) else None,
+            samples=len(self.source),
+            keys=fingerprint(self.source),
+            shard_samples=BATCH * max(1, int(self.options.shard_mb * 1e6 / size) // BATCH),
+        )
+        if is_cache(self.folder):
+            old = About.read(self.folder)
+            if other := old.differences(about):
+                raise CacheError(f"{self.folder} was made with another {', '.join(other)}: name another folder")
+            return old
+        return about
+
+    # --- what is left to do ---
+
+    def run(self, interrupts: Interrupts) -> Written:
+        """Write all that is missing of the part."""
+        if not is_cache(self.folder):
+            self.about.write(self.folder)
+        if self.text is not None and not (self.folder / "empty.json").is_file():
+            write_shard(self.folder / "empty", [Sample("", "", [""])], packed([self.empty], self.empty))
+        i, n = self.options.part
+        shards = range(i, self.about.num_shards, n)
+        jobs = [job for shard in shards for job in self._jobs(shard)]
+        total, left = sum(len(self.about.places(k)) for k in shards), sum(len(job.places) for job in jobs)
+        start, done = time.perf_counter(), 0
+        read_job: Any = partial(_read, self.source)
+        reads: Any = run(read_job, [job.places for job in jobs], self.workers)
+        with interrupts.deferred(), Progress("caching", total, total - left) as progress, closing(reads):
+            for job, read in zip(jobs, reads, strict=True):
+                known = self._known(read)
+                write_shard(self._chunk(job.shard, job.chunk), read.samples, packed(known, self.empty))
+                self._merge(job.shard)
+                done += len(job.places)
+                progress.show(total - left + done)
+                if interrupts.caught:
+                    break
+        missing = [k for k in range(self.about.num_shards) if not is_there(self.folder, k)]
+        for rest in self.folder.glob(".*.part") if not missing else ():
+            rest.unlink(missing_ok=True)
+        here = [k for k in missing if k in shards]
+        return Written(done, self.bad, time.perf_counter() - start, len(here), len(missing))
+
+    def _jobs(self, shard: int) -> list[_Job]:
+        """The chunks that a shard lacks; what an earlier run left half done goes."""
+        for rest in self.folder.glob(f".{stem_of(self.folder, shard).name}.*.part"):
+            rest.unlink()
+        if is_there(self.folder, shard):
+            shutil.rmtree(self._chunk(shard, 0).parent, ignore_errors=True)
+            return []
+        jobs = [_Job(shard, c, places) for c, places in enumerate(self._chunks(shard))]
+        lacking = [job for job in jobs if not _is_whole(self._chunk(shard, job.chunk))]
+        if not lacking:
+            self._merge(shard)
+        return lacking
+
+    def _chunks(self, shard: int) -> list[range]:
+        places = self.about.places(shard)
+        return [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
+
+    def _chunk(self, shard: int, chunk: int) -> Path:
+        return self.folder / f".{stem_of(self.folder, shard).name}" / f"{chunk:05d}"
+
+    def _merge(self, shard: int) -> None:
+        """Make a shard of its chunks, if all are there."""
+        stems = [self._chunk(shard, c) for c in range(len(self._chunks(shard)))]
+        if all(stem.with_name(stem.name + ".json").is_file() for stem in stems):
+            write_shard(stem_of(self.folder, shard), *merged([Shard(stem) for stem in stems]))
+            shutil.rmtree(stems[0].parent)
+
+    # --- what is known of samples ---
+
+    def _known(self, read: _Read) -> list[Known]:
+        """What autoencoder and text encoders say of the good samples of a chunk, in order."""
+        good = [sample for sample in read.samples if sample.error is None]
+        for sample in read.samples:
+            self._tell(sample)
+        statistics: dict[int, Tensor] = {}
+        for rows, images in read.images:
+            found = statistics_of(self.autoencoder, images, self.device).to(DTYPES[self.options.dtype]).cpu()
+            statistics |= dict(zip(rows, found, strict=True))
+        texts = iter(self._texts([caption for sample in good for caption in sample.captions]) if self.text else [])
+        known = [
+            Known(statistics[row], [next(texts) for _ in sample.captions] if self.text else [])
+            for row, sample in enumerate(good)
+        ]
+        for sample, one in zip(good, known, strict=True):
+            _check_finite(sample, one, self.options)
+        return known
+
+    def _texts(self, captions: Sequence[str]) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each caption, and each encoder, the states of its real tokens and the pooled vector."""
+        assert self.text is not None
+        if not captions:
+            return []
+        features: Features = self.text.features(self.text.tokenize(captions).to(self.device))
+        out: list[list[tuple[Tensor, Tensor]]] = [[] for _ in captions]
+        for states, pooled, mask in features:
+            states, pooled = (x.to(DTYPES[self.options.text_dtype]).cpu() for x in (states, pooled))
+            lengths = [states.shape[1]] * len(captions) if mask is None else mask.sum(1).tolist()
+            assert mask is None or all(bool(row[:n].all()) for row, n in zip(mask, lengths, strict=True))
+            for pairs, row, n, vector in zip(out, states, lengths, pooled, strict=True):
+                pairs.append((row[:n], vector))
+        return out
+
+    def _tell(self, sample: Sample) -> None:
+        if sample.error is not None:
+            self.bad += 1
+            if self.bad <= NAMED:
+                self.log(f"skipped: {sample.key}: {sample.error}" + " (no more are named)" * (self.bad == NAMED))
+
+
+class _Job(NamedTuple):
+    """A chunk to be made."""
+
+    shard: int
+    chunk: int
+    places: range
+
+
+class _Read(NamedTuple):
+    """The samples of a chunk; their images uint8 (B, 3, h, w), those of one size together, with the places of each
+    among the good samples.
+    """
+
+    samples: list[Sample]
+    images: list[tuple[list[int], Tensor]]
+
+
+def _read(source: Source, places: range) -> _Read:
+    """What a worker does: read and fit the images of a chunk, and say what they are known by."""
+    if getattr(source, "is_remote", False):
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            found = list(pool.map(partial(_one, source), places))
+    else:
+        found = [_one(source, i) for i in places]
+    rows: dict[tuple[int, ...], list[int]] = {}
+    images: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for row, image in enumerate(image for _, image in found if image is not None):
+        rows.setdefault(image.shape, []).append(row)
+        images.setdefault(image.shape, []).append(image)
+    stacked = {shape: torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2) for shape, some in images.items()}
+    return _Read([sample for sample, _ in found], [(rows[shape], x.contiguous()) for shape, x in stacked.items()])
+
+
+def _others(folder: Path) -> list[Path]:
+    """What is in a folder, but for what a kill left of a cache that had hardly begun."""
+    return [path for path in folder.iterdir() if not (path.name.startswith(".cache.json.") and path.suffix == ".part")]
+
+
+def _one(source: Source, i: int) -> tuple[Sample, np.ndarray | None]:
+    """A sample and its image, which a bad one has not."""
+    one, layout = source[i], layout_of(source)
+    texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
+    place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
+    if one.image is None:
+        return Sample(one.key, "", list(texts), one.error, list(shares), *place), None
+    captions = list(texts) or [""]
+    return Sample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
+
+
+def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
+    """What tells the data set and the block of each sample, and what they are where nothing does."""
+    return (layout.part, 0), (layout.block, -1)
+
+
+def _is_whole(chunk: Path) -> bool:
+    """Whether a chunk is there as it was written."""
+    try:
+        return not Shard(chunk).problems()
+    except CacheError:
+        return False
+
+
+def _check_finite(sample: Sample, known: Known, options: CacheOptions) -> None:
+    numbers = [(known.statistics, "--dtype"), *((x, "--text-dtype") for one in known.text for p in one for x in p)]
+    for x, option in numbers:
+        if not bool(x.isfinite().all()):
+            dtype = options.dtype if option == "--dtype" else options.text_dtype
+            raise CacheError(f"{sample.key}: a number is not finite in {dtype}: use {option} fp32")
+
+
+def _source(config: TrainConfig, factor: int) -> Source:
+    """The config's data. Raises CacheError for what cannot be cached."""
+    data = config.data
+    if is_cache(data.source):
+        raise CacheError(f"{data.source} is a cache already, which has no images")
+    if data.source.startswith(STREAM):
+        raise CacheError(f"{data.source} is a stream, whose samples have no numbers: cache hf:NAME, or files")
+    if data.crop != "center" or data.flip:
+        raise CacheError('a cache has one crop of each image: set data.crop="center" and data.flip=false')
+    return open_run_source(config, factor * config.model.patch_size)
+
+
+def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = lambda done: None) -> list[str]:
+    """Which samples of a cache are others in a config's data now: their images, once fitted, or their captions; one
+    line each. Raises DataError where the data cannot be read, or its samples are others altogether.
+    """
+    source = open_run_source(config, cache.about.step)
+    if list(source.keys) != [sample.key for sample in cache.samples]:
+        raise CacheError(f"{config.data.source} has other samples than {cache.folder} was made of")
+    found = []
+    for i, known in enumerate(cache.samples):
+        if _one(source, i)[0].content != known.content:
+            found.append(f"{known.key} is another in {config.data.source} than when {cache.folder} was made")
+        told(i + 1)
+    return found
+
+
+def data_of(cache: Cache, source: str) -> TrainConfig:
+    """A config of the data that a cache was made of, as it is in `source` now."""
+    about = cache.about
+    data = DataConfig(source=source, image_size=about.size, num_samples=about.num_samples, **about.options)
+    return TrainConfig(seed=about.seed or 0, data=data, training=TrainingConfig(batch_size=about.min_bucket))

@@ -1,0 +1,260 @@
+"""Training from a cache: a source of samples whose images are not opened, and the feed of what is known of them.
+
+Shape letters: B batch, C channels, h w latent sides, L text tokens, D width of a text state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit.autoencoder import Autoencoder
+from mmdit.features import Encoded, Features, KnownText, TextShape
+from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
+from mmdit.weights_io import read_json
+from training.cache import Cache, CacheError, Known, same_text
+from training.captions import choose
+from training.config import DataConfig
+from training.data import Sample, Source
+from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn
+from training.images import Size, fit_size
+from training.loader import rng_for
+from training.objectives import Batch
+from training.order import Layout, Plan
+from training.share import WHOLE, Share
+from training.stream import ahead
+
+AHEAD = 2  # batches read before they are asked for
+
+
+class CachedSource:
+    """The samples of a cache, in the order of the data that it was made of; it has no images."""
+
+    def __init__(
+        self, folder: str | Path, image_size: Size | None = None, step: int = 1, num_samples: int | None = None
+    ) -> None:
+        """Raises CacheError where the cache is not whole, or of images of another size than is asked for."""
+        self.cache = Cache(folder)
+        about = self.cache.about
+        self.image_size = about.size
+        if image_size is not None and fit_size(*image_size, step) != self.image_size:
+            size = " x ".join(map(str, self.image_size))
+            raise CacheError(f"{folder} has images of {size}: leave out data.image_size, or make another cache")
+        if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
+            size = " x ".join(map(str, wrong[0]))
+            raise CacheError(f"{folder} has images of {size}, the model needs multiples of {step}")
+        self.numbers = self._first(num_samples)  # in the cache
+        self.samples = [self.cache.samples[i] for i in self.numbers]
+        self.keys: Sequence[str] = [sample.key for sample in self.samples]
+        self.skipped: list[tuple[str, str]] = []
+        self.layout = self._layout()
+
+    def _first(self, num_samples: int | None) -> list[int]:
+        """The first so many of each data set."""
+        counts: dict[int, int] = {}
+        found = []
+        for i, sample in enumerate(self.cache.samples):
+            counts[sample.part] = counts.get(sample.part, 0) + 1
+            if num_samples is None or counts[sample.part] <= num_samples:
+                found.append(i)
+        return found
+
+    def _layout(self) -> Layout:
+        """As that of the data."""
+        about = self.cache.about
+        bucket, part, block = (
+            np.array([getattr(s, name) for s in self.samples]) for name in ("bucket", "part", "block")
+        )
+        return Layout(
+            about.sizes,
+            bucket if about.options["buckets"] else None,
+            part if len(about.weights) > 1 else None,
+            about.weights,
+            block if block.max(initial=-1) >= 0 else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def caption(self, i: int) -> str:
+        """The first caption; "" where it is missing."""
+        captions = self.samples[i].captions
+        return captions[0] if captions else ""
+
+    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """All captions, and the shares by which one is drawn (none: equal ones)."""
+        return tuple(self.samples[i].captions), tuple(self.samples[i].shares)
+
+    def check_data(self, data: DataConfig) -> None:
+        """Raises CacheError where a config asks for other samples or captions than the cache was made of; what it
+        leaves as it is by default is as the cache has it.
+        """
+        if data.crop != "center" or data.flip:
+            raise CacheError(f"{self.cache.folder} has one crop of each image: leave out data.crop and data.flip")
+        for name, value in self.cache.about.options.items():
+            asked = getattr(data, name)
+            if asked not in (value, getattr(DataConfig(), name)):
+                raise CacheError(f"{self.cache.folder} was made with data.{name} = {value}, not {asked}: leave it out")
+
+    def __getitem__(self, i: int) -> Sample:
+        """Raises CacheError: there are no images."""
+        raise CacheError(f"{self.cache.folder} is a cache of latents, not of images: name the images instead")
+
+    def check(self, autoencoder: Autoencoder) -> None:
+        """Raises CacheError for another autoencoder than the cache was made with."""
+        if autoencoder.fingerprint() != self.cache.about.autoencoder:
+            raise CacheError(
+                f"{self.cache.folder} was made with another autoencoder: name that one, or make another cache"
+            )
+
+    def text(self, encoder: str, max_length: int, written: Path | None) -> KnownText:
+        """The conditioner of the frozen encoders in a folder, or of those that a run has `written` about.
+
+        Their weights are not read, but for their digest. Raises CacheError for others than the cache was made with.
+        """
+        known, shape = self.cache.about.text, self.cache.about.text_shape
+        if known is None or shape is None or self.cache.empty is None:
+            raise CacheError(f"{self.cache.folder} has no text features: make a cache with text.encoder={encoder}")
+        if written is not None:
+            about, open_it = read_json(written / "config.json"), partial(load_encoder, written)
+        else:
+            if not Path(encoder).expanduser().is_dir():
+                raise CacheError(f"no text encoder in {encoder}: the cache has its features, but prompts need itself")
+            folder = Path(encoder).expanduser().resolve()
+            about = known | {"encoder": str(folder), "max_length": max_length, "sha256": fingerprint(folder)}
+            open_it = partial(open_text_encoder, folder, max_length)
+        new = same_text(about) or {}
+        if other := [name for name, value in (same_text(known) or {}).items() if new.get(name) != value]:
+            what = ", ".join("weights" if name == "sha256" else name for name in other)
+            raise CacheError(f"{self.cache.folder} was made with another text encoder: it differs in {what}")
+        empty = features([self.cache.empty.read(0).text[0]], shape)
+        return KnownText(about, shape, empty, open_it)
+
+
+def features(captions: Sequence[Sequence[tuple[Tensor, Tensor]]], shape: TextShape) -> Features:
+    """The features of captions that are known, padded with zeros to the encoders' length.
+
+    An encoder by itself says which tokens are real; to the three of SD3 padding is text.
+    """
+    parts = []
+    for i, (length, width, _) in enumerate(shape.present):
+        states = captions[0][i][0].new_zeros(len(captions), length, width)
+        for row, caption in zip(states, captions, strict=True):
+            row[: len(caption[i][0])] = caption[i][0]
+        real = torch.tensor([[len(caption[i][0])] for caption in captions])
+        mask = torch.arange(length) < real if len(shape.encoders) == 1 else None
+        parts.append(Encoded(states, torch.stack([caption[i][1] for caption in captions]), mask))
+    return Features(parts)
+
+
+class CachedFeed:
+    """What is known of samples, read where it lies: nothing is encoded, and little stays in memory.
+
+    With `KnownText` a batch has the features of its captions, with any other conditioner their tokens.
+    """
+
+    def __init__(
+        self,
+        source: CachedSource,
+        indices: np.ndarray,
+        autoencoder: Autoencoder,
+        text: Conditioner,
+        device: torch.device,
+        skipped: Skipped,
+        sampled: bool = False,
+    ) -> None:
+        """Raises CacheError for another autoencoder, NothingUsable where all samples are bad."""
+        source.check(autoencoder)
+        self.source, self.autoencoder, self.conditioner = source, autoencoder, text
+        self.device, self.sampled = device, sampled
+        bad = [source.samples[i] for i in indices if source.samples[i].error is not None]
+        for sample in bad:
+            skipped(sample.key, str(sample.error))
+        good = [int(i) for i in indices if source.samples[i].error is None]
+        self.rows = sorted(good, key=source.layout.bucket_of)  # bucket after bucket, each in order
+        self.layout = source.layout.of(np.array(self.rows, dtype=np.int64))
+        if not self.rows:
+            first = f"; one of them is {bad[0].key}: {bad[0].error}" if bad else ""
+            raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def captions(self) -> list[str]:
+        """The first one of all samples."""
+        return [self.source.caption(i) for i in self.rows]
+
+    def chunks(self, size: int) -> Iterator[range]:
+        """All rows in order, up to `size` of one bucket at a time."""
+        buckets = [self.layout.bucket_of(row) for row in range(len(self))]
+        for bucket, some in itertools.groupby(range(len(self)), buckets.__getitem__):
+            last = (first := next(some)) + buckets.count(bucket)
+            yield from (range(row, min(row + size, last)) for row in range(first, last, size))
+
+    def at(
+        self,
+        rows: Sequence[int],
+        draws: Sequence[float] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Batch:
+        """As `LatentFeed.at`."""
+        return self._batch(self._read(rows, draws), generators)
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on, of each the rows of this share; the next ones are read
+        meanwhile.
+        """
+        plan, rows = Plan(len(self), self.layout, batch_size, seed), share.rows(batch_size)
+
+        def reads() -> Iterator[tuple[Tensor, Any]]:
+            for step in itertools.count(start_step):
+                _, places = plan.places(step, rows)
+                draws = [rng_for(seed, step, row).random() for row in rows]
+                yield self._read([int(pool[place]) for pool, place in places], draws)
+
+        for step, read in enumerate(ahead(reads(), AHEAD), start=start_step):
+            yield self._batch(read, drawn(self.sampled, seed, step, rows))
+
+    def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor, Any]:
+        """Statistics (B, S, h, w) and text, as they lie in the cache."""
+        indices = [self.rows[row] for row in rows]
+        known: list[Known] = [self.source.cache.read(self.source.numbers[i]) for i in indices]
+        chosen = [0] * len(rows)
+        if draws is not None:
+            found = [self.source.captions(i) for i in indices]
+            chosen = [choose(len(texts), shares, u) for (texts, shares), u in zip(found, draws, strict=True)]
+        statistics = torch.stack([one.statistics for one in known])
+        if isinstance(self.conditioner, KnownText):
+            texts = [one.text[k] for one, k in zip(known, chosen, strict=True)]
+            return statistics, features(texts, self.conditioner.shape)
+        captions = [self.source.samples[i].captions[k] for i, k in zip(indices, chosen, strict=True)]
+        return statistics, self.conditioner.tokenize(captions)
+
+    def _batch(self, read: tuple[Tensor, Any], generators: Sequence[torch.Generator] | None) -> Batch:
+        statistics, text = read
+        latents = self.autoencoder.latents_of(statistics.to(self.device).float(), generators if self.sampled else None)
+        return Batch(latents, text.to(self.device))
+
+
+def latent_feed(
+    source: Source,
+    indices: np.ndarray,
+    autoencoder: Autoencoder,
+    text: Conditioner,
+    device: torch.device,
+    num_workers: int,
+    skipped: Skipped,
+    **options: Any,
+) -> LatentFeed | CachedFeed:
+    """A feed whose samples can be asked for by row: from the cache, or else encoded now."""
+    if isinstance(source, CachedSource):
+        return CachedFeed(source, indices, autoencoder, text, device, skipped)
+    return LatentFeed(source, indices, autoencoder, text, device, num_workers, skipped, **options)

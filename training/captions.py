@@ -1,0 +1,102 @@
+"""Captions: found in text, JSON and rows of metadata, cleaned, and chosen among where a sample has several.
+
+A sample's captions come with shares, the chances to be chosen. `data.captions = "original=0.5,synthetic=0.5"` names
+fields and their weights; a field that holds a list gives each of its captions an equal part of its weight, and a field
+that a sample lacks leaves its weight to the others. Without it the first caption found is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from training.errors import DataError
+
+CAPTION_FIELDS = ("caption", "text")
+MAX_CAPTION = 10_000
+"""Captions are cut after so many characters."""
+MAX_TEXT = 8 * MAX_CAPTION
+"""Bytes of a .txt file that are read."""
+MAX_JSON = 16_000_000
+"""A JSON file of more bytes than this is none that holds captions."""
+
+Weights = tuple[tuple[str, float], ...]
+Captions = tuple[tuple[str, ...], tuple[float, ...]]
+"""The captions of a sample and their shares, both empty where there is none."""
+
+NONE: Captions = ((), ())
+
+
+def parse_weights(text: str, what: str) -> Weights:
+    """ "a=0.7,b=0.3" as pairs. Raises `DataError` unless each has a name and a number above 0."""
+    pairs = []
+    for part in text.split(","):
+        name, equals, number = part.rpartition("=")
+        try:
+            weight = float(number) if equals else 0.0
+        except ValueError:
+            weight = 0.0
+        if not name.strip() or not 0 < weight < float("inf"):
+            raise DataError(f'{what} is "{text}": expected names with weights above 0, such as "a=0.7,b=0.3"')
+        pairs.append((name.strip(), weight))
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise DataError(f'{what} is "{text}": a name comes twice')
+    return tuple(pairs)
+
+
+def captions_in(kind: str, data: bytes, fields: Weights = ()) -> Captions:
+    """The captions in the bytes of a ".txt" or ".json" file; that of a .txt is the field "txt"."""
+    if kind == ".txt":
+        return captions_of({"txt": data[:MAX_TEXT].decode("utf-8-sig", errors="replace")}, fields)
+    if len(data) > MAX_JSON:
+        return NONE
+    try:
+        return captions_of(json.loads(data.decode("utf-8-sig", errors="replace")), fields)
+    except (ValueError, RecursionError):
+        return NONE
+
+
+def captions_of(row: Any, fields: Weights = ()) -> Captions:
+    """The captions in a row: those of the fields, or the first of "caption", "text" (or the "txt" of a file)."""
+    if not isinstance(row, dict):
+        return NONE
+    if not fields:
+        first = next((found[0] for name in (*CAPTION_FIELDS, "txt") if (found := _all(row.get(name)))), None)
+        return ((first,), ()) if first else NONE
+    captions: list[str] = []
+    shares: list[float] = []
+    for name, weight in fields:
+        own = _all(row.get(name))
+        captions += own
+        shares += [weight / len(own) for _ in own]
+    return tuple(captions), tuple(shares)
+
+
+def joined(first: Captions, second: Captions, fields: Weights) -> Captions:
+    """Captions from two files of one sample: all of them where fields are chosen among, else the first that has any."""
+    if not fields:
+        return first if first[0] else second
+    return first[0] + second[0], first[1] + second[1]
+
+
+def choose(num: int, shares: tuple[float, ...], u: float) -> int:
+    """Which of `num` captions a number u in [0, 1) chooses; equal shares where none are given."""
+    if not shares:
+        return min(int(u * num), num - 1)
+    total, place = sum(shares), 0.0
+    for i, share in enumerate(shares):
+        place += share / total
+        if u < place:
+            return i
+    return num - 1
+
+
+def _all(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for item in values[:100] if isinstance(item, str) and (text := clean(item))]
+
+
+def clean(text: str) -> str | None:
+    """One line of valid Unicode, at most MAX_CAPTION characters; None if nothing is left."""
+    text = " ".join(text[: 2 * MAX_CAPTION].split())[:MAX_CAPTION]
+    return text.encode("utf-8", "replace").decode() or None  # json can hold lone surrogates, which tokenizers refuse

@@ -1,0 +1,85 @@
+"""Hugging Face datasets, by name or from disk: "hf:NAME", "hf:NAME:SPLIT", "hf:NAME@CONFIG:SPLIT", "hf:FOLDER".
+
+A folder is one that `Dataset.save_to_disk` wrote, or of files that `load_dataset` reads. Map-style datasets are read at
+any row; `training/stream.py` reads those that come one row after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import DataError
+from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
+
+if TYPE_CHECKING:
+    from training.sources import Wanted
+    from training.table import Entry
+
+_SPLIT = "train"
+
+
+class HubRows:
+    """Rows of a map-style dataset. Raises `DataError` where it cannot be loaded, or `datasets` is missing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data = load(name, streaming=False)
+        self.column = image_column(self.data.column_names, name)
+
+    def rows(self, wanted: Wanted) -> Iterator[Row]:
+        """All rows, without their images unless sizes are wanted."""
+        names = self.data.column_names
+        key = key_column(names)
+        columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
+        columns += [self.column] if wanted.measures and self.column not in columns else []
+        chosen = self.data.select_columns(columns) if columns else None
+        for i in range(len(self.data)):
+            values = chosen[i] if chosen is not None else {}
+            yield row_of(0, i, values, key, self.column if wanted.measures else None, wanted.captions)
+
+    def image(self, entry: Entry) -> bytes:
+        """The image file of a sample. Raises OSError where it cannot be read."""
+        return image_in(self.data[entry.size][self.column])
+
+
+def load(name: str, streaming: bool) -> Any:
+    """A dataset whose images are left encoded. Raises `DataError` in one line, whatever went wrong."""
+    path, config, split = parse(name)
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError('Hugging Face datasets need their package: pip install "mmdit[hf]"') from error
+    try:
+        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(path)
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            data = data.to_iterable_dataset(num_shards=min(8, max(1, len(data)))) if streaming else data
+        else:
+            data = datasets.load_dataset(path, config, split=split, streaming=streaming)
+        features = data.features or {}
+        for column, feature in features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # it raises what its readers and servers raise
+        raise DataError(
+            f"hf:{name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    return data
+
+
+def parse(name: str) -> tuple[str, str | None, str]:
+    """(path, config, split) of "PATH@CONFIG:SPLIT"."""
+    path, _, split = name.partition(":")
+    path, _, config = path.partition("@")
+    if not path:
+        raise DataError("expected a dataset's name, such as hf:NAME, hf:NAME:train or hf:NAME@CONFIG:train")
+    return path, config or None, split or _SPLIT
+
+
+def image_in(value: Any) -> bytes:
+    """The image file in a cell, which may lie beside the dataset. Raises OSError where it cannot be read."""
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return Path(value["path"]).read_bytes()
+    return bytes_in(value)

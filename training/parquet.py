@@ -1,0 +1,87 @@
+"""Images and captions in Parquet files, on disk or behind a URL: read by row groups, of which some stay in memory.
+
+A row group is the least that can be read. Samples are therefore shuffled by row groups, then among those of some at a
+time (`order.WINDOW`), which each process keeps: row groups of some tens of MB are best.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from training.errors import DataError
+from training.order import WINDOW
+from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls
+from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
+
+if TYPE_CHECKING:
+    from training.sources import Wanted
+    from training.table import Entry
+
+
+class ParquetRows:
+    """Reads rows of Parquet files. Raises `DataError` where pyarrow is missing."""
+
+    def __init__(self, patience: Patience) -> None:
+        _pyarrow()
+        self.patience = patience
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"patience": self.patience, "_groups": OrderedDict()}
+
+    def rows(self, file: Listed, wanted: Wanted) -> Iterator[Row]:
+        """All rows, without their images unless sizes are wanted. Raises OSError, ValueError for a corrupt file."""
+        with _reading(file.url):
+            parquet = self._open(file)
+            names = parquet.schema_arrow.names
+            image, key = image_column(names, file.url), key_column(names)
+            columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
+            columns += [image] if wanted.measures and image not in columns else []
+        for group in range(parquet.num_row_groups):
+            with _reading(file.url):
+                table = parquet.read_row_group(group, columns=columns)
+            for row in range(table.num_rows if columns else parquet.metadata.row_group(group).num_rows):
+                values = {name: table.column(name)[row].as_py() for name in columns}
+                yield row_of(group, row, values, key, image if wanted.measures else None, wanted.captions)
+
+    def image(self, entry: Entry) -> bytes:
+        """The image file of a sample. Raises OSError where it cannot be read."""
+        place = (entry.path, entry.offset)
+        if place not in self._groups:
+            with _reading(entry.path):
+                file = list_urls(entry.path, self.patience)[0] if is_url(entry.path) else Listed(entry.path, 0, "")
+                parquet = self._open(file)
+                column = image_column(parquet.schema_arrow.names, entry.path)
+                self._groups[place] = parquet.read_row_group(entry.offset, columns=[column]).column(column)
+            while len(self._groups) > WINDOW:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(place)
+        return bytes_in(self._groups[place][entry.size].as_py())
+
+    def _open(self, file: Listed) -> Any:
+        return _pyarrow().ParquetFile(RemoteFile(file, self.patience) if is_url(file.url) else file.url)
+
+
+class _reading:
+    """Whatever pyarrow raises becomes OSError."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None or isinstance(error, RemoteError | DataError) or not isinstance(error, Exception):
+            return
+        raise OSError(f"{self.path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError('Parquet files need pyarrow: pip install "mmdit[parquet]"') from error
+    return pyarrow.parquet

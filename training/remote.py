@@ -1,0 +1,178 @@
+"""Files on any server that fsspec knows (s3://, https://, memory://), read in ranges, with patience, not without end.
+
+A read that fails or does not answer in time is tried again, after a pause that doubles each time; after the last try
+`RemoteError` says what was asked and why it failed. Nothing is downloaded whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+BLOCK = 1 << 20
+"""Bytes that are asked for at a time where a file is read from its start on."""
+
+_MISSING = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+
+
+class RemoteError(OSError):
+    """A server that did not give what was asked of it; the message is one line."""
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override]  # what a log line shows of an OSError
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait: `timeout` seconds for each answer, `retries` further tries after pauses from `pause` s on."""
+
+    timeout: float = 30.0
+    retries: int = 5
+    pause: float = 0.5
+
+
+class Listed(NamedTuple):
+    """A file on a server: its URL, its size in bytes, and what changes with its content."""
+
+    url: str
+    size: int
+    version: str
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, such as "s3://bucket/file.tar"."""
+    scheme, colon, _ = path.partition("://")
+    return bool(colon) and scheme.replace("+", "").replace("-", "").isalnum()
+
+
+def list_urls(spec: str, patience: Patience) -> list[Listed]:
+    """The files that a URL names: itself, those that match a glob ("*", "{0..9}" is none), or those in a folder.
+
+    Raises `RemoteError` where the server does not answer, or the package for its protocol is missing.
+    """
+    files, path = _open(spec)
+
+    def look() -> list[Listed]:
+        if any(sign in path for sign in "*["):
+            found = files.glob(path, detail=True)
+        else:
+            info = files.info(path)
+            found = {path: info} if info.get("type") != "directory" else files.find(path, detail=True)
+        return [_listed(files, name, info) for name, info in sorted(found.items()) if info.get("type") != "directory"]
+
+    return _patiently(look, spec, patience)
+
+
+def _listed(files: Any, name: str, info: dict[str, Any]) -> Listed:
+    url = files.unstrip_protocol(name)
+    if info.get("size") is None:
+        raise RemoteError(f"{url}: the server does not say how large it is, so it cannot be read in parts")
+    marks = (info.get(mark) for mark in ("ETag", "etag", "LastModified", "mtime", "created", "generation"))
+    return Listed(url, int(info["size"]), next((str(mark) for mark in marks if mark), ""))
+
+
+def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
+    """Bytes start ... end - 1 of a file. Raises `RemoteError` after the last try; an answer too short is a failure."""
+    files, path = _open(url)
+
+    def read() -> bytes:
+        data: bytes = files.cat_file(path, start=start, end=end)
+        if len(data) != end - start:
+            raise RemoteError(f"{len(data)} bytes came in place of {end - start}")
+        return data
+
+    return _patiently(read, url, patience)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on a server to be read and sought in; keeps the last block: going forward asks for each byte once."""
+
+    def __init__(self, file: Listed, patience: Patience) -> None:
+        self.file, self.patience = file, patience
+        self._place, self._start, self._block = 0, 0, b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.file.size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        end = self.file.size if size is None or size < 0 else min(self.file.size, self._place + size)
+        if end <= self._place:
+            return b""
+        if not self._start <= self._place <= end <= self._start + len(self._block):
+            last = min(self.file.size, max(end, self._place + BLOCK))
+            self._start, self._block = self._place, read_range(self.file.url, self._place, last, self.patience)
+        data = self._block[self._place - self._start : end - self._start]
+        self._place = end
+        return data
+
+
+# --- patience --------------------------------------------------------------------------------------------------------
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """(the file system, the path on it): made anew in each process, for connections do not outlive a fork."""
+    import fsspec
+
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        scheme = url.partition("://")[0]
+        need = f'; pip install "{_MISSING[scheme]}"' if scheme in _MISSING else ""
+        raise RemoteError(f"{url} cannot be read: {' '.join(str(error).split())}{need}") from error
+    return files, path
+
+
+def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
+    """The answer to `ask`, asked again while it fails or takes too long."""
+    reason = ""
+    for attempt in range(patience.retries + 1):
+        if attempt:
+            time.sleep(patience.pause * 2 ** (attempt - 1) * (0.5 + random.Random(os.urandom(4)).random()))
+        try:
+            return _within(ask, patience.timeout)
+        except FileNotFoundError as error:
+            raise RemoteError(f"{what}: there is no such file on the server") from error
+        except TimeoutError:
+            reason = f"no answer within {patience.timeout:g} s"
+        except Exception as error:  # each file system has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+    tries = patience.retries + 1
+    raise RemoteError(f"{what}: {reason} (tried {tries} time{'s' * (tries > 1)})")
+
+
+def _within(ask: Callable[[], Any], seconds: float) -> Any:
+    """The answer to `ask`, or TimeoutError; a call that hangs is left to its thread, which no exit waits for."""
+    answer: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answer.append(ask())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not answer:
+        raise TimeoutError
+    return answer[0]

@@ -1,0 +1,57 @@
+"""Rows of images and captions, as Parquet files and Hugging Face datasets have them: which columns are which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from training.captions import CAPTION_FIELDS, NONE, Captions, Weights, captions_of
+from training.errors import DataError
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
+KEY_COLUMNS = ("__key__", "key")
+
+
+class Row(NamedTuple):
+    """A row that can be read again as number `row` of block `block`; image: its bytes, where they were asked for."""
+
+    block: int
+    row: int
+    captions: Captions
+    key: str | None = None
+    image: bytes | None = None
+
+
+def image_column(names: Sequence[str], where: str) -> str:
+    """The column of images. Raises `DataError` where there is none."""
+    for name in IMAGE_COLUMNS:
+        if name in names:
+            return name
+    raise DataError(f"{where} has no column of images: expected one of {', '.join(IMAGE_COLUMNS)}, found {list(names)}")
+
+
+def caption_columns(names: Sequence[str], fields: Weights) -> list[str]:
+    """The columns in which captions are looked for."""
+    asked = [name for name, _ in fields] or list(CAPTION_FIELDS)
+    return [name for name in asked if name in names]
+
+
+def key_column(names: Sequence[str]) -> str | None:
+    """The column of keys, if there is one."""
+    return next((name for name in KEY_COLUMNS if name in names), None)
+
+
+def row_of(block: int, row: int, values: dict[str, Any], key: str | None, image: str | None, fields: Weights) -> Row:
+    """A row from the values of its columns; image: the column to take the bytes of."""
+    name = values.get(key) if key else None
+    captions = captions_of(values, fields) if values else NONE
+    return Row(
+        block, row, captions, str(name) if name is not None else None, bytes_in(values[image]) if image else None
+    )
+
+
+def bytes_in(value: Any) -> bytes:
+    """The image file in a cell: bytes, or Hugging Face's {"bytes", "path"}; empty where there is none."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else b""

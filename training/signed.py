@@ -1,0 +1,51 @@
+"""Files that tell when they have changed since they were written: SHA-256 of files, and JSON that carries its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdit.weights_io import read_json, write_aside
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(table: Mapping[str, Any]) -> str:
+    """Of a table that JSON can hold."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_signed(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a table as JSON with its own SHA-256, aside and then in its place, to the disk."""
+    text = json.dumps({**table, "sha256": sha256_of(table)}, sort_keys=True) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.write_text(text)
+        fsync(aside)
+
+    write_aside(path, write)
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """The table in such a file. Raises ValueError where it is none, or has changed since."""
+    table = read_json(path)
+    if not isinstance(table, dict) or table.pop("sha256", None) != sha256_of(table):
+        raise ValueError(f"{path} has changed since it was written")
+    return table

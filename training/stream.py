@@ -1,0 +1,256 @@
+"""Data that comes one row after another: a Hugging Face dataset as a stream, "hf-stream:NAME" (as in `hub.py`).
+
+There is no random access, so the order is made as the rows come: the dataset's files in an order drawn by (seed,
+epoch), and within each block of `buffer` rows a permutation drawn by (seed, epoch, block). The row at a position is
+thus a function of (seed, position), and to resume is to read on from the start of its epoch without decoding. Each
+process reads the whole stream, once, and decodes its own rows, in worker processes where there are some.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from training.captions import captions_of
+from training.data import Sample, SourceOptions, place_of, read_sample
+from training.errors import DataError
+from training.hub import image_in, load
+from training.images import BadImage, Size, fit_size, read_size
+from training.loader import Batch, make_batch, rng_for, run
+from training.rows import caption_columns, image_column, key_column
+from training.share import WHOLE, Share
+
+STREAM = "hf-stream:"
+PLAIN = SourceOptions()
+AHEAD = 2  # batches of rows read before they are asked for
+PROBED = 100  # rows whose sizes are looked at to find the most common one
+
+
+class Row(NamedTuple):
+    """A row with its image file; its key is the content's hash where the dataset has no column of keys."""
+
+    key: str
+    captions: tuple[str, ...]
+    shares: tuple[float, ...]
+    image: bytes
+
+
+class StreamSource:
+    """The rows of a stream that are wanted, epoch after epoch. Raises `DataError` where it cannot be loaded, or its
+    first rows show no image.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        size: Size | None = None,
+        step: int = 1,
+        num_samples: int | None = None,
+        options: SourceOptions = PLAIN,
+        buffer: int = 1000,
+    ) -> None:
+        if options.buckets:
+            raise DataError(f"{spec} is a stream, of which no sizes are known before: buckets need files or hf:NAME")
+        self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
+        self.data = load(spec.removeprefix(STREAM), streaming=True)
+        names = self.data.column_names or list(next(iter(self.data)))
+        self.column, self.key_column = image_column(names, spec), key_column(names)
+        self._names = [*caption_columns(names, options.wanted.captions), self.column]
+        self.keys: Sequence[str] = [spec]  # what is known of them
+        self.skipped: list[tuple[str, str]] = []
+        self.image_size = fit_size(*(size or self._common_size()), step)
+
+    def captions(self, most: int) -> Iterator[str]:
+        """All captions of the first rows."""
+        return (text for row in itertools.islice(self.rows(0, None), most) for text in row.captions)
+
+    def rows(self, epoch: int, seed: int | None) -> Iterator[Row]:
+        """The wanted rows of an epoch as they come; the files' order is drawn by the seed, if there is one."""
+        data = self.data
+        if seed is not None:
+            data = data.shuffle(seed=seed, buffer_size=1)
+            data.set_epoch(epoch)
+        wanted = self.options.wanted
+        for values in self._taken(data):
+            texts, shares = wanted.fitting(captions_of({n: values.get(n) for n in self._names}, wanted.captions))
+            image = image_in(values[self.column])
+            if texts and not self._refused(image):
+                named = values.get(self.key_column) if self.key_column else None
+                key = hashlib.blake2b(image, digest_size=12).hexdigest() if named is None else str(named)
+                yield Row(key, texts, shares, image)
+
+    def _taken(self, data: Any) -> Iterator[dict[str, Any]]:
+        """The first so many rows, as dictionaries; what a reader or a server raises becomes `DataError`."""
+        rows = iter(data.take(self.num_samples) if self.num_samples else data)
+        while True:
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise DataError(f"{self.spec}: {' '.join(str(error).split()) or type(error).__name__}") from error
+            yield values
+
+    def _refused(self, image: bytes) -> bool:
+        wanted = self.options.wanted
+        try:
+            return bool(wanted.measures and wanted.refuses(read_size(image)))
+        except BadImage:
+            return False  # it will be named when it is decoded
+
+    def _common_size(self) -> Size:
+        sizes: Counter[Size] = Counter()
+        for row in itertools.islice(self.rows(0, None), PROBED):
+            try:
+                sizes[read_size(row.image)] += 1
+            except BadImage:
+                continue
+        if not sizes:
+            raise DataError(f"no image can be read in the first {PROBED} rows of {self.spec} that have a caption")
+        return sizes.most_common(1)[0][0]
+
+
+class HeldOut:
+    """The first `most` held-out rows of a stream, in memory, as a source."""
+
+    def __init__(self, stream: StreamSource, fraction: float, most: int) -> None:
+        looked = int(2 * most / fraction) if fraction else 0  # rows that are read to find them
+        rows = itertools.islice(stream.rows(0, None), looked)
+        self.rows = list(itertools.islice((row for row in rows if place_of(row.key) < fraction), most))
+        self.stream, self.image_size, self.skipped = stream, stream.image_size, stream.skipped
+        self.keys: Sequence[str] = [row.key for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def caption(self, i: int) -> str:
+        """The first caption."""
+        return self.rows[i].captions[0]
+
+    def __getitem__(self, i: int) -> Sample:
+        row = self.rows[i]
+        return read_sample(row.key, row.captions, row.shares, row.image, self.image_size, self.stream.options, None)
+
+
+def shuffled(stream: StreamSource, held_out: float, seed: int, start: int = 0) -> Iterator[Row]:
+    """The rows to train on from a position on, in the order of (seed, position), epoch after epoch without an end."""
+    for epoch in itertools.count():
+        count = 0  # rows of this epoch
+        rows = (row for row in stream.rows(epoch, seed) if place_of(row.key) >= held_out)
+        for block in itertools.count():
+            if start >= stream.buffer:  # not one of these is asked for
+                passed = sum(1 for _ in itertools.islice(rows, stream.buffer))
+                if passed == stream.buffer:
+                    count, start = count + passed, start - passed
+                    continue
+                count, start = count + passed, max(0, start - passed)
+                break
+            some = list(itertools.islice(rows, stream.buffer))
+            count += len(some)
+            order = np.random.default_rng([seed, epoch, block, 1]).permutation(len(some))
+            yield from (some[i] for i in order[start:])
+            start = max(0, start - len(some))
+            if len(some) < stream.buffer:
+                break
+        if not count:
+            raise DataError(f"no samples to train on in {stream.spec}: all are held out, left out or without a caption")
+
+
+def stream_loader(
+    stream: StreamSource,
+    held_out: float,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    share: Share = WHOLE,
+) -> Generator[Batch, None, None]:
+    """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1.
+
+    In place of a bad sample stands the next good one of the batch. Raises `DataError` while iterating where the stream
+    breaks or no sample of a batch is good.
+    """
+    rows = shuffled(stream, held_out, seed, start_step * batch_size)
+    mine = share.rows(batch_size)
+
+    def asked() -> Iterator[_Asked]:
+        for step in itertools.count(start_step):
+            some = list(itertools.islice(rows, batch_size))
+            yield _Asked(step, tuple(mine), tuple(some[row] for row in mine))
+
+    return _closing(run(partial(_decoded, stream.options, stream.image_size, seed), ahead(asked(), AHEAD), num_workers))
+
+
+def _closing(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a worker is to decode: rows of batch number `step`, and which rows of the run's batch they are."""
+
+    step: int
+    numbers: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Batch:
+    samples = []
+    for number, row in zip(asked.numbers, asked.rows, strict=True):
+        rng = partial(rng_for, seed, asked.step, number)
+        samples.append(read_sample(row.key, row.captions, row.shares, row.image, size, options, rng))
+    skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
+    good = [i for i, sample in enumerate(samples) if sample.error is None]
+    if not good:
+        raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
+    chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
+    return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
+
+
+def ahead(items: Iterable[Any], most: int) -> Iterator[Any]:
+    """The same items, of which a thread fetches up to `most` before they are asked for; errors come in their place."""
+    fetched: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
+    stopped = threading.Event()
+    thread = threading.Thread(target=partial(_fetch, items, fetched, stopped), daemon=True)
+    thread.start()
+    try:
+        while True:
+            good, item = fetched.get()
+            if not good:
+                if item is None:
+                    return
+                raise item
+            yield item
+    finally:
+        stopped.set()
+
+
+def _fetch(items: Iterable[Any], fetched: queue.Queue[tuple[bool, Any]], stopped: threading.Event) -> None:
+    def put(good: bool, item: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                fetched.put((good, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    try:
+        for item in items:
+            if not put(True, item):
+                return
+        put(False, None)
+    except BaseException as error:
+        put(False, error)

@@ -1,0 +1,231 @@
+"""The samples of a data set as lines of a file: millions of them take 8 bytes each in memory, the rest is on disk.
+
+A line is a JSON list, [key, path, offset, size, captions, shares, height, width]; `path` is a number where many samples
+lie in one file. The file is read through a memory map, which processes share; it goes when the table does, unless it
+was kept (`Table.keep`) to be found again (`Table.found`) by the run that is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+import zipfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from mmdit.weights_io import write_aside
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sample: its image is `size` bytes of `path` from `offset` on (all of it where `size` is None).
+
+    captions: those to choose among; shares: their weights, empty for equal ones. image_size: (height, width) where it
+    was asked for. In a Parquet file `offset` is the row group and `size` the row in it; in a dataset the row.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    path: str
+    offset: int = 0
+    size: int | None = None
+    shares: tuple[float, ...] = ()
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def caption(self) -> str | None:
+        """The first caption, None where there is none."""
+        return self.captions[0] if self.captions else None
+
+
+class Writer:
+    """Lines as they are found; `table` ends it. Raises OSError where the disk is full."""
+
+    def __init__(self) -> None:
+        handle, self.path = tempfile.mkstemp(prefix="mmdit-index-")
+        self._file: BinaryIO = open(handle, "wb")  # noqa: SIM115
+        self._starts, self._hashes = array("q"), array("Q")
+        self._columns: dict[str, array] = {name: array("i") for name in ("height", "width", "block")}
+        self._files: dict[str, int] = {}
+        self._end = 0
+        self._remove = weakref.finalize(self, remove, self.path, os.getpid())
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, entry: Entry, shared: bool, block: int | None = None) -> None:
+        """Append a sample; `shared` where many samples have its path; block: what is best read together."""
+        self._hashes.append(_hash(entry.key))
+        self._starts.append(self._end)
+        if entry.image_size is not None:
+            self._columns["height"].append(entry.image_size[0])
+            self._columns["width"].append(entry.image_size[1])
+        if block is not None:
+            self._columns["block"].append(block)
+        self._write(entry, shared)
+
+    def _write(self, entry: Entry, shared: bool) -> None:
+        path: Any = self._files.setdefault(entry.path, len(self._files)) if shared else entry.path
+        line = [entry.key, path, entry.offset, entry.size, entry.captions, entry.shares, entry.image_size]
+        self._end += self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+    def table(self, longer_key: Callable[[int, Entry], str]) -> Table:
+        """The whole table. Where a key comes again it becomes longer_key(i, entry), and then that with a number."""
+        self._file.flush()
+        table = self._table()
+        for i, key in _renamed(table, np.array(self._hashes, dtype=np.uint64), longer_key):
+            entry = replace(table[i], key=key)
+            self._starts[i] = self._end
+            self._write(entry, entry.path in self._files)
+        self._file.close()
+        table = self._table()
+        self._remove.detach()
+        weakref.finalize(table, remove, self.path, os.getpid())
+        return table
+
+    def _table(self) -> Table:
+        columns = {name: np.array(values, dtype=np.int32) for name, values in self._columns.items() if values}
+        return Table(self.path, np.array(self._starts, dtype=np.int64), list(self._files), columns)
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def _renamed(table: Table, hashes: np.ndarray, longer_key: Callable[[int, Entry], str]) -> Iterator[tuple[int, str]]:
+    """(i, new key) of each sample whose key an earlier one has."""
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+    known = hashes[order]
+    counts: dict[str, int] = {}  # a new key -> how often it was asked for again
+    for i in np.sort(order[again]).tolist():
+        longer = longer_key(i, table[i])
+        key = longer
+        while key in counts or _holds(known, key):
+            counts[longer] = counts.get(longer, 0) + 1
+            key = f"{longer}#{counts[longer] + 1}"
+        counts.setdefault(key, 0)
+        yield i, key
+
+
+def _holds(known: np.ndarray, key: str) -> bool:
+    value = np.uint64(_hash(key))
+    place = int(np.searchsorted(known, value))
+    return place < len(known) and bool(known[place] == value)
+
+
+class Table(Sequence[Entry]):
+    """The samples in their order; a slice is a table of some of them.
+
+    columns: of all samples "height" and "width" where sizes were asked for, "block" where some are read together.
+    """
+
+    def __init__(self, path: str, starts: np.ndarray, files: list[str], columns: dict[str, np.ndarray]) -> None:
+        self.path, self.starts, self.files, self.columns = path, starts, files, columns
+        self._map: mmap.mmap | None = None
+        self._whole: Table | None = None  # of a part: the table that owns the file
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, i: int) -> Entry: ...
+    @overload
+    def __getitem__(self, i: slice) -> Table: ...
+    def __getitem__(self, i: int | slice) -> Entry | Table:
+        if isinstance(i, slice):
+            part = Table(self.path, self.starts[i], self.files, {name: x[i] for name, x in self.columns.items()})
+            part._whole = self._whole or self
+            return part
+        key, path, offset, size, captions, shares, sides = self._line(i)
+        path = self.files[path] if isinstance(path, int) else path
+        image_size = (sides[0], sides[1]) if sides else None
+        return Entry(key, tuple(captions), path, offset, size, tuple(shares), image_size)
+
+    def key(self, i: int) -> str:
+        """The key alone."""
+        return self._line(i)[0]
+
+    def _line(self, i: int) -> list[Any]:
+        start = int(self.starts[i])
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        line: list[Any] = json.loads(self._map[start : self._map.find(b"\n", start)])
+        return line
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_map": None}
+
+    # --- to be found again ---
+
+    def keep(self, folder: Path, name: str, about: dict[str, Any]) -> None:
+        """Write the table below a folder. `about` is what `found` gives back. Raises OSError where there is no room."""
+
+        def arrays(aside: Path) -> None:
+            with aside.open("wb") as file:
+                np.savez(file, **{"starts": self.starts, **self.columns})  # type: ignore[arg-type]
+
+        size = Path(self.path).stat().st_size
+        head = {"files": self.files, "size": size, "count": len(self), **about}
+        write_aside(folder / f"{name}.jsonl", lambda aside: shutil.copyfile(self.path, aside))
+        write_aside(folder / f"{name}.npz", arrays)
+        write_aside(folder / f"{name}.json", lambda aside: aside.write_text(json.dumps(head)))
+
+    @classmethod
+    def found(cls, folder: Path, name: str) -> tuple[Table, dict[str, Any]] | None:
+        """What `keep` wrote, None where there is nothing whole of that name."""
+        path = folder / f"{name}.jsonl"
+        try:
+            head = json.loads((folder / f"{name}.json").read_text())
+            columns = dict(np.load(folder / f"{name}.npz"))
+            starts = columns.pop("starts")
+            if path.stat().st_size != head["size"] or len(starts) != head["count"]:
+                return None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+        return cls(str(path), starts, head["files"], columns), head
+
+
+class Keys(Sequence[str]):
+    """The keys of some tables, one after the other, read as they are asked for."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self.tables = tables
+        self.ends = np.cumsum([len(table) for table in tables])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        table = int(np.searchsorted(self.ends, i, side="right"))
+        return self.tables[table].key(i - int(self.ends[table]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (table.key(i) for table in self.tables for i in range(len(table)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(other) == len(self) and all(map(str.__eq__, self, other))
+
+
+def remove(path: str, owner: int) -> None:
+    """Remove a temporary file, in the process that made it alone."""
+    if os.getpid() == owner:  # a forked worker that ends must not take the file from the others
+        Path(path).unlink(missing_ok=True)
