@@ -28,7 +28,9 @@ def complain(text: str, error: BaseException | None = None) -> None:
     """Print "mmdit: error: ..." to stderr, after the traceback where that is asked for."""
     if error is not None and os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(error)
-    print(f"mmdit: error: {text}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
+    who = "mmdit" if rank == "0" else f"mmdit (process {rank})"
+    print(f"{who}: error: {text}", file=sys.stderr, flush=True)
 
 
 def _out_of_memory(error: BaseException) -> bool:

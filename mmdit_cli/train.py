@@ -34,6 +34,9 @@ def train(
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run where it stopped.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Continue the run if its folder has a checkpoint, else begin it.")
+    ] = False,
 ) -> None:
     """Train a model; Ctrl-C saves, --resume goes on.
 
@@ -49,11 +52,15 @@ def train(
 
       mmdit train my.toml --init runs/demo --lora rank=16 --data my_images/
 
+      torchrun --nproc-per-node 8 -m mmdit_cli train my.toml parallel.strategy=fsdp
+
     All keys with their meanings: docs/config.md. Presets: demo, transfusion-demo, latent, pixels-tiny.
     """
     config_name, settings = split_words(words or [])
     if resume is not None and out is not None:
         raise ValueError("--resume names the run folder already; leave out --out")
+    if restart and (resume is not None or config_name is None):
+        raise ValueError("--restart goes with a config, which it begins or continues; --resume RUN only continues")
     if resume is None and config_name is None:
         raise ValueError("which config? name a preset or a TOML file (mmdit train demo), or --resume RUN")
     if data is not None:
@@ -69,7 +76,7 @@ def train(
 
     if config_name is not None:
         config = load_config(config_name, settings)
-        training.train(config, resume=resume is not None)
+        training.train(config, resume is not None, restart)
     else:
         training.resume(resume, settings)
 

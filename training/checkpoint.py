@@ -3,7 +3,7 @@
 `checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json`
 with the step, the seed, a digest of the list of samples, and the SHA-256 of each file and of itself. It is written
 aside and renamed, so a kill at any moment leaves the one before whole. Every random draw of a run is a function of
-(seed, step), so step and seed are the whole state of RNG and data cursor.
+(seed, step), so step and seed are the whole state of RNG and data cursor. Models in parts: sharded_checkpoint.py.
 """
 
 import shutil
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.weights_io import read_json, read_weights, save_weights, write_json
+from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
+from training.sharding import local, parted
 from training.signed import fsync, sha256, sha256_of
 
 
@@ -31,17 +32,33 @@ def save_checkpoint(
     run: Path, state: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> Path:
     """Write one checkpoint and remove all but the newest `keep`; returns its folder."""
-    folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    aside = folder.with_name(f".{folder.name}.part")
-    for leftover in folder.parent.glob(".step-*.part"):
-        shutil.rmtree(leftover)
+    aside = fresh_aside(run, state["step"])
     for name, tensors in weights.items():
         save_weights(tensors, aside / f"{name}.safetensors")
-    files = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
-    written = {**state, "files": files}
+    seal(aside, state, {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))})
+    return put_in_place(run, aside, keep)
+
+
+def fresh_aside(run: Path, step: int) -> Path:
+    """An empty folder beside those of the checkpoints; what a kill left of others is removed."""
+    aside = run / "checkpoints" / f".step-{step:08d}.part"
+    for leftover in aside.parent.glob(".step-*.part"):
+        shutil.rmtree(leftover)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def seal(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Write the state, with the digests of the other files and its own, and bring all to the disk."""
+    written = {**state, "files": dict(files)}
     write_json(aside / "state.json", {**written, "sha256": sha256_of(written)})
     for path in aside.iterdir():
         fsync(path)
+
+
+def put_in_place(run: Path, aside: Path, keep: int) -> Path:
+    """Make a sealed folder a checkpoint, and remove all but the newest `keep`."""
+    folder = aside.with_name(aside.name.removeprefix(".").removesuffix(".part"))
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}.old.part"))
     aside.rename(folder)
@@ -62,6 +79,27 @@ def _remove_old(run: Path, newest: Path, keep: int) -> None:
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """State and weights of a checkpoint. Raises CorruptCheckpoint that says which file is bad, and how."""
+    verify(folder)
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(
+    folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """State and weights of a checkpoint that was found whole.
+
+    into: what is in parts is read into these tensors, by group and name, where they are there (see `read_sharded`).
+    """
+    state = read_json(folder / "state.json")
+    if state.get("sharded"):
+        from training.sharded_checkpoint import read_sharded
+
+        return state, read_sharded(folder, into)
+    return state, {Path(name).stem: dict(read_weights(folder / name)) for name in state["files"]}
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files are all as they were written; else raises CorruptCheckpoint."""
     try:
         state = read_json(folder / "state.json")
         if state.pop("sha256") != sha256_of(state):
@@ -69,7 +107,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
         for name, digest in state["files"].items():
             if sha256(folder / name) != digest:
                 raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
-        return state, {Path(name).stem: read_weights(folder / name) for name in state["files"]}
+        return state
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{folder.name} is incomplete: {error}") from error
     except CorruptCheckpoint:
@@ -82,12 +120,27 @@ def load_latest(run: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], 
     """The newest whole checkpoint of a run; each one passed over is named through `log`. Raises FileNotFoundError if
     none is.
     """
+    return read_checkpoint(newest_whole(run, log))
+
+
+def newest_whole(run: Path, log: Callable[[str], None]) -> Path:
+    """The folder of the newest whole checkpoint; named and raised as `load_latest` does."""
     for folder in reversed(list_checkpoints(run)):
         try:
-            return load_checkpoint(folder)
+            verify(folder)
+            return folder
         except CorruptCheckpoint as error:
             log(f"warning: checkpoint passed over, falling back to the one before: {error}")
     raise FileNotFoundError(f"{run} holds no whole checkpoint to resume from; train afresh into another folder")
+
+
+@torch.no_grad()
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module, which may hold parts of them. Raises ValueError where they do not fit it."""
+    own = module.state_dict()
+    check_fit(own, tensors, source)
+    for name, x in own.items():
+        local(x).copy_(local(parted(tensors[name], x)))
 
 
 COUNTERS = ("k", "weight_sum", "lr_max")
@@ -134,4 +187,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         if p is None or (value.ndim and value.shape != p.shape and not key.startswith(("qmap", "absmax"))):
             raise CorruptCheckpoint(f"the optimiser's {name} does not fit the model")
         # The step count of the fused optimiser lives beside its parameter, in float32.
-        optimizer.state[p][key] = value.to(p.device, copy=True) if number is None else number
+        value = value.to(p.device, copy=True)
+        of_weight = value.ndim > 0 and value.shape == p.shape
+        optimizer.state[p][key] = number if number is not None else parted(value, p) if of_weight else value

@@ -42,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "SamplingConfig",
     "TextConfig",
     "TrainConfig",
@@ -357,8 +358,15 @@ class TrainingConfig(Settings):
     """Kernel of the attention; all but "sdpa" want CUDA."""
     packing: bool = False
     """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block but its
+    matrix products and attention."""
+    recompute_every: Count = 1
+    """Of the blocks every how many-th is recomputed."""
+    max_bad_steps: CountOrZero = 10
+    """Steps in a row without a finite gradient that end the run; each such step is left out and counted. 0: no look."""
     log_every: Count = 10
     """Steps from one line in metrics.jsonl to the next."""
     validate_every: CountOrZero = 1000
@@ -369,6 +377,8 @@ class TrainingConfig(Settings):
     """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
+    async_checkpoint: bool = False
+    """Write checkpoints beside the training, from a copy in the CPU's memory."""
     peak_tflops: Positive | Literal["auto", "measure"] = "auto"
     """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
     or what a large matrix product reaches here ("measure")."""
@@ -399,6 +409,25 @@ class TrainingConfig(Settings):
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
             return None
         return int(first), int(last)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Settings):
+    """One run on the processes that torchrun starts (docs/distributed.md); one process alone needs none of it."""
+
+    section: ClassVar[str] = "parallel"
+
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """What each process holds: with "ddp" (and "auto") all of the model, with "fsdp" an equal part of weights, average
+    and optimiser, with "hsdp" such a part within each group of shard_size processes. "none": one process alone."""
+    shard_size: Count | None = None
+    """Processes that hold one model together with "hsdp"; "none" is those of a node."""
+    reshard: bool = True
+    """After a block's forward pass drop its gathered weights, and gather them again for the backward pass."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimiser of "fsdp" and "hsdp" in the CPU's memory; the device holds what works."""
+    timeout: Count = 1800
+    """Seconds that the processes wait for one that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -500,6 +529,7 @@ class TrainConfig(Settings):
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -25,6 +25,8 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of matrix products that a config names; "auto" takes bf16 where the hardware multiplies it natively."""
+    if name == "fp16":
+        return torch.float16
     native = multiplies_bf16(device)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdit.weights_io import assign_weights, read_weights, save_weights
-from training.checkpoint import load_latest
+from mmdit.weights_io import read_weights, save_weights
+from training.checkpoint import assign, load_latest
 from training.config import TrainingConfig
+from training.sharding import local, parted, whole
 
 Profile = tuple[float, float]
 WIDEST = 12**-0.5
@@ -98,10 +99,13 @@ class Exponential:
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         """Put back what `tensors` gave. Raises ValueError that names `source` where it does not fit."""
-        assign_weights(self.ema, tensors["ema"], source)
+        assign(self.ema, tensors["ema"], source)
 
-    def snapshot(self, run: Path, step: int) -> None:
-        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept."""
+    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
+        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept.
+
+        Of an average in parts all processes have to ask, and one to write.
+        """
 
 
 class ScheduleFree(Exponential):
@@ -134,7 +138,8 @@ class Power(Exponential):
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         first, weights = _pairs(self.ema, model)
-        for power, averages in zip(self.powers, (first, list(self.second.values())), strict=True):
+        second = [local(x) for x in self.second.values()]
+        for power, averages in zip(self.powers, (first, second), strict=True):
             torch._foreach_lerp_(averages, weights, 1 - power_decay(power, step + 1))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -143,16 +148,18 @@ class Power(Exponential):
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         super().load(tensors, source)
         for name, value in self.second.items():
-            value.copy_(tensors["ema_second"][name])
+            local(value).copy_(local(parted(tensors["ema_second"][name], value)))
 
-    def snapshot(self, run: Path, step: int) -> None:
+    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
         if not self.config.ema_snapshot_every:
             return
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.ema_snapshot_dtype]
         first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
         for width, average in zip(self.config.ema_sigma_rel, (first, self.second), strict=True):
             path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
-            save_weights({name: value.to(kind) for name, value in average.items()}, path)
+            tensors = {name: whole(value).to(kind) for name, value in average.items()}
+            if write:
+                save_weights(tensors, path)
 
 
 def make_average(
@@ -167,7 +174,7 @@ def make_average(
 def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The averages of what is trained, and it."""
     pairs = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    return [e for e, _ in pairs], [p for _, p in pairs]
+    return [local(e) for e, _ in pairs], [local(p).to(e.device) for e, p in pairs]
 
 
 # --- afterwards ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ batch, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from mmdit.features import Features
 from mmdit.sequences import MixedBatch, pack
 from mmdit.text import Tokens
-from samplers import RectifiedFlow, Schedule
+from samplers import RectifiedFlow, Schedule, randn
 from training.config import TrainConfig
+from training.share import WHOLE, Share
 from training.time_density import Shifted, TimeDensity, make_time_density
 
 
@@ -61,16 +62,31 @@ class Loss(NamedTuple):
     errors: Tensor | None = None
 
 
+def noise_for(num: int, like: Sequence[Tensor], generator: torch.Generator, share: Share) -> list[Tensor]:
+    """Noise of this share's samples, shaped like the tensors given, each from a seed of its own: no process draws
+    another's.
+
+    num: samples of all processes.
+    """
+    seeds = share.of(torch.randint(2**63 - 1, (num,), generator=generator).tolist())
+    return [randn(x.shape, torch.Generator().manual_seed(s), x.dtype).to(x) for x, s in zip(like, seeds, strict=True)]
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """The rectified-flow objective. A caption is dropped with `caption_dropout`, for each sample and each encoder
-    alone.
+    alone. share: the piece of each batch that comes here; draws are made for the whole.
     """
 
     density: TimeDensity
     caption_dropout: float = 0.1
     stratified: bool = True
     schedule: RectifiedFlow = field(default_factory=RectifiedFlow)
+    share: Share = WHOLE
+
+    def prepared(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Batch, None]:
+        """The batch, and no counts: every sample weighs the same."""
+        return batch, None
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, t: Tensor | float | None = None
@@ -81,13 +97,14 @@ class FlowMatching:
         captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped.
         """
         x_0, device = batch.latents, batch.latents.device
-        fixed = t is not None
+        fixed, num = t is not None, len(x_0) * self.share.world
         if t is None:
-            t = self.density.sample(len(x_0), generator, stratified=self.stratified)
+            t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))
         t = torch.as_tensor(t, dtype=x_0.dtype).expand(len(x_0)).to(device)
-        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(device)
+        eps = torch.stack(noise_for(num, list(x_0), generator, self.share))
         encoders: int = model.conditioner.num_encoders  # type: ignore[union-attr, assignment]
-        drop = torch.rand(len(x_0), encoders, generator=generator).to(device) < (0 if fixed else self.caption_dropout)
+        dropped = self.share.of(torch.rand(num, encoders, generator=generator)) < (0 if fixed else self.caption_dropout)
+        drop = dropped.to(device)
         v = model(self.schedule.mix(x_0, eps, t), t, batch.tokens, drop)
         errors = (v.float() - self.schedule.velocity(x_0, eps, t)).square().flatten(1).mean(1)
         loss = errors.mean()
@@ -113,6 +130,7 @@ class TextAndImages:
     schedule: Schedule = field(default_factory=RectifiedFlow)
     prediction: Literal["velocity", "noise"] = "velocity"
     stratified: bool = True
+    share: Share = WHOLE
 
     def __post_init__(self) -> None:
         if self.prediction not in ("velocity", "noise"):
@@ -122,46 +140,60 @@ class TextAndImages:
         if not 0 <= self.caption_first <= 1 or not 0 <= self.caption_dropout <= 1:
             raise ValueError("expected caption_first and caption_dropout in [0, 1]")
 
+    def prepared(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[MixedBatch, Tensor]:
+        """The batch as documents, and what its means are taken over: (tokens to predict, images), float32 (2,).
+
+        Captions stand before their images with chance `caption_first`, and are then left out with chance
+        `caption_dropout`, else after them.
+        """
+        first, dropped = self._orders(len(batch.latents), generator)
+        mixed = documents(batch, first, dropped, model.pack)  # type: ignore[arg-type]
+        return mixed, torch.tensor([len(mixed.predicting), len(mixed.latents)], dtype=torch.float32)
+
     def __call__(
         self,
         model: nn.Module,
         batch: MixedBatch | Batch,
         generator: torch.Generator,
         t: Tensor | float | None = None,
+        counts: Tensor | None = None,
     ) -> Loss:
         """Loss of `model(batch, t)` on clean documents; parts "text" (nats a token) and "image" (per number).
 
-        Captioned images become documents first: the caption before its image with chance `caption_first`, and then left
-        out with chance `caption_dropout`, else after it. Draws from `generator`, on the CPU: these, times, then noise
-        image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
+        Captioned images become documents first (see `prepared`). Draws from `generator`, on the CPU: these, times, then
+        noise image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
+        counts (2,): tokens and images that the means are taken over, in place of the batch's own; with their mean over
+        the pieces of a larger batch, the mean of the pieces' losses is the loss of that batch.
         """
         if isinstance(batch, Batch):
-            first, dropped = self._orders(len(batch.latents), generator) if t is None else (None, None)
-            batch = documents(batch, first, dropped, model.pack)  # type: ignore[arg-type]
+            batch = self.prepared(model, batch, generator)[0] if t is None else documents(batch, pack=model.pack)  # type: ignore[arg-type]
         images, device = len(batch.latents), batch.ids.device
+        num_tokens, num_images = (len(batch.predicting), images) if counts is None else counts.tolist()
+        num = images * self.share.world
         if t is None:
-            t = self.density.sample(images, generator, stratified=self.stratified) if images else torch.zeros(0)
+            t = self.density.sample(num, generator, stratified=self.stratified) if images else torch.zeros(0)
+            t = self.share.of(t)
             t = torch.where(opens_text(batch).cpu(), t * self.image_first_cap, t)
         t = torch.as_tensor(t, dtype=torch.float32).expand(images).to(device)
-        noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device) for x in batch.latents]
+        noise = noise_for(num, batch.latents, generator, self.share)
         noised = [self.schedule.mix(x, e, s) for x, e, s in zip(batch.latents, noise, t, strict=True)]
         out = model(batch.with_latents(noised), t)
-        text = next_token_loss(out.states, out.head, batch, self.z_loss)
+        text = next_token_loss(out.states, out.head, batch, self.z_loss, num_tokens=num_tokens)
         errors = [
             (v.float() - (e if self.prediction == "noise" else self.schedule.velocity(x, e, s))).square().mean()
             for v, x, e, s in zip(out.v, batch.latents, noise, t, strict=True)
         ]
         each = torch.stack(errors) if errors else text.new_zeros(0)
-        image = each.mean() if errors else text.new_zeros(())
+        image = each.sum() / num_images if errors else text.new_zeros(())
         parts = {"text": text.detach(), "image": image.detach()}
         return Loss(text + self.image_weight * image, parts, t, each.detach())
 
     def _orders(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which samples have their image first, and which no caption."""
-        image_first, dropped = torch.rand(2, num, generator=generator) < torch.tensor(
+        image_first, dropped = torch.rand(2, num * self.share.world, generator=generator) < torch.tensor(
             [[1 - self.caption_first], [self.caption_dropout]]
         )
-        return image_first, dropped & ~image_first
+        return self.share.of(image_first), self.share.of(dropped & ~image_first)
 
 
 def documents(
@@ -195,12 +227,17 @@ def opens_text(batch: MixedBatch) -> Tensor:
 
 
 def next_token_loss(
-    states: Tensor, head: nn.Linear, batch: MixedBatch, z_loss: float = 0.0, chunk: int = 1024
+    states: Tensor,
+    head: nn.Linear,
+    batch: MixedBatch,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+    num_tokens: float | None = None,
 ) -> Tensor:
     """Mean cross entropy of the next token, in nats, over `batch.predicting`; 0 where there is none.
 
-    states (T, D). Logits are made `chunk` tokens at a time, and again in the backward pass: of a large vocabulary they
-    would be the largest tensor of the step.
+    states (T, D). num_tokens: what the sum is divided by, None: the tokens there are. Logits are made `chunk` tokens at
+    a time, and again in the backward pass: of a large vocabulary they would be the largest tensor of the step.
     """
     rows = batch.predicting
     total = states.new_zeros((), dtype=torch.float32)
@@ -215,15 +252,15 @@ def next_token_loss(
     for some in rows.split(chunk):
         x, targets = states[some], batch.ids[some + 1]
         total = total + (part(x, targets) if len(rows) <= chunk else checkpoint(part, x, targets, use_reentrant=False))
-    return total / len(rows)
+    return total / (len(rows) if num_tokens is None else num_tokens)
 
 
-def make_objective(config: TrainConfig) -> FlowMatching | TextAndImages:
-    """What a run's model learns."""
+def make_objective(config: TrainConfig, share: Share = WHOLE) -> FlowMatching | TextAndImages:
+    """What a run's model learns; share: of each batch, the piece that comes to this process."""
     o, mixed = config.objective, config.transfusion
     density = Shifted(make_time_density(o.time_density, m=o.m, s=o.s), o.shift)
     if not mixed.enabled:
-        return FlowMatching(density, o.caption_dropout, o.stratified)
+        return FlowMatching(density, o.caption_dropout, o.stratified, share=share)
     names = ("image_weight", "image_first_cap", "z_loss", "caption_first")
     own = {name: getattr(mixed, name) for name in names}
-    return TextAndImages(density, caption_dropout=o.caption_dropout, stratified=o.stratified, **own)
+    return TextAndImages(density, caption_dropout=o.caption_dropout, stratified=o.stratified, share=share, **own)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training.config import OptimizerConfig
 from training.devices import multiplies_bf16
 from training.mup import rate_scales
+from training.sharding import local, part_of, parted, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: brings singular values of (0, 1] near 1 in 5 rounds
 MATCH_RMS = 0.2  # of AdamW's usual updates (Liu et al. 2025, arXiv 2502.16982, section 2.2)
@@ -152,19 +153,23 @@ class Muon(torch.optim.AdamW):
         for w in weights:
             if not self.state[w]:
                 self.state[w]["momentum"] = torch.zeros_like(w)
-        momenta = [self.state[w]["momentum"] for w in weights]
-        gradients: Any = [w.grad for w in weights]
+        momenta = [local(self.state[w]["momentum"]) for w in weights]
+        gradients = [local(w.grad) for w in weights if w.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        updates = torch._foreach_lerp(gradients, momenta, self.momentum)
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for pair in zip(weights, updates, strict=True):
-            for w, u in zip(*map(_parts, pair), strict=True):
-                by_shape[w.shape].append((w, u))  # type: ignore[index]
-        for (rows, columns), pairs in by_shape.items():
-            orthogonal = newton_schulz(torch.stack([u for _, u in pairs]))
-            step = -lr * MATCH_RMS * math.sqrt(max(rows, columns))
-            torch._foreach_add_([w for w, _ in pairs], list(orthogonal.to(pairs[0][0].dtype)), alpha=step)
+        updates = list(torch._foreach_lerp(gradients, momenta, self.momentum))
+        own = [local(w) for w in weights]
+        torch._foreach_mul_(own, 1 - lr * weight_decay)
+        # Of a model in parts every process gathers the updates, makes them orthogonal and takes its part.
+        updates = [whole(part_of(u, w)) for u, w in zip(updates, weights, strict=True)]
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        for u in updates:
+            for part in _parts(u):
+                by_shape[part.shape].append(part)  # type: ignore[index]
+        scales = [-lr * MATCH_RMS * math.sqrt(max(_parts(u)[0].shape)) for u in updates]
+        for parts in by_shape.values():
+            torch._foreach_copy_(parts, list(newton_schulz(torch.stack(parts)).to(parts[0].dtype)))
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(own, [local(parted(u, w)) for u, w in zip(updates, weights, strict=True)])
 
 
 def _parts(matrix: Tensor) -> list[Tensor]:

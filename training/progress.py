@@ -10,10 +10,13 @@ LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late."""
+    """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late.
 
-    def __init__(self, title: str, total: int, start: int = 0, images: int = 1) -> None:
-        self.title, self.total, self.done, self.images = title, total, start, images
+    quiet: show nothing, and count alone.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, images: int = 1, quiet: bool = False) -> None:
+        self.title, self.total, self.done, self.images, self.quiet = title, total, start, images, quiet
         self.rate = 0.0
         self._values: dict[str, float] = {}
         self._marks = [(time.perf_counter(), start)]
@@ -26,7 +29,7 @@ class Progress:
         return self.rate * self.images
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not self.quiet:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -46,13 +49,15 @@ class Progress:
         self.rate = (done - before) / max(1e-9, now - then)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, values=self._text())
-        elif now - self._last_line >= LINE_EVERY or done == self.total:
+        elif not self.quiet and (now - self._last_line >= LINE_EVERY or done == self.total):
             self._last_line = now
             left = (self.total - done) / self.rate if self.rate else 0.0
             print(f"{self.title} {done}/{self.total}  {self._text()}  {left / 60:.1f} min left", flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""
+        if self.quiet:
+            return
         (self._bar.console.print if self._bar is not None else print)(text)
 
     def _text(self) -> str:

@@ -27,7 +27,9 @@ class Board(Protocol):
 
 
 class RunFolder:
-    """Paths of a run, and the two files that grow: the log and the metrics."""
+    """Paths of a run, and the two files that grow: the log and the metrics. quiet: nothing is printed."""
+
+    quiet = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -113,3 +115,34 @@ class RunFolder:
             self._board = None
         if self.board is not None:
             self.board.close()
+
+
+class QuietRun(RunFolder):
+    """The run of a process that is not the first of several: it reads, and leaves writing and printing to the first.
+
+    A sample that cannot be used is still named, since each process reads others.
+    """
+
+    quiet = True
+
+    def __init__(self, path: str | Path, rank: int) -> None:
+        super().__init__(path)
+        self.rank = rank
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Nothing."""
+
+    def log(self, text: str) -> None:
+        """Nothing."""
+
+    def log_skipped(self, key: str, reason: str) -> None:
+        """Print it."""
+        if key not in self._skipped:
+            self._skipped.add(key)
+            print(f"process {self.rank} skipped {key}: {reason}", flush=True)
+
+    def write_metrics(self, step: int, **values: float) -> None:
+        """Nothing."""
+
+    def rewind_metrics(self, step: int) -> None:
+        """Nothing."""

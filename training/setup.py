@@ -290,7 +290,7 @@ def open_feeds(
         return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
-    with Progress("encoding", len(training)) as progress:
+    with Progress("encoding", len(training), quiet=run.quiet) as progress:
         feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done), sampled=sampled)
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation

@@ -6,11 +6,10 @@ equal pieces: row k of the run's batch stays row k, whoever computes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T", bound=Sequence)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,18 @@ class Share:
 
     def of(self, part: T) -> T:
         """This process's piece of what was drawn for a whole part."""
-        size = len(part) // self.world
-        return part[self.rank * size : (self.rank + 1) * size]  # type: ignore[return-value]
+        rows: Any = part
+        size = len(rows) // self.world
+        return rows[self.rank * size : (self.rank + 1) * size]  # type: ignore[no-any-return]
 
     def check(self, name: str, num: int) -> None:
         """Raises ValueError where a batch of `num` cannot be cut into equal pieces."""
         pieces = self.parts * self.world
         if num % pieces:
+            near = " or ".join(str(n) for n in (num - num % pieces, num + -num % pieces) if n)
             raise ValueError(
                 f"{name} is {num}, expected a multiple of training.grad_accumulation = {self.parts} times "
-                f"{self.world} processes: {num - num % pieces or pieces} or {num + -num % pieces}"
+                f"{self.world} processes: {near}"
             )
 
 

@@ -176,6 +176,16 @@ class Telemetry:
             self.log(f"warning: {share:.0%} of the last minute went into waiting for data: {_remedy(self.config)}")
 
 
+def shared_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the states of several processes one that each of them can go on from: the means."""
+    if len(states) == 1:
+        return states[0]
+    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).mean(0).tolist()
+    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0).tolist()
+             for name in states[0]["parts"]}  # fmt: skip
+    return {"bins": bins, "parts": parts}
+
+
 def part_of(parameter: str) -> str:
     """Which part of a captioned model a parameter is of, by its name: "blocks", "text", "in" or "out"."""
     where, _, rest = parameter.partition(".")

@@ -3,12 +3,15 @@
     batch number k -> objective -> gradients -> clip -> AdamW -> EMA -> (metrics, validation, samples, checkpoint)
 
 Every draw of step k (order, times, noise, dropped captions) is a function of (seed, k), so a run that was stopped and
-resumed computes what the uninterrupted one would have.
+resumed computes what the uninterrupted one would have. Started by torchrun, several processes compute each step
+together (parallel.py, sharding.py); the first one writes, and evaluates.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -21,15 +24,15 @@ from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
-from mmdit.weights_io import assign_weights
 from training.boards import open_board
 from training.cached import CachedFeed
 from training.checkpoint import (
+    assign,
     list_checkpoints,
-    load_latest,
     load_optimizer_tensors,
+    newest_whole,
     optimizer_tensors,
-    save_checkpoint,
+    read_checkpoint,
 )
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Pieces
@@ -40,13 +43,28 @@ from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
+from training.parallel import ALONE, Ranks, ranks_of
 from training.plots import caption_grid
+from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
-from training.run import RunFolder
+from training.run import QuietRun, RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
-from training.telemetry import Profiler, Telemetry
+from training.sharding import (
+    Learner,
+    accumulating,
+    check_parallel,
+    copied,
+    gathering,
+    hold,
+    spread_text,
+    weights_digest,
+    whole,
+)
+from training.share import Share
+from training.telemetry import Profiler, Telemetry, shared_state
+from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
@@ -73,27 +91,47 @@ KEPT = (
 )
 
 
-def train(config: TrainConfig, resume: bool = False) -> Path:
+class Diverged(ValueError):
+    """The gradient was no finite number for too many steps in a row."""
+
+
+def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> Path:
     """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
 
-    An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is nothing to save, and
-    the folder of a new run is removed. Raises ValueError for settings and data that do not work, FileExistsError where
-    the run folder is taken.
+    restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
+    again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
+    nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
+    FileExistsError where the run folder is taken, Diverged, and ProcessLost where another process of the run ends.
     """
-    if resume:
-        return _continue(RunFolder.open(config.run_folder), config)
-    with Interrupts() as interrupts:
-        run = RunFolder.create(config.run_folder, config)
+    restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    with Interrupts() as interrupts, ranks_of(config) as ranks:
+        if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
+            run = _known(RunFolder.open(config.run_folder), ranks)
+            return _continue(run, config, ranks, interrupts)
+        run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
         try:
-            Trainer(config, run).fit(interrupts)
+            Trainer(config, run, ranks=ranks).fit(interrupts)
         except BaseException as error:
-            if list_checkpoints(run.path) or run.metrics():
+            if list_checkpoints(run.path) or run.metrics() or not ranks.first:
                 raise
             shutil.rmtree(run.path)  # nothing was trained: leave the name free
             if not isinstance(error, Interrupted):
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
     return run.path
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder has a run with a checkpoint; one without is removed, since nothing of it can be used."""
+    if list_checkpoints(folder):
+        return True
+    if (folder / "config.toml").exists():
+        shutil.rmtree(folder)
+    return False
+
+
+def _known(run: RunFolder, ranks: Ranks) -> RunFolder:
+    return run if ranks.first else QuietRun(run.path, ranks.rank)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -103,19 +141,20 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
     """
     run = RunFolder.open(path)
-    return _continue(run, apply_overrides(run.config(), overrides))
+    config = apply_overrides(run.config(), overrides)
+    with Interrupts() as interrupts, ranks_of(config) as ranks:
+        return _continue(_known(run, ranks), config, ranks, interrupts)
 
 
-def _continue(run: RunFolder, config: TrainConfig) -> Path:
+def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
     old = run.config()
     for key in KEPT:
         if attrgetter(key)(config) != attrgetter(key)(old):
             raise _other(run, key, attrgetter(key)(old), attrgetter(key)(config))
-    with Interrupts() as interrupts:
-        try:
-            Trainer(config, run, resumed=True).fit(interrupts)
-        except Interrupted:
-            run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
+    try:
+        Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
+    except Interrupted:
+        run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
     return run.path
 
 
@@ -129,14 +168,20 @@ def _other(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
 class Trainer:
     """All that one training run holds: data, model, average, optimiser, and the step it has reached."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, resumed: bool = False) -> None:
-        self.config, self.run, self.step = config, run, 0
+    def __init__(self, config: TrainConfig, run: RunFolder, resumed: bool = False, ranks: Ranks = ALONE) -> None:
+        self.config, self.run, self.ranks, self.step = config, run, ranks, 0
         self.device = pick_device(config.training.device)
         self.precision = pick_precision(config.training.precision, self.device)
         if why := why_not(config.training.attention, self.device):
             raise ValueError(why)
+        self.share = Share(ranks.rank, ranks.world, config.training.grad_accumulation)
+        self._check()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
-        run.board = open_board(config, run)
+        self.scaler = LossScaler.for_precision(self.precision)
+        self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
+        self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        if ranks.first:
+            run.board = open_board(config, run)
         check_metrics(config.evaluation)
         self._judge: ModelJudge | None = None
         torch.manual_seed(config.seed)
@@ -145,14 +190,19 @@ class Trainer:
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
         self.samples, self.text = fingerprint(source), corpus and corpus.digest
-        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus).to(self.device)
-        run.log(f"computing on {self.device} in {str(self.precision).removeprefix('torch.')}")
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
+        ranks.agree(config=repr(config), data=self.samples, text=self.text, weights=weights_digest(self.model))
+        precision = str(self.precision).removeprefix("torch.")
+        run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
+        held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
+        self.learner, self.ema, self.in_parts, self._skeleton = held
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
-        self.objective = make_objective(config)
-        self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log)
+        self.writer = Writer(
+            run.path, config.training.keep_checkpoints, ranks, self.in_parts, config.training.async_checkpoint
+        )
+        self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log, ranks.sum)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
             self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
         )
@@ -168,12 +218,26 @@ class Trainer:
             pieces, self.held_out_text = open_pieces(config, run, corpus, words, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
         if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
-            self.pipe.save_defaults(run.path / "pipeline")
+            ranks.wait()
+            if ranks.first:
+                self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)
             run.rewind_metrics(self.step)
-            remove_snapshots(run.path, self.step)
+            if ranks.first:
+                remove_snapshots(run.path, self.step)
         else:
-            self.pipe.save(run.path / "pipeline")
+            self._save_pipeline()
+
+    def _check(self) -> None:
+        """Raises ValueError where the batch, the processes and the device do not go together."""
+        check_parallel(self.config, self.ranks, self.device)
+        documents = self.config.text_documents
+        self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
+        self.share.check("the number of documents of text in a batch", documents)
+
+    @property
+    def _pictures(self) -> int:
+        return self.config.training.batch_size - self.config.text_documents
 
     def _sampling_defaults(self) -> dict[str, Any]:
         s = self.config.sampling
@@ -184,21 +248,22 @@ class Trainer:
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
         config, run = self.config.training, self.run
-        pictures = config.batch_size - self.config.text_documents
-        batches = self.feed.batches(config.batch_size, self.config.seed, self.step)
-        model = compiled(self.model, self.config, self.device, run.log)
-        profiler = Profiler(config.profiled, run.path / "profile", run.log)
+        batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
+        learner = self._ready()
+        shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
+        profiler = Profiler(config.profiled if self.ranks.first else None, run.path / "profile", run.log)
         try:
             with (
                 repeatable(self.device),
                 attention_backend(config.attention),
                 interrupts.deferred(),
-                Progress("training", config.num_steps, self.step, pictures) as progress,
+                shown as progress,
             ):
-                while self.step < config.num_steps and not interrupts.caught:
+                while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
                     profiler.before(self.step + 1)
-                    loss, norm = self._train_step(model, self.telemetry.next(batches))
-                    self._losses.append(loss)
+                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
+                    if not self._left_out:
+                        self._losses.append(loss)
                     self.step += 1
                     profiler.after(self.step)
                     self._report(progress, norm)
@@ -206,33 +271,80 @@ class Trainer:
             profiler.close()
             batches.close()  # type: ignore[attr-defined]
             run.close()
-        if interrupts.caught:
+        stopped = self.ranks.any(interrupts.caught)
+        if stopped:
             self._checkpoint()
+        self.writer.wait()
+        if stopped:
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
             return
         try:
-            self._finish()
+            if self.ranks.first:
+                self._finish()
         except Interrupted:
             run.log(f"stopped before the scores; all is trained and saved, score it with: mmdit evaluate {run.path}")
 
-    def _train_step(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = self.config.training.grad_accumulation
-        total = torch.zeros((), device=self.device)
-        for i, part in enumerate(batch.split(parts)):
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                loss = self.objective(model, part, generator_for(self.config.seed, self.step, i))
-            (loss.total / parts).backward()
-            total += loss.total.detach() / parts
-            self.telemetry.add(loss)
+    def _ready(self) -> torch.nn.Module:
+        """The learner as it is called: compiled, and with the gradients of all processes."""
+        blocks_alone = self.ranks.world > 1
+        model = compiled(self.model, self.config, self.device, self.run.log, blocks_alone)
+        learner = self.learner if model is self.model else Learner(model, self.learner.objective)
+        return copied(learner, self.device) if self.ranks.world > 1 and not self.in_parts else learner
+
+    def _train_step(self, learner: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of this process's share of the batch, and the norm of the gradient of all of it."""
+        parts, losses, total = self._prepared(batch), [], torch.zeros((), device=self.device)
+        for i, part in enumerate(parts, start=1):
+            with accumulating(learner, last=i == len(parts)):
+                with autocast(self.device, self.precision):
+                    loss = learner(*part)
+                (loss.total / len(parts) * self.scaler.scale).backward()
+            total += loss.total.detach() / len(parts)
+            losses.append(loss._replace(total=loss.total.detach()))
+        self.scaler.unscale(self.model.parameters())
         if self._due(self.config.training.log_every, self.step + 1):
             self.telemetry.gradients(self.model)
         clip = self.config.optimizer.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf"))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf")))
         set_rate(self.optimizer, self.rate(self.step))
-        self.optimizer.step()
+        if self._usable(norm):
+            self.optimizer.step()
+            self.average.update(self.model, self.step)
+            for loss in losses:
+                self.telemetry.add(loss)
         self.optimizer.zero_grad()
-        self.average.update(self.model, self.step)
         return total, norm
+
+    def _prepared(self, batch: Any) -> list[tuple[Any, torch.Generator, torch.Tensor | None]]:
+        """What the learner is called with for each part; counts are means over all parts of all processes."""
+        objective, seed, prepared = self.learner.objective, self.config.seed, []
+        for i, part in enumerate(batch.split(self.share.parts)):
+            generator = generator_for(seed, self.step, i)
+            prepared.append((*objective.prepared(self.model, part, generator), generator))
+        counts = [own for _, own, _ in prepared if own is not None]
+        mean = self.ranks.mean(torch.stack(counts).mean(0)) if counts else None
+        return [(part, generator, mean) for part, _, generator in prepared]
+
+    def _usable(self, norm: torch.Tensor) -> bool:
+        """Whether the gradient is finite; one that is not, and not for the loss's scale, counts. Raises Diverged."""
+        most = self.config.training.max_bad_steps
+        if not most and not self.scaler.enabled:
+            return True
+        self._left_out = not norm.isfinite()
+        if self.scaler.update(not self._left_out):
+            return False
+        if not self._left_out:
+            self._bad = 0
+            return True
+        self._bad += 1
+        self.skipped += 1
+        self.run.log(f"step {self.step + 1} is left out: its gradient is no finite number ({self.skipped} so far)")
+        if most and self._bad >= most:
+            raise Diverged(
+                f"stopped at step {self.step + 1}: the gradient was no finite number in {self._bad} steps in a row "
+                "(training.max_bad_steps); checkpoints are as they were: lower optimizer.lr, or look at the data"
+            )
+        return False
 
     def _due(self, every: int, step: int | None = None) -> bool:
         step = self.step if step is None else step
@@ -242,11 +354,15 @@ class Trainer:
         """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
         config = self.config.training
         if self._due(config.log_every):
-            loss = torch.stack(self._losses).mean().item()
+            values = {"loss": torch.tensor(self._mean_losses()).mean().item()} if self._losses else {}
+            values |= {} if self._left_out else {"grad_norm": float(norm)}
             self._losses.clear()
-            progress.show(self.step, loss=loss)
-            rates = {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
-            self.run.write_metrics(self.step, loss=loss, grad_norm=float(norm), **rates, **self.telemetry.line())
+            progress.show(self.step, **values)
+            values |= {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
+            values |= {"loss_scale": self.scaler.scale} if self.scaler.enabled else {}
+            values |= {"skipped_steps": self.skipped} if self.skipped else {}
+            told = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
+            self.run.write_metrics(self.step, **values, **told)
         else:
             progress.show(self.step)
         if self._due(config.validate_every):
@@ -254,29 +370,47 @@ class Trainer:
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.ema_snapshot_every):
-            self.average.snapshot(self.run.path, self.step)
+            self.average.snapshot(self.run.path, self.step, write=self.ranks.first)
         every = self.config.evaluation.metrics_every
         if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
-            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
-            self._write_quality(self._judge(self.pipe))
+            self._score()
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
+    def _mean_losses(self) -> list[float]:
+        """Of each step since the last line of metrics, the loss of the whole batch."""
+        return self.ranks.mean(torch.stack(self._losses)).tolist() if self._losses else []
+
     def _validate(self, progress: Progress) -> None:
-        if self.held_out_text is not None:
-            self.run.write_metrics(self.step, **corpus_loss(self.ema, self.held_out_text, self.config))
-        if self.validation is not None:
-            losses = validation_loss(self.ema, self.validation, self.config)
-            self.run.write_metrics(self.step, **losses)
-            progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
+        if not (self.ranks.first or self.in_parts):  # of a model in parts, all have to compute
+            return
+        with gathering(self.ema):
+            if self.held_out_text is not None:
+                self.run.write_metrics(self.step, **corpus_loss(self.ema, self.held_out_text, self.config))
+            if self.validation is not None:
+                losses = validation_loss(self.ema, self.validation, self.config)
+                self.run.write_metrics(self.step, **losses)
+                progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
+        if not (self.ranks.first or self.in_parts):
+            return
         prompts = list(self.config.sampling.prompts) or (self.validation.captions if self.validation else [""])
         prompts = (prompts * GRID)[:GRID]
-        images = self.pipe(prompts, seed=self.config.sampling.seed)
+        with gathering(self.ema):
+            images = self.pipe(prompts, seed=self.config.sampling.seed)
+        if not self.ranks.first:
+            return
         folder = self.run.path / "samples"
         folder.mkdir(exist_ok=True)
         caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
+
+    def _score(self) -> None:
+        if not (self.ranks.first or self.in_parts):
+            return
+        with gathering(self.ema):
+            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
+            self._write_quality(self._judge(self.pipe))
 
     def _write_quality(self, scores: dict[str, Any]) -> None:
         self.run.write_metrics(self.step, **{name: x for name, x in scores.items() if isinstance(x, float)})
@@ -303,20 +437,44 @@ class Trainer:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
-        weights = {
+        losses = self._mean_losses()
+        state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
+        state |= {"text": self.text} if self.text else {}
+        state |= {"skipped": self.skipped, "bad": self._bad}
+        state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
+        state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
+        pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
+        self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
             "model": self.model.state_dict(),
             **self.average.tensors(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
-        losses = [loss.item() for loss in self._losses]
-        state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
-        state |= {"telemetry": self.telemetry.state()}
-        state |= {"text": self.text} if self.text else {}
-        save_checkpoint(self.run.path, state, weights, self.config.training.keep_checkpoints)
-        self.pipe.save_weights(self.run.path / "pipeline")
+
+    def _whole_pipe(self) -> TextToImage:
+        """The pipeline with the average in one piece, in the first process; one that goes on being as it is now."""
+        if not self.in_parts and not self.config.training.async_checkpoint:
+            return self.pipe
+        pipe, state = copy.copy(self.pipe), {}
+        for name, x in self.ema.state_dict().items():
+            x = whole(x).detach()  # one at a time: the others have each but for a moment
+            if self.ranks.first:
+                state[name] = x.to("cpu", copy=True)
+        if self.ranks.first:
+            pipe.model = copy.deepcopy(self._skeleton or self.ema)
+            pipe.model.load_state_dict(state, assign=True)
+        return pipe
+
+    def _save_pipeline(self) -> None:
+        pipe = self._whole_pipe()
+        if self.ranks.first:
+            pipe.save(self.run.path / "pipeline")
 
     def _load(self) -> None:
-        state, weights = load_latest(self.run.path, self.run.log)
+        folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
+        state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
         if state["seed"] != self.config.seed:
             raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {self.config.seed}")
         if state.get("samples", self.samples) != self.samples:
@@ -329,18 +487,25 @@ class Trainer:
                 f"{self.config.transfusion.text} has changed since {self.run.path} was trained on it: put the text "
                 "back as it was, or train afresh into another folder"
             )
-        assign_weights(self.model, weights["model"], str(self.run.path))
+        assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:
             self.telemetry.load(state["telemetry"])
+        if self.scaler.enabled and "loss_scale" in state:
+            self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")
 
 
-def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None]) -> torch.nn.Module:
-    """The model as it is trained: compiled where the config asks for it and the machine can."""
+def compiled(
+    model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None], blocks_alone: bool = False
+) -> torch.nn.Module:
+    """The model as it is trained: compiled where the config asks for it and the machine can; blocks_alone: each block
+    by itself, as several processes need it.
+    """
     asked = config.training
     wanted = asked.compile == "on" or (asked.compile == "auto" and asked.num_steps >= COMPILE_MIN_STEPS)
     if not wanted:
@@ -349,9 +514,10 @@ def compiled(model: Any, config: TrainConfig, device: torch.device, log: Callabl
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
     log("compiling the model (under a minute)")
-    if config.transfusion.enabled or asked.packing:  # packed batches are of any length, and what packs is no graph
-        for block in model.transformer.blocks:
-            block.compile(dynamic=True)
+    in_rows = config.transfusion.enabled or asked.packing
+    if in_rows or blocks_alone:
+        for block in model.transformer.blocks:  # packed batches are of any length, and what packs them is no graph
+            block.compile(dynamic=True if in_rows else None)
         return model
     if config.text.encoder != "learned":  # what is frozen is no part of the graph
         model.transformer.compile()

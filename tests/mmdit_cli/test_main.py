@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import mmdit
 import training
+from mmdit_cli import errors
 from mmdit_cli.main import app
 from mmdit_cli.train import split_words
 from training.presets import preset_names
@@ -31,7 +32,7 @@ def assert_one_line_error(result, text: str) -> None:
 def calls(monkeypatch):
     """Records the calls of the trainer instead of training."""
     made = []
-    monkeypatch.setattr(training, "train", lambda config, resume=False: made.append((config, resume)), raising=False)
+    monkeypatch.setattr(training, "train", lambda *asked: made.append(asked), raising=False)
     monkeypatch.setattr(training, "resume", lambda run, overrides: made.append((run, overrides)), raising=False)
     return made
 
@@ -59,10 +60,23 @@ def pipe(monkeypatch):
 def test_train_passes_the_config_with_all_settings(calls):
     result = run("train", "demo", "training.num_steps=7", "--data", "pictures=1/", "--out", "2024", "optimizer.lr=3e-4")
     assert result.exit_code == 0, result.output
-    [(config, resume)] = calls
+    [(config, resume, restart)] = calls
     assert (config.training.num_steps, config.optimizer.lr) == (7, 3e-4)
     assert (config.data.source, config.training.out) == ("pictures=1/", "2024")
-    assert not resume
+    assert not resume and not restart
+    assert run("train", "demo", "--restart").exit_code == 0 and calls[1][1:] == (False, True)
+
+
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "mmdit_cli", "train"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("mmdit: error: which config?")
+
+
+def test_of_several_processes_those_after_the_first_say_who_they_are(monkeypatch, capsys):
+    for rank, who in (("0", "mmdit: error: x"), ("3", "mmdit (process 3): error: x")):
+        monkeypatch.setenv("RANK", rank)
+        errors.complain("x")
+        assert capsys.readouterr().err == who + "\n"
 
 
 def test_train_resume_alone_takes_the_run_and_settings(calls, tmp_path):
@@ -72,7 +86,7 @@ def test_train_resume_alone_takes_the_run_and_settings(calls, tmp_path):
 
 def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_path):
     assert run("train", "demo", "--resume", tmp_path).exit_code == 0
-    [(config, resume)] = calls
+    [(config, resume, _)] = calls
     assert resume and config.training.out == str(tmp_path)
 
 
@@ -85,6 +99,7 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["train", "demo", "training.num_step=1"], 'did you mean "training.num_steps"?'),
         (["train", "demo", "optimizer.lr=-1"], "optimizer.lr is -1.0, expected a number > 0"),
         (["train", "--resume", "a", "--out", "b"], "leave out --out"),
+        (["train", "--resume", "a", "--restart"], "--restart goes with a config"),
         (["train", "demo", "--stpes", "3"], "No such option: --stpes"),
         (["trian", "demo"], "Did you mean 'train'?"),
         (["--what"], "No such option: --what"),

@@ -12,6 +12,7 @@ from mmdit.text import Tokens
 from mmdit.transfusion import Transfusion
 from samplers import Cosine
 from training.objectives import Batch, FlowMatching, TextAndImages, documents, next_token_loss, opens_text
+from training.share import Share
 from training.time_density import LogitNormal, TimeDensity, Uniform
 
 
@@ -58,6 +59,12 @@ def generator(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def noise_of(like, g: torch.Generator) -> list[torch.Tensor]:
+    """Each sample's noise is drawn from its own seed."""
+    seeds = torch.randint(2**63 - 1, (len(like),), generator=g).tolist()
+    return [torch.randn(x.shape, generator=generator(seed)) for x, seed in zip(like, seeds, strict=True)]
+
+
 def test_loss_is_the_formula():
     """x_t = (1 - t) x_0 + t eps, target eps - x_0, mean square over everything."""
     spy, data, times = Spy(), batch(), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.9, 1.0])
@@ -73,7 +80,7 @@ def test_loss_is_the_formula():
     squares = (0.7 * x_t[without_t_0] - (eps - x_0[without_t_0])).square()
     # At t = 0 the noise leaves no trace in x_t: what its sample adds to the mean is what a draw of that noise can add.
     rest = loss.total * 6 - squares.mean() * 5
-    noise = torch.randn(x_0.shape, generator=generator())  # a given density draws nothing, so noise is what comes first
+    noise = noise_of(x_0, generator())  # a given density draws nothing, so noise is what comes first
     torch.testing.assert_close(rest, (0.7 * x_0[0] - (noise[0] - x_0[0])).square().mean(), rtol=1e-3, atol=1e-3)
 
 
@@ -191,7 +198,7 @@ def test_the_mixed_loss_is_the_formula():
     objective = TextAndImages(Given(times), image_weight=3.0, image_first_cap=0.5)
     loss = objective(model, data, generator())
     g, t = generator(), torch.tensor([0.3, 0.4, 0.6])  # the second opens a document with text
-    noise = [torch.randn(x.shape, generator=g) for x in data.latents]
+    noise = noise_of(data.latents, g)
     noised = [(1 - s) * x + s * e for x, e, s in zip(data.latents, noise, t, strict=True)]
     out = model(data.with_latents(noised), t)
     image = torch.stack([(v - (e - x)).square().mean() for v, x, e in zip(out.v, data.latents, noise, strict=True)])
@@ -207,7 +214,7 @@ def test_the_mixed_loss_is_the_formula():
 def test_the_papers_own_loss_is_of_the_noise_on_the_cosine_schedule():
     model, data, schedule = trunk(), pack(DOCUMENTS[:1]), Cosine()
     loss = TextAndImages(Uniform(), schedule=schedule, prediction="noise")(model, data, generator(), 0.7)
-    eps = torch.randn(data.latents[0].shape, generator=generator())
+    [eps] = noise_of(data.latents, generator())
     t = torch.tensor([0.7])
     v = model(data.with_latents([schedule.mix(data.latents[0], eps, 0.7)]), t).v[0]
     torch.testing.assert_close(loss.parts["image"], (v - eps).square().mean(), rtol=1e-4, atol=1e-5)
@@ -359,3 +366,49 @@ def test_a_batch_is_split_into_equal_parts(make):
         assert all((getattr(part, name) is None) == (getattr(whole, name) is None) for part in parts)
         for k in range(2 if getattr(whole, name) else 0):
             assert torch.equal(torch.cat([getattr(part, name)[k] for part in parts]), getattr(whole, name)[k])
+
+
+# --- pieces of a batch --------------------------------------------------------------------------------------------
+
+
+def piece(data: Batch, share: Share) -> Batch:
+    rows = share.rows(len(data.latents))
+    return Batch(data.latents[rows], Tokens(*(x[rows] for x in data.tokens)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_is_drawn_for_a_batch_is_the_same_in_pieces(world):
+    """Times (one in each slice of the whole batch), noise, dropped captions."""
+    data = batch(12)
+
+    def asked(objective, part):
+        spy = Spy(encoders=2)
+        objective(spy, part, generator())
+        return spy.calls[0]
+
+    whole = asked(FlowMatching(Uniform(), 0.5), data)
+    shares = [Share(rank, world) for rank in range(world)]
+    parts = [asked(FlowMatching(Uniform(), 0.5, share=share), piece(data, share)) for share in shares]
+    for i in (0, 1, 3):
+        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+    assert sorted((whole[1] * 12).int().tolist()) == list(range(12))
+
+
+def test_the_mean_of_the_pieces_losses_is_the_loss_of_the_batch():
+    """Of text and images, whose captions are of many lengths: with counts of the whole batch, as the trainer gives."""
+    model, g = trunk(), generator()
+    ids = torch.where(
+        torch.arange(6) < torch.tensor([[2], [6], [3], [4]]), torch.randint(4, 30, (4, 6), generator=g), 0
+    )
+    data = Batch(torch.stack([picture(seed=i) for i in range(4)]), Tokens(ids, ids != 0))
+    whole = TextAndImages(Uniform(), 2.0, caption_dropout=0.3)(model, data, generator()).total
+    prepared = []
+    for rank in range(2):
+        objective, g = TextAndImages(Uniform(), 2.0, caption_dropout=0.3, share=Share(rank, 2)), generator()
+        prepared.append((objective, g, *objective.prepared(model, piece(data, Share(rank, 2)), g)))
+    counts = torch.stack([own for *_, own in prepared])
+    assert counts[0, 0] != counts[1, 0]
+    losses = [objective(model, part, g, counts=counts.mean(0)).total for objective, g, part, _ in prepared]
+    torch.testing.assert_close(torch.stack(losses).mean(), whole)
+    alone = [objective(model, piece(data, objective.share), generator()).total for objective, *_ in prepared]
+    assert abs(torch.stack(alone).mean() - whole) > 1e-3  # what means over each piece would say

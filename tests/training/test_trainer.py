@@ -576,12 +576,13 @@ def gradients_of_a_step(tmp_path, monkeypatch, *overrides) -> dict[str, torch.Te
     def step():
         seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
 
-    trainer.objective = objective
+    objective.prepared = lambda model, batch, generator: (batch, None)
+    trainer.learner.objective = objective
     monkeypatch.setattr(trainer.optimizer, "step", step)
     with torch.no_grad():  # a fresh model gives gradients to its output alone
         for p in trainer.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    total, norm = trainer._train_step(trainer.model, next(trainer.feed.batches(8, 0)))
+    total, norm = trainer._train_step(trainer.learner, next(trainer.feed.batches(8, 0)))
     assert all(p.grad is None for p in trainer.model.parameters())
     return {"total": total, "norm": norm, **seen}
 
@@ -688,6 +689,9 @@ SETTINGS = {
     "training.ema_sigma_rel": ("training.ema=power; training.ema_sigma_rel=[0.2, 0.1]", "average =weights scores"),
     "training.packing": ("training.packing=true", "weights"),
     "training.precision": ("training.precision=bf16", "loss weights =shapes"),
+    "training.recompute": ("training.recompute=full", "=loss"),
+    "training.max_bad_steps": ("training.max_bad_steps=0", "=loss =weights"),
+    "training.async_checkpoint": ("training.async_checkpoint=true", "=weights =average =checkpoints =scores"),
     "training.log_every": ("training.log_every=2", "loss =weights"),
     "training.validate_every": ("training.validate_every=1", "validation =weights"),
     "training.sample_every": ("training.sample_every=2", "samples =weights"),
@@ -731,6 +735,9 @@ ELSEWHERE = {
     **{f"lora.{name}": "tests/training/test_start.py" for name in ("rank", "alpha", "targets")},
     "transfusion.freeze_text": "tests/training/test_start.py",
     "text.encoder": "test_frozen_text.py",
+    "training.recompute_every": "tests/training/test_sharding.py",
+    **{f"parallel.{name}": "tests/training/test_distributed.py" for name in ("strategy", "shard_size", "reshard")},
+    **{f"parallel.{name}": "tests/training/test_sharding.py" for name in ("cpu_offload", "timeout")},
     "training.ema_snapshot_every": "tests/training/test_ema.py",
     "training.ema_snapshot_dtype": "tests/training/test_ema.py",
     "data.posterior": "test_cache.py",

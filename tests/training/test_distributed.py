@@ -1,0 +1,168 @@
+"""Two processes (gloo, CPU) compute what one does, to rounding; and what either saved, the other goes on from."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdit
+import training
+from mmdit.weights_io import read_weights
+from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
+from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
+from training.checkpoint import list_checkpoints, read_checkpoint
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+SAME = ("training.num_steps=4", "training.checkpoint_every=2", "training.grad_accumulation=2", "training.batch_size=8")
+MUON = ("optimizer.name=muon", "optimizer.grad_clip=0.1")
+FSDP, DDP = "parallel.strategy=fsdp", "parallel.strategy=ddp"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(*jobs: tuple[Path | None, list[str]], world: int = 2) -> list[subprocess.CompletedProcess]:
+    """Do (run to resume or None, settings) after each other on `world` processes; all have to succeed."""
+    told = json.dumps([[free_port(), str(resume) if resume else None, list(settings)] for resume, settings in jobs])
+    env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(HERE.parents[1]), "LOCAL_WORLD_SIZE": str(world)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, HERE / "two_processes.py", told],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        done = [(p, p.communicate(timeout=240)[0]) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0] * world, "\n".join(output for _, output in done)
+    return done
+
+
+def settings(out: Path, *overrides: str) -> list[str]:
+    quiet = ("training.sample_every=0", "training.validate_every=0", "evaluation.prompts_per_question=0")
+    return [*quiet, "training.precision=fp32", f"training.out={out}", *overrides]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    """Muon's rounds in fp32, as two_processes.py has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.optim.multiplies_bf16", lambda device: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(exact, tmp_path_factory, words):  # noqa: F811
+    """Each model trained by one process, and by two in the ways there are."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    text = (*TRANSFUSION, f"transfusion.text={words}", "transfusion.text_fraction=0.5", "transfusion.caption_first=0.5")
+    tokenizer = t5_tokenizer()
+    t5(tokenizer, 32).save_pretrained(root / "t5")
+    tokenizer.save_pretrained(root / "t5")
+    models = {
+        "image": (*SAME, *MUON),
+        "mixed": (*SAME, *text),
+        "frozen": (*SAME, f"text.encoder={root / 't5'}"),
+        "half": (*SAME, "training.precision=bf16"),
+    }
+    ways = {
+        "image-ddp": (DDP,),
+        "image-fsdp": (FSDP, "training.recompute=selective", "training.validate_every=2", "training.sample_every=2"),
+        "image-hsdp": ("parallel.strategy=hsdp", "parallel.shard_size=1", "parallel.reshard=false"),
+        "mixed-ddp": ("parallel.strategy=auto",),
+        "mixed-fsdp": (FSDP, "training.sample_every=4", "training.async_checkpoint=true"),
+        "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2"),
+        "half-fsdp": (FSDP,),
+    }
+    for name, own in models.items():
+        training.train(config_for(root / name, *own, "training.validate_every=2"))
+    together(*((None, settings(root / name, *models[name.split("-")[0]], *own)) for name, own in ways.items()))
+    return root
+
+
+def close(run: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Alike in the losses and gradients of all steps, in the last checkpoint and in the pipeline."""
+    for name in ("loss", "grad_norm", "lr"):
+        assert dict(metrics(run, name)) == pytest.approx(dict(metrics(other, name)), rel=rtol)
+    (_, a), (_, b) = (read_checkpoint(list_checkpoints(path)[-1]) for path in (run, other))
+    assert {group: x.keys() for group, x in a.items()} == {group: x.keys() for group, x in b.items()}
+    for group, tensors in a.items():
+        assert [name for name, x in tensors.items() if not torch.allclose(x, b[group][name], rtol, atol)] == [], group
+    weights = [read_weights(path / "pipeline" / "transformer" / "model.safetensors") for path in (run, other)]
+    assert all(torch.allclose(x, weights[1][name], rtol, atol) for name, x in weights[0].items())
+
+
+@pytest.mark.parametrize("way", ["image-ddp", "image-fsdp", "image-hsdp", "mixed-ddp", "mixed-fsdp", "frozen-fsdp"])
+def test_two_processes_train_what_one_does(runs, way):
+    close(runs / way, runs / way.split("-")[0])
+
+
+def test_in_bf16_parts_differ_from_the_whole_in_rounding_alone(runs):
+    """Blocks are gathered in bf16, biases and norms too, which autocast leaves for the most part."""
+    assert dict(metrics(runs / "half-fsdp", "loss")) == pytest.approx(dict(metrics(runs / "half", "loss")), rel=2e-3)
+
+
+def test_the_first_process_writes_for_all(runs):
+    for way in ("image-ddp", "image-fsdp"):
+        steps = [step for step, _ in metrics(runs / way, "loss")]
+        assert steps == [1, 2, 3, 4]
+        assert (runs / way / "log.txt").read_text().count("computing on cpu") == 1
+    assert metrics(runs / "image-fsdp", "validation_loss") == [
+        (step, pytest.approx(value, rel=1e-4)) for step, value in metrics(runs / "image", "validation_loss")
+    ]
+    assert sorted(path.name for path in (runs / "image-fsdp" / "samples").iterdir()) == [
+        "step-00000002.png",
+        "step-00000004.png",
+    ]
+
+
+@pytest.mark.parametrize("way", ["image-fsdp", "mixed-fsdp"])
+def test_parts_are_plain_weights_for_everyone_else(runs, way):
+    folder = list_checkpoints(runs / way)[-1]
+    assert sorted(path.name.split("-model-")[0] for path in folder.glob("*.safetensors")) == [
+        "shard-00001",
+        "shard-00002",
+    ]
+    assert not [path for path in folder.iterdir() if path.suffix not in (".safetensors", ".json")]
+    pipe = mmdit.TextToImage.load(runs / way, "cpu")
+    assert pipe("a red circle")[0].size == (32, 32)
+
+
+def test_each_process_holds_half(runs):
+    """Bytes of weights, average and optimiser's state in the files that each process wrote of what it holds."""
+    parts = [path.stat().st_size for path in list_checkpoints(runs / "image-fsdp")[-1].glob("shard-*.safetensors")]
+    whole = sum(path.stat().st_size for path in list_checkpoints(runs / "image-ddp")[-1].glob("*.safetensors"))
+    assert all(0.45 * whole < size < 0.65 * whole for size in parts)
+
+
+def test_runs_go_on_with_another_number_of_processes(runs, tmp_path):
+    """From parts and from a whole, to parts and to one process: the losses that follow are those of the whole run."""
+    starts = {name: tmp_path / name for name in ("one-to-fsdp", "ddp-to-fsdp", "fsdp-to-ddp", "fsdp-to-one")}
+    sources = {"one": "image", "ddp": "image-ddp", "fsdp": "image-fsdp"}
+    for name, path in starts.items():
+        shutil.copytree(runs / sources[name.split("-")[0]], path)
+        shutil.rmtree(list_checkpoints(path)[-1])  # of step 4: that of step 2 is left
+    how = {"fsdp": [FSDP, "training.sample_every=0"], "ddp": [DDP, "training.sample_every=0"]}
+    together(*((path, how[name.split("-")[2]]) for name, path in starts.items() if not name.endswith("one")))
+    training.resume(starts["fsdp-to-one"], ["parallel.strategy=auto", "training.sample_every=0"])
+    for path in starts.values():
+        assert "resumed at step 2" in (path / "log.txt").read_text()
+        close(path, runs / "image")

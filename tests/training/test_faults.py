@@ -1,0 +1,202 @@
+"""What goes wrong while a run trains: gradients that are not finite, overflow in fp16, processes that stop or die."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import training
+from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
+from training.checkpoint import load_latest
+from training.config import load_config
+from training.feed import LatentFeed
+from training.precision import LossScaler
+from training.run import RunFolder
+from training.trainer import Diverged
+
+# --- a batch without a finite gradient ----------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, *steps: int) -> None:
+    """Put a NaN (in even steps an infinity) into one number of the batches of these steps."""
+    real = LatentFeed.batches
+
+    def batches(self, batch_size, seed, start_step=0, *share):
+        for k, batch in enumerate(real(self, batch_size, seed, start_step, *share), start=start_step + 1):
+            if k in steps:
+                batch.latents[-1, 0, 0, 0] = float("nan") if k % 2 else float("inf")
+            yield batch
+
+    monkeypatch.setattr(LatentFeed, "batches", batches)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, monkeypatch):
+    """Weights, average and optimiser are those before it; a resume takes note of it too."""
+    spoil(monkeypatch, 3, 4)
+    how = ("training.num_steps=6", "training.keep_checkpoints=9", "training.checkpoint_every=1", "optimizer.name=muon")
+    out = training.train(config_for(tmp_path / "run", *how))
+    folders = sorted((out / "checkpoints").iterdir())
+    weights = [training.checkpoint.load_checkpoint(folder)[1] for folder in folders]
+    for step, before, after in zip(range(2, 7), weights, weights[1:], strict=False):
+        equal = [torch.equal(x, after[group][name]) for group in before for name, x in before[group].items()]
+        assert all(equal) == (step in (3, 4))
+    log = (out / "log.txt").read_text()
+    assert re.findall(r"step (\d) is left out: .*\((\d) so far\)", log) == [("3", "1"), ("4", "2")]
+    assert load_latest(out, print)[0]["skipped"] == 2
+    assert [step for step, _ in metrics(out, "loss")] == [1, 2, 5, 6]
+    assert metrics(out, "skipped_steps") == [(3, 1), (4, 2), (5, 2), (6, 2)]
+    part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
+    assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_clear_line(tmp_path, monkeypatch):
+    spoil(monkeypatch, 2, 4, 5, 6)
+    how = ("training.num_steps=9", "training.checkpoint_every=1", "training.max_bad_steps=3")
+    with pytest.raises(Diverged, match=r"stopped at step 6: .* in 3 steps in a row .*lower optimizer.lr") as caught:
+        training.train(config_for(tmp_path / "run", *how))
+    assert "\n" not in str(caught.value)
+    state, weights = load_latest(tmp_path / "run", print)
+    assert state["step"] == 5 and state["bad"] == 2
+    assert all(x.isfinite().all() for x in weights["model"].values())
+
+
+def test_without_a_look_the_weights_are_lost(tmp_path, monkeypatch):
+    """What max_bad_steps = 0 means, and that the NaN of these tests reaches the weights."""
+    spoil(monkeypatch, 2)
+    monkeypatch.setattr(training.trainer, "evaluate_run", lambda path: {})
+    out = training.train(config_for(tmp_path / "run", "training.num_steps=2", "training.max_bad_steps=0"))
+    assert not all(x.isfinite().all() for x in last_weights(out).values())
+
+
+# --- fp16 ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scale_falls_with_an_overflow_and_grows_after_good_steps():
+    scaler = LossScaler(8.0, grow_every=3)
+    assert scaler.update(False) and scaler.scale == 4
+    assert [scaler.update(True) or scaler.scale for _ in range(7)] == [4, 4, 8, 8, 8, 16, 16]
+    assert scaler.update(False) and (scaler.scale, scaler.good) == (8, 0)
+    scaler.scale = 1.0
+    assert not scaler.update(False) and scaler.scale == 1  # nothing is left to blame on the scale
+    assert LossScaler.for_precision(torch.float16).enabled and not LossScaler.for_precision(torch.bfloat16).enabled
+
+
+def test_an_overflow_in_fp16_leaves_the_step_out_and_halves_the_scale(tmp_path, monkeypatch):
+    """From a scale far too large down to one that fits, with no step lost to training; and on after a resume."""
+    monkeypatch.setattr("training.precision.LARGEST_SCALE", 2.0**40)
+    monkeypatch.setattr(LossScaler, "for_precision", lambda precision: LossScaler(2.0**33, grow_every=3))
+    how = ("training.precision=fp16", "training.num_steps=24", "training.max_bad_steps=2")
+    out = training.train(config_for(tmp_path / "run", *how, "training.checkpoint_every=0"))
+    scales = [scale for _, scale in metrics(out, "loss_scale")]
+    fell = [k for k, (a, b) in enumerate(zip(scales, scales[1:], strict=False)) if b < a]
+    assert scales[0] == 2.0**32 and len(fell) >= 4
+    assert any(b == 2 * a for a, b in zip(scales, scales[1:], strict=False))
+    assert not metrics(out, "skipped_steps")  # that was the scale's doing
+    state, weights = load_latest(out, print)
+    assert state["loss_scale"][0] == scales[-1]
+    assert {x.dtype for group in weights.values() for x in group.values()} == {torch.float32}
+    part = training.train(config_for(tmp_path / "part", *how, "training.checkpoint_every=0", "training.num_steps=11"))
+    assert_bit_equal(training.resume(part, ["training.num_steps=24"]), out)
+
+
+def test_fp16_learns_as_fp32_does(tmp_path):
+    runs = [training.train(config_for(tmp_path / name, f"training.precision={name}")) for name in ("fp16", "fp32")]
+    half, full = (dict(metrics(run, "loss")) for run in runs)
+    assert half != full and half == pytest.approx(full, rel=2e-3)
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def torchrun(*words: object):
+    """`torchrun -m mmdit_cli WORDS` on two processes, in a process group of its own, of which nothing stays."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launch, "-m", "mmdit_cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, found) if b"mmdit_cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < steps:
+        time.sleep(0.05)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, strategy):
+    """It saves, and all exit with status 0; one process goes on from there."""
+    out = tmp_path / "run"
+    with torchrun(*LONG_COMMAND, "--out", out, f"parallel.strategy={strategy}") as process:
+        wait_for_steps(process, out, 3)
+        os.kill(children(process)[1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    state, _ = load_latest(out, print)
+    assert state["step"] >= 3 and output.count(f"stopped at step {state['step']}, all saved") == 1
+    assert RunFolder(out).metrics()[-1]["step"] == state["step"]
+    training.resume(out, [f"training.num_steps={state['step'] + 1}", "evaluation.prompts_per_question=0"])
+    assert metrics(out, "loss")[-1][0] == state["step"] + 1
+
+
+@pytest.mark.slow
+@linux
+def test_a_process_that_dies_ends_the_others_with_a_clear_line(tmp_path):
+    """And torchrun's restart goes on from the newest checkpoint."""
+    out = tmp_path / "run"
+    steps = ("training.checkpoint_every=5", "training.num_steps=40", "evaluation.prompts_per_question=0")
+    with torchrun(*LONG_COMMAND, "--out", out, *steps, "training.num_steps=100000") as process:
+        wait_for_steps(process, out, 12)
+        os.kill(children(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+    [line] = [line for line in output.splitlines() if line.startswith("mmdit: error")]
+    assert "process 0 stops: another one of the 2 ended" in line and f"mmdit train --resume {out}" in line
+    state, _ = load_latest(out, print)
+    assert state["step"] >= 10 and state["step"] % 5 == 0
+    last = state["step"] + 2
+    with torchrun(*LONG_COMMAND, "--restart", "--out", out, f"training.num_steps={last}", *steps[2:]) as process:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    assert f"resumed at step {state['step']}" in output and metrics(out, "loss")[-1][0] == last
+
+
+def test_restart_begins_where_nothing_was_saved(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    config = config_for(out, "training.num_steps=1")
+    RunFolder.create(out, config).log("died at once")
+    with pytest.raises(FileExistsError):
+        training.train(config)
+    training.train(config, restart=True)
+    assert metrics(out, "loss")[-1][0] == 1 and "died at once" not in (out / "log.txt").read_text()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun tells its second attempt
+    training.train(load_config(out, [f"training.out={out}", "training.num_steps=2"]))
+    assert [step for step, _ in metrics(out, "loss")] == [1, 2]

@@ -1,0 +1,93 @@
+"""Half precision where matrices are multiplied, and float32 where it matters: norms of queries and keys, time, loss,
+average and optimiser.
+"""
+
+import pytest
+import torch
+
+import mmdit.embeddings
+from tests.training.test_trainer import TRANSFUSION, config_for
+from training.precision import LossScaler, autocast
+from training.run import RunFolder
+from training.seeds import generator_for
+from training.trainer import Trainer
+
+HALVES = pytest.mark.parametrize("precision", ["bf16", "fp16"])
+MODELS = pytest.mark.parametrize("model", [(), TRANSFUSION], ids=["image", "mixed"])
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def trainer_of(out, *overrides) -> Trainer:
+    config = config_for(out, *overrides)
+    return Trainer(config, RunFolder.create(out, config))
+
+
+@HALVES
+@MODELS
+def test_a_step_in_half_precision_and_its_islands(tmp_path, monkeypatch, precision, model):
+    trainer = trainer_of(tmp_path / "run", f"training.precision={precision}", *model)
+    seen: dict[str, set] = {"q_norm": set(), "qkv": set(), "time": set(), "out": set(), "loss": set()}
+
+    def watch(name):
+        return lambda module, args, out: seen[name].update(x.dtype for x in (args[0], out))
+
+    for name, module in trainer.model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in ("q_norm", "k_norm"):
+            module.register_forward_hook(watch("q_norm"))
+        elif kind in ("fc1", "fc2") and "time_in" in name:
+            module.register_forward_hook(watch("time"))
+        elif kind == "qkv" and ".blocks." in name:
+            module.register_forward_hook(lambda module, args, out: seen["qkv"].add(out.dtype))
+    trainer.learner.register_forward_hook(lambda module, args, loss: seen["loss"].add(loss.total.dtype))
+    real = mmdit.embeddings.sinusoid
+    monkeypatch.setattr(mmdit.embeddings, "sinusoid", lambda x, dim: seen["time"].add(x.dtype) or real(x, dim))
+    trainer._train_step(trainer.learner, next(trainer.feed.batches(8, 0)))
+    assert seen["qkv"] == {DTYPES[precision]}
+    assert seen["q_norm"] == seen["time"] == seen["loss"] == {torch.float32}
+    held = [*trainer.model.parameters(), *trainer.ema.parameters()]
+    held += [x for state in trainer.optimizer.state.values() for x in state.values()]
+    assert {x.dtype for x in held} == {torch.float32}
+
+
+@HALVES
+def test_times_that_half_precision_cannot_tell_apart_still_count(tmp_path, precision):
+    trainer = trainer_of(tmp_path / "run", f"training.precision={precision}")
+    t = torch.tensor([0.9, 0.9001])
+    assert len({*t.to(DTYPES[precision]).tolist()}) == 1
+    with autocast(trainer.device, DTYPES[precision]):
+        a, b = trainer.model.transformer.time_in(t)
+    assert torch.equal(torch.stack([a, b]), trainer.model.transformer.time_in(t)) and not torch.equal(a, b)
+
+
+@HALVES
+def test_an_error_far_below_the_velocity_is_not_rounded_away(tmp_path, precision):
+    """The loss of an almost perfect model: v - (eps - x_0) is taken, squared and summed in float32."""
+    trainer = trainer_of(tmp_path / "run", f"training.precision={precision}", "objective.caption_dropout=0")
+    batch = next(trainer.feed.batches(8, 0))
+
+    class Perfect(torch.nn.Module):
+        conditioner = trainer.model.conditioner
+
+        def forward(self, x_t, t, tokens, drop):
+            v = (x_t - batch.latents) / t[:, None, None, None]
+            return (v * 3).to(DTYPES[precision])
+
+    with autocast(trainer.device, DTYPES[precision]):
+        loss = trainer.learner.objective(Perfect(), batch, generator_for(0)).total
+    assert loss.dtype == torch.float32 and loss > 1
+    exact = Perfect.forward
+    Perfect.forward = lambda self, *args: exact(self, *args).double().float()
+    torch.testing.assert_close(trainer.learner.objective(Perfect(), batch, generator_for(0)).total, loss)
+
+
+def test_gradients_below_the_least_number_of_fp16_survive_by_the_scale():
+    """A gradient of 1e-8 is zero in fp16; scaled by 2^16 before, and down again in float32, it is right to 1e-3."""
+    w = torch.tensor([1.0], requires_grad=True)
+    for scaler, expected in ((LossScaler(), 0.0), (LossScaler.for_precision(torch.float16), 1e-8)):
+        w.grad = None
+        y = w.half() * 1e-4
+        (y.float().sum() * 1e-4 * scaler.scale).backward()
+        scaler.unscale([w])
+        assert w.grad.dtype == torch.float32
+        assert w.grad.item() == pytest.approx(expected, rel=2e-2)

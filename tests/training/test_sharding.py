@@ -1,0 +1,123 @@
+"""What is computed again, and settings of several processes that cannot work; the processes: test_distributed.py."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+from tests.training.test_trainer import TRANSFUSION, config_for
+from training.config import ConfigError, load_config
+from training.devices import pick_device
+from training.parallel import ALONE, ProcessLost, Ranks, lost, ranks_of
+from training.run import RunFolder
+from training.seeds import generator_for
+from training.sharding import check_parallel, strategy
+from training.trainer import Trainer
+
+
+def step(out, *overrides) -> tuple[int, list[torch.Tensor]]:
+    """Bytes kept for the backward pass of a step, and its gradients."""
+    config = config_for(out, "training.batch_size=4", *overrides)
+    trainer = Trainer(config, RunFolder.create(out, config))
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    batch, _ = trainer.learner.objective.prepared(trainer.model, next(trainer.feed.batches(4, 0)), generator_for(0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as memory:
+        loss = trainer.learner(batch, generator_for(1)).total
+    loss.backward()
+    kept = sum(event.self_cpu_memory_usage for event in memory.key_averages())
+    return kept, [p.grad for p in trainer.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("model", [(), TRANSFUSION], ids=["image", "mixed"])
+def test_recomputing_keeps_less_and_changes_nothing(model, tmp_path):
+    how = {
+        "none": (),
+        "selective": ("training.recompute=selective",),
+        "half": ("training.recompute=full", "training.recompute_every=2"),
+        "full": ("training.recompute=full",),
+    }
+    step(tmp_path / "first", *model)  # what is made once and kept
+    found = {name: step(tmp_path / name, "model.depth=4", *model, *own) for name, own in how.items()}
+    bytes_of = {name: kept for name, (kept, _) in found.items()}
+    assert bytes_of["full"] < bytes_of["half"] < bytes_of["none"]
+    assert bytes_of["full"] < bytes_of["selective"] < bytes_of["none"]
+    for _, gradients in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found["none"][1], strict=True))
+
+
+def test_what_the_processes_hold_is_what_the_config_says():
+    two = Ranks(1, 2)
+    ways = {name: load_config("demo", [f"parallel.strategy={name}"]).parallel for name in ("auto", "ddp", "fsdp")}
+    assert [strategy(way, two) for way in ways.values()] == ["ddp", "ddp", "fsdp"]
+    assert {strategy(way, ALONE) for way in ways.values()} == {"none"}
+
+
+def test_one_process_alone_says_that_there_is_nothing_to_share(tmp_path):
+    config = config_for(tmp_path / "run", "parallel.strategy=fsdp")
+    Trainer(config, RunFolder.create(config.run_folder, config))
+    assert "parallel.strategy is fsdp: it takes effect under torchrun" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["parallel.strategy=fsdp", "parallel.cpu_offload=true"], 'cpu_offload .* here is "fsdp" on cpu'),
+        (["parallel.strategy=fsdp", "optimizer.name=schedule-free"], "state cannot be in parts: take"),
+        (["parallel.strategy=hsdp", "parallel.shard_size=3"], "shard_size is 3, expected a divisor of the 4 processes"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_parallel(load_config("demo", changes), Ranks(0, 4, 0, 4), torch.device("cpu"))
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    config = config_for(tmp_path / "run", "training.batch_size=10", "training.grad_accumulation=2")
+    with pytest.raises(ValueError, match="batch_size is 10, .*grad_accumulation = 2 times 4 processes: 8 or 16"):
+        Trainer(config, RunFolder.create(config.run_folder, config), ranks=Ranks(0, 4, 0, 4))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """As torchrun starts the first of two processes; what would connect them is only looked at."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    seen = {}
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: seen.update(to=backend, timeout=timeout))
+    monkeypatch.setattr(dist, "new_group", lambda **how: "group")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.update(ended=True))
+    return seen
+
+
+def test_several_processes_are_found_connected_and_left(started):
+    with ranks_of(load_config("demo", ["parallel.timeout=7", "training.device=cpu"])) as ranks:
+        assert (ranks.rank, ranks.world, ranks.local, ranks.per_node, ranks.group) == (0, 2, 0, 2, "group")
+    assert started == {"to": "gloo", "timeout": timedelta(seconds=7), "ended": True}
+
+
+def test_several_processes_for_a_run_of_one_are_refused(started):
+    with (
+        pytest.raises(ConfigError, match="but 2 processes were started"),
+        ranks_of(load_config("demo", ["parallel.strategy=none"])),
+    ):
+        pass
+    assert not started
+
+
+def test_without_torchrun_there_is_one_process():
+    with ranks_of(load_config("demo")) as ranks:
+        assert ranks is ALONE and ranks.first and pick_device("cpu").type == "cpu"
+
+
+def test_a_process_that_is_gone_is_one_line_and_other_errors_stay_as_they_are(started):
+    config = load_config("demo", ["training.device=cpu"])
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4321")
+    with pytest.raises(ProcessLost, match="process 0 stops: .*go on with: mmdit train --resume runs/demo"):  # noqa: SIM117
+        with ranks_of(config):
+            raise gone
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), ranks_of(config):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert lost(gone) and lost(torch.distributed.DistBackendError("NCCL")) and not lost(RuntimeError("socket"))

@@ -1,0 +1,156 @@
+"""The processes of one run, as torchrun starts them: which one this is, and what they tell each other.
+
+Numbers go over a group of their own on the CPU (gloo), so that asking costs no wait for a GPU; gradients and weights go
+over the device's (nccl on CUDA). Without torchrun a run is one process, `ALONE`, and nothing of this does anything.
+
+    with ranks_of(config) as ranks:
+        path = ranks.from_first(lambda: make_folder())     # made by process 0 alone, known to all
+        stop = ranks.any(interrupted)                      # all stop at the same step
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.config import ConfigError, TrainConfig
+from training.devices import pick_device
+
+T = TypeVar("T")
+COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
+
+
+class ProcessLost(ValueError):
+    """Another process of the run ended, or does not answer any more."""
+
+
+class ToldByFirst(SystemExit):
+    """Process 0 failed and says why; this one ends with it, and says nothing."""
+
+
+class Ranks:
+    """Process `rank` of `world`, number `local` of the `per_node` on its machine."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0, per_node: int = 1, group: Any = None) -> None:
+        self.rank, self.world, self.local, self.per_node, self._group = rank, world, local, per_node, group
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in one process at least."""
+        if self.world == 1:
+            return flag
+        found = torch.tensor(float(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
+        return bool(found)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all processes, on the CPU."""
+        if self.world > 1:
+            x = x.detach().cpu().clone()
+            dist.all_reduce(x, group=self._group)
+            x /= self.world
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        return self.mean(x) * self.world
+
+    def gather(self, value: T) -> list[T]:
+        """What each process says, in order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, self._group)
+        return values
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gather(None)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What process 0 makes. Where that fails, it raises its error and the others end with status 2, silently."""
+        if self.world == 1:
+            return make()
+        told: list[Any] = [None, False]
+        error: BaseException | None = None
+        if self.first:
+            try:
+                told = [make(), True]
+            except BaseException as caught:
+                error = caught
+        dist.broadcast_object_list(told, src=0, group=self._group)
+        if error is not None:
+            raise error
+        if not told[1]:
+            raise ToldByFirst(2)
+        return told[0]
+
+    def agree(self, **said: Any) -> None:
+        """Raises ValueError in all processes where one says another value than the first."""
+        everyone = self.gather(said)
+        for rank, other in enumerate(everyone):
+            if wrong := [name for name, value in other.items() if value != everyone[0][name]]:
+                raise ValueError(f"process {rank} has other {' and '.join(wrong)} than process 0: start all alike")
+
+    def apart(self) -> Ranks:
+        """The same processes with a channel of their own, for a thread beside the one that trains."""
+        group = dist.new_group(backend="gloo") if self.world > 1 else None
+        return Ranks(self.rank, self.world, self.local, self.per_node, group)
+
+    @property
+    def group(self) -> Any:
+        """The channel on the CPU; None where there is one process."""
+        return self._group
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
+    """The processes that torchrun started, connected; `ALONE` where it did not.
+
+    Raises ConfigError where several are there and the config wants one, ProcessLost when one of them ends early.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield ALONE
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local, per_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world > 1 and config.parallel.strategy == "none":
+        raise ConfigError(f'parallel.strategy is "none", but {world} processes were started: set "auto", or start one')
+    on_cuda = pick_device(config.training.device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=config.parallel.timeout)
+    )
+    try:
+        yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        raise ProcessLost(
+            f"process {rank} stops: another one of the {world} ended or does not answer any more; what all had saved "
+            f"is whole, go on with: mmdit train --resume {config.run_folder}"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of torch says that another process is gone."""
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket")
+    return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))

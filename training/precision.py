@@ -1,0 +1,65 @@
+"""Half precision in training: matrix products in bf16 or fp16, all that adds up in fp32.
+
+Weights, gradients as the optimiser sees them, its state and the average are fp32 (Micikevicius et al. 2018, arXiv
+1710.03740: a weight plus an update a thousand times smaller is that weight again in fp16). torch.autocast computes
+matrix products in half precision and norms, softmax and the loss in fp32; what autocast does not know keeps fp32 by its
+own code: the sinusoids of time, QK-norm, and the error of the velocity.
+
+fp16 has 5 bits of exponent: gradients below 6e-8 vanish. The loss is scaled up before the backward pass and the
+gradient scaled down after it; a step whose scaled gradient overflows is left out, and the scale halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.sharding import local
+
+FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
+GROW_EVERY = 2000  # good steps in a row after which a scale twice as large is tried
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `precision` within."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+@dataclass
+class LossScaler:
+    """The factor on the loss, a power of two: 1 and fixed but for fp16. `good`: finite steps since it last changed."""
+
+    scale: float = 1.0
+    good: int = 0
+    grow_every: int = GROW_EVERY
+
+    @classmethod
+    def for_precision(cls, precision: torch.dtype) -> LossScaler:
+        return cls(FIRST_SCALE) if precision == torch.float16 else cls(grow_every=0)
+
+    @property
+    def enabled(self) -> bool:
+        return self.grow_every > 0
+
+    def unscale(self, parameters: Iterable[Tensor]) -> None:
+        """Divide the gradients by the scale."""
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        if self.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def update(self, finite: bool) -> bool:
+        """Take note of a step; whether a gradient that is not finite is the scale's doing, and not the batch's."""
+        if not self.enabled:
+            return False
+        if not finite:
+            blamed = self.scale > 1
+            self.scale, self.good = max(1.0, self.scale / 2), 0
+            return blamed
+        self.good += 1
+        if self.good >= self.grow_every:
+            self.scale, self.good = max(self.scale, min(LARGEST_SCALE, self.scale * 2)), 0
+        return False

@@ -1,0 +1,94 @@
+"""Checkpoints of a model in parts: every process writes its own, in the folder that one process would write.
+
+torch's distributed checkpoint in its safetensors form: `shard-NNNNN-model-....safetensors`, one a process, with the
+place of each part in its whole; nothing is pickled. Any number of processes reads them, one too, and those of one
+process as well. All processes need to see the folder.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.checkpoint import fresh_aside, put_in_place, seal
+from training.parallel import Ranks
+from training.signed import sha256
+
+
+def save_sharded(
+    run: Path,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+    ranks: Ranks,
+    beside: bool = False,
+) -> Callable[[], Path]:
+    """As `save_checkpoint`, called by all processes, with tensors in parts; what it returns has to be called to end it.
+
+    beside: only copy the tensors now, and write them in another thread. Raises OSError where one cannot write.
+    """
+    from torch.distributed.checkpoint import async_save, save
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    aside = ranks.from_first(lambda: fresh_aside(run, state["step"]))
+    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    how: dict[str, Any] = {"storage_writer": writer, "process_group": ranks.group}
+    writing: Any = async_save(_flat(weights), **how) if beside else None
+
+    def finish() -> Path:
+        try:
+            writing.result() if beside else save(_flat(weights), **how)
+        except CheckpointException as error:
+            rank, (first, _) = next(iter(error.failures.items()))
+            raise OSError(f"{aside.name} could not be written by process {rank}: {first}") from error
+        own = sorted(aside.glob("*.safetensors"))[ranks.rank :: ranks.world]
+        files = {name: sha for part in ranks.gather({p.name: sha256(p) for p in own}) for name, sha in part.items()}
+
+        def place() -> Path:
+            seal(aside, {**state, "sharded": True}, files)
+            return put_in_place(run, aside, keep)
+
+        return ranks.from_first(place)
+
+    return finish
+
+
+def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of such a checkpoint: read into those given where there are some of that name, which may be in parts,
+    and else whole.
+
+    Raises ValueError where a shape differs.
+    """
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader, given = HuggingFaceStorageReader(str(folder)), _flat(into or {})
+    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {}
+    for name, about in found.items():
+        like = given.get(name)
+        if like is None and name.startswith("optimizer/"):  # state of a weight's shape is in parts as the weight is
+            weight = given.get("model/" + name.removeprefix("optimizer/").rpartition("/")[0])
+            if weight is not None and weight.shape == about.size:
+                like = torch.zeros_like(weight, dtype=about.properties.dtype)
+        if like is not None and like.shape != about.size:
+            raise ValueError(f"{folder.name} has {name} of {tuple(about.size)}, the model {tuple(like.shape)}")
+        tensors[name] = torch.empty(about.size, dtype=about.properties.dtype) if like is None else like
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # one process reads alone: so it should
+        load(tensors, storage_reader=reader)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        group, _, own = name.partition("/")
+        groups.setdefault(group, {})[own] = x
+    return groups
+
+
+def _flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": tensor for group, tensors in weights.items() for name, tensor in tensors.items()}
