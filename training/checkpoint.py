@@ -104,8 +104,8 @@ def verify(folder: Path) -> dict[str, Any]:
         state = read_json(folder / "state.json")
         if state.pop("sha256") != sha256_of(state):
             raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
-        for name, sha in state["files"].items():
-            if sha256(folder / name) != sha:
+        for name, digest in state["files"].items():
+            if sha256(folder / name) != digest:
                 raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
         return state
     except (OSError, KeyError, TypeError, AttributeError) as error:

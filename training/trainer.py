@@ -514,10 +514,10 @@ def compiled(
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
     log("compiling the model (under a minute)")
-    packed = config.transfusion.enabled or asked.packing  # of any length, and what packs them is no graph
-    if packed or blocks_alone:
-        for block in model.transformer.blocks:
-            block.compile(dynamic=True if packed else None)
+    in_rows = config.transfusion.enabled or asked.packing
+    if in_rows or blocks_alone:
+        for block in model.transformer.blocks:  # packed batches are of any length, and what packs them is no graph
+            block.compile(dynamic=True if in_rows else None)
         return model
     if config.text.encoder != "learned":  # what is frozen is no part of the graph
         model.transformer.compile()
