@@ -2,15 +2,17 @@
 
     python -m benchmarks.forward --out benchmarks/results/forward.md
 
-Width 384, 12 blocks, QK-norm. Both are measured in turn in one process, medians; compiled means `torch.compile` of each
-block. Memory is what the process grew by at its peak in one forward and backward pass, each model in a process of its
-own. Sampling is 28 guided Euler steps, both predictions in one batch, beside diffusers' scheduler and loop.
+Width 384, 12 blocks, QK-norm; and the forward pass of 3 blocks of SD3-medium's width, 1536. Both are measured in turn
+in one process, medians; compiled means `torch.compile` of each block. Memory is what the process grew by at its peak in
+one forward and backward pass, each model in a process of its own. Sampling is 28 guided Euler steps, both predictions
+in one batch, beside diffusers' scheduler and loop.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from mmdit.config import MMDiTConfig
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 
 CONFIG = MMDiTConfig(depth=12, num_heads=6, qk_norm="rms_norm", context_dim=512, pooled_dim=256, sample_size=32)
+WIDE = replace(CONFIG, depth=3, num_heads=24)
 SHAPES = ((16, 77, 4), (16, 333, 4), (32, 333, 1))  # tokens a side, text tokens, batch
 CALLS: dict[str, Callable[..., Tensor]] = {"ours": call_ours, "diffusers": call_theirs}
 
 
-def models() -> dict[str, nn.Module]:
+def models(config: MMDiTConfig = CONFIG) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    first = ours(CONFIG)
+    first = ours(config)
     return {"ours": first, "diffusers": theirs(first)}
 
 
@@ -68,6 +71,18 @@ def speed(repeats: int) -> list[str]:
                 cells += [f"{t['ours']:.3f}", f"{t['diffusers']:.3f}", f"{t['diffusers'] / t['ours']:.2f}"]
             lines.append(f"| {side * side} | {text} | {batch} | {how} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
+    return lines
+
+
+def wide(repeats: int) -> list[str]:
+    lines = ["| image tokens | text tokens | batch | ours, s | diffusers, s | ratio |", "|---" * 6 + "|"]
+    both = models(WIDE)
+    for side, text, batch in SHAPES:
+        given = inputs(WIDE, side, batch, text)
+        t = seconds({name: forward(name, model, given) for name, model in both.items()}, repeats)
+        ratio = t["diffusers"] / t["ours"]
+        lines.append(f"| {side * side} | {text} | {batch} | {t['ours']:.3f} | {t['diffusers']:.3f} | {ratio:.2f} |")
+        print(lines[-1], flush=True)
     return lines
 
 
@@ -144,7 +159,13 @@ def main() -> None:
         name, shape = arguments.memory_of
         print(f"{memory_of(name, SHAPES[int(shape)]):.0f}")
         return
-    sections = {"Speed": speed(arguments.repeats), "Sampling": sampling(arguments.repeats), "Memory": memory()}
+    n = arguments.repeats
+    sections = {
+        "Speed": speed(n),
+        "Forward at SD3-medium's width, eager": wide(n),
+        "Sampling": sampling(n),
+        "Memory": memory(),
+    }
     about = f"`python -m benchmarks.forward`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     text = "\n\n".join(
         [f"# Beside diffusers on a CPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())]
