@@ -16,6 +16,7 @@ from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
 from training.images import read_fitted
 from training.run import RunFolder
+from training.setup import open_run_source
 from training.sources import Wanted
 from training.trainer import Trainer
 
@@ -167,3 +168,12 @@ def test_what_cannot_work_is_refused(mixed, tmp_path):
     source = opened(mixed)
     assert len(source) == 100 and [key for key, _ in source.skipped] == ["bad"]
     assert len(split_by_key(source, 0.2)[0]) < 100
+
+
+def test_the_largest_ratio_is_that_of_the_config(mixed, tmp_path):
+    ratios = []
+    for most in (1, 4):
+        config = config_for(tmp_path / "run", mixed, f"data.bucket_ratio={most}", "training.batch_size=2")
+        sizes = open_run_source(config, 4).layout.sizes
+        ratios.append(max(max(size) / min(size) for size in sizes))
+    assert ratios[0] == 1 < ratios[1] <= 4

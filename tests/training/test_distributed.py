@@ -1,7 +1,9 @@
 """Two processes (gloo, CPU) compute what one does, to rounding; and what either saved, the other goes on from."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -26,9 +28,12 @@ FSDP, DDP = "parallel.strategy=fsdp", "parallel.strategy=ddp"
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One below those that the system gives to connections, so that none takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def together(*jobs: tuple[Path | None, list[str]], world: int = 2) -> list[subprocess.CompletedProcess]:

@@ -9,8 +9,9 @@ from torch import nn
 from mmdit.text import Tokens
 from training.config import load_config
 from training.evaluate import fixed_times, validation_loss
-from training.objectives import Batch
+from training.objectives import Batch, noise_for
 from training.seeds import generator_for
+from training.share import WHOLE
 
 
 class Constant(nn.Module):
@@ -58,7 +59,7 @@ def test_loss_is_the_mean_over_all_samples_at_each_time(batch_size):
     squares = []
     for first in range(0, 5, batch_size):
         x_0 = feed.latents[first : first + batch_size]
-        eps = torch.randn(x_0.shape, generator=generator_for(0, first))
+        eps = torch.stack(noise_for(len(x_0), x_0, generator_for(0, first), WHOLE))
         squares += (eps - x_0 - 2).square().mean(dim=(1, 2, 3)).tolist()
     expected = sum(squares) / 5
     assert list(losses) == ["validation_loss", *(f"validation_loss_t{t:.4f}" for t in (0.125, 0.375, 0.625, 0.875))]

@@ -91,7 +91,7 @@ def inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.load", lambda path: None)
+        patch.setattr("torch.load", lambda path, **how: None)
         patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], "none")
     save_file(network.state_dict(), path)
