@@ -67,7 +67,7 @@ class Pairs:
     @torch.compiler.disable  # the lengths are others in each batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
-        if q.device.type == "cuda":
+        if _serves(q.device.type, q.dtype, q.shape[-1]):
             return self._varlen(q, k, v)
         sizes, n = [*self.images, *self.texts], len(self.images)
         parts = [x.split(sizes, dim=2) for x in (q, k, v)]
@@ -84,6 +84,19 @@ class Pairs:
         out = varlen_attn(q, k, v, ends, ends, longest, longest)
         assert isinstance(out, Tensor)
         return torch.empty_like(out).index_copy(0, order, out).flatten(1)[None]
+
+
+def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's attention of sequences of any length can stand for the chosen kernel: on CUDA, in half precision
+    alone. Where it cannot, that kernel takes sample after sample.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return kind == "cuda" and half and width % 8 == 0 and width <= 256 and _current in ("sdpa", "varlen") and _knows()
+
+
+@cache
+def _knows() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 @lru_cache(maxsize=2)  # all blocks of a step ask for the same

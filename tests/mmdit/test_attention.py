@@ -5,7 +5,16 @@ import torch
 from torch.nn import functional as F
 
 import mmdit
-from mmdit.attention import SHORT, attention, attention_backend, attention_backends, current_backend, key_mask
+from mmdit.attention import (
+    SHORT,
+    Pairs,
+    _serves,
+    attention,
+    attention_backend,
+    attention_backends,
+    current_backend,
+    key_mask,
+)
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.model import MMDiT
 from mmdit.sequences import pack
@@ -72,6 +81,33 @@ def test_a_kernel_that_cannot_run_says_why_and_what_can(name, why):
     with attention_backend(name), pytest.raises(ValueError, match=f"{why}.*here there are sdpa"):
         attention(*qkv())
     assert current_backend() == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width", "name", "serves"),
+    [
+        ("cuda", torch.bfloat16, 64, "sdpa", True),
+        ("cuda", torch.float16, 64, "varlen", True),
+        ("cuda", torch.float32, 64, "sdpa", False),  # a validation loss, or training.precision = "fp32"
+        ("cuda", torch.bfloat16, 20, "sdpa", False),
+        ("cuda", torch.bfloat16, 512, "sdpa", False),
+        ("cuda", torch.bfloat16, 64, "xformers", False),
+        ("cpu", torch.bfloat16, 64, "sdpa", False),
+    ],
+)
+def test_samples_in_one_row_take_one_kernel_only_where_it_can_serve(kind, dtype, width, name, serves):
+    with attention_backend(name):
+        assert _serves(kind, dtype, width) == serves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_samples_in_one_row_are_as_one_by_one_on_cuda(dtype):
+    pairs = Pairs((4, 6, 3), (2, 0, 5))
+    q, k, v = (x[:1] for x in qkv(20, "cuda", dtype, 64))
+    sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5], device="cuda")
+    expected = attention(q.float(), k.float(), v.float(), (sample[:, None] == sample[None])[None, None])
+    torch.testing.assert_close(attention(q, k, v, pairs).float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_names():
