@@ -246,7 +246,7 @@ def recompute(model: Any, how: str, every: int) -> None:
 def _again(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_ops()))
     return partial(_checkpointed, forward, options)
 
 
@@ -254,5 +254,14 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: A
     return checkpoint(forward, *args, **options) if torch.is_grad_enabled() else forward(*args)
 
 
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+def kept_ops() -> frozenset[Any]:
+    """What "selective" does not compute again: `MATRIX_PRODUCTS`, and the attention of samples in one row."""
+    try:
+        import torch.nn.attention.varlen
+    except ImportError:  # an older torch has none
+        return frozenset(MATRIX_PRODUCTS)
+    return frozenset((*MATRIX_PRODUCTS, torch.ops.torch_attn._varlen_attn.default))
+
+
+def _keep(kept: frozenset[Any], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

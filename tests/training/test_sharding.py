@@ -11,7 +11,7 @@ from training.devices import pick_device
 from training.parallel import ALONE, ProcessLost, Ranks, lost, ranks_of
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.sharding import check_parallel, strategy
+from training.sharding import check_parallel, kept_ops, strategy
 from training.trainer import Trainer
 
 
@@ -30,7 +30,7 @@ def step(out, *overrides) -> tuple[int, list[torch.Tensor]]:
     return kept, [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("model", [(), TRANSFUSION], ids=["image", "mixed"])
+@pytest.mark.parametrize("model", [(), ("training.packing=true",), TRANSFUSION], ids=["image", "packed", "mixed"])
 def test_recomputing_keeps_less_and_changes_nothing(model, tmp_path):
     how = {
         "none": (),
@@ -45,6 +45,11 @@ def test_recomputing_keeps_less_and_changes_nothing(model, tmp_path):
     assert bytes_of["full"] < bytes_of["selective"] < bytes_of["none"]
     for _, gradients in found.values():
         assert all(torch.equal(a, b) for a, b in zip(gradients, found["none"][1], strict=True))
+
+
+def test_the_attention_of_samples_in_one_row_is_kept_too():
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    assert varlen._varlen_attn._opoverload in kept_ops() > {torch.ops.aten.mm.default}
 
 
 def test_what_the_processes_hold_is_what_the_config_says():
