@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.blocks import JointBlock
-from mmdit.sd3_text import CLIP_TOKENS, SD3Text
+from mmdit.sd3_text import CLIP_TOKENS
 from mmdit.text import TextLayer
 
 PEAKS: tuple[tuple[str, float, float], ...] = (
@@ -82,7 +82,8 @@ def peak_tflops(asked: float | str, device: torch.device, precision: torch.dtype
 @dataclass(frozen=True)
 class Sizes:
     """What passes through a model: so many images, patches, text tokens and places that predict the next one, and the
-    sums over sequences of their squared lengths, together, of patches alone, and of text alone.
+    sums over sequences of their squared lengths, together, of patches alone, and of text alone. read: the text tokens
+    that the text encoder sees, where the trunk sees fewer.
     """
 
     images: float
@@ -92,12 +93,24 @@ class Sizes:
     joint: float = 0
     image: float = 0
     words: float = 0
+    read: float | None = None
 
 
 def captioned(images: int, patches: int, text: int) -> Sizes:
     """Sizes of an MMDiT's batch: images of so many patches each, with so many places for text, padding counted."""
     both = images * (patches + text) ** 2
     return Sizes(images, images * patches, images * text, 0, both, images * patches**2, images * text**2)
+
+
+def in_one_row(patches: int, text: Tensor, longest: int) -> Sizes:
+    """Sizes of an MMDiT's batch without the padding of its captions: images of so many patches each, with `text` (B,)
+    real tokens; longest: tokens that the text encoder has for each, its padding counted.
+    """
+    images, lengths = len(text), patches + text.double()
+    real, both = text.sum().item(), lengths.square().sum().item()
+    return Sizes(
+        images, images * patches, real, 0, both, images * patches**2, images * longest**2, read=images * longest
+    )
 
 
 def packed(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
@@ -114,7 +127,13 @@ def packed(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
 
 def text_places(conditioner: nn.Module, tokens: int) -> int:
     """Of so many tokens of a caption, the places that the trunk has for them: SD3's CLIPs share theirs."""
-    return CLIP_TOKENS + conditioner.max_length if isinstance(conditioner, SD3Text) else tokens
+    return CLIP_TOKENS + conditioner.shape.encoders[2][0] if reads_padding(conditioner) else tokens  # type: ignore
+
+
+def reads_padding(conditioner: nn.Module) -> bool:
+    """Whether to the trunk padding is text like any other: so it is of SD3's three encoders, computed or cached."""
+    shape: Any = getattr(conditioner, "shape", None)
+    return shape is not None and len(shape.encoders) > 1
 
 
 def step_flops(model: Any, sizes: Sizes) -> float:
@@ -151,6 +170,8 @@ def _rows(name: str, module: nn.Module, trunk: Any, sizes: Sizes) -> float:
     part = name.removeprefix("transformer.")
     if part.startswith(("time_in.", "pooled_in.")) or part.endswith((".modulation", "modulation_out")):
         return sizes.images
+    if part.startswith("conditioner.") and sizes.read is not None:
+        return sizes.read
     if part.startswith("conditioner.") or part == "context_in" or ".txt." in part:
         return sizes.text
     if part == "head":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmdit.text_and_images import CaptionedTransfusion
 from training.config import TrainConfig
-from training.flops import captioned, packed, peak_tflops, step_flops, text_places
+from training.flops import captioned, in_one_row, packed, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
 
 TIME_BINS = 8  # equal parts of [0, 1]
@@ -30,10 +30,10 @@ WAIT_WINDOW = 60.0  # seconds over which it is watched
 class Telemetry:
     """Gathers during steps, and `line` gives it all.
 
-    samples_per_second, tokens_per_second (patches and real text tokens, a dropped caption's too), mfu, data_wait
-    (share of the time that went into waiting for batches), loss_t0.0625 ... (mean loss of the images in each of 8
-    equal parts of [0, 1], by its middle), loss_text and loss_image, grad_norm_blocks, _text, _in and _out, memory_gib
-    (peak).
+    samples_per_second, tokens_per_second (patches, and the text tokens that are real to the trunk, as if no caption
+    were dropped), mfu, data_wait (share of the time that went into waiting for batches), loss_t0.0625 ... (mean loss of
+    the images in each of 8 equal parts of [0, 1], by its middle), loss_text and loss_image, grad_norm_blocks, _text,
+    _in and _out, memory_gib (peak).
 
     reduce: sums a float64 vector over all processes; then `line` is to be called by all.
     """
@@ -147,6 +147,9 @@ class Telemetry:
         patch, mixed = self.model.transformer.config.patch_size**2, isinstance(self.model, CaptionedTransfusion)
         for latents, places, captions, documents in self._batches:
             images, patches = latents[0], latents[2] * latents[3] // patch
+            length = text_places(self.model.conditioner, places[1])
+            if reads_padding(self.model.conditioner):
+                captions = torch.full_like(captions, length)
             samples += images + (0 if documents is None else len(documents))
             text = captions if documents is None else torch.cat([captions, documents])
             tokens += images * patches + text.sum().item()
@@ -157,8 +160,10 @@ class Telemetry:
                 one_each[:images] = patches
                 lead = 2 if self.model.transformer.config.size_tokens else 0
                 flops += step_flops(self.model, packed(one_each, text, lead))
+            elif self.model.packed:
+                flops += step_flops(self.model, in_one_row(patches, captions, int(captions.max())))
             else:
-                flops += self._padded((images, patches, text_places(self.model.conditioner, places[1])))
+                flops += self._padded((images, patches, length))
         return samples, tokens, flops
 
     def _padded(self, sizes: tuple[int, int, int]) -> float:

@@ -32,6 +32,7 @@ from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
 from training.data import is_shapes, open_source
 from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.flops import reads_padding, text_places
 from training.setup import fingerprint, open_run_source
 from training.share import Share
 
@@ -536,6 +537,9 @@ def test_known_features_are_what_the_encoders_say(parts, tmp_path, kind, dropped
             torch.testing.assert_close(got.context[there], real.context[there], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(got.pooled, real.pooled, rtol=tolerance, atol=tolerance)
             assert (got.mask is None and real.mask is None) or torch.equal(got.mask, real.mask)
+            assert reads_padding(known) == reads_padding(text) == (real.mask is None)
+        for conditioner, words in ((known, features), (text, tokens)):  # what telemetry counts
+            assert text_places(conditioner, words.mask.shape[1]) == real.context.shape[1]
         assert all(torch.equal(a, b) for a, b in zip(known(tokens, drop)[:2], text(tokens, drop)[:2], strict=True))
 
 

@@ -12,7 +12,7 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer, Tokens
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from training.flops import captioned, datasheet_peak, measured_peak, packed, peak_tflops, step_flops
+from training.flops import captioned, datasheet_peak, in_one_row, measured_peak, packed, peak_tflops, step_flops
 from training.objectives import Batch, FlowMatching, TextAndImages
 from training.seeds import generator_for
 from training.time_density import Uniform
@@ -51,6 +51,16 @@ def test_a_step_of_an_mmdit_is_what_torch_counts(changes):
     batch = Batch(torch.randn(4, 3, 8, 12), tokens(4)[1])
     sizes = captioned(4, 8 * 12 // model.transformer.config.patch_size**2, 12)
     assert step_flops(model, sizes) == counted(model, FlowMatching(Uniform()), batch)
+
+
+def test_a_step_in_one_row_is_what_torch_counts():
+    model = mmdit(dual_attention_layers=(0,))
+    model.packed = True
+    words = tokens(4)[1]
+    lengths, batch = words.mask.sum(1), Batch(torch.randn(4, 3, 8, 12), words)
+    sizes = in_one_row(24, lengths, int(lengths.max()))
+    assert len(set(lengths.tolist())) > 1 and step_flops(model, sizes) < step_flops(model, captioned(4, 24, 12))
+    assert step_flops(model, sizes) == counted(model, FlowMatching(Uniform(), caption_dropout=0.0), batch)
 
 
 def test_what_is_frozen_costs_no_gradient():

@@ -11,7 +11,7 @@ import training
 from tests.training.test_flops import mmdit, tokens
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, stop_after
 from training.config import load_config
-from training.flops import captioned, step_flops
+from training.flops import captioned, in_one_row, step_flops
 from training.objectives import Batch, Loss
 from training.run import RunFolder
 from training.telemetry import WAIT_WINDOW, Telemetry, bin_names, part_of
@@ -60,6 +60,14 @@ def test_speed_use_and_wait_are_what_the_clock_says():
     telemetry.next(source)
     clock.now += 0.5
     assert telemetry.line()["samples_per_second"] == pytest.approx(4.0)
+
+
+def test_padding_that_is_not_computed_is_no_use_of_the_hardware():
+    telemetry, clock, _ = make("training.peak_tflops=1e-5")
+    telemetry.model.packed = True
+    lengths = telemetry.next(batches(clock, 1.0)).tokens.mask.sum(1)
+    flops = step_flops(telemetry.model, in_one_row(24, lengths, int(lengths.max())))
+    assert telemetry.line()["mfu"] == pytest.approx(flops / 1e7)
 
 
 def test_without_a_known_peak_there_is_no_mfu():
