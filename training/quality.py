@@ -26,6 +26,8 @@ from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
 from training.reference import Log, cache_folder, reference_features
+from training.setup import check_reference, open_run_source
+from training.stream import HeldOut, StreamSource
 
 KID_SUBSET = 1000
 AGAINST = (*BY_FEATURES, "cmmd")  # what needs a reference
@@ -122,9 +124,12 @@ class ModelJudge:
 
     def __init__(self, config: TrainConfig, pipe: TextToImage, log: Log = lambda text: None) -> None:
         self.config = config.evaluation
-        data, own = config.data, self.config.reference is None
-        spec, count = (data.source, data.num_samples) if own else (str(self.config.reference), None)
-        reference = open_source(spec, pipe.size, pipe.step, count, config.seed, need_captions=False)
+        check_reference(config)
+        if self.config.reference is None:
+            data = replace(config.data, image_size=pipe.size, buckets=False)  # at the size that is drawn
+            reference = open_run_source(replace(config, data=data), pipe.step, need_captions=False)
+        else:
+            reference = open_source(self.config.reference, pipe.size, pipe.step, need_captions=False)
         self.captions = captions_to_draw(config, reference, pipe)
         self.judge = Judge(self.config, reference, pipe.device, log)
 
@@ -145,9 +150,14 @@ def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage) 
         if own:
             return own
     data = config.data
-    source = open_source(data.source, data.image_size, pipe.step, data.num_samples, config.seed)
-    training, held_out = split_by_key(source, data.held_out)
-    found = [caption for i in (held_out if len(held_out) else training) if (caption := source.caption(int(i)))]
+    source: Any = open_run_source(config, pipe.step)
+    if isinstance(source, StreamSource):
+        source = HeldOut(source, data.held_out, config.evaluation.validation_samples)
+        indices = np.arange(len(source))
+    else:
+        training, held_out = split_by_key(source, data.held_out)
+        indices = held_out if len(held_out) else training
+    found = [caption for i in indices if (caption := source.caption(int(i)))]
     if not found:
         raise DataError(f"there are no captions to draw in {data.source}: name others by evaluation.reference")
     return found

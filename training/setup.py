@@ -27,6 +27,7 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
+from training.cache import is_cache
 from training.cached import CachedFeed, CachedSource, latent_feed
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
@@ -48,6 +49,7 @@ STREAM_CAPTIONS = 20_000  # and of a stream
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
+    check_reference(config)
     source = open_run_source(config, factor * config.model.patch_size, run.path / "index")
     sizes, (height, width) = layout_of(source).sizes, source.image_size
     number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
@@ -60,7 +62,19 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     return source
 
 
-def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -> Source:
+def check_reference(config: TrainConfig) -> None:
+    """Raises ConfigError where scores want pictures to be held against, and the run's own data shows none."""
+    wanting = [name for name in config.evaluation.metrics if name != "clip-score"]
+    source = config.data.source
+    kind = "a stream" if source.startswith(STREAM) else "a cache of latents" if is_cache(source) else None
+    if wanting and kind and config.evaluation.reference is None:
+        raise ConfigError(
+            f"{wanting[0]} holds pictures against others, and data.source is {kind}: name pictures by "
+            "evaluation.reference (mmdit evaluate --reference)"
+        )
+
+
+def open_run_source(config: TrainConfig, step: int, index: Path | None = None, need_captions: bool = True) -> Source:
     """A run's samples, as its config says, or a `StreamSource`; index: a folder where a slow index is kept."""
     data = config.data
     wanted = Wanted(
@@ -79,7 +93,7 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None) -
         size = checked_size(data.image_size)
         stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
         return stream  # type: ignore[no-any-return]
-    source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, options=options)
+    source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, need_captions, options)
     if isinstance(source, CachedSource):
         source.check_data(data)
     return source

@@ -1,20 +1,26 @@
 """Scores of pictures from folder or model to number: the same as the libraries by hand on the same pictures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import mmdit
 import training
 from mmdit_cli.main import app
+from tests.training.test_rows import parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from tests.training.tiny_networks import pictures, save_clip, save_dino, save_pictures
+from training.cache_writer import write_cache
 from training.config import EvaluationConfig, load_config
 from training.image_networks import open_clip_model, open_features
-from training.quality import evaluate_images, spread
+from training.quality import ModelJudge, evaluate_images, spread
 from training.run import RunFolder
+from training.setup import open_run_source
+from training.stream import HeldOut
 
 pytest.importorskip("torchmetrics")
 ALL = ("fid", "kid", "precision-recall", "clip-score", "cmmd")
@@ -172,7 +178,6 @@ def test_a_run_scores_itself_on_the_way_and_at_the_end(run):
 
 def test_the_scores_are_of_the_models_pictures_of_held_out_captions(run, place):
     """Drawn by hand: picture i of the held-out captions in turn, from the noise of seed + i."""
-    import mmdit
     from training.data import open_source, split_by_key
     from training.metrics import fid
     from training.quality import as_tensor
@@ -199,6 +204,39 @@ def test_a_reference_with_captions_says_what_is_drawn(run, place):
 
 def test_scores_on_the_way_change_nothing_of_the_training(run, tmp_path):
     assert_bit_equal(run, training.train(config_for(tmp_path / "plain")))
+
+
+@pytest.mark.parametrize("kind", ["a stream", "a cache of latents"])
+def test_data_without_pictures_to_hold_against_stops_a_run_before_it_begins(place, tmp_path, kind):
+    source = "hf-stream:anything"
+    if kind != "a stream":
+        source = str(tmp_path / "cache")
+        assert write_cache(load_config("pixels-tiny", ["data.num_samples=8"]), source, log=lambda line: None).samples
+    how = (f"data.source={source}", "data.cache_latents=false", *scored(place, "clip-score", "fid"))
+    with pytest.raises(ValueError, match=f"fid holds .* data.source is {kind}: name pictures by evaluation.reference"):
+        training.train(config_for(tmp_path / "run", *how))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_filters_leave_out_is_held_against_nothing(run, place, tmp_path):
+    save_pictures(tmp_path / "data", 9)
+    save_pictures(tmp_path / "data" / "small", 4, size=16)
+    own = config_for(tmp_path, f"data.source={tmp_path / 'data'}", *scored(place, "fid"), "data.num_samples=none")
+    pipe = mmdit.TextToImage.load(run, "cpu")
+    for least, count in ((0, 13), (20, 9)):
+        data = replace(own.data, min_side=least, buckets=True)
+        judge = ModelJudge(replace(own, data=data), pipe).judge
+        assert len(judge.reference) == count and judge.reference.image_size == pipe.size
+
+
+def test_the_captions_of_a_stream_are_its_held_out_ones(run, place, tmp_path):
+    pytest.importorskip("datasets")
+    parquet_of(tmp_path / "a.parquet", range(40))
+    how = (f"data.source=hf-stream:{tmp_path}", "data.cache_latents=false", "data.num_samples=none")
+    own = config_for(tmp_path, *how, "data.held_out=0.3", *scored(place, "clip-score"))
+    judge = ModelJudge(own, mmdit.TextToImage.load(run, "cpu"))
+    held_out = HeldOut(open_run_source(own, 8), 0.3, own.evaluation.validation_samples)
+    assert judge.captions == [row.captions[0] for row in held_out.rows] and len(judge.captions) > 3
 
 
 def test_weights_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
