@@ -23,9 +23,9 @@ import torch
 
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
+from training.listing import printable, walk
 from training.loader import Order
 from training.share import WHOLE, Share
-from training.sources import printable, walk
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FIELDS = ("text", "content", "caption")

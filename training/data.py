@@ -28,8 +28,9 @@ from training.images import BadImage, ImageData, Size, fit_size, read_fitted, re
 from training.loader import Batch, loader, one_pass
 from training.order import Layout
 from training.remote import RemoteError
-from training.sources import Index, Wanted
+from training.sources import Index
 from training.table import Entry, Keys
+from training.wanted import Wanted
 
 __all__ = ["Batch", "DataError", "FileSource", "Sample", "ShapesSource", "Source", "SourceOptions"]
 __all__ += ["loader", "one_pass", "open_source", "split_by_key"]

@@ -14,8 +14,8 @@ from training.errors import DataError
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
 
 if TYPE_CHECKING:
-    from training.sources import Wanted
     from training.table import Entry
+    from training.wanted import Wanted
 
 _SPLIT = "train"
 

@@ -16,8 +16,8 @@ from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, l
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
 
 if TYPE_CHECKING:
-    from training.sources import Wanted
     from training.table import Entry
+    from training.wanted import Wanted
 
 
 class ParquetRows:

@@ -39,9 +39,9 @@ from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
-from training.sources import Wanted
 from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
 from training.stream import STREAM, HeldOut, StreamSource
+from training.wanted import Wanted
 
 TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
 STREAM_CAPTIONS = 20_000  # and of a stream

@@ -11,7 +11,6 @@ memory, the rest on disk (`table.py`). The order depends on names alone, not on 
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import hashlib
 import json
@@ -21,27 +20,25 @@ import tempfile
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from training.captions import (
-    CAPTION_FIELDS,
-    MAX_CAPTION,
     MAX_JSON,
     MAX_TEXT,
     NONE,
     Captions,
-    Weights,
     captions_in,
     captions_of,
     joined,
 )
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, read_size
-from training.remote import Listed, Patience, RemoteError, is_url, list_urls, read_range
+from training.listing import METADATA_NAMES, PARQUET, list_files, printable
+from training.remote import Listed, Patience, RemoteError, is_url, read_range
 from training.shards import (
     IMAGE_SUFFIXES,
     SHARD_ERRORS,
@@ -54,14 +51,13 @@ from training.shards import (
     split_name,
 )
 from training.table import Entry, Table, Writer, remove
+from training.wanted import ANY, Wanted
 
 if TYPE_CHECKING:
     from training.rows import Row
 
-__all__ = ["CAPTION_FIELDS", "MAX_CAPTION", "DataError", "Entry", "Index", "Wanted", "printable", "walk"]
+__all__ = ["Entry", "Index", "Wanted"]
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-PARQUET = ".parquet"
 HUB = "hf:"
 MAX_LINE = 16_000_000
 """A line of metadata is cut after so many characters."""
@@ -78,48 +74,6 @@ _LOOKED_FOR = (
 _FORMAT = 1  # of a kept index
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of a data set's samples; one that does not fit is left out of the index, and counted.
-
-    captions: fields to choose among, by weight. sizes: each image's size is read, as it is for a filter by size.
-    min_side: pixels of the shorter side. max_aspect: longer side over shorter. min_caption, max_caption: characters of
-    a caption; of several captions those that do not fit are left out. 0: any.
-    """
-
-    captions: Weights = ()
-    sizes: bool = False
-    min_side: int = 0
-    max_aspect: float = 0.0
-    min_caption: int = 0
-    max_caption: int = 0
-    patience: Patience = Patience()
-    cache: Path | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether sizes are read."""
-        return self.sizes or self.min_side > 0 or self.max_aspect > 0
-
-    def fitting(self, captions: Captions) -> Captions:
-        """The captions of an allowed length, with their shares."""
-        texts, shares = captions
-        most = self.max_caption or MAX_CAPTION
-        fit = [i for i, text in enumerate(texts) if self.min_caption <= len(text) <= most]
-        if len(fit) == len(texts):
-            return captions
-        return tuple(texts[i] for i in fit), tuple(shares[i] for i in fit) if shares else ()
-
-    def refuses(self, size: Size) -> str | None:
-        """Why an image of that size is left out, if it is."""
-        short, long = min(size), max(size)
-        if short < self.min_side:
-            return f"a side below {self.min_side} pixels"
-        if self.max_aspect and long > self.max_aspect * short:
-            return f"sides that are more than {self.max_aspect:g} to 1"
-        return None
-
-
 class Index:
     """The samples of a data set in their fixed order; in `skipped` what could not be indexed: (name, reason); and in
     `left_out` how many samples were for a reason that `Wanted` gives, with the key of the first.
@@ -128,7 +82,7 @@ class Index:
     "hf:NAME". Raises `DataError` if nothing can be trained on.
     """
 
-    def __init__(self, spec: str, need_captions: bool = True, wanted: Wanted = Wanted()) -> None:
+    def __init__(self, spec: str, need_captions: bool = True, wanted: Wanted = ANY) -> None:
         self.need_captions, self.wanted = need_captions, wanted
         self.skipped: list[tuple[str, str]] = []
         self.left_out: dict[str, tuple[int, str]] = {}
@@ -138,7 +92,7 @@ class Index:
         self._rows: Any = None  # reads the rows of Parquet files, or of a dataset
         self._begun: list[tuple[int, str]] = []  # the first sample of each file, and what makes a key of it longer
         self._root: Path | None = None  # of a folder of images
-        root, files = (Path(), []) if spec.startswith(HUB) else _list_files(spec, wanted.patience)
+        root, files = (Path(), []) if spec.startswith(HUB) else list_files(spec, wanted.patience)
         name = self._name_of(spec, files)
         if name is None or not self._found(name):
             self._writer = Writer()
@@ -196,7 +150,7 @@ class Index:
         if not self.wanted.measures:
             return None
         try:
-            return _size_in(image)
+            return read_size(image)
         except (BadImage, OSError) as error:
             return str(error)
 
@@ -435,10 +389,6 @@ def _no_room(what: str, error: OSError) -> DataError:
     )
 
 
-def _size_in(image: ImageData) -> Size:
-    return read_size(image)
-
-
 def _near(name: str) -> bool:
     """Whether a shard lies in the folder itself or one level down."""
     return is_url(name) or name.count("/") <= 1
@@ -450,66 +400,6 @@ def _kept(files: list[Listed]) -> bool:
     return not any(Path(name).name in METADATA_NAMES for name in names) and (
         any(name.endswith((".tar", PARQUET)) for name in names) and not any(name.endswith("gz") for name in names)
     )
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _list_files(spec: str, patience: Patience) -> tuple[Path, list[Listed]]:
-    """(root, the files below it) that `spec` names, sorted, with "/"; hidden ones are left out. URLs have no root."""
-    if is_url(spec):
-        try:
-            return Path(), list_urls(spec, patience)
-        except RemoteError as error:
-            raise DataError(str(error)) from error
-    root, names = _local_files(spec)
-    return root, [_listed(root, name) for name in names]
-
-
-def _listed(root: Path, name: str) -> Listed:
-    if not name.lower().endswith((*SHARD_SUFFIXES, PARQUET)):  # of other files nothing is kept
-        return Listed(name, 0, "")
-    about = (root / name).stat()
-    return Listed(name, about.st_size, str(about.st_mtime_ns))
-
-
-def _local_files(spec: str) -> tuple[Path, list[str]]:
-    path = Path(spec).expanduser()
-    suffixes = (*SHARD_SUFFIXES, PARQUET)
-    if path.is_dir():
-        return path, sorted(walk(path))
-    if path.is_file():
-        if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
-            return path.parent, [path.name]
-        raise DataError(f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}) or a metadata.jsonl")
-    if glob.has_magic(spec):
-        shards = [found for found in glob.glob(str(path), recursive=True) if found.lower().endswith(suffixes)]
-        if not shards:
-            raise DataError(f"no images found: no shard ({' '.join(suffixes)}) matches {spec}")
-        root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards]))
-        return root, sorted(Path(os.path.abspath(shard)).relative_to(root).as_posix() for shard in shards)
-    raise DataError(f"no images found: there is no folder or file {spec}; give a folder, shards, or 'shapes'")
-
-
-def walk(root: Path) -> Iterator[str]:
-    """Paths of the files below root; follows links to folders, but enters each folder once."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():  # not a pipe or a device
-                yield path.relative_to(root).as_posix()
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be written to a log: bytes that are no UTF-8 are replaced."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _leads_outside(name: str) -> bool:

@@ -17,8 +17,8 @@ from training.data import DataError, SourceOptions, loader, open_source, split_b
 from training.images import read_fitted
 from training.run import RunFolder
 from training.setup import open_run_source
-from training.sources import Wanted
 from training.trainer import Trainer
+from training.wanted import Wanted
 
 SIZES = ((32, 32), (24, 48), (48, 24), (30, 36))
 

@@ -15,8 +15,8 @@ from tests.training.pictures import folder_of, json_bytes, members, picture, sha
 from training.captions import captions_in, captions_of, choose, parse_weights
 from training.config import load_config
 from training.data import DataError, SourceOptions, loader, open_source
-from training.sources import Wanted
 from training.table import Entry, Table, Writer
+from training.wanted import Wanted
 
 BOTH = (("original", 0.5), ("synthetic", 0.5))
 

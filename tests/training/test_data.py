@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from training.captions import MAX_CAPTION
 from training.data import (
     DataError,
     FileSource,
@@ -33,7 +34,7 @@ from training.data import (
     split_by_key,
 )
 from training.shapes import ShapesWorld
-from training.sources import MAX_CAPTION, Index
+from training.sources import Index
 
 COLOURS = {f"{i:03d}": (10 * i, 255 - 10 * i, 7 * i) for i in range(12)}  # key -> colour of its image
 

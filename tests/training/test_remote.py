@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.training.pictures import members, parquet_of, shards_of, tar_of
 from training.data import DataError, SourceOptions, loader, open_source
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_range
-from training.sources import Wanted
+from training.wanted import Wanted
 
 QUICK = Patience(timeout=0.2, retries=2, pause=0.01)
 

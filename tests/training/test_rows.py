@@ -16,8 +16,8 @@ from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
 from training.share import Share
-from training.sources import Wanted
 from training.stream import HeldOut, StreamSource, ahead, shuffled, stream_loader
+from training.wanted import Wanted
 
 
 def colours(source) -> list[tuple[int, str]]:
