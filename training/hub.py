@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import DataError
+from training.remote import is_url
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,20 @@ def parse(name: str) -> tuple[str, str | None, str]:
 
 
 def image_in(value: Any) -> bytes:
-    """The image file in a cell, which may lie beside the dataset. Raises OSError where it cannot be read."""
-    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+    """The image file in a cell, which may lie beside the dataset, of a stream also on its server (`datasets` names
+    that as fsspec does, "zip://1.jpg::https://..."). Raises OSError where it cannot be read.
+    """
+    if not (isinstance(value, dict) and value.get("bytes") is None and value.get("path")):
+        return bytes_in(value)
+    if not is_url(value["path"]):
         return Path(value["path"]).read_bytes()
-    return bytes_in(value)
+    import fsspec
+
+    try:
+        with fsspec.open(value["path"], "rb") as file:
+            data: bytes = file.read()
+            return data
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each file system has its own
+        raise OSError(f"{value['path']}: {' '.join(str(error).split()) or type(error).__name__}") from error

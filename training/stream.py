@@ -82,7 +82,7 @@ class StreamSource:
         wanted = self.options.wanted
         for values in self._taken(data):
             texts, shares = wanted.fitting(captions_of({n: values.get(n) for n in self._names}, wanted.captions))
-            image = image_in(values[self.column])
+            image = self._image(values[self.column])
             if texts and not self._refused(image):
                 named = values.get(self.key_column) if self.key_column else None
                 key = hashlib.blake2b(image, digest_size=12).hexdigest() if named is None else str(named)
@@ -99,6 +99,15 @@ class StreamSource:
             except Exception as error:
                 raise DataError(f"{self.spec}: {' '.join(str(error).split()) or type(error).__name__}") from error
             yield values
+
+    def _image(self, value: Any) -> bytes:
+        """The image file in a cell; empty where there is no such file, so that its row is named as a bad one."""
+        try:
+            return image_in(value)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:  # the row is good, the server is not
+            raise DataError(f"{self.spec}: {error}") from error
 
     def _refused(self, image: bytes) -> bool:
         wanted = self.options.wanted

@@ -192,6 +192,31 @@ def test_a_bad_image_of_a_stream_is_named_and_replaced(tmp_path):
     assert sorted(Counter(batch.captions).values()) == [1, 1, 1, 2]
 
 
+def test_images_of_a_stream_may_lie_in_files_also_on_a_server(tmp_path, monkeypatch):
+    """As `datasets` streams a folder of images: each cell names a file. One that is missing is a bad sample."""
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "rows").mkdir()
+    paths = [str(tmp_path / "0.png"), (tmp_path / "1.png").as_uri(), str(tmp_path / "none.png"), "memory://no/3.png"]
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    images = [{"bytes": None, "path": path} for path in paths]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": list("abcd")}), tmp_path / "rows" / "a.parquet")
+    stream = StreamSource(f"hf-stream:{tmp_path}/rows", buffer=100)
+    assert [row.image for row in stream.rows(0, None)] == [picture(0), picture(1), b"", b""]
+    batch = next(stream_loader(stream, 0.0, 4, 0))
+    assert set(batch.captions) == {"a", "b"} and len(batch.skipped) >= 2
+
+    def fails(*args, **how):
+        raise RuntimeError("the server says no")
+
+    monkeypatch.setattr("fsspec.open", fails)
+    with pytest.raises(DataError, match="rows: file:.*1.png: the server says no"):
+        list(stream.rows(0, None))
+
+
 def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
     with pytest.raises(DataError, match="buckets need files or hf:NAME"):
         StreamSource(many, options=SourceOptions(buckets=True))
