@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.text_and_images import CaptionedTransfusion
+from training.cache import is_cache
 from training.config import TrainConfig
 from training.flops import captioned, in_one_row, packed, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
+from training.stream import STREAM
 
 TIME_BINS = 8  # equal parts of [0, 1]
 WAIT_LIMIT = 0.1  # share of the time that a run may wait for data, unremarked
@@ -224,10 +226,15 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _remedy(config: TrainConfig) -> str:
-    workers = config.data.num_workers
-    if config.data.cache_latents:
+    data = config.data
+    if is_cache(data.source):
+        return f"put {data.source} on a faster disk, or lower the load beside it"
+    if data.cache_latents:
         return "the latents are in memory, so give the process more of a core, or lower the load beside it"
-    return f"raise data.num_workers (it is {workers}), or keep the latents in memory (data.cache_latents=true)"
+    more = f"raise data.num_workers (it is {data.num_workers})"
+    if data.source.startswith(STREAM):
+        return f"{more}, or train from a copy of the data (hf:NAME)"
+    return f"{more}, or keep the latents, in memory (data.cache_latents=true) or on disk (mmdit cache)"
 
 
 class Profiler:

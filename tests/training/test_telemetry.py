@@ -146,9 +146,17 @@ def test_every_parameter_is_of_a_part():
 
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
-    [(["data.cache_latents=false", "data.num_workers=2"], "raise data.num_workers (it is 2)"), ([], "more of a core")],
+    [
+        (["data.cache_latents=false", "data.num_workers=2"], "raise data.num_workers (it is 2), or keep the latents"),
+        (["data.cache_latents=false", "data.source=hf-stream:x"], "(it is 0), or train from a copy of the data"),
+        (["data.source=cache"], "put cache on a faster disk"),
+        ([], "more of a core"),
+    ],
 )
-def test_a_run_that_waits_for_its_data_is_told(overrides, remedy):
+def test_a_run_that_waits_for_its_data_is_told(overrides, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").touch()
     telemetry, clock, log = make(*overrides)
     source = batches(clock, 0.3)
     for _ in range(int(WAIT_WINDOW)):
