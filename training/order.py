@@ -168,10 +168,9 @@ def _pools(n: int, layout: Layout, bucket: int) -> tuple[list[tuple[np.ndarray, 
     total = sum(weight for weight, size in zip(layout.weights, sizes, strict=True) if size)
     for s, weight in enumerate(layout.weights):
         own = inside if layout.part is None else inside & (layout.part == s)
-        if pool := own.any():
+        if own.any():
             pools.append((np.flatnonzero(own), s))
             weights.append(weight / total * float(own.sum()) / float(sizes[s]))
-        del pool
     return pools, weights
 
 
