@@ -36,10 +36,22 @@ class ToldByFirst(SystemExit):
 
 
 class Ranks:
-    """Process `rank` of `world`, number `local` of the `per_node` on its machine."""
+    """Process `rank` of `world`, number `local` of the `per_node` on its machine.
 
-    def __init__(self, rank: int = 0, world: int = 1, local: int = 0, per_node: int = 1, group: Any = None) -> None:
+    group: their channel on the CPU; timeout: how long one waits on it for another.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        local: int = 0,
+        per_node: int = 1,
+        group: Any = None,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.rank, self.world, self.local, self.per_node, self._group = rank, world, local, per_node, group
+        self.timeout = timeout
 
     @property
     def first(self) -> bool:
@@ -105,8 +117,8 @@ class Ranks:
 
     def apart(self) -> Ranks:
         """The same processes with a channel of their own, for a thread beside the one that trains."""
-        group = dist.new_group(backend="gloo") if self.world > 1 else None
-        return Ranks(self.rank, self.world, self.local, self.per_node, group)
+        group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world > 1 else None
+        return Ranks(self.rank, self.world, self.local, self.per_node, group, self.timeout)
 
     @property
     def group(self) -> Any:
@@ -133,11 +145,10 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     on_cuda = pick_device(config.training.device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=config.parallel.timeout)
-    )
-    try:
-        yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo"))
+    timeout = timedelta(seconds=config.parallel.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    try:  # a group takes its own timeout, not the first one's
+        yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo", timeout=timeout), timeout)
     except RuntimeError as error:
         if not lost(error):
             raise

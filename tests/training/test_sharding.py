@@ -92,7 +92,7 @@ def started(monkeypatch):
     seen = {}
     dist = torch.distributed
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: seen.update(to=backend, timeout=timeout))
-    monkeypatch.setattr(dist, "new_group", lambda **how: "group")
+    monkeypatch.setattr(dist, "new_group", lambda **how: seen.setdefault("groups", []).append(how) or "group")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.update(ended=True))
     return seen
 
@@ -100,7 +100,9 @@ def started(monkeypatch):
 def test_several_processes_are_found_connected_and_left(started):
     with ranks_of(load_config("demo", ["parallel.timeout=7", "training.device=cpu"])) as ranks:
         assert (ranks.rank, ranks.world, ranks.local, ranks.per_node, ranks.group) == (0, 2, 0, 2, "group")
-    assert started == {"to": "gloo", "timeout": timedelta(seconds=7), "ended": True}
+        assert ranks.apart().group == "group"
+    own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
+    assert started == {"to": "gloo", "timeout": timedelta(seconds=7), "groups": [own, own], "ended": True}
 
 
 def test_several_processes_for_a_run_of_one_are_refused(started):
