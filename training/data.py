@@ -135,8 +135,18 @@ def open_source(
         from training.cached import CachedSource
 
         return CachedSource(spec, size, step, num_samples)
+    for name, _ in mix:
+        _check_alone(name)
     indexes = [Index(name, need_captions, options.wanted) for name, _ in mix]
     return FileSource(indexes, size, step, num_samples, options, [weight for _, weight in mix])
+
+
+def _check_alone(name: str) -> None:
+    """Raises `DataError` for what is no list of images: a stream, and a cache that is to be mixed with others."""
+    if name.startswith("hf-stream:"):
+        raise DataError(f"{name} is a stream, which training alone reads, and by itself: take hf:NAME, or files")
+    if is_cache(name):
+        raise DataError(f"{name} is a cache, which is trained on by itself: mix the data, and cache the mix")
 
 
 def is_shapes(spec: str) -> bool:

@@ -30,7 +30,7 @@ from training.cache import Cache, CacheError, Known, Sample, Shard, packed, writ
 from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
-from training.data import is_shapes, open_source
+from training.data import DataError, is_shapes, open_source
 from training.feed import ImageFeed, LatentFeed, NothingUsable
 from training.flops import reads_padding, text_places
 from training.setup import fingerprint, open_run_source
@@ -353,6 +353,8 @@ def test_a_cache_is_no_source_of_images(written, tmp_path):
         source[0]
     with pytest.raises(CacheError, match="is a cache already"):
         write_cache(config(f"data.source={written}"), tmp_path / "cache")
+    with pytest.raises(DataError, match="is a cache, which is trained on by itself: mix the data"):
+        open_source(f"{written}=0.5,other=0.5")
 
 
 def test_numbers_that_do_not_fit_are_refused(parts, tmp_path, monkeypatch):

@@ -218,6 +218,9 @@ def test_images_of_a_stream_may_lie_in_files_also_on_a_server(tmp_path, monkeypa
 
 
 def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
+    for spec in (many, f"{many}=0.5,{tmp_path}=0.5"):  # of an autoencoder, a reference
+        with pytest.raises(DataError, match="is a stream, which training alone reads, and by itself"):
+            open_source(spec)
     with pytest.raises(DataError, match="buckets need files or hf:NAME"):
         StreamSource(many, options=SourceOptions(buckets=True))
     with pytest.raises(ConfigError, match="set data.cache_latents=false"):
