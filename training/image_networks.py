@@ -44,6 +44,7 @@ class ImageNetwork(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return next(self.network.parameters()).device
 
     @torch.no_grad()
@@ -72,6 +73,7 @@ class Vision(ImageNetwork):
         self.processor, self.num_features = processor, network.config.hidden_size
 
     def pixels(self, images: Tensor) -> Tensor:
+        """Uint8 pictures (B, 3, H, W) as the network takes them: float (B, 3, h, w) of its own size, normalised."""
         out = self.processor(images=list(images.cpu()), return_tensors="pt", input_data_format="channels_first")
         return out["pixel_values"].to(self.device)
 
@@ -185,9 +187,8 @@ def _open_inception(path: Path) -> Inception:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     state, content = read_weights(path), io.BytesIO()
-    torch.save(
-        {name: tensor.clone() for name, tensor in state.items()}, content
-    )  # the library takes a file, and this one is ours
+    # The library takes a file, and this one is ours.
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, content)
     content.seek(0)
     try:
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], content)  # type: ignore[arg-type]

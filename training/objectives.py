@@ -41,11 +41,11 @@ class Batch(NamedTuple):
     text: Tokens | None = None
 
     def to(self, device: torch.device | str) -> Batch:
+        """All of it on a device."""
         return Batch(self.latents.to(device), self.tokens.to(device), self.text and self.text.to(device))
 
     def split(self, parts: int) -> list[Batch]:
         """In equal parts, each with its share of images and of text."""
-
         size = len(self.latents) // parts
         text = self.text.split(len(self.text.ids) // parts) if self.text else [None] * parts
         return list(map(Batch, self.latents.split(size), self.tokens.split(size), text))

@@ -39,10 +39,12 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: torch.dtype) -> LossScaler:
+        """One that scales for fp16, and for any other type does not."""
         return cls(FIRST_SCALE) if precision == torch.float16 else cls(grow_every=0)
 
     @property
     def enabled(self) -> bool:
+        """Whether the loss is scaled."""
         return self.grow_every > 0
 
     def unscale(self, parameters: Iterable[Tensor]) -> None:

@@ -110,6 +110,7 @@ class RunFolder:
         self._purge = step + 1
 
     def close(self) -> None:
+        """Send what is left; the next metrics go on."""
         if self._board is not None:
             self._board.close()
             self._board = None

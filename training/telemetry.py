@@ -103,9 +103,8 @@ class Telemetry:
         names = list(self._parts)
         values = [torch.stack(self._parts[name]).double().mean().item() for name in names]
         norms = {name: float(norm) for name, norm in self._norms.items()}
-        wall = (
-            0.0 if self._began is None else self.clock() - self._began
-        )  # the device has finished: its numbers are read
+        # The device has finished: its numbers are read.
+        wall = 0.0 if self._began is None else self.clock() - self._began
         totals = torch.tensor([1.0, samples, tokens, flops, self._waited, *values], dtype=torch.float64)
         totals = self.reduce(torch.cat([totals, self._bins.flatten()]))
         processes, samples, tokens, flops, waited, *values = totals[: len(totals) - 2 * TIME_BINS].tolist()
