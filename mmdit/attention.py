@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHORT = 256  # tokens up to which a CPU learns quicker with the formula: torch's fused backward is several times slower
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
     """Whether torch's attention of sequences of any length can stand for the chosen kernel: on CUDA, in half precision
     alone. Where it cannot, that kernel takes sample after sample.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    return kind == "cuda" and half and width % 8 == 0 and width <= 256 and _current in ("sdpa", "varlen") and _knows()
+    fits = dtype in HALVES and width % 8 == 0 and width <= 256
+    return kind == "cuda" and fits and _current in ("sdpa", "varlen") and _knows()
 
 
 @cache
@@ -178,6 +179,8 @@ def why_not(name: str, device: torch.device | str) -> str | None:
 def _obstacle(name: str, kind: str) -> str | None:
     if name in ("varlen", "xformers") and kind != "cuda":
         return f"it needs a CUDA device, this is {kind}"
+    if name == "varlen" and not _knows():
+        return "this torch has no attention of sequences of any length"
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'mmdit[xformers]')"
     if name == "flex" and kind == "cpu" and torch.is_grad_enabled():
@@ -223,11 +226,16 @@ def _flex(kind: str) -> Callable[..., Any]:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Sequences without their padding; a mask says which keys are real, for all queries alike."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Sequences without their padding; a mask says which keys are real, for all queries alike.
 
+    It knows half precision alone; in fp32, as a run's validation is, torch's choice computes.
+    """
     batch, _, queries, _ = q.shape
     real = _keys_alone(mask, "varlen", batch, k.shape[-2])
+    if q.dtype not in HALVES:
+        return _sdpa(q, k, v, mask)
+    from torch.nn.attention.varlen import varlen_attn
+
     packed = [x.transpose(1, 2) for x in (q, k, v)]
     if real is None:
         counts = torch.full((batch,), k.shape[-2], device=q.device)

@@ -9,6 +9,7 @@ from mmdit.attention import (
     SHORT,
     Pairs,
     _serves,
+    _varlen,
     attention,
     attention_backend,
     attention_backends,
@@ -108,6 +109,15 @@ def test_samples_in_one_row_are_as_one_by_one_on_cuda(dtype):
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5], device="cuda")
     expected = attention(q.float(), k.float(), v.float(), (sample[:, None] == sample[None])[None, None])
     torch.testing.assert_close(attention(q, k, v, pairs).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mask", ["none", "keys"])
+def test_in_fp32_varlen_is_torchs_choice(mask):
+    q, k, v = qkv(SHORT + 3) if mask == "none" else qkv()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[mask])
+    torch.testing.assert_close(_varlen(q, k, v, MASKS[mask]), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="takes masks of keys"):
+        _varlen(*qkv(), PAIRS)
 
 
 def test_names():
