@@ -94,7 +94,7 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
         "image-hsdp": ("parallel.strategy=hsdp", "parallel.shard_size=1", "parallel.reshard=false"),
         "mixed-ddp": ("parallel.strategy=auto",),
         "mixed-fsdp": (FSDP, "training.sample_every=4", "training.async_checkpoint=true"),
-        "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2"),
+        "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2", "training.packing=true"),
         "half-fsdp": (FSDP,),
     }
     for name, own in models.items():
