@@ -148,13 +148,27 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
         try:
             return _within(ask, patience.timeout)
         except FileNotFoundError as error:
-            raise RemoteError(f"{what}: there is no such file on the server") from error
+            reason = _behind(error)
+            if not reason:
+                raise RemoteError(f"{what}: there is no such file on the server") from error
         except TimeoutError:
             reason = f"no answer within {patience.timeout:g} s"
         except Exception as error:  # each file system has its own
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = _in_one_line(error)
     tries = patience.retries + 1
     raise RemoteError(f"{what}: {reason} (tried {tries} time{'s' * (tries > 1)})")
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _behind(error: FileNotFoundError) -> str:
+    """What fsspec calls a missing file where its http has not reached the server; "" where the server said so."""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+        return ""
+    return _in_one_line(cause)
 
 
 def _within(ask: Callable[[], Any], seconds: float) -> Any:

@@ -5,6 +5,7 @@ import http.server
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -187,6 +188,9 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
             time.sleep(0.6)
             return
         first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        if not Path(self.translate_path(self.path)).is_file():
+            self.send_error(404)
+            return
         with open(self.translate_path(self.path), "rb") as file:
             data = file.read()
         part = data[int(first) : int(last or len(data)) + 1]
@@ -196,6 +200,15 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
         self.wfile.write(part)
+
+
+def test_a_server_on_http_that_is_not_reached_is_no_missing_file():
+    """fsspec calls both a missing file; the first is tried again."""
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quiet)
+    server.server_close()  # so that nobody listens there
+    with pytest.raises(RemoteError, match=r"000.tar: Cannot connect .*\(tried 3 times\)"):
+        list_urls(f"http://127.0.0.1:{server.server_port}/000.tar", Patience(5.0, 2, 0.01))
 
 
 def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
