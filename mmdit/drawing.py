@@ -5,7 +5,8 @@ Shape letters: B batch, C channels, h w latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 
@@ -30,6 +31,29 @@ def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
     if wrong := [one for one in seeds if not -(2**63) <= one < 2**64]:
         raise ValueError(f"seed is {wrong[0]}, expected a number of 64 bits")
     return seeds
+
+
+@contextmanager
+def progress_bar(batches: int, callback: samplers.Callback | None = None) -> Iterator[samplers.Callback]:
+    """A callback that moves a bar of the steps of so many batches, on standard error, and calls another."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("drawing, step"),
+        MofNCompleteColumn(),
+        *Progress.get_default_columns()[1:3],
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def told(progress: samplers.Progress) -> None:
+            bar.update(task, advance=1, total=batches * progress.num_steps)
+            if callback is not None:
+                callback(progress)
+
+        yield told
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, h w latent sides, H W image sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import samplers
 from mmdit.autoencoder import Autoencoder
-from mmdit.drawing import Drawing, each_seed
+from mmdit.drawing import Drawing, each_seed, progress_bar
 from mmdit.edit import Edit, known_latents
 from mmdit.features import Features, KnownText
 from mmdit.model import MMDiT
@@ -122,6 +122,7 @@ class TextToImage:
         edit: Edit | None = None,
         batch_size: int = 64,
         callback: Callable[[samplers.Progress], object] | None = None,
+        progress: bool = False,
         **options: Any,
     ) -> list[Image]:
         """One PIL image a prompt.
@@ -130,8 +131,8 @@ class TextToImage:
         defaults, `self.sampling`, say. negative_prompts: what guidance leads away from, one for all or one a prompt;
         by default no caption. seed: one number (prompt i takes seed + i) or one a prompt; a prompt with its seed is the
         same alone and in any batch. edit: a picture to start from. callback: told of each solver step;
-        `preview(progress)` shows it. Raises ValueError for unknown options, for sizes that do not divide by `step`, and
-        for lists of other lengths than the prompts'.
+        `preview(progress)` shows it. progress: show a bar of the steps. Raises ValueError for unknown options, for
+        sizes that do not divide by `step`, and for lists of other lengths than the prompts'.
         """
         prompts = _captions(prompts)
         seeds, negatives = each_seed(seed, len(prompts)), _negatives(negative_prompts, len(prompts))
@@ -146,14 +147,16 @@ class TextToImage:
         ts = how.times(self.shift, self._shift_at(height, width) / self.shift)
         check_solver(how.solver, ts, how.diffusion)
         pictures: list[Image] = []
-        for first in range(0, len(prompts), batch_size):
-            rows = slice(first, first + batch_size)
-            field = self._field(prompts[rows], negatives[rows], how, ts)
-            drawing = Drawing(field, how, ts, seeds[rows], callback)
-            if edit is None:
-                pictures += self._drawn(drawing, height, width)
-            else:
-                pictures += self._edited(drawing, edit.part(rows, len(prompts)))
+        firsts = range(0, len(prompts), batch_size)
+        with progress_bar(len(firsts), callback) if progress else nullcontext(callback) as told:
+            for first in firsts:
+                rows = slice(first, first + batch_size)
+                field = self._field(prompts[rows], negatives[rows], how, ts)
+                drawing = Drawing(field, how, ts, seeds[rows], told)
+                if edit is None:
+                    pictures += self._drawn(drawing, height, width)
+                else:
+                    pictures += self._edited(drawing, edit.part(rows, len(prompts)))
         return pictures
 
     def preview(self, progress: samplers.Progress) -> list[Image]:

@@ -1,6 +1,7 @@
 """`mmdit sample`: prompts to pictures, from a run folder, a diffusers SD3 pipeline, or SD3's single file."""
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +96,7 @@ def sample(
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
     edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
-    how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=diffusion)
+    how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=diffusion, progress=sys.stderr.isatty())
     pictures = pipe(prompts, negative_prompts=negative, height=height, width=width, seed=seed, edit=edit, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):

@@ -12,7 +12,8 @@ from typing import Any
 _WHERE = {
     "training.config": ("TrainConfig", "load_config", "to_toml"),
     "training.presets": ("preset", "preset_names"),
-    "training.trainer": ("train", "resume", "Trainer"),
+    "training.launch": ("train", "resume"),
+    "training.trainer": ("Trainer",),
     "training.evaluate": ("evaluate_run", "validation_loss"),
     "training.objectives": ("FlowMatching", "Batch", "Loss"),
     "training.time_density": ("Uniform", "LogitNormal", "Mode", "CosMap", "make_time_density"),

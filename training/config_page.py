@@ -19,7 +19,7 @@ def describe() -> str:
     lines = [
         "# Config keys",
         "",
-        "<!-- Written by `make docs` from training/config.py and training/presets.py: change those, not this page. -->",
+        "<!-- Written by `make docs` from training/sections.py and presets.py: change those, not this page. -->",
         "",
         "A config is a TOML file with the sections below, or a preset's name. A file may begin with",
         '`preset = "demo"` and then say only what differs.',

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
-from training.config import BY_CLIP, BY_FEATURES, EvaluationConfig, TrainConfig
+from training.config import EvaluationConfig, TrainConfig
 from training.data import DataError, Source, one_pass, open_source, split_by_key
 from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
 from training.reference import Log, cache_folder, reference_features
+from training.sections import BY_CLIP, BY_FEATURES
 from training.setup import check_reference, open_run_source
 from training.stream import HeldOut, StreamSource
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +25,12 @@ from training.boards import open_board
 from training.cached import CachedFeed
 from training.checkpoint import (
     assign,
-    list_checkpoints,
     load_optimizer_tensors,
     newest_whole,
     optimizer_tensors,
     read_checkpoint,
 )
-from training.config import TrainConfig, apply_overrides
+from training.config import TrainConfig
 from training.corpus import Pieces
 from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
@@ -43,12 +39,12 @@ from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
-from training.parallel import ALONE, Ranks, ranks_of
+from training.parallel import ALONE, Ranks
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
-from training.run import QuietRun, RunFolder
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
@@ -69,96 +65,13 @@ from training.writing import Writer
 GRID = 16  # pictures in the grids during training
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
-# What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
-KEPT = (
-    "model",
-    "text",
-    "transfusion",
-    "lora",
-    "autoencoder",
-    "seed",
-    "data.num_samples",
-    "data.image_size",
-    "data.held_out",
-    "optimizer.name",
-    "optimizer.base_width",
-    "training.ema",
-    "training.ema_sigma_rel",
-    "data.buckets",
-    "data.bucket_ratio",
-    "data.captions",
-    "data.shuffle_buffer",
-)
-
 
 class Diverged(ValueError):
     """The gradient was no finite number for too many steps in a row."""
 
 
-def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> Path:
-    """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
-
-    restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
-    again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
-    nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
-    FileExistsError where the run folder is taken, Diverged, and ProcessLost where another process of the run ends.
-    """
-    restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with Interrupts() as interrupts, ranks_of(config) as ranks:
-        if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
-            run = _known(RunFolder.open(config.run_folder), ranks)
-            return _continue(run, config, ranks, interrupts)
-        run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
-        try:
-            Trainer(config, run, ranks=ranks).fit(interrupts)
-        except BaseException as error:
-            if list_checkpoints(run.path) or run.metrics() or not ranks.first:
-                raise
-            shutil.rmtree(run.path)  # nothing was trained: leave the name free
-            if not isinstance(error, Interrupted):
-                raise
-            print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
-    return run.path
-
-
-def _begun(folder: Path) -> bool:
-    """Whether a folder has a run with a checkpoint; one without is removed, since nothing of it can be used."""
-    if list_checkpoints(folder):
-        return True
-    if (folder / "config.toml").exists():
-        shutil.rmtree(folder)
-    return False
-
-
-def _known(run: RunFolder, ranks: Ranks) -> RunFolder:
-    return run if ranks.first else QuietRun(run.path, ranks.rank)
-
-
-def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
-
-    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model, the text
-    encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
-    """
-    run = RunFolder.open(path)
-    config = apply_overrides(run.config(), overrides)
-    with Interrupts() as interrupts, ranks_of(config) as ranks:
-        return _continue(_known(run, ranks), config, ranks, interrupts)
-
-
-def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
-    old = run.config()
-    for key in KEPT:
-        if attrgetter(key)(config) != attrgetter(key)(old):
-            raise _other(run, key, attrgetter(key)(old), attrgetter(key)(config))
-    try:
-        Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
-    except Interrupted:
-        run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
-    return run.path
-
-
-def _other(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
+def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
+    """What is said where a resumed run would not keep a setting."""
     return ValueError(
         f"{run.path} was trained with another {key}: {old}, not {new}; "
         "a resumed run keeps it, train afresh into another folder to change it"
@@ -480,7 +393,7 @@ class Trainer:
         if state.get("samples", self.samples) != self.samples:
             old, new = self.run.config().data.source, self.config.data.source
             if new != old:
-                raise _other(self.run, "data.source", old, new)
+                raise other_setting(self.run, "data.source", old, new)
             self.run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
         if state.get("text") != self.text:
             raise ValueError(

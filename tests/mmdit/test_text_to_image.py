@@ -157,6 +157,18 @@ def test_shift_moves_the_times_of_sampling_and_grows_with_the_picture(pipe):
     assert times(pipe, height=16, width=24) == pytest.approx([2 / 3, 0])
 
 
+def test_a_bar_counts_the_steps_of_all_batches(pipe, capsys):
+    seen = []
+    plain = pipe(PROMPTS, solver="euler", num_steps=3)
+    how = dict(solver="euler", num_steps=3, batch_size=1, callback=lambda p: seen.append(p.index))
+    shown = pipe(PROMPTS, **how, progress=True)
+    assert f"{3 * len(PROMPTS)}/{3 * len(PROMPTS)}" in capsys.readouterr().err
+    assert seen == [0, 1, 2] * len(PROMPTS)
+    assert abs(pixels(shown).astype(int) - pixels(plain).astype(int)).max() <= 1
+    pipe(PROMPTS[:1], solver="euler", num_steps=1)
+    assert capsys.readouterr().err == ""
+
+
 def test_other_sizes_work(pipe):
     [image] = pipe("a red circle", height=16, width=4)
     assert (image.height, image.width) == (16, 4)

@@ -1,0 +1,103 @@
+"""How a run begins and goes on: a new folder, or the one that is there, in one process or several.
+
+A resumed run keeps what its weights and its order of samples hang on; the rest of its config may change.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+
+from training.checkpoint import list_checkpoints
+from training.config import TrainConfig, apply_overrides
+from training.interrupts import Interrupted, Interrupts
+from training.parallel import Ranks, ranks_of
+from training.run import QuietRun, RunFolder
+from training.trainer import Trainer, other_setting
+
+# What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
+KEPT = (
+    "model",
+    "text",
+    "transfusion",
+    "lora",
+    "autoencoder",
+    "seed",
+    "data.num_samples",
+    "data.image_size",
+    "data.held_out",
+    "optimizer.name",
+    "optimizer.base_width",
+    "training.ema",
+    "training.ema_sigma_rel",
+    "data.buckets",
+    "data.bucket_ratio",
+    "data.captions",
+    "data.shuffle_buffer",
+)
+
+
+def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> Path:
+    """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
+
+    restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
+    again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
+    nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
+    FileExistsError where the run folder is taken, Diverged, and ProcessLost where another process of the run ends.
+    """
+    restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    with Interrupts() as interrupts, ranks_of(config) as ranks:
+        if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
+            run = _known(RunFolder.open(config.run_folder), ranks)
+            return _continue(run, config, ranks, interrupts)
+        run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
+        try:
+            Trainer(config, run, ranks=ranks).fit(interrupts)
+        except BaseException as error:
+            if list_checkpoints(run.path) or run.metrics() or not ranks.first:
+                raise
+            shutil.rmtree(run.path)  # nothing was trained: leave the name free
+            if not isinstance(error, Interrupted):
+                raise
+            print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
+    return run.path
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder has a run with a checkpoint; one without is removed, since nothing of it can be used."""
+    if list_checkpoints(folder):
+        return True
+    if (folder / "config.toml").exists():
+        shutil.rmtree(folder)
+    return False
+
+
+def _known(run: RunFolder, ranks: Ranks) -> RunFolder:
+    return run if ranks.first else QuietRun(run.path, ranks.rank)
+
+
+def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
+
+    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model, the text
+    encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
+    """
+    run = RunFolder.open(path)
+    config = apply_overrides(run.config(), overrides)
+    with Interrupts() as interrupts, ranks_of(config) as ranks:
+        return _continue(_known(run, ranks), config, ranks, interrupts)
+
+
+def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
+    old = run.config()
+    for key in KEPT:
+        if attrgetter(key)(config) != attrgetter(key)(old):
+            raise other_setting(run, key, attrgetter(key)(old), attrgetter(key)(config))
+    try:
+        Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
+    except Interrupted:
+        run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
+    return run.path

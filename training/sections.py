@@ -1,0 +1,473 @@
+"""The sections of a run's config: every field with its type, default and one line of meaning and unit.
+
+`training/config.py` puts them together; `config_page.py` writes docs/config.md from the fields below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from training.settings import (
+    BelowOne,
+    ConfigError,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    Range,
+    Settings,
+    suggestion,
+)
+
+MODE_S_MAX = 2 / (math.pi - 2)
+"""Largest scale of the mode density: beyond it the map u -> t is no longer monotone (SD3 paper, section 3.1)."""
+
+SigmaRel = Annotated[float, Range(0, 0.2886, open_low=True)]
+
+
+BY_FEATURES, BY_CLIP = ("fid", "kid", "precision-recall"), ("clip-score", "cmmd")
+"""Scores of `evaluation.metrics` by the network that they take."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Images and captions."""
+
+    section: ClassVar[str] = "data"
+
+    source: str = "shapes"
+    """Where pictures come from: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a
+    folder, a glob or a URL), "hf:NAME", or a mix of such by weight, "a=0.7,b=0.3"; or what `mmdit cache` made of
+    one of these (docs/data.md)."""
+    num_samples: Count | None = None
+    """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
+    image_size: Count | tuple[Count, Count] | None = None
+    """Pixels that every image is fitted to: a side, or [height, width]; "none" takes the commonest size of the data."""
+    held_out: BelowOne = 0.02
+    """Fraction of the samples kept from training, for the validation loss; chosen by a hash of each sample's key."""
+    num_workers: CountOrZero = 0
+    """Processes that read images beside the trainer; the order of samples does not depend on it."""
+    cache_latents: bool = True
+    """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
+    buckets: bool = False
+    """Train at several aspect ratios, each batch at one: sizes of about the area of image_size, an image takes the
+    nearest in shape."""
+    bucket_ratio: Annotated[float, Range(1)] = 2.0
+    """Longest side of a bucket over its shortest."""
+    crop: Literal["center", "random"] = "center"
+    """Where an image is cut that is not of its size's shape."""
+    flip: bool = False
+    """Mirror half of the images, each time drawn anew; not for captions that say left and right."""
+    captions: str | None = None
+    """Fields of captions to draw among and their weights, such as "original=0.5,synthetic=0.5"; a list's share equally.
+    "none" takes the first caption that is found."""
+    min_side: CountOrZero = 0
+    """Leave out images with a side below so many pixels."""
+    max_aspect: Annotated[float, Range(0)] = 0.0
+    """Leave out images whose longer side is over so many times the shorter; 0 takes any."""
+    min_caption: CountOrZero = 0
+    """Leave out captions of fewer characters, and samples that have no other."""
+    max_caption: CountOrZero = 0
+    """Leave out captions of more characters, and samples that have no other; 0 takes any, cut at 10,000."""
+    shuffle_buffer: Count = 1000
+    """Rows of a stream ("hf-stream:NAME") that are shuffled among each other."""
+    timeout: Positive = 30.0
+    """Seconds that a server may take for an answer."""
+    retries: CountOrZero = 5
+    """Further tries where a server fails, after pauses that begin at half a second and double."""
+
+    def check(self) -> None:
+        if self.cache_latents and self.source.startswith("hf-stream:"):
+            raise ConfigError("data.source is a stream, which is read as it comes: set data.cache_latents=false")
+        if self.cache_latents and (self.crop == "random" or self.flip):
+            what = 'data.crop = "random"' if self.crop == "random" else "data.flip"
+            raise ConfigError(f"{what} draws anew each time: set data.cache_latents=false, which encodes each time")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The MMDiT trunk; what follows from the data (channels, sizes) and the text encoder, the trainer fills in."""
+
+    section: ClassVar[str] = "model"
+
+    depth: Count = 12
+    """Number of joint blocks."""
+    num_heads: Count = 6
+    """Attention heads; the width is num_heads * head_dim."""
+    head_dim: Count = 64
+    """Width of one head."""
+    mlp_ratio: Positive = 4.0
+    """Hidden width of the MLPs over the model's width."""
+    patch_size: Count = 2
+    """Side of the square patch that becomes one token, in latent pixels (image pixels without an autoencoder)."""
+    qk_norm: Literal["rms_norm"] | None = "rms_norm"
+    """RMS-normalise queries and keys per head (SD3.5), or "none" (SD3)."""
+    positions: Literal["sincos", "rope", "both"] = "sincos"
+    """Image positions: SD3's table added to the patches, 2-D rotary embedding of queries and keys, or both."""
+    pos_embed_max_size: Count = 64
+    """Side of the position table, in tokens: the largest height or width that can be sampled."""
+    dual_attention_layers: tuple[CountOrZero, ...] = ()
+    """Blocks, from 0, whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
+
+    def check(self) -> None:
+        if self.positions != "sincos" and self.head_dim % 4:
+            raise ConfigError(f"model.head_dim is {self.head_dim}, rotary positions need a multiple of 4")
+        if self.positions != "rope" and self.num_heads * self.head_dim % 4:
+            width = self.num_heads * self.head_dim
+            raise ConfigError(f"model.num_heads * model.head_dim is {width}, sin-cos positions need a multiple of 4")
+        wrong = [block for block in self.dual_attention_layers if block >= self.depth]
+        if wrong:
+            raise ConfigError(
+                f"model.dual_attention_layers names blocks {wrong}, but model.depth gives 0 to {self.depth - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig(Settings):
+    """The tokenizer, and the text encoder: one that is trained with the model, or a frozen one."""
+
+    section: ClassVar[str] = "text"
+
+    encoder: str = "learned"
+    """"learned", or the folder of a frozen one: a CLIP, T5 or causal language model, or a diffusers SD3 pipeline, of
+    which all three are taken. Of this section a frozen one takes max_length alone (CLIP at most 77, SD3's three: T5's).
+    """
+    vocab_size: Annotated[int, Range(258)] = 4096
+    """Most tokens of the tokenizer; one that is trained has 256 bytes and two special tokens, four beside images."""
+    tokenizer: str = "train"
+    """How text becomes numbers: "train" learns it from captions and transfusion.text; or a tokenizer's folder."""
+    max_length: Annotated[int, Range(2)] = 64
+    """Tokens a caption, the end token counted; longer captions are cut."""
+    width: Count = 256
+    """Width of a text token, and of the pooled text vector."""
+    depth: CountOrZero = 2
+    """Transformer layers over the text before the joint blocks."""
+    num_heads: Count = 4
+    """Attention heads of those layers."""
+
+    def check(self) -> None:
+        if not self.encoder:
+            raise ConfigError('text.encoder is empty, expected "learned" or a folder')
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
+                f"text.width is {self.width}, expected a multiple of 2 * text.num_heads = {2 * self.num_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Settings):
+    """Flow matching: which times are trained, and how often a caption is dropped."""
+
+    section: ClassVar[str] = "objective"
+
+    time_density: Literal["uniform", "logit-normal", "mode", "cosmap"] = "logit-normal"
+    """Density of the training times t in [0, 1] (t = 1 is noise)."""
+    m: float = 0.0
+    """Location of the logit-normal density: above 0 trains more on noise, below 0 more on data."""
+    s: float = 1.0
+    """Scale of the logit-normal density (> 0), or of the mode density (in [-1, 1.75], 0 is uniform)."""
+    stratified: bool = True
+    """Draw a batch's times one from each of batch_size equal slices of probability: the same density, less variance."""
+    shift: Positive = 1.0
+    """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): over 1 is more noise."""
+    caption_dropout: Fraction = 0.1
+    """Chance that a sample is trained without its caption, which classifier-free guidance needs."""
+
+    def check(self) -> None:
+        if self.time_density == "logit-normal" and self.s <= 0:
+            raise ConfigError(f"objective.s is {self.s}, the logit-normal density needs a number > 0")
+        if self.time_density == "mode" and not -1 <= self.s <= MODE_S_MAX:
+            raise ConfigError(f"objective.s is {self.s}, the mode density needs a number in [-1, {MODE_S_MAX:.4g}]")
+
+
+@dataclass(frozen=True)
+class TransfusionConfig(Settings):
+    """One trunk that reads and writes text and images (Transfusion), in the place of the MMDiT and its text encoder."""
+
+    section: ClassVar[str] = "transfusion"
+
+    enabled: bool = False
+    """Train such a trunk, of [model]'s size; of [text] it takes vocab_size, tokenizer and max_length."""
+    weights: Literal["shared", "separate"] = "shared"
+    """One set of weights for all tokens (the paper), or one for text and one for patches (mixture of transformers)."""
+    time: Literal["added", "image"] = "added"
+    """How an image's time enters: added to its patches, or as adaLN of its patches."""
+    attention: Literal["transfusion", "causal"] = "transfusion"
+    """Whether patches of an image see each other, or only those before them."""
+    codec: Literal["linear", "unet"] = "linear"
+    """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
+    codec_width: Annotated[int, Range(4)] = 64
+    """Channels of the U-Net at the latent's own size, a multiple of 4; twice as many at each half."""
+    size_tokens: CountOrZero = 0
+    """Tokens for sizes up to so many rows or columns of patches, with which the model chooses an image's size."""
+    max_tokens: Count = 4096
+    """Most tokens of a document, patches counted, in training and in writing."""
+    image_weight: NotNegative = 5.0
+    """Weight of the image loss beside the loss of the next token."""
+    caption_first: Fraction = 0.8
+    """Chance that a sample's caption stands before its picture, to draw from, and not after it, to describe it."""
+    image_first_cap: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    """What the times of pictures before their captions are scaled by: such a picture is there to be seen."""
+    z_loss: NotNegative = 0.0
+    """Weight of log^2 Z of the logits, which keeps them from drifting."""
+    text: str | None = None
+    """Text without pictures to learn from too: a .txt, .jsonl or .parquet file, a folder or a glob of such."""
+    text_fraction: BelowOne = 0.0
+    """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
+    text_length: Annotated[int, Range(2, 4096)] = 256
+    """Tokens of such a document, the end counted; longer ones are cut into pieces."""
+    freeze_text: bool = False
+    """Leave the text's weights as `init` (at the top) gave them: its stream, embedding and head (LMFusion)."""
+
+    def check(self) -> None:
+        if self.text == "":
+            raise ConfigError('transfusion.text is empty, expected a file, a folder, a glob or "none"')
+        if (self.text is None) != (self.text_fraction == 0):
+            raise ConfigError(
+                f"transfusion.text is {self.text or 'none'} and transfusion.text_fraction {self.text_fraction:g}: "
+                "text alone needs both, a file and a share of the batch above 0"
+            )
+        if self.freeze_text and self.weights != "separate":
+            raise ConfigError(
+                f'transfusion.freeze_text needs transfusion.weights = "separate", which is "{self.weights}"'
+            )
+
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Fine-tuning by low-rank adapters, in the place of all weights."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: CountOrZero = 0
+    """Rank of the adapters beside the matrices of the blocks, which alone are trained; 0: none, all is trained."""
+    alpha: Positive | None = None
+    """The adapters' scale, over their rank; "none" is as rank."""
+    targets: Literal["attention", "all"] = "attention"
+    """Matrices that get one: those of the attention, or those of the MLPs too."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """The optimiser and the learning rate over the run."""
+
+    section: ClassVar[str] = "optimizer"
+
+    name: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
+    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more.
+    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with its moments in a byte each."""
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    """Decay of the first and of the second moment of the gradient, per step (AdamW's parameters)."""
+    momentum: BelowOne = 0.95
+    """Decay of Muon's momentum, per step."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay of matrices; norms, biases and embedding tables have none."""
+    grad_clip: NotNegative = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    warmup_steps: CountOrZero = 100
+    """Steps in which the learning rate rises from 0 to lr."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Course of the learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
+    decay_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    """Last part of the run in which a "wsd" schedule falls."""
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of a schedule that falls, as a fraction of lr."""
+    base_width: Count | None = None
+    """Width of the trunk at which lr was found, for muP: a wider one has lower rates, and other first weights."""
+
+    def check(self) -> None:
+        if self.name != "schedule-free":
+            return
+        if self.schedule != "constant":
+            raise ConfigError(f'optimizer.name "schedule-free" takes schedule "constant", not "{self.schedule}"')
+        if not self.betas[0]:
+            raise ConfigError('optimizer.betas[0] is 0, optimizer.name "schedule-free" needs a number above 0')
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Settings):
+    """The loop: how long, how much at a time, what is written when."""
+
+    section: ClassVar[str] = "training"
+
+    num_steps: Count = 100_000
+    """Optimizer steps of the whole run."""
+    batch_size: Count = 64
+    """Samples a step."""
+    grad_accumulation: Count = 1
+    """Parts in which a batch is computed, to save memory; the batch stays batch_size samples."""
+    ema: Literal["exponential", "power"] = "exponential"
+    """How the weights are averaged that are sampled and scored: with a fixed decay, or by a power of the step."""
+    ema_decay: BelowOne = 0.999
+    """Decay per step of an "exponential" average; 0 keeps no average."""
+    ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
+    """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
+    ema_snapshot_every: CountOrZero = 1000
+    """Steps from one snapshot of both to the next, from which `mmdit ema` makes any other width; 0 keeps none."""
+    ema_snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Type of the numbers in snapshots."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes CUDA if present."""
+    attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
+    """Kernel of the attention; all but "sdpa" want CUDA."""
+    packing: bool = False
+    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block but its
+    matrix products and attention."""
+    recompute_every: Count = 1
+    """Of the blocks every how many-th is recomputed."""
+    max_bad_steps: CountOrZero = 10
+    """Steps in a row without a finite gradient that end the run; each such step is left out and counted. 0: no look."""
+    log_every: Count = 10
+    """Steps from one line in metrics.jsonl to the next."""
+    validate_every: CountOrZero = 1000
+    """Steps from one validation loss to the next; 0 validates at the end alone."""
+    sample_every: CountOrZero = 1000
+    """Steps from one sample grid to the next; 0 samples at the end alone."""
+    checkpoint_every: CountOrZero = 1000
+    """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept; older ones are removed."""
+    async_checkpoint: bool = False
+    """Write checkpoints beside the training, from a copy in the CPU's memory."""
+    peak_tflops: Positive | Literal["auto", "measure"] = "auto"
+    """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
+    or what a large matrix product reaches here ("measure")."""
+    profile: str | None = None
+    """Steps to record, FIRST:LAST from 1, both among them: their trace for chrome://tracing goes into profile/."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too; WANDB_MODE=offline keeps them in the run's folder."""
+    out: str | None = None
+    """Folder of the run; "none" is runs/ and the run's name."""
+
+    def check(self) -> None:
+        if self.profile is not None and self.profiled is None:
+            raise ConfigError(f'training.profile is "{self.profile}", expected steps FIRST:LAST from 1, such as 10:15')
+        if self.wandb == "":
+            raise ConfigError('training.wandb is empty, expected a project or "none"')
+        if self.batch_size % self.grad_accumulation:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
+                f"{self.grad_accumulation}"
+            )
+        if self.ema == "power" and self.ema_sigma_rel[0] == self.ema_sigma_rel[1]:
+            raise ConfigError(f"training.ema_sigma_rel is {list(self.ema_sigma_rel)}, expected two different widths")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step that `profile` names; None where it names none."""
+        first, _, last = (self.profile or "").partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Settings):
+    """One run on the processes that torchrun starts (docs/distributed.md); one process alone needs none of it."""
+
+    section: ClassVar[str] = "parallel"
+
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """What each process holds: with "ddp" (and "auto") all of the model, with "fsdp" an equal part of weights, average
+    and optimiser, with "hsdp" such a part within each group of shard_size processes. "none": one process alone."""
+    shard_size: Count | None = None
+    """Processes that hold one model together with "hsdp"; "none" is those of a node."""
+    reshard: bool = True
+    """After a block's forward pass drop its gathered weights, and gather them again for the backward pass."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimiser of "fsdp" and "hsdp" in the CPU's memory; the device holds what works."""
+    timeout: Count = 1800
+    """Seconds that the processes wait for one that does not answer."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How pictures are made, in the run's grids and wherever its model is sampled without saying otherwise."""
+
+    section: ClassVar[str] = "sampling"
+
+    prompts: tuple[str, ...] = ()
+    """Captions of the sample grids; an empty list takes captions of held-out samples."""
+    solver: str = "ab2"
+    """Name of the ODE solver, as in `samplers.solver_names()`."""
+    num_steps: Count = 28
+    """Steps of the solver; heun and midpoint evaluate the network twice a step."""
+    guidance: NotNegative = 4.0
+    """Scale of classifier-free guidance; 1 is none, 0 ignores the caption."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Times [low, high] between which guidance acts; outside it the captioned model is used alone."""
+    seed: CountOrZero = 0
+    """Seed of the noise that pictures start from."""
+
+    def check(self) -> None:
+        from samplers import RectifiedFlow, SDESolver, make_solver, solver_names
+
+        if self.solver not in solver_names():
+            hint = suggestion(self.solver, solver_names()) or f"; there are {', '.join(solver_names())}"
+            raise ConfigError(f'sampling.solver is "{self.solver}", which is no solver{hint}')
+        solver = make_solver(self.solver, RectifiedFlow())
+        if isinstance(solver, SDESolver) and solver.diffusion is None:
+            raise ConfigError(f'sampling.solver is "{self.solver}", which wants a diffusion too: name it at a call')
+        if self.interval[0] >= self.interval[1]:
+            raise ConfigError(f"sampling.interval is {list(self.interval)}, expected [low, high] with low < high")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """Validation loss on held-out samples, the six-question score of the drawn world, and scores by networks."""
+
+    section: ClassVar[str] = "evaluation"
+
+    validation_samples: Count = 256
+    """Held-out samples in a validation loss (fewer where there are fewer)."""
+    validation_times: Count = 8
+    """Evenly spaced fixed times t at which the validation loss is taken."""
+    prompts_per_question: CountOrZero = 50
+    """Prompts of each of ShapesEval's six questions; 0 does not score. Used when the source is "shapes"."""
+    batch_size: Count = 64
+    """Pictures sampled at a time."""
+    seed: CountOrZero = 0
+    """Seed of the prompts and of the noise."""
+    metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()
+    """Scores of pictures by networks; docs/evaluation.md says what each is and needs."""
+    metrics_every: CountOrZero = 0
+    """Steps from one such score to the next; 0 scores at the end alone."""
+    features: str | None = None
+    """Network of fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
+    clip: str | None = None
+    """Network of clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
+    reference: str | None = None
+    """Pictures to hold the model's against, named as data.source is, with the captions to draw; "none": the run's data
+    and its held-out captions."""
+    num_reference: Count | None = None
+    """Use only so many of them, evenly spread ("none": all)."""
+    num_images: Count = 1000
+    """Pictures drawn for these scores; published ones take 10,000 to 50,000."""
+    cache: str | None = None
+    """Folder that keeps what networks see in the reference; "none": mmdit/references in the user's cache."""
+
+    def check(self) -> None:
+        for names, key in ((BY_FEATURES, "features"), (BY_CLIP, "clip")):
+            wanting = [name for name in self.metrics if name in names]
+            if wanting and not getattr(self, key):
+                raise ConfigError(
+                    f"{wanting[0]} needs a network: name it by evaluation.{key} (mmdit evaluate --{key}); "
+                    "docs/evaluation.md says where to get one"
+                )
+        if self.metrics_every and not self.metrics:
+            raise ConfigError("evaluation.metrics_every is set, but evaluation.metrics names none")
