@@ -67,10 +67,13 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
 
 
 def _begun(folder: Path) -> bool:
-    """Whether a folder has a run with a checkpoint; one without is removed, since nothing of it can be used."""
+    """Whether a folder has a run with a checkpoint; one that got to none is removed, since nothing of it can be used.
+
+    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints.
+    """
     if list_checkpoints(folder):
         return True
-    if (folder / "config.toml").exists():
+    if (folder / "config.toml").exists() and not (folder / "scores.json").exists():
         shutil.rmtree(folder)
     return False
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_fp16_learns_as_fp32_does(tmp_path):
     runs = [training.train(config_for(tmp_path / name, f"training.precision={name}")) for name in ("fp16", "fp32")]
     half, full = (dict(metrics(run, "loss")) for run in runs)
     assert half != full and half == pytest.approx(full, rel=2e-3)
+
+
+# --- to begin again ---
+
+
+def test_a_restart_begins_anew_only_where_nothing_is_lost(tmp_path):
+    """A run that was killed before its first checkpoint goes, a finished one whose checkpoints were removed stays."""
+    config = config_for(tmp_path / "run", "training.num_steps=1")
+    run = training.train(config)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(FileExistsError, match="run exists"):
+        training.train(config, restart=True)
+    assert (run / "pipeline" / "pipeline.json").is_file()
+    (run / "scores.json").unlink()
+    assert metrics(training.train(config, restart=True), "loss")
 
 
 # --- several processes --------------------------------------------------------------------------------------------
