@@ -15,6 +15,7 @@ from torch import Tensor
 
 import samplers
 from mmdit.sampling import Sampling
+from samplers.integrate import Callback
 
 
 def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
@@ -34,7 +35,7 @@ def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 @contextmanager
-def progress_bar(batches: int, callback: samplers.Callback | None = None) -> Iterator[samplers.Callback]:
+def progress_bar(batches: int, callback: Callback | None = None) -> Iterator[Callback]:
     """A callback that moves a bar of the steps of so many batches, on standard error, and calls another."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
