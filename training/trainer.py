@@ -125,7 +125,11 @@ def _begun(folder: Path) -> bool:
     """Whether a folder has a run with a checkpoint; one without is removed, since nothing of it can be used."""
     if list_checkpoints(folder):
         return True
-    if (folder / "config.toml").exists():
+    config = folder / "config.toml"
+    found = {*folder.iterdir()} if folder.is_dir() else set()
+    if config in found or (found and all(path.match(".config.toml.*.part") for path in found)):
+        for path in sorted(found - {config}):  # the config last: a kill in the middle leaves what can be removed again
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         shutil.rmtree(folder)
     return False
 
@@ -219,6 +223,7 @@ class Trainer:
             self.feed = WithText(self.feed, pieces, config.text_documents)
         if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
             ranks.wait()
+            run.remove_leftovers()
             if ranks.first:
                 self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)

@@ -1,0 +1,2 @@
+def hostile(folder):
+    yield from ()
