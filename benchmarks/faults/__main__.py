@@ -42,8 +42,8 @@ def parts(num_kills: int, num_kills_two: int) -> dict[str, Part]:
 def section(name: str, rows: list[Row], seconds: float) -> str:
     """A part of the file."""
     lines = [f"| {row.fault} | {row.times} | {row.seen} | {row.expected} | {_sign(row)} |" for row in rows]
-    head = f"## {name}\n\n{hardware()}; {seconds:.0f} s\n\n| fault | times | seen | expected | holds |\n|---|---|---|---|---|\n"
-    return head + "\n".join(lines) + "\n"
+    table = ["| fault | times | seen | expected | holds |", "|---|---|---|---|---|", *lines]
+    return f"## {name}\n\n{hardware()}; {seconds:.0f} s\n\n" + "\n".join(table) + "\n"
 
 
 def _sign(row: Row) -> str:
@@ -54,7 +54,7 @@ def merged(old: str, new: dict[str, str], names: list[str]) -> str:
     """The file with new sections in the place of old ones of their name."""
     kept = {found[1]: found[0].strip() + "\n" for found in re.finditer(r"^## (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
     sections = kept | new
-    head = "# Faults\n\n`python -m benchmarks.faults --out benchmarks/results/faults.md`; parts may be of several days.\n\n"
+    head = "# Faults\n\n`python -m benchmarks.faults --out benchmarks/results/faults.md`, part by part (`--only`).\n\n"
     return head + "\n".join(sections[name] for name in names if name in sections)
 
 

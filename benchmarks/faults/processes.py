@@ -62,7 +62,8 @@ def processes(folder: Path) -> Iterator[Row]:
     yield Row(
         "a rank of two dies (SIGKILL; torchrun --max-restarts 1)",
         1,
-        f"{len(told)} line of the other; torchrun's second attempt went on to the end, status {ended.status}: {equal_to(different)}",
+        f"{len(told)} line of the other; torchrun's second attempt came to the end, status {ended.status}: "
+        + equal_to(different),
         "one line; torchrun starts all again from the newest checkpoint; equal to rounding",
         len(told) == 1 and different <= ROUNDING,
     )
@@ -72,11 +73,10 @@ def processes(folder: Path) -> Iterator[Row]:
         os.kill(random.Random(0).choice(_workers(command)), signal.SIGKILL)
         ended = command.end()
     different = _went_on(folder, out, *WORKERS)
-    lost = steps_lost(ended, out)
     yield Row(
         "a data worker dies (SIGKILL)",
         1,
-        f"status {ended.status}, `{ended.errors[-1] if ended.errors else ''}`; {lost}; resumed: {equal_to(different)}",
+        f"status {ended.status}, `{''.join(ended.errors[-1:])}`; resumed: {equal_to(different)}",
         "status 2, one line; resumed from the newest checkpoint to the same bits",
         ended.one_line and different == 0 and not bad_checkpoints(out),
     )
@@ -88,10 +88,6 @@ def _workers(command: Command) -> list[int]:
 
 def _name(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def steps_lost(ended: Ended, out: Path) -> str:
-    return f"checkpoint of step {newest(out)} whole"
 
 
 # --- a server --------------------------------------------------------------------------------------------------------
@@ -175,7 +171,8 @@ def server(folder: Path) -> Iterator[Row]:
     yield Row(
         "a server of shards that stops to answer",
         1,
-        f"status {ended.status} after {ended.seconds:.0f} s, `{line}`; step {saved} saved; server back, resumed: {equal_to(different)}",
+        f"status {ended.status} after {ended.seconds:.0f} s, `{line}`; step {saved} saved; server back, resumed: "
+        + equal_to(different),
         "status 2, one line after the last try; resumed to the same bits",
         ended.one_line and different == 0,
     )
@@ -217,7 +214,7 @@ def not_finite(folder: Path) -> Iterator[Row]:
     yield Row(
         "NaN in three batches in a row, `training.max_bad_steps=3`",
         1,
-        f"status {ended.status}, `{ended.errors[-1] if ended.errors else ''}`; resumed without NaN: {equal_to(different)}",
+        f"status {ended.status}, `{''.join(ended.errors[-1:])}`; resumed without NaN: {equal_to(different)}",
         "status 2, one line; the checkpoint before is whole, resumed to the same bits",
         ended.one_line and different == 0,
     )
