@@ -1,14 +1,21 @@
-"""What benchmarks say of a run is so: the comparison with a model of text alone."""
+"""What benchmarks say of a run is so: the comparison with a model of text alone, and what faults do to it."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import training
 from benchmarks import text_only
+from benchmarks.faults import __main__ as faults
+from benchmarks.faults import hostile, kills, runs
+from benchmarks.faults.runs import Row
 from mmdit import TextToImage
+from training.checkpoint import save_checkpoint
 from training.config import load_config
+from training.run import RunFolder
 
 TINY = ("training.sample_every=0", "training.validate_every=0", "evaluation.prompts_per_question=0")
 MIXED = (*TINY, "transfusion.enabled=true", "model.positions=rope", "text.vocab_size=300", "training.precision=fp32")
@@ -76,3 +83,66 @@ def test_a_run_of_images_alone_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="is a model of images alone"):
         text_only.compare(out)
+
+
+# --- faults done on purpose ---------------------------------------------------------------------------------------
+
+
+def test_sections_of_the_table_of_faults_are_replaced_one_by_one(tmp_path, monkeypatch):
+    """A part that is measured anew stands in its place, the others stay; what does not hold gives status 1."""
+    out, found = tmp_path / "faults.md", [Row("first", 2, "a", "a", True)]
+    names = ("kills", "disk", "signals")
+    monkeypatch.setattr(faults, "parts", lambda *_: {name: lambda folder: iter(found) for name in names})
+    assert faults.main(["--out", str(out), "--only", "signals", "kills"]) == 0
+    found = [Row("second", 0, "needs root", "a", True), Row("third", 1, "b", "a", False)]
+    assert faults.main(["--out", str(out), "--only", "disk", "signals"]) == 1
+    text = out.read_text()
+    assert re.findall(r"^## (\w+)", text, re.M) == list(names)
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.endswith((" yes |", "tried |", "no** |"))]
+    assert rows == ["first", "second", "third", "second", "third"]
+
+
+def test_a_difference_between_runs_is_seen(tmp_path):
+    """In one weight, in the losses alone, and in how far they came."""
+    weights = {"model": {"w": torch.zeros(3)}, "optimizer": {"w/m": torch.ones(2)}}
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path, loss in ((one, 0.5), (other, 0.5)):
+        save_checkpoint(path, {"step": 4}, weights, keep=2)
+        RunFolder(path).write_metrics(4, loss=loss)
+    assert runs.difference(one, other) == 0
+    (other / "metrics.jsonl").write_text('{"step": 4, "loss": 0.25}\n')
+    assert runs.difference(one, other) == math.inf
+    weights["optimizer"]["w/m"][1] = 1.25
+    save_checkpoint(other, {"step": 4}, weights, keep=2)
+    assert runs.difference(one, other) == 0.25
+    save_checkpoint(other, {"step": 5}, weights, keep=2)
+    assert runs.difference(one, other) == math.inf
+    assert not runs.bad_checkpoints(other)
+    (other / "checkpoints" / "step-00000005" / "state.json").write_text("{")
+    assert len(runs.bad_checkpoints(other)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_a_killed_run_comes_to_the_bits_of_one_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(kills.LENGTH, 1, (60, 3))
+    row = kills.killed(tmp_path, 1, ())
+    assert row.times == 1 and row.holds and "the same bits" in row.seen
+
+
+def test_what_commands_touch_beside_their_run_is_seen(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+
+    def careless(log, *words):
+        (own / "run").mkdir(exist_ok=True)
+        for name in ("run/weights", "beside"):
+            (own / name).write_text(str(words))
+        return runs.Ended(2, "mmdit: error: no weights\n", 0.1)
+
+    monkeypatch.setattr(hostile, "run", careless)
+    watch = hostile.Watched(own)
+    watch.run("train", out=own / "run")
+    assert watch.touched == ["beside"] and not watch.row("careless").holds
+    watch.run("train", out=own / "run")  # the same again
+    assert watch.touched == ["beside"]

@@ -73,7 +73,12 @@ def _begun(folder: Path) -> bool:
     """
     if list_checkpoints(folder):
         return True
-    if (folder / "config.toml").exists() and not (folder / "scores.json").exists():
+    config = folder / "config.toml"
+    found = {*folder.iterdir()} if folder.is_dir() else set()
+    barely = bool(found) and all(path.match(".config.toml.*.part") for path in found)
+    if barely or (config in found and folder / "scores.json" not in found):
+        for path in sorted(found - {config}):  # the config last: a kill in the middle leaves what can be removed again
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         shutil.rmtree(folder)
     return False
 

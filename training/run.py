@@ -9,6 +9,7 @@ log.txt         what was printed            loss.png, scores.json, samples.png  
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,6 +110,11 @@ class RunFolder:
         write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
         self._purge = step + 1
 
+    def remove_leftovers(self) -> None:
+        """Remove the files and folders that were being written when a process was killed; while nobody else writes."""
+        for path in sorted(self.path.rglob(".*.part"), reverse=True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def close(self) -> None:
         """Send what is left; the next metrics go on."""
         if self._board is not None:
@@ -146,4 +152,7 @@ class QuietRun(RunFolder):
         """Nothing."""
 
     def rewind_metrics(self, step: int) -> None:
+        """Nothing."""
+
+    def remove_leftovers(self) -> None:
         """Nothing."""

@@ -132,6 +132,7 @@ class Trainer:
             self.feed = WithText(self.feed, pieces, config.text_documents)
         if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
             ranks.wait()
+            run.remove_leftovers()
             if ranks.first:
                 self.pipe.save_defaults(run.path / "pipeline")
             run.write_config(config)

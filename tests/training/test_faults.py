@@ -216,3 +216,31 @@ def test_restart_begins_where_nothing_was_saved(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun tells its second attempt
     training.train(load_config(out, [f"training.out={out}", "training.num_steps=2"]))
     assert [step for step, _ in metrics(out, "loss")] == [1, 2]
+
+
+def test_restart_begins_where_a_kill_left_half_a_beginning(tmp_path):
+    """In the first file that was written, or while a folder without checkpoint was being removed."""
+    config = config_for(tmp_path / "run", "training.num_steps=1", "evaluation.prompts_per_question=0")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.toml.77.part").write_text("[data")
+    training.train(config, restart=True)
+    assert metrics(tmp_path / "run", "loss")[-1][0] == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        training.train(config_for(other), restart=True)
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
+    """So that what a kill leaves of it can still be told from a user's folder."""
+    run = RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
+    run.log("died at once")
+    (run.path / "pipeline").mkdir()
+    monkeypatch.setattr(training.trainer.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        training.trainer._begun(run.path)
+    monkeypatch.undo()
+    assert (run.path / "config.toml").exists() and not training.trainer._begun(run.path)
+    assert not run.path.exists()

@@ -93,3 +93,13 @@ def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
     board = EventAccumulator(str(run.path / "tensorboard"))
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+
+
+def test_what_a_kill_left_in_the_middle_is_removed(run):
+    """Files and folders that were being written, wherever they lie; nothing else."""
+    (run.path / "pipeline" / ".text.12.part").mkdir(parents=True)
+    for name in (".metrics.jsonl.9.part", "pipeline/.model.safetensors.7.part", "pipeline/.text.12.part/config.json"):
+        (run.path / name).write_text("{")
+    (run.path / "pipeline" / "my.part").write_text("a user's")
+    run.remove_leftovers()
+    assert sorted(path.name for path in run.path.rglob("*")) == ["config.toml", "my.part", "pipeline"]

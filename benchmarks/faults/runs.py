@@ -1,0 +1,209 @@
+"""Runs of `mmdit` in processes of their own: begun, killed, ended, and compared with each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from training.checkpoint import CorruptCheckpoint, list_checkpoints, load_latest, verify
+from training.run import RunFolder
+
+REPOSITORY = Path(__file__).parents[2]
+QUIET = ("training.validate_every=0", "training.sample_every=0", "evaluation.prompts_per_question=0")
+TINY = ("pixels-tiny", *QUIET, "training.precision=fp32")
+PATIENCE = 240  # seconds that any one command may take
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    fault: str
+    times: int
+    seen: str
+    expected: str
+    holds: bool
+
+
+class Ended(NamedTuple):
+    """A command that ended: its status, what it printed, and how long it took."""
+
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines that tell of an error, and those of tracebacks."""
+        return [line for line in self.output.splitlines() if re.match(r"mmdit.*: error: |Traceback ", line)]
+
+    @property
+    def one_line(self) -> bool:
+        """Whether it was refused as it should be: status 2, and one line that says why."""
+        return self.status == 2 and len(self.errors) == 1 and self.errors[0].startswith("mmdit")
+
+
+class Command:
+    """`mmdit WORDS`, or torchrun of it on `world` processes; none of them outlives `running`."""
+
+    def __init__(self, *words: object, world: int = 1, code: str = "", launch: tuple[str, ...] = ()) -> None:
+        program = ["-c", code] if code else ["-m", "mmdit_cli"]
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *launch]
+        self.words = [sys.executable, *(many if world > 1 else []), *program, *map(str, words)]
+
+    def start(self, log: Path) -> Command:
+        """Begin it; what it prints goes to a file."""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        self.log, self.begun = log, time.monotonic()
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                self.words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=env, cwd=log.parent
+            )
+        return self
+
+    def pids(self) -> list[int]:
+        """The process and all that come of it."""
+        found = [self.process.pid]
+        for pid in found:
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    def ranks(self) -> list[int]:
+        """The processes of the run that torchrun has started."""
+        return [pid for pid in children(self.process.pid) if b"mmdit_cli" in _command_line(pid)]
+
+    def kill(self) -> None:
+        """SIGKILL to all at once: none is left to notice that another died."""
+        pids = self.pids()
+        for sig in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, sig)
+        self.process.wait()
+
+    def end(self) -> Ended:
+        """Wait for it."""
+        try:
+            self.process.wait(PATIENCE)
+        finally:
+            self.kill()
+        return Ended(self.process.returncode, self.log.read_text(errors="replace"), time.monotonic() - self.begun)
+
+    @property
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def until(self, found: Callable[[], object], pause: float = 0.01) -> bool:
+        """Wait until it is so, and whether it became so before the command ended."""
+        last = time.monotonic() + PATIENCE
+        while not self.over and time.monotonic() < last:
+            if found():
+                return True
+            time.sleep(pause)
+        return False
+
+
+@contextmanager
+def running(command: Command, log: Path) -> Iterator[Command]:
+    """Begin a command; whatever happens, nothing of it stays."""
+    try:
+        yield command.start(log)
+    finally:
+        command.kill()
+
+
+def run(log: Path, *words: object, world: int = 1, **how: object) -> Ended:
+    """Run `mmdit WORDS` to its end."""
+    with running(Command(*words, world=world, **how), log) as command:  # type: ignore[arg-type]
+        return command.end()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+# --- what a run has come to ------------------------------------------------------------------------------------------
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    found = list_checkpoints(run)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def steps(run: Path) -> int:
+    """The last step in the metrics."""
+    try:
+        rows = RunFolder(run).metrics()
+    except OSError:
+        return 0
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def bad_checkpoints(run: Path) -> list[str]:
+    """What is wrong with the checkpoints of a run, which should be whole or absent."""
+    problems = []
+    for folder in list_checkpoints(run):
+        try:
+            verify(folder)
+        except CorruptCheckpoint as error:
+            problems.append(str(error))
+    return problems
+
+
+def in_writing(run: Path) -> list[Path]:
+    """Checkpoints that are being written, or were when their process died."""
+    return list((run / "checkpoints").glob(".step-*.part"))
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of the last weights, averages and optimiser states; 0: the same bits, losses too.
+
+    Infinite where steps or names differ.
+    """
+    (a, x), (b, y) = (load_latest(path, print) for path in (one, other))
+    tensors = [{f"{g}/{n}": t for g, group in found.items() for n, t in group.items()} for found in (x, y)]
+    if a["step"] != b["step"] or tensors[0].keys() != tensors[1].keys():
+        return float("inf")
+    largest = max((t.double() - tensors[1][n].double()).abs().max().item() for n, t in tensors[0].items())
+    same = all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    return largest if largest or (same and losses(one) == losses(other)) else float("inf")
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {int(row["step"]): row["loss"] for row in RunFolder(run).metrics() if "loss" in row}
+
+
+def listing(folder: Path, but: Path | None = None) -> dict[str, str]:
+    """All files below a folder with a digest of each, without those of one below it."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+        if but is None or not path.is_relative_to(but)
+    }
+
+
+def equal_to(value: float) -> str:
+    """A difference in words."""
+    return "the same bits" if value == 0 else f"weights differ by at most {value:.1e}"
