@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import training
+import training.launch
+import training.trainer
 from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
 from training.checkpoint import load_latest
 from training.config import load_config
@@ -240,7 +242,7 @@ def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
     (run.path / "pipeline").mkdir()
     monkeypatch.setattr(training.trainer.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        training.trainer._begun(run.path)
+        training.launch._begun(run.path)
     monkeypatch.undo()
-    assert (run.path / "config.toml").exists() and not training.trainer._begun(run.path)
+    assert (run.path / "config.toml").exists() and not training.launch._begun(run.path)
     assert not run.path.exists()
