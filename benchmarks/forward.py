@@ -141,7 +141,7 @@ def sampling(repeats: int) -> list[str]:
                 state = scheduler.step(v_null + 4.0 * (v - v_null), t, state, return_dict=False)[0]
             return state
 
-        t = seconds({"ours": by_us, "diffusers": by_them}, max(3, repeats // 2), warm=1)
+        t = seconds({"ours": by_us, "diffusers": by_them}, max(2, repeats // 2), warm=1)
         difference = (by_us() - by_them()).abs().max()
         ratio = t["diffusers"] / t["ours"]
         lines.append(f"| {batch} | {t['ours']:.2f} | {t['diffusers']:.2f} | {ratio:.2f} | {difference:.1e} |")

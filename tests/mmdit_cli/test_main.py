@@ -177,7 +177,7 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
     assert pipe.prompts == ["a red circle"] and str(pipe.run) == "runs/x"
     assert pipe.options == {
         "num_steps": 20, "solver": "heun", "guidance": 4.0, "height": 64, "width": 96, "seed": 1, "diffusion": None,
-        "negative_prompts": None, "edit": None,
+        "negative_prompts": None, "edit": None, "progress": False,
     }  # fmt: skip
     assert Image.open(out).size == (8, 6)
     assert str(out) in result.stdout
@@ -199,7 +199,7 @@ def test_sample_numbers_several_pictures_and_leaves_the_rest_to_the_run(pipe, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.jpg", "a-1.jpg"]
     assert pipe.options == {
         "num_steps": None, "solver": None, "guidance": None, "height": None, "width": None, "seed": 0,
-        "negative_prompts": None, "edit": None, "diffusion": None,
+        "negative_prompts": None, "edit": None, "diffusion": None, "progress": False,
     }  # fmt: skip
 
 
