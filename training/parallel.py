@@ -146,7 +146,8 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     if on_cuda:
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.parallel.timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world, timeout=timeout)
     try:  # a group takes its own timeout, not the first one's
         yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo", timeout=timeout), timeout)
     except RuntimeError as error:
@@ -158,6 +159,15 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where processes find each other. torchrun may serve one store to all its attempts, in which the addresses of
+    those that died are left: on one machine, where attempts have one count, each has keys of its own.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else ''}", store)
 
 
 def lost(error: BaseException) -> bool:

@@ -134,9 +134,10 @@ def test_a_restart_begins_anew_only_where_nothing_is_lost(tmp_path):
 
 
 @contextmanager
-def torchrun(*words: object):
+def torchrun(*words: object, max_restarts: int = 0):
     """`torchrun -m mmdit_cli WORDS` on two processes, in a process group of its own, of which nothing stays."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--max-restarts", str(max_restarts)]
     process = subprocess.Popen(
         [*launch, "-m", "mmdit_cli", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -205,6 +206,20 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_line(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     assert f"resumed at step {state['step']}" in output and metrics(out, "loss")[-1][0] == last
+
+
+@pytest.mark.slow
+@linux
+def test_torchrun_starts_all_again_from_the_newest_checkpoint(tmp_path):
+    """Its second attempt finds its own processes, not the addresses of the first one's."""
+    out = tmp_path / "run"
+    steps = ("training.checkpoint_every=5", "evaluation.prompts_per_question=0", "training.num_steps=150")
+    with torchrun(*LONG_COMMAND, "--out", out, *steps, max_restarts=1) as process:
+        wait_for_steps(process, out, 12)
+        os.kill(children(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    assert "resumed at step" in output and metrics(out, "loss")[-1][0] == 150
 
 
 def test_restart_begins_where_nothing_was_saved(tmp_path, monkeypatch):
