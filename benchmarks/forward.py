@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
@@ -57,6 +58,7 @@ def speed(repeats: int) -> list[str]:
         " diffusers, s | ratio |",
         "|---" * 10 + "|",
     ]
+    torch._dynamo.config.recompile_limit = 64  # all blocks are one function to it, asked for in many shapes
     for how in ("eager", "compiled"):
         both = models()
         if how == "compiled":

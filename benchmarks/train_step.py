@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,6 +130,7 @@ def flops(step: Callable[[Given], None], given: list[Given]) -> float:
 
 
 def table(repeats: int) -> list[str]:
+    torch._dynamo.config.recompile_limit = 64  # all blocks are one function to it, asked for in many shapes
     best = peak()
     lines = [
         f"A matrix product reaches {best / 1e9:.0f} GFLOP/s.\n",

@@ -157,7 +157,7 @@ def _scale(path: Path) -> float:
     said = read_metadata(path).get("lora_adapter_metadata", "{}")
     try:
         found = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
-    except (AttributeError, json.JSONDecodeError) as error:
+    except (AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} says of its adapters what is no table: {error}") from error
     if found.get("rank_pattern") or found.get("alpha_pattern") or found.get("use_dora") or found.get("use_rslora"):
         raise ValueError(f"{path} has ranks or scales by layer, DoRA or rank-stabilised scales, which are not read")

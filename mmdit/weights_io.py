@@ -117,7 +117,7 @@ def read_json(path: Path) -> Any:
     """Read JSON. Raises ValueError that names the file where it is none, FileNotFoundError where there is no file."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 

@@ -99,7 +99,7 @@ class RunFolder:
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
         return rows
 

@@ -137,3 +137,10 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_changed():
         "1 of another shape: weight (2, 4) for (2, 3)"
     )
     assert torch.equal(target.weight, before)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, '{"a": "\\ud800', "\0"])
+def test_json_that_is_none_or_a_bomb_names_its_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        read_json(tmp_path / "config.json")
