@@ -155,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--only", nargs="+", choices=["speed", "forward", "sampling", "memory"], help="these sections")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -162,12 +163,13 @@ def main() -> None:
         print(f"{memory_of(name, SHAPES[int(shape)]):.0f}")
         return
     n = arguments.repeats
-    sections = {
-        "Speed": speed(n),
-        "Forward at SD3-medium's width, eager": wide(n),
-        "Sampling": sampling(n),
-        "Memory": memory(),
+    found = {
+        "Speed": lambda: speed(n),
+        "Forward at SD3-medium's width, eager": lambda: wide(n),
+        "Sampling": lambda: sampling(n),
+        "Memory": memory,
     }
+    sections = {k: run() for k, run in found.items() if not arguments.only or k.split()[0].lower() in arguments.only}
     about = f"`python -m benchmarks.forward`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     text = "\n\n".join(
         [f"# Beside diffusers on a CPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())]
