@@ -216,18 +216,26 @@ def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int
     stop = partial(_stop, batches)
     atexit.register(stop)
     try:
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if "exited unexpectedly" not in reason and "killed by signal" not in reason:
-            raise
-        raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
+        with naming_dead_workers():
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
     finally:
         atexit.unregister(stop)
         stop()
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "DataLoader worker" not in reason:
+            raise
+        raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
 
 
 def _as_it_is(batch: Any) -> Any:

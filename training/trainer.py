@@ -37,6 +37,7 @@ from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
+from training.loader import naming_dead_workers
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
 from training.parallel import ALONE, Ranks
@@ -171,6 +172,7 @@ class Trainer:
                 repeatable(self.device),
                 attention_backend(config.attention),
                 interrupts.deferred(),
+                naming_dead_workers(),
                 shown as progress,
             ):
                 while self.step < config.num_steps and not self.ranks.any(interrupts.caught):

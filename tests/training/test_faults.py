@@ -19,10 +19,11 @@ import training.trainer
 from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
 from training.checkpoint import load_latest
 from training.config import load_config
+from training.errors import DataError
 from training.feed import LatentFeed
 from training.precision import LossScaler
 from training.run import RunFolder
-from training.trainer import Diverged
+from training.trainer import Diverged, Trainer
 
 # --- a batch without a finite gradient ----------------------------------------------------------------------------
 
@@ -261,3 +262,14 @@ def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert (run.path / "config.toml").exists() and not training.launch._begun(run.path)
     assert not run.path.exists()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_step_is_named(tmp_path, monkeypatch):
+    """torch says so from a signal's handler, wherever the program is."""
+
+    def dies(self, learner, batch):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Trainer, "_train_step", dies)
+    with pytest.raises(DataError, match=r"a data worker died, .*num_workers = 0 \(DataLoader worker \(pid 7\)"):
+        training.train(config_for(tmp_path / "run"))
