@@ -91,7 +91,14 @@ def started(monkeypatch):
         monkeypatch.setenv(name, value)
     seen = {}
     dist = torch.distributed
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: seen.update(to=backend, timeout=timeout))
+    own = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda _, timeout: iter([(own, 0, 2)]))
+
+    def connect(backend, store, timeout, **which):
+        store.set("here", "yes")
+        seen.update(to=backend, timeout=timeout, keys=own.check(["attempt 0/here"]), **which)
+
+    monkeypatch.setattr(dist, "init_process_group", connect)
     monkeypatch.setattr(dist, "new_group", lambda **how: seen.setdefault("groups", []).append(how) or "group")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.update(ended=True))
     return seen
@@ -102,7 +109,8 @@ def test_several_processes_are_found_connected_and_left(started):
         assert (ranks.rank, ranks.world, ranks.local, ranks.per_node, ranks.group) == (0, 2, 0, 2, "group")
         assert ranks.apart().group == "group"
     own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
-    assert started == {"to": "gloo", "timeout": timedelta(seconds=7), "groups": [own, own], "ended": True}
+    connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
+    assert started == {**connected, "groups": [own, own], "ended": True}
 
 
 def test_several_processes_for_a_run_of_one_are_refused(started):
