@@ -163,6 +163,37 @@ def test_a_stream_goes_on_from_any_position(many, buffer):
         assert again == whole[start : start + 5], start
 
 
+def read_epochs(stream, monkeypatch) -> list[int]:
+    """The epochs whose rows are read from now on."""
+    found, rows = [], stream.rows
+    monkeypatch.setattr(stream, "rows", lambda epoch, seed: found.append(epoch) or rows(epoch, seed))
+    return found
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.3])
+def test_resuming_a_stream_reads_no_epoch_in_between(many, held_out, tmp_path, monkeypatch):
+    """Without a note of how long an epoch is one has to be read, with one none but that in which the run stopped."""
+    options = SourceOptions(wanted=Wanted(cache=tmp_path / "index"))
+    known = StreamSource(many, buffer=7, options=options)
+    whole = [row.key for row in itertools.islice(shuffled(known, held_out, 3), 300)]
+    size = known.epoch_rows(held_out)
+    assert size == len({*whole}) and known.epoch_rows(held_out + 0.1) is None
+    for stream, first in ((StreamSource(many, buffer=7), [0]), (StreamSource(many, buffer=7, options=options), [])):
+        for start in (size, 3 * size - 1, 5 * size + 9):
+            epochs = read_epochs(stream, monkeypatch)
+            again = [row.key for row in itertools.islice(shuffled(stream, held_out, 3, start), 1)]
+            assert again == [whole[start]] and epochs == [*first, start // size], start
+    (note,) = (tmp_path / "index").iterdir()
+    note.write_text("{")  # damaged: as if there were none
+    assert next(shuffled(stream, held_out, 3, 2 * size)).key == whole[2 * size] and known.epoch_rows(held_out) == size
+
+
+def test_the_first_samples_of_a_stream_are_those_of_every_epoch(many):
+    first = {row.key for row in itertools.islice(StreamSource(many).rows(0, None), 30)}
+    rows = [row.key for row in itertools.islice(shuffled(StreamSource(many, num_samples=30, buffer=8), 0.0, 3), 90)]
+    assert all({*rows[start : start + 30]} == first for start in (0, 30, 60)) and rows[:30] != rows[30:60]
+
+
 def test_batches_of_a_stream_depend_on_neither_workers_nor_ranks(many):
     stream = StreamSource(many, buffer=8, options=SourceOptions(crop="random", flip=True), size=(8, 8))
     alone = list(itertools.islice(stream_loader(stream, 0.1, 4, 0), 12))
