@@ -49,11 +49,12 @@ from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
 from training.interrupts import Interrupts
-from training.loader import READ_AHEAD, layout_of, run
+from training.loader import READ_AHEAD, layout_of
 from training.order import Layout
 from training.progress import Progress
 from training.setup import fingerprint, open_run_source
 from training.stream import STREAM
+from training.workers import run
 
 BATCH = 64  # samples of a chunk
 NAMED = 10  # bad samples that are named

@@ -8,29 +8,26 @@ Shapes: B samples in a batch, h, w the source's image size.
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from training.errors import DataError
 from training.order import Layout, Order, Plan
 from training.share import WHOLE, Share
+from training.workers import empty, run
 
 if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for", "run"]
+__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -80,7 +77,7 @@ def loader(
     if len(indices) == 0:
         raise DataError("no samples to train on: the list of indices is empty; use more data, or hold out less of it")
     batch_at = _Shuffled(source, np.asarray(indices), batch_size, seed, share.rows(batch_size))
-    return run(batch_at, itertools.count(start_step), num_workers)
+    return run(batch_at, itertools.count(start_step), num_workers, largest(source, len(batch_at.rows)))
 
 
 def one_pass(
@@ -94,7 +91,8 @@ def one_pass(
     _at_least("batch_size", batch_size, 1)
     _at_least("num_workers", num_workers, 0)
     chunks = _chunks(source, np.asarray(indices, dtype=np.int64), batch_size)
-    return run(partial(_in_order, source, chunks), range(len(chunks)), num_workers)
+    make = partial(_in_order, source, chunks)
+    return run(make, range(len(chunks)), num_workers, largest(source, min(batch_size, len(indices))))
 
 
 class _Shuffled:
@@ -147,6 +145,11 @@ def layout_of(source: Source) -> Layout:
     return layout or Layout((source.image_size,))
 
 
+def largest(source: Source, rows: int) -> int:
+    """Bytes of the images of a batch."""
+    return rows * max(3 * h * w for h, w in layout_of(source).sizes)
+
+
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
     samples = [(int(i), source[int(i)]) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
@@ -167,9 +170,9 @@ def make_batch(
     size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
 ) -> Batch:
     """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
-    images = np.empty((count, *size, 3), dtype=np.uint8)
+    images = empty(count, *size, 3)
     samples, numbers = [], []
-    for slot, (i, sample) in zip(images, numbered, strict=True):
+    for slot, (i, sample) in zip(images.numpy(), numbered, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
         samples.append(replace(sample, image=None))
@@ -178,88 +181,7 @@ def make_batch(
     originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
-
-
-# --- worker processes ------------------------------------------------------------------------------------------------
-
-
-class _Steps(Dataset):
-    """What a worker calls: step -> Batch, or the error as a value, to be raised without the worker's traceback."""
-
-    def __init__(self, batch_at: Callable[[Any], Batch]) -> None:
-        self.batch_at = batch_at
-
-    def __getitem__(self, step: Any) -> Batch | DataError:
-        try:
-            return self.batch_at(step)
-        except DataError as error:
-            return error
-
-
-def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int) -> Generator[Batch, None, None]:
-    """The batch of each step in order, made by worker processes if there are any. Steps are whatever batch_at takes."""
-    if num_workers == 0:
-        yield from map(batch_at, steps)
-        return
-    workers: DataLoader = DataLoader(
-        _Steps(batch_at),
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # else it draws from the global one
-    )
-    with _signals_blocked():
-        batches: Any = iter(workers)
-    stop = partial(_stop, batches)
-    atexit.register(stop)
-    try:
-        with naming_dead_workers():
-            for batch in batches:
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
-    finally:
-        atexit.unregister(stop)
-        stop()
-
-
-@contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if "DataLoader worker" not in reason:
-            raise
-        raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
-    trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop(batches: Any) -> None:
-    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM."""
-    batches._shutdown_workers()
-    for worker in batches._workers:
-        if worker.is_alive():
-            worker.kill()
+    return Batch(images.permute(0, 3, 1, 2), captions, keys, skipped, originals, crops, flipped, numbers)
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
-import queue
-import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,15 +25,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdit.weights_io import write_aside
+from training.ahead import ahead
 from training.captions import captions_of
 from training.data import Sample, SourceOptions, place_of, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.images import BadImage, Size, fit_size, read_size
-from training.loader import Batch, make_batch, rng_for, run
+from training.loader import Batch, make_batch, rng_for
 from training.remote import Patience
 from training.rows import caption_columns, image_column, key_column
 from training.share import WHOLE, Share
+from training.workers import run
 
 STREAM = "hf-stream:"
 PLAIN = SourceOptions()
@@ -226,7 +227,9 @@ def stream_loader(
             some = list(itertools.islice(rows, batch_size))
             yield _Asked(step, tuple(mine), tuple(some[row] for row in mine))
 
-    return _closing(run(partial(_decoded, stream.options, stream.image_size, seed), ahead(asked(), AHEAD), num_workers))
+    make = partial(_decoded, stream.options, stream.image_size, seed)
+    size = 3 * len(mine) * math.prod(stream.image_size)
+    return _closing(run(make, ahead(asked(), AHEAD), num_workers, size))
 
 
 def _closing(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
@@ -256,40 +259,3 @@ def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Ba
         raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
     chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
     return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
-
-
-def ahead(items: Iterable[Any], most: int) -> Iterator[Any]:
-    """The same items, of which a thread fetches up to `most` before they are asked for; errors come in their place."""
-    fetched: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
-    stopped = threading.Event()
-    thread = threading.Thread(target=partial(_fetch, items, fetched, stopped), daemon=True)
-    thread.start()
-    try:
-        while True:
-            good, item = fetched.get()
-            if not good:
-                if item is None:
-                    return
-                raise item
-            yield item
-    finally:
-        stopped.set()
-
-
-def _fetch(items: Iterable[Any], fetched: queue.Queue[tuple[bool, Any]], stopped: threading.Event) -> None:
-    def put(good: bool, item: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                fetched.put((good, item), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    try:
-        for item in items:
-            if not put(True, item):
-                return
-        put(False, None)
-    except BaseException as error:
-        put(False, error)

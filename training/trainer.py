@@ -37,7 +37,6 @@ from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
 from training.interrupts import Interrupted, Interrupts
-from training.loader import naming_dead_workers
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
 from training.parallel import ALONE, Ranks
@@ -61,6 +60,7 @@ from training.sharding import (
 )
 from training.share import Share
 from training.telemetry import Profiler, Telemetry, shared_state
+from training.workers import naming_dead_workers
 from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training

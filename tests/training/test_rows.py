@@ -10,13 +10,14 @@ import torch
 
 import training
 from tests.training.pictures import parquet_of, picture, shards_of
+from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
 from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
 from training.share import Share
-from training.stream import HeldOut, StreamSource, ahead, shuffled, stream_loader
+from training.stream import HeldOut, StreamSource, shuffled, stream_loader
 from training.wanted import Wanted
 
 
