@@ -29,13 +29,15 @@ AHEAD = 2
 """Batches that each worker makes before they are asked for."""
 SLOTS = AHEAD + 1
 """Of these one is being copied."""
-SMALL = 1 << 16
-"""Tensors of so many bytes are sent as bytes: more than a pipe holds would keep a worker whose trainer was killed."""
+SMALL = 1 << 14
+"""Other tensors of so many bytes are sent as bytes; of more than a pipe holds a worker would not end that lost its
+trainer while it sends them.
+"""
 SHARED = "/dev/shm"
 
 
 class Room:
-    """Shared memory: `SLOTS` places of `size` bytes for each worker, which it fills in turn."""
+    """Shared memory: `SLOTS` slots of `size` bytes for each worker, which it fills in turn."""
 
     def __init__(self, num_workers: int, size: int) -> None:
         self.memory = torch.empty(num_workers, SLOTS, size, dtype=torch.uint8).share_memory_()
@@ -109,16 +111,10 @@ class _Steps(Dataset):
         return _tensors_of(made, self._sent)
 
     def _sent(self, x: Any) -> Any:
-        room, info = self.room, get_worker_info()
         if not isinstance(x, Tensor):
             return x
-        if (
-            room is not None
-            and room.lent
-            and x.untyped_storage().data_ptr() == room.memory.untyped_storage().data_ptr()
-        ):
-            room.made += 1
-            return _Place(info.id, (room.made - 1) % SLOTS, x.shape, x.stride())
+        if self.room is not None and (place := self.room.place_of(x)) is not None:
+            return place
         return _Array(x.numpy()) if x.nbytes <= SMALL else x
 
 

@@ -53,6 +53,17 @@ def test_row_groups_are_read_once_each_while_they_are_kept(tmp_path, monkeypatch
     assert 24 <= len(opened) <= 32  # some are there from finding the common size
 
 
+def test_parquet_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name, numbers in (("a", range(2)), ("b", range(2, 4))):
+        (tmp_path / name).mkdir()
+        parquet_of(tmp_path / name / "0.parquet", numbers, rows_per_group=1)
+    source = open_source(str(tmp_path))
+    assert colours(source) == EXPECTED[:4] and len({*source.keys}) == 4
+    again = open_source(str(tmp_path), options=SourceOptions(wanted=Wanted(cache=tmp_path / "index")))
+    assert colours(again) == colours(open_source(str(tmp_path), options=again.options)) == EXPECTED[:4]
+
+
 def test_parquet_columns(tmp_path):
     path = parquet_of(tmp_path / "a.parquet", range(4), __key__=["k0", "k1", "k2", "k3"], other=["x", None, "yy", "z"])
     wanted = Wanted(captions=(("text", 1.0), ("other", 3.0)), sizes=True)
