@@ -147,15 +147,21 @@ def waits(spec: Path, size: int | None, speeds: Sequence[float], made: float) ->
     return f"| {name_of(spec, source)} | {' | '.join(cells)} |"
 
 
-def nearness(spec: Path, most: int = 60) -> str:
-    """A row of the table of JPEGs decoded at a fraction of their size, for pictures of a quarter of it."""
+def nearness(spec: Path, most: int = 60) -> list[str]:
+    """The row of the table of JPEGs decoded at a fraction of their size, for pictures of a quarter of it; none for
+    other files, and for small ones.
+    """
     import webdataset
 
     shards = [str(spec)] if spec.is_file() else sorted(map(str, spec.rglob("*.tar*")))
     found: list[tuple[float, ...]] = []
     for sample in itertools.islice(webdataset.WebDataset(shards, shardshuffle=False), most):
+        if "jpg" not in sample:
+            return []
         whole = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
         h, w = whole.height // 4, whole.width // 4
+        if min(h, w) < 64:
+            return []
         exact = np.asarray(whole.resize((w, h), Image.Resampling.LANCZOS))
         closest = Image.open(io.BytesIO(sample["jpg"]))
         closest.draft(None, (w, h))
@@ -166,7 +172,7 @@ def nearness(spec: Path, most: int = 60) -> str:
         )
         found.append(tuple(decibels(other, exact) for other in others))
     cells = " | ".join(f"{statistics.median(column):.1f}" for column in zip(*found, strict=True))
-    return f"| {spec.parent.name if spec.name == 'train' else spec.stem} | {cells} |"
+    return [f"| {spec.parent.name if spec.name == 'train' else spec.stem} | {cells} |"]
 
 
 def decibels(image: np.ndarray, exact: np.ndarray) -> float:
@@ -198,8 +204,7 @@ def main() -> None:
             print(row, flush=True)
             waited.append(waits(spec, size, speeds, made))
             print(waited[-1], flush=True)
-        photographs = [path for path in options.folders if path.parent.name.startswith("photos")]
-        near += [nearness(spec) for spec in (*photographs, larger)]
+        near += [row for spec in (*options.folders, larger) for row in nearness(spec)]
     tables = {
         "Images a second:": rates,
         "Share of the time spent waiting, and a call of `next`:": waited,
