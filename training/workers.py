@@ -115,7 +115,7 @@ class _Steps(Dataset):
             return x
         if self.room is not None and (place := self.room.place_of(x)) is not None:
             return place
-        return _Array(x.numpy()) if x.nbytes <= SMALL else x
+        return _Array(x.numpy()) if x.is_contiguous() and x.nbytes <= SMALL else x
 
 
 def _tensors_of(item: Any, convert: Callable[[Any], Any]) -> Any:
