@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders of WebDataset shards")
     parser.add_argument("--most", type=int, default=640, help="images a round")
     parser.add_argument("--speed", type=float, default=320.0, help="images a second that training takes")
+    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="need an idle machine")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -202,19 +203,20 @@ def main() -> None:
             row, made = compared(spec, size, options.most)
             rates.append(row)
             print(row, flush=True)
-            waited.append(waits(spec, size, speeds, made))
-            print(waited[-1], flush=True)
+            if options.waits:
+                waited.append(waits(spec, size, speeds, made))
+                print(waited[-1], flush=True)
         near += [row for spec in (*options.folders, larger) for row in nearness(spec)]
-    tables = {
-        "Images a second:": rates,
-        "Share of the time spent waiting, and a call of `next`:": waited,
-        "How near (dB):": near,
-    }
+    tables = {"Images a second:": rates}
+    if options.waits:
+        tables["Share of the time spent waiting, and a call of `next`:"] = waited
+    tables["How near (dB):"] = near
     text = "\n\n".join(f"{title}\n\n" + "\n".join(table) for title, table in tables.items())
     print(text)
     if options.out:
         names = " ".join(f"{path.parent.name}/{path.name}" for path in options.folders)
-        command = f"OMP_NUM_THREADS=1 python -m benchmarks.data_path {names}"
+        command = f"OMP_NUM_THREADS=1 python -m benchmarks.data_path {names} --most {options.most}"
+        command += "" if options.waits else " --no-waits"
         about = (__doc__ or "").split("\n\n")[2].strip()
         options.out.write_text(f"# From shards to batches\n\n    {command}\n\n{about}\n\n{hardware()}\n\n{text}\n")
 

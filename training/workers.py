@@ -61,10 +61,10 @@ class Room:
 
     def take(self, place: _Place) -> Tensor:
         """A copy of what a worker has sent."""
-        slot = self.memory[place.worker, place.slot]
-        found = slot.as_strided(place.shape, place.stride, slot.storage_offset()).clone()
+        size = math.prod(place.shape)
+        found = _private(size).copy_(self.memory[place.worker, place.slot, :size])
         self.taken[place.worker] += 1
-        return found
+        return found.as_strided(place.shape, place.stride)
 
 
 class _Lent(NamedTuple):
@@ -90,7 +90,12 @@ def empty(*shape: int) -> Tensor:
     info, size = get_worker_info(), math.prod(shape)
     room = info.dataset.room if info is not None and isinstance(info.dataset, _Steps) else None
     slot = room.lend(info.id, size) if info is not None and room is not None else None
-    return torch.empty(shape, dtype=torch.uint8) if slot is None else slot.view(shape)
+    return _private(size).view(shape) if slot is None else slot.view(shape)
+
+
+def _private(size: int) -> Tensor:
+    """uint8, as numpy takes memory: large pieces in large pages, which come several times faster."""
+    return torch.from_numpy(np.empty(size, dtype=np.uint8))
 
 
 class _Steps(Dataset):
