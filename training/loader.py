@@ -21,7 +21,7 @@ import torch
 from training.errors import DataError
 from training.order import Layout, Order, Plan
 from training.share import WHOLE, Share
-from training.workers import empty, run
+from training.workers import run
 
 if TYPE_CHECKING:
     from training.data import Sample, Source
@@ -77,7 +77,7 @@ def loader(
     if len(indices) == 0:
         raise DataError("no samples to train on: the list of indices is empty; use more data, or hold out less of it")
     batch_at = _Shuffled(source, np.asarray(indices), batch_size, seed, share.rows(batch_size))
-    return run(batch_at, itertools.count(start_step), num_workers, largest(source, len(batch_at.rows)))
+    return run(batch_at, itertools.count(start_step), num_workers)
 
 
 def one_pass(
@@ -91,8 +91,7 @@ def one_pass(
     _at_least("batch_size", batch_size, 1)
     _at_least("num_workers", num_workers, 0)
     chunks = _chunks(source, np.asarray(indices, dtype=np.int64), batch_size)
-    make = partial(_in_order, source, chunks)
-    return run(make, range(len(chunks)), num_workers, largest(source, min(batch_size, len(indices))))
+    return run(partial(_in_order, source, chunks), range(len(chunks)), num_workers)
 
 
 class _Shuffled:
@@ -145,11 +144,6 @@ def layout_of(source: Source) -> Layout:
     return layout or Layout((source.image_size,))
 
 
-def largest(source: Source, rows: int) -> int:
-    """Bytes of the images of a batch."""
-    return rows * max(3 * h * w for h, w in layout_of(source).sizes)
-
-
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
     samples = [(int(i), source[int(i)]) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
@@ -170,9 +164,9 @@ def make_batch(
     size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
 ) -> Batch:
     """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
-    images = empty(count, *size, 3)
+    images = np.empty((count, *size, 3), dtype=np.uint8)
     samples, numbers = [], []
-    for slot, (i, sample) in zip(images.numpy(), numbered, strict=True):
+    for slot, (i, sample) in zip(images, numbered, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
         samples.append(replace(sample, image=None))
@@ -181,7 +175,8 @@ def make_batch(
     originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    return Batch(images.permute(0, 3, 1, 2), captions, keys, skipped, originals, crops, flipped, numbers)
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
 
 
 def _at_least(name: str, value: int, low: int) -> None:

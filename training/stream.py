@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -228,8 +227,7 @@ def stream_loader(
             yield _Asked(step, tuple(mine), tuple(some[row] for row in mine))
 
     make = partial(_decoded, stream.options, stream.image_size, seed)
-    size = 3 * len(mine) * math.prod(stream.image_size)
-    return _closing(run(make, ahead(asked(), AHEAD), num_workers, size))
+    return _closing(run(make, ahead(asked(), AHEAD), num_workers))
 
 
 def _closing(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
