@@ -36,6 +36,7 @@ from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
+from training.idle import idle_settings
 from training.interrupts import Interrupted, Interrupts
 from training.loader import naming_dead_workers
 from training.objectives import make_objective
@@ -94,6 +95,8 @@ class Trainer:
         self.scaler = LossScaler.for_precision(self.precision)
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        for line in idle_settings(config).values():
+            run.log(f"warning: {line}")
         if ranks.first:
             run.board = open_board(config, run)
         check_metrics(config.evaluation)
