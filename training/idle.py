@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """Keys that take effect where `works` says so, which hangs on the key `by`; wants: which ones it is for."""
+    """Keys that take effect where `works` says so, which hangs on the key `by`; wants: what of that they are for.
+
+    A 0, false or "none" switches something off, and off it is: such a value is idle where `off` says so alone.
+    """
 
     keys: tuple[str, ...]
     by: str
     works: Callable[[TrainConfig], bool]
     wants: str
+    off: bool = False
 
 
 def _keys(section: str, names: str) -> tuple[str, ...]:
@@ -43,7 +47,7 @@ RULES = (
         ("data.num_samples",), "data.source", lambda c: not c.data.source.startswith("shapes:"), '"shapes" without one'
     ),
     Rule(
-        _keys("data", "num_workers cache_latents"),
+        ("data.num_workers",),
         "data.source",
         lambda c: not _is_cache(c.data.source),
         "images, and a cache has none",
@@ -115,7 +119,7 @@ RULES = (
         "one that falls",
     ),
     # the loop
-    Rule(("training.ema_decay",), "training.ema", lambda c: c.training.ema == "exponential", '"exponential"'),
+    Rule(("training.ema_decay",), "training.ema", lambda c: c.training.ema == "exponential", '"exponential"', True),
     Rule(
         _keys("training", "ema_sigma_rel ema_snapshot_every ema_snapshot_dtype"),
         "training.ema",
@@ -144,7 +148,7 @@ RULES = (
     # processes
     Rule(("parallel.shard_size",), "parallel.strategy", lambda c: c.parallel.strategy == "hsdp", '"hsdp"'),
     Rule(
-        _keys("parallel", "reshard cpu_offload"),
+        ("parallel.cpu_offload",),
         "parallel.strategy",
         lambda c: c.parallel.strategy in ("fsdp", "hsdp"),
         '"fsdp" or "hsdp"',
@@ -189,8 +193,10 @@ def idle_settings(config: TrainConfig, keys: Iterable[str] | None = None) -> dic
     default, found = type(config)(), dict[str, str]()
     for rule in RULES:
         for key in rule.keys:
-            value = attrgetter(key)(config) if key in asked else None
-            if key in asked and key not in found and value != attrgetter(key)(default) and not rule.works(config):
+            if key not in asked or key in found:
+                continue
+            value = attrgetter(key)(config)
+            if value != attrgetter(key)(default) and (value or rule.off) and not rule.works(config):
                 by = f"{rule.by} = {shown(attrgetter(rule.by)(config))}"
                 found[key] = f"{key} = {shown(value)} takes no effect with {by}: it is for {rule.wants}"
     return found

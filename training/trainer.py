@@ -93,6 +93,7 @@ class Trainer:
         self._check()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         self.scaler = LossScaler.for_precision(self.precision)
+        self.updates = 0  # of the weights: a step that is left out makes none
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
         for line in idle_settings(config).values():
@@ -228,7 +229,8 @@ class Trainer:
         set_rate(self.optimizer, self.rate(self.step))
         if self._usable(norm):
             self.optimizer.step()
-            self.average.update(self.model, self.step)
+            self.average.update(self.model, self.updates)
+            self.updates += 1
             for loss in losses:
                 self.telemetry.add(loss)
         self.optimizer.zero_grad()
@@ -289,7 +291,7 @@ class Trainer:
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.ema_snapshot_every):
-            self.average.snapshot(self.run.path, self.step, write=self.ranks.first)
+            self.average.snapshot(self.run.path, self.step, self.updates, write=self.ranks.first)
         every = self.config.evaluation.metrics_every
         if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
             self._score()
@@ -359,7 +361,7 @@ class Trainer:
         losses = self._mean_losses()
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         state |= {"text": self.text} if self.text else {}
-        state |= {"skipped": self.skipped, "bad": self._bad}
+        state |= {"updates": self.updates, "skipped": self.skipped, "bad": self._bad}
         state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
@@ -411,6 +413,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:
             self.telemetry.load(state["telemetry"])

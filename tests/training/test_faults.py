@@ -17,8 +17,9 @@ import training
 import training.launch
 import training.trainer
 from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
-from training.checkpoint import load_latest
+from training.checkpoint import load_checkpoint, load_latest
 from training.config import load_config
+from training.ema import power_of, reconstruct
 from training.errors import DataError
 from training.feed import LatentFeed
 from training.precision import LossScaler
@@ -56,6 +57,23 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, monk
     assert load_latest(out, print)[0]["skipped"] == 2
     assert [step for step, _ in metrics(out, "loss")] == [1, 2, 5, 6]
     assert metrics(out, "skipped_steps") == [(3, 1), (4, 2), (5, 2), (6, 2)]
+    part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
+    assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
+
+
+def test_a_step_that_is_left_out_is_no_time_to_an_average_by_powers(tmp_path, monkeypatch):
+    """It weighs updates of the weights alone, written out; so do its snapshots, and a resumed run."""
+    spoil(monkeypatch, 3, 4)
+    how = ["training.num_steps=6", "training.keep_checkpoints=9", "training.checkpoint_every=1", "training.ema=power"]
+    how += ["training.ema_sigma_rel=[0.1, 0.25]", "training.ema_snapshot_every=1", "training.ema_snapshot_dtype=fp32"]
+    out = training.train(config_for(tmp_path / "run", *how))
+    weights = [load_checkpoint(out / "checkpoints" / f"step-{step:08d}")[1] for step in (1, 2, 5, 6)]
+    name = "transformer.patch_in.weight"
+    for width, average in ((0.1, weights[-1]["ema"]), (0.25, weights[-1]["ema_second"])):
+        shares = torch.tensor([k / 4 for k in range(5)], dtype=torch.float64).pow(power_of(width) + 1).diff()
+        exact = sum(x * one["model"][name].double() for x, one in zip(shares, weights, strict=True))
+        assert (average[name] - exact).abs().max() < 1e-7
+        assert (reconstruct(out, width)[name] - exact).abs().max() < 1e-6
     part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
     assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
 

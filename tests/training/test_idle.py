@@ -17,7 +17,6 @@ FROZEN, POWER = ["transfusion.weights=separate", "init=llama"], ["training.ema=p
 CASES = [
     ("data.num_samples=5", ["data.source=shapes:100"], ["data.source=shapes"]),
     ("data.num_workers=2", ["data.source={cache}"], ["data.source=shapes"]),
-    ("data.cache_latents=false", ["data.source={cache}"], ["data.source=shapes"]),
     ("data.bucket_ratio=3", [], ["data.buckets=true"]),
     ("data.bucket_ratio=3", ["data.buckets=false"], ["data.source={cache}"]),
     ("data.shuffle_buffer=5", [], ["data.source=hf-stream:x", "data.cache_latents=false"]),
@@ -57,6 +56,7 @@ CASES = [
     ("optimizer.decay_fraction=0.5", ["optimizer.schedule=linear"], ["optimizer.schedule=wsd"]),
     ("optimizer.final_lr_fraction=0.5", [], ["optimizer.schedule=linear"]),
     ("training.ema_decay=0.5", ["training.ema=power"], []),
+    ("training.ema_decay=0", ["training.ema=power"], []),  # which keeps an average
     ("training.ema_sigma_rel=[0.1, 0.2]", [], ["training.ema=power"]),
     ("training.ema_snapshot_every=5", [], ["training.ema=power"]),
     ("training.ema_snapshot_dtype=bf16", [], ["training.ema=power"]),
@@ -65,7 +65,6 @@ CASES = [
     ("training.profile=5:6", ["training.num_steps=4"], ["training.num_steps=5"]),
     ("training.validate_every=2", ["data.held_out=0"], []),
     ("parallel.shard_size=2", ["parallel.strategy=fsdp"], ["parallel.strategy=hsdp"]),
-    ("parallel.reshard=false", ["parallel.strategy=ddp"], ["parallel.strategy=fsdp"]),
     ("parallel.cpu_offload=true", [], ["parallel.strategy=hsdp"]),
     ("parallel.timeout=5", ["parallel.strategy=none"], []),
     ("sampling.interval=[0, 0.5]", ["sampling.guidance=1"], ["sampling.guidance=0"]),
@@ -95,6 +94,18 @@ def test_what_takes_no_effect_is_named_with_what_decides(setting, idle, works, c
 
 def test_every_rule_has_a_case():
     assert {key for rule in RULES for key in rule.keys} == {setting.partition("=")[0] for setting, _, _ in CASES}
+
+
+@pytest.mark.parametrize(
+    ("off", "beside"),
+    [
+        ("evaluation.prompts_per_question=0", "data.source=photos"),
+        ("training.validate_every=0", "data.held_out=0"),
+        ("training.ema_snapshot_every=0", "training.ema=exponential"),
+    ],
+)
+def test_what_is_off_may_be_switched_off(off, beside):
+    load_config("demo", [off, beside])
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(changes, what, language,
 
 def test_text_is_frozen_only_where_it_is_given_and_apart(language, tmp_path):
     with pytest.raises(FileNotFoundError, match="MMDiT|no model|holds"):
-        training.train(config_for(tmp_path / "run", *starting(tmp_path), "transfusion.enabled=false"))
+        training.train(images_config(tmp_path / "run", *starting(tmp_path)))
     with pytest.raises(ConfigError, match="freeze_text needs a language model in init"):
         config_for(tmp_path, "transfusion.freeze_text=true")
     with pytest.raises(ConfigError, match='"separate", which is "shared"'):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -502,7 +503,9 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     (folder / "011.png").write_text("no image")
     (folder / "013.txt").unlink()
     changes = [f"data.source={folder}", "data.image_size=none", "data.held_out=0.2", f"data.cache_latents={cached}"]
-    out = training.train(config_for(tmp_path / "run", *changes, "evaluation.prompts_per_question=2"))
+    config = config_for(tmp_path / "run", *changes)
+    config = replace(config, evaluation=replace(config.evaluation, prompts_per_question=2))  # as a preset may say
+    out = training.train(config)
     log = (out / "log.txt").read_text()
     skipped = [line.split("skipped ", 1)[1] for line in log.splitlines() if "skipped (" in line]
     assert [line.split(":")[0] for line in skipped] == [f"({k} so far)" for k in range(1, 5)]
