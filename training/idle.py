@@ -72,7 +72,7 @@ RULES = (
         _keys("text", "width depth num_heads"),
         "transfusion.enabled",
         lambda c: not c.transfusion.enabled,
-        "false: such a trunk reads text itself",
+        "false, where an encoder reads the text",
     ),
     # objective
     Rule(

@@ -5,9 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ import torch
 import training
 import training.launch
 import training.trainer
-from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
+from tests.training.processes import python
+from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics
 from training.checkpoint import load_checkpoint, load_latest
 from training.config import load_config
 from training.ema import power_of, reconstruct
@@ -152,25 +151,10 @@ def test_a_restart_begins_anew_only_where_nothing_is_lost(tmp_path):
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-@contextmanager
 def torchrun(*words: object, max_restarts: int = 0):
-    """`torchrun -m mmdit_cli WORDS` on two processes, in a process group of its own, of which nothing stays."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--max-restarts", str(max_restarts)]
-    process = subprocess.Popen(
-        [*launch, "-m", "mmdit_cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """`torchrun WORDS` on two processes, as `python` starts it."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", max_restarts]
+    return python("-m", *launch, *words)
 
 
 def children(process: subprocess.Popen) -> list[int]:

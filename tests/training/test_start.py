@@ -18,14 +18,6 @@ from training.trainer import Trainer
 LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
     """A folder with a small language model, and the model."""
