@@ -23,7 +23,7 @@ from mmdit.kl_autoencoder import KLAutoencoder
 from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_encoders import open_text_encoder
-from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_pipeline, t5, t5_tokenizer
+from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
@@ -52,11 +52,7 @@ def parts(tmp_path_factory):
     """A T5, SD3's three text encoders, and two autoencoders, in folders."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("parts")
-    words = t5_tokenizer()
-    t5(words, 32).save_pretrained(root / "t5")
-    words.save_pretrained(root / "t5")
-    save_pipeline(root / "sd3")
-    shutil.rmtree(root / "sd3" / "transformer")
+    save_encoders(root)
     KLAutoencoder(make_pipeline().vae).save(root / "kl")
     patches = PatchAutoencoder(PatchAutoencoderConfig(4, (8, 8), 1, 1.5, 0.1))
     randomised(patches).save(root / "patches")

@@ -175,10 +175,12 @@ def base(tmp_path_factory):
     return training.train(images_config(tmp_path_factory.mktemp("base") / "run", "training.num_steps=3"))
 
 
-def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path):
-    """Trunk, text encoder and tokenizer, whatever the new captions are."""
-    config = images_config(tmp_path / "on", f"init={base}", "data.num_samples=40", "seed=5")
+def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path, capsys):
+    """Trunk, text encoder and tokenizer, whatever the new captions are; and its table of positions, which is said."""
+    how = ("data.num_samples=40", "seed=5", "model.pos_embed_max_size=16")
+    config = images_config(tmp_path / "on", f"init={base}", *how)
     trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    assert "warning: model.pos_embed_max_size = 16 takes no effect with init" in capsys.readouterr().out
     old = mmdit.TextToImage.load(base, "cpu").model
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name]), name
