@@ -31,7 +31,7 @@ from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
 from training.data import DataError, is_shapes, open_source
-from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.feed import ImageFeed, LatentFeed, NothingUsable, chunks_of
 from training.flops import reads_padding, text_places
 from training.setup import fingerprint, open_run_source
 from training.share import Share
@@ -459,7 +459,7 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
         assert len(shapes) == 3
         for run in runs:
             run.close()
-    for ours, theirs in zip(feeds[0].chunks(5), feeds[1].chunks(5), strict=True):
+    for ours, theirs in zip(chunks_of(feeds[0], 5), chunks_of(feeds[1], 5), strict=True):
         assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
     assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
 
