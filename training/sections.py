@@ -328,7 +328,7 @@ class TrainingConfig(Settings):
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block but its
-    matrix products and attention."""
+    matrix products and attention (of training.attention "flex" and "xformers" that too)."""
     recompute_every: Count = 1
     """Of the blocks every how many-th is recomputed."""
     max_bad_steps: CountOrZero = 10
