@@ -46,7 +46,7 @@ from training.wanted import Wanted
 
 TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
 STREAM_CAPTIONS = 20_000  # and of a stream
-NAMED_SIZES = 50  # buckets that a log names one by one
+NAMED_SIZES = 20  # buckets that a log names one by one
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
