@@ -112,7 +112,7 @@ def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
     return Sizes(images, num_patches, real, 0, joint, image, images * longest**2, read=images * longest)
 
 
-def packed(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
+def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
     """Sizes of a `Transfusion`'s batch: documents (n,) of at most one image, of so many patches (0: none), with text.
 
     lead: tokens that say the image's size.
