@@ -98,10 +98,7 @@ class MMDiT(nn.Module):
         if one_size:
             img, rotary = self._read(torch.stack(latents))
         else:
-            parts = [self._read(x[None]) for x in latents]
-            img = torch.cat([x for x, _ in parts], dim=1)
-            rotaries = [r for _, r in parts if r is not None]
-            rotary = (torch.cat([r[0] for r in rotaries]), torch.cat([r[1] for r in rotaries])) if rotaries else None
+            img, rotary = self._read_row(latents)
         of_img: Any = silu_c if one_size else _per_token(silu_c, counts)
         conditions = [of_img, _per_token(silu_c, lengths)]
         mask = Pairs(tuple(counts), tuple(lengths))
@@ -118,15 +115,29 @@ class MMDiT(nn.Module):
 
     def _read(self, x_t: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Latents of one size as tokens (B, N, D) that know their places, and the rotary embedding, if there is one."""
-        p = self.config.patch_size
-        rows, columns = x_t.shape[-2] // p, x_t.shape[-1] // p
-        img = self.patch_in(patchify(x_t, p))
-        if self.config.positions != "rope":
-            table = extended_positions(self.pos_embed, max(rows, columns), self.config.sample_size // p)
-            img = img + crop_positions(table, rows, columns).to(img.dtype)
-        if self.config.positions == "sincos":
+        img = self.patch_in(patchify(x_t, self.config.patch_size))
+        table, rotary = self._places(x_t)
+        return img if table is None else img + table.to(img.dtype), rotary
+
+    def _read_row(self, latents: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The same of latents of several sizes, as one row (1, S, D)."""
+        img = self.patch_in(torch.cat([patchify(x[None], self.config.patch_size) for x in latents], dim=1))
+        places = {x.shape: self._places(x) for x in latents}  # of each size once
+        tables, rotaries = zip(*(places[x.shape] for x in latents), strict=True)
+        img = img if tables[0] is None else img + torch.cat(tables, dim=1).to(img.dtype)
+        if rotaries[0] is None:
             return img, None
-        return img, rotary_2d(rows, columns, self.config.head_dim, x_t.device)
+        return img, (torch.cat([cos for cos, _ in rotaries]), torch.cat([sin for _, sin in rotaries]))
+
+    def _places(self, x_t: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The table's positions (1, N, D) for latents of a size, and their rotary embedding, where there are such."""
+        kind, p = self.config.positions, self.config.patch_size
+        rows, columns = x_t.shape[-2] // p, x_t.shape[-1] // p
+        table = None
+        if kind != "rope":
+            whole = extended_positions(self.pos_embed, max(rows, columns), self.config.sample_size // p)
+            table = crop_positions(whole, rows, columns)
+        return table, None if kind == "sincos" else rotary_2d(rows, columns, self.config.head_dim, x_t.device)
 
     def _through(
         self, streams: list[Tensor], conditions: list[Any], mask: Any, rotaries: list[Any], skip: Collection[int]

@@ -49,12 +49,16 @@ class CaptionedMMDiT(nn.Module):
         super().__init__()
         self.transformer, self.conditioner = transformer, conditioner
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, h, w) at x_t and t (B,), given captions; where `drop` (B, encoders), the empty caption."""
+    def forward(
+        self, x_t: Tensor | list[Tensor], t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None
+    ) -> Any:
+        """Velocity at x_t (B, C, h, w), or a list of (C, h, w), and t (B,), given captions; where `drop` (B, encoders),
+        the empty caption.
+        """
         if self.packed and isinstance(self.conditioner, LearnedText) and isinstance(tokens, Tokens):
             tokens = tokens.trimmed()
         context, pooled, mask = self.conditioner(tokens, drop)
-        if self.packed:
+        if self.packed and isinstance(x_t, Tensor):
             return torch.stack(self.transformer(list(x_t), t, context, pooled, mask))
         return self.transformer(x_t, t, context, pooled, mask)
 

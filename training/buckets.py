@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one area, of which each image takes the nearest in shape.
+"""Aspect-ratio buckets: sizes of about one area, of which each image takes the nearest in shape; or each its own size.
 
 SD3 (arXiv 2403.03206, section 5.3.2) fine-tunes at mixed aspect ratios with H x W near S^2. Here the heights are all
 multiples of the step, and to each belongs the multiple of the step that brings the area nearest to S^2.
@@ -47,6 +47,22 @@ def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.nda
     logs = np.log(ratios)
     right = np.searchsorted((logs[1:] + logs[:-1]) / 2, np.log(heights / widths))
     return np.array(order)[first[right]].astype(np.int16)
+
+
+def own_sizes(
+    heights: np.ndarray, widths: np.ndarray, area: int, step: int, max_ratio: float
+) -> tuple[list[Size], np.ndarray]:
+    """The sizes that are nearest to the images' own, and which of them (n,) each image takes.
+
+    Sides are multiples of `step`. An image of more than `area` is scaled down to it, and one whose longer side is over
+    max_ratio times the shorter is cut to that; none is scaled up, but for what rounding to the step asks for.
+    """
+    h, w = np.minimum(heights, widths * max_ratio), np.minimum(widths, heights * max_ratio)
+    scale = np.minimum(1.0, np.sqrt(area / (h * w)))
+    sides = np.maximum(1, np.floor(np.stack([h, w]) * scale / step + 0.5)).astype(np.int64)
+    h, w = np.minimum(sides, np.maximum(1, np.floor(sides[::-1] * max_ratio)).astype(np.int64)) * step
+    found, taken = np.unique(np.stack([h, w], axis=1), axis=0, return_inverse=True)
+    return [(int(height), int(width)) for height, width in found], taken.reshape(-1).astype(np.int32)
 
 
 def merge_small(bucket: np.ndarray, sizes: list[Size], least: int) -> np.ndarray:

@@ -49,10 +49,10 @@ from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
 from training.interrupts import Interrupts
-from training.loader import READ_AHEAD, layout_of
+from training.loader import READ_AHEAD, by_shape, layout_of
 from training.order import Layout
 from training.progress import Progress
-from training.setup import fingerprint, open_run_source
+from training.setup import fingerprint, open_run_source, smallest_bucket
 from training.stream import STREAM
 from training.workers import run
 
@@ -150,7 +150,7 @@ class _Writer:
             text_dtype=self.options.text_dtype,
             source=config.data.source,
             step=self.autoencoder.factor * config.model.patch_size,
-            min_bucket=config.training.batch_size - config.text_documents,
+            min_bucket=smallest_bucket(config),
             num_samples=config.data.num_samples,
             seed=config.seed if is_shapes(config.data.source) else None,
             samples=len(self.source),
@@ -230,7 +230,8 @@ class _Writer:
             self._tell(sample)
         statistics: dict[int, Tensor] = {}
         for rows, images in read.images:
-            found = statistics_of(self.autoencoder, images, self.device).to(DTYPES[self.options.dtype]).cpu()
+            found = statistics_of(self.autoencoder, images, self.device, layout_of(self.source).mixed)
+            found = found.to(DTYPES[self.options.dtype]).cpu()
             statistics |= dict(zip(rows, found, strict=True))
         texts = iter(self._texts([caption for sample in good for caption in sample.captions]) if self.text else [])
         known = [
@@ -287,13 +288,8 @@ def _read(source: Source, places: range) -> _Read:
             found = list(pool.map(partial(_one, source), places))
     else:
         found = [_one(source, i) for i in places]
-    rows: dict[tuple[int, ...], list[int]] = {}
-    images: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for row, image in enumerate(image for _, image in found if image is not None):
-        rows.setdefault(image.shape, []).append(row)
-        images.setdefault(image.shape, []).append(image)
-    stacked = {shape: torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2) for shape, some in images.items()}
-    return _Read([sample for sample, _ in found], [(rows[shape], x.contiguous()) for shape, x in stacked.items()])
+    images = by_shape([torch.from_numpy(np.array(image)) for _, image in found if image is not None])
+    return _Read([sample for sample, _ in found], [(rows, x.permute(0, 3, 1, 2).contiguous()) for rows, x in images])
 
 
 def _others(folder: Path) -> list[Path]:
@@ -364,4 +360,5 @@ def data_of(cache: Cache, source: str) -> TrainConfig:
     """A config of the data that a cache was made of, as it is in `source` now."""
     about = cache.about
     data = DataConfig(source=source, image_size=about.size, num_samples=about.num_samples, **about.options)
-    return TrainConfig(seed=about.seed or 0, data=data, training=TrainingConfig(batch_size=about.min_bucket))
+    training = TrainingConfig(batch_size=about.min_bucket, packing=data.buckets == "own")
+    return TrainConfig(seed=about.seed or 0, data=data, training=training)

@@ -5,9 +5,9 @@ Shape letters: B batch, C channels, h w latent sides, L text tokens, D width of 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from training.cache import Cache, CacheError, Known, same_text
 from training.captions import choose
 from training.config import DataConfig
 from training.data import Sample, Source
-from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn
+from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn, latents_from
 from training.images import Size, fit_size
 from training.loader import rng_for
 from training.objectives import Batch
@@ -38,9 +38,16 @@ class CachedSource:
     """The samples of a cache, in the order of the data that it was made of; it has no images."""
 
     def __init__(
-        self, folder: str | Path, image_size: Size | None = None, step: int = 1, num_samples: int | None = None
+        self,
+        folder: str | Path,
+        image_size: Size | None = None,
+        step: int = 1,
+        num_samples: int | None = None,
+        mixed: bool = False,
     ) -> None:
-        """Raises CacheError where the cache is not whole, or of images of another size than is asked for."""
+        """mixed: whether a batch may hold several sizes. Raises CacheError where the cache is not whole, or of images
+        of another size than is asked for, or of too many.
+        """
         self.cache = Cache(folder)
         about = self.cache.about
         self.image_size = about.size
@@ -50,6 +57,9 @@ class CachedSource:
         if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
             size = " x ".join(map(str, wrong[0]))
             raise CacheError(f"{folder} has images of {size}, the model needs multiples of {step}")
+        if about.options["buckets"] == "own" and not mixed:
+            raise CacheError(f"{folder} has images in sizes of their own: set training.packing=true")
+        self.mixed = mixed and bool(about.options["buckets"])
         self.numbers = self._first(num_samples)  # in the cache
         self.samples = [self.cache.samples[i] for i in self.numbers]
         self.keys: Sequence[str] = [sample.key for sample in self.samples]
@@ -78,6 +88,7 @@ class CachedSource:
             part if len(about.weights) > 1 else None,
             about.weights,
             block if block.max(initial=-1) >= 0 else None,
+            self.mixed,
         )
 
     def __len__(self) -> int:
@@ -178,7 +189,7 @@ class CachedFeed:
         for sample in bad:
             skipped(sample.key, str(sample.error))
         good = [int(i) for i in indices if source.samples[i].error is None]
-        self.rows = sorted(good, key=source.layout.bucket_of)  # bucket after bucket, each in order
+        self.rows = good if source.mixed else sorted(good, key=source.layout.bucket_of)  # bucket after bucket
         self.layout = source.layout.of(np.array(self.rows, dtype=np.int64))
         if not self.rows:
             first = f"; one of them is {bad[0].key}: {bad[0].error}" if bad else ""
@@ -191,13 +202,6 @@ class CachedFeed:
     def captions(self) -> list[str]:
         """The first one of all samples."""
         return [self.source.caption(i) for i in self.rows]
-
-    def chunks(self, size: int) -> Iterator[range]:
-        """All rows in order, up to `size` of one bucket at a time."""
-        buckets = [self.layout.bucket_of(row) for row in range(len(self))]
-        for bucket, some in itertools.groupby(range(len(self)), buckets.__getitem__):
-            last = (first := next(some)) + buckets.count(bucket)
-            yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
     def at(
         self,
@@ -214,8 +218,8 @@ class CachedFeed:
         """
         plan, rows = Plan(len(self), self.layout, batch_size, seed), share.rows(batch_size)
 
-        def reads() -> Iterator[tuple[Tensor, Any]]:
-            for step in itertools.count(start_step):
+        def reads() -> Iterator[tuple[Tensor | list[Tensor], Any]]:
+            for step in count(start_step):
                 _, places = plan.places(step, rows)
                 draws = [rng_for(seed, step, row).random() for row in rows]
                 yield self._read([int(pool[place]) for pool, place in places], draws)
@@ -223,24 +227,25 @@ class CachedFeed:
         for step, read in enumerate(ahead(reads(), AHEAD), start=start_step):
             yield self._batch(read, drawn(self.sampled, seed, step, rows))
 
-    def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor, Any]:
-        """Statistics (B, S, h, w) and text, as they lie in the cache."""
+    def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor | list[Tensor], Any]:
+        """Statistics (B, S, h, w), a list of (S, h, w) where sizes are mixed, and text, as they lie in the cache."""
         indices = [self.rows[row] for row in rows]
         known: list[Known] = [self.source.cache.read(self.source.numbers[i]) for i in indices]
         chosen = [0] * len(rows)
         if draws is not None:
             found = [self.source.captions(i) for i in indices]
             chosen = [choose(len(texts), shares, u) for (texts, shares), u in zip(found, draws, strict=True)]
-        statistics = torch.stack([one.statistics for one in known])
+        statistics: Any = [one.statistics for one in known]
+        statistics = statistics if self.layout.mixed else torch.stack(statistics)
         if isinstance(self.conditioner, KnownText):
             texts = [one.text[k] for one, k in zip(known, chosen, strict=True)]
             return statistics, features(texts, self.conditioner.shape)
         captions = [self.source.samples[i].captions[k] for i, k in zip(indices, chosen, strict=True)]
         return statistics, self.conditioner.tokenize(captions)
 
-    def _batch(self, read: tuple[Tensor, Any], generators: Sequence[torch.Generator] | None) -> Batch:
+    def _batch(self, read: tuple[Any, Any], generators: Sequence[torch.Generator] | None) -> Batch:
         statistics, text = read
-        latents = self.autoencoder.latents_of(statistics.to(self.device).float(), generators if self.sampled else None)
+        latents = latents_from(self.autoencoder, statistics, generators if self.sampled else None, self.device)
         return Batch(latents, text.to(self.device))
 
 

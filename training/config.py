@@ -102,6 +102,10 @@ class TrainConfig(Settings):
             )
         if self.transfusion.enabled and self.training.packing:
             raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
+        if self.data.buckets == "own" and not self.mixes_sizes:
+            raise ConfigError(
+                'data.buckets is "own": a batch then holds images of many sizes, set training.packing=true'
+            )
         if self.transfusion.text is not None and not self.transfusion.enabled:
             raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
         if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
@@ -143,6 +147,11 @@ class TrainConfig(Settings):
             raise ConfigError(
                 f'sampling.solver = "{how.solver}" with sampling.num_steps = {how.num_steps}: {error}'
             ) from error
+
+    @property
+    def mixes_sizes(self) -> bool:
+        """Whether a batch may hold images of several sizes: where its samples stand in one row."""
+        return self.training.packing or self.transfusion.enabled
 
     @property
     def text_documents(self) -> int:

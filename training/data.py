@@ -20,7 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from training.buckets import assign, bucket_sizes, merge_small
+from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
 from training.captions import Weights, choose, parse_weights
 from training.errors import DataError
@@ -83,13 +83,15 @@ class SourceOptions:
     """How images are brought to size, and which samples are wanted.
 
     buckets: instead of one size, sizes of about the area of image_size, whose sides are at most `max_ratio` to 1; a
-    bucket of fewer than min_bucket samples joins the next. crop: where an image is cut, at its centre or anywhere.
-    flip: mirror half of the images.
+    bucket of fewer than min_bucket samples joins the next. "own": each image's own size, up to that area. mixed: a
+    batch may hold several of these sizes. crop: where an image is cut, at its centre or anywhere. flip: mirror half of
+    the images.
     """
 
-    buckets: bool = False
+    buckets: bool | Literal["own"] = False
     max_ratio: float = 2.0
     min_bucket: int = 1
+    mixed: bool = False
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     wanted: Wanted = field(default_factory=Wanted)
@@ -134,7 +136,7 @@ def open_source(
     if is_cache(spec):
         from training.cached import CachedSource
 
-        return CachedSource(spec, size, step, num_samples)
+        return CachedSource(spec, size, step, num_samples, options.mixed)
     for name, _ in mix:
         _check_alone(name)
     indexes = [Index(name, need_captions, options.wanted) for name, _ in mix]
@@ -157,7 +159,8 @@ def is_shapes(spec: str) -> bool:
 class FileSource:
     """Images in files, shards or rows. A sample that cannot be used (no caption, bad image) comes with its `error` set.
 
-    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size.
+    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size, or each has
+    its own and no size says what is too large.
     """
 
     def __init__(
@@ -176,6 +179,8 @@ class FileSource:
         self._ends = np.cumsum([len(table) for table in self._tables])
         self.keys: Sequence[str] = Keys(self._tables)
         self.options = options
+        if size is None and options.buckets == "own":
+            raise DataError('data.buckets is "own": say by data.image_size above which area images are scaled down')
         self.image_size = fit_size(*(size or self._common_size()), step)
         self.layout = self._layout(step, tuple(weights))
 
@@ -234,12 +239,16 @@ class FileSource:
         sizes: tuple[Size, ...] = (self.image_size,)
         if self.options.buckets:
             sizes, bucket = self._buckets(step)
-        return Layout(sizes, bucket, part, weights, block)
+        return Layout(sizes, bucket, part, weights, block, self.options.mixed and self.options.buckets is not False)
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
         """(sizes of the buckets that have images, the bucket of each image)."""
-        all_sizes = bucket_sizes(*self.image_size, step, self.options.max_ratio)
         columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
+        if self.options.buckets == "own":
+            height, width = self.image_size
+            sizes, numbers = own_sizes(columns[0], columns[1], height * width, step, self.options.max_ratio)
+            return tuple(sizes), numbers
+        all_sizes = bucket_sizes(*self.image_size, step, self.options.max_ratio)
         bucket = merge_small(assign(columns[0], columns[1], all_sizes), all_sizes, self.options.min_bucket)
         used, numbers = np.unique(bucket, return_inverse=True)
         return tuple(all_sizes[b] for b in used), numbers.astype(np.int16)

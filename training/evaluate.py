@@ -35,6 +35,8 @@ from training.shapes_eval import ShapesEval, describes
 from training.stream import HeldOut, StreamSource
 from training.time_density import Uniform
 
+MOST_SIZES = 50  # of images that are told apart in a validation loss
+
 
 def fixed_times(n: int) -> list[float]:
     """n evenly spaced times inside (0, 1): the middles of n equal intervals."""
@@ -44,7 +46,7 @@ def fixed_times(n: int) -> list[float]:
 @torch.no_grad()
 def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
     """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise;
-    where there are buckets also of each.
+    where there are several sizes of images, but no more than MOST_SIZES, also of each.
 
     A model of text and images is also asked for the captions: nats a token of captions alone ("validation_text"), and
     of captions after their clean image ("validation_caption").
@@ -60,7 +62,8 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
             loss = objective(model, batch, generator_for(config.evaluation.seed, first), t)
             error = loss.parts.get("image", loss.total).item()
             sums[t] += error * len(batch.latents)
-            by_size.setdefault("x".join(map(str, size_of(feed, rows))), []).append((error, len(rows)))
+            for row, own in zip(rows, loss.errors.tolist(), strict=True):
+                by_size.setdefault("x".join(map(str, size_of(feed, row))), []).append((own, 1))
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
                 first_of = torch.full((len(batch.latents),), image_first)
@@ -69,7 +72,8 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
                 nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
     text = {name: _mean(rows) for name, rows in nats.items() if rows}
-    sizes = {f"validation_loss_{name}": _mean(rows) for name, rows in by_size.items() if len(by_size) > 1}
+    sizes = {f"validation_loss_{name}": _mean(rows) for name, rows in by_size.items()}
+    sizes = sizes if 1 < len(sizes) <= MOST_SIZES else {}
     return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **sizes, **text}
 
 

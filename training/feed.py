@@ -10,7 +10,7 @@ Shape letters: B batch, C channels, h w latent sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, count
+from itertools import accumulate, count, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from training.captions import choose
 from training.corpus import Pieces
 from training.data import Batch as Images
 from training.data import DataError, Source, loader, one_pass
-from training.loader import layout_of, rng_for
+from training.loader import by_shape, layout_of, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.seeds import generator_for
@@ -35,7 +35,7 @@ from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
-CPU_BLOCK = 8  # and of these, at a time on a CPU
+CPU_BLOCK = 8  # and of these, at a time on a CPU; one where sizes are mixed, of most of which there is one in a batch
 Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
 Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
 
@@ -50,16 +50,36 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
+def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device, mixed: bool = False) -> Tensor:
     """What the autoencoder says of uint8 images (B, 3, H, W): (B, S, h, w), on the device.
 
-    On a CPU in blocks of one size, the last one filled up: sums are taken in one order then, and an image's numbers do
-    not depend on how many come with it.
+    On a CPU in blocks of one length, the last one filled up: sums are taken in one order then, and an image's numbers
+    do not depend on how many come with it. mixed: whether batches hold several sizes.
     """
     if device.type != "cpu":
         return autoencoder.statistics(to_signed(images.to(device)))
-    filled = torch.cat([images, images[-1:].expand(-len(images) % CPU_BLOCK, -1, -1, -1)])
-    return torch.cat([autoencoder.statistics(to_signed(part)) for part in filled.split(CPU_BLOCK)])[: len(images)]
+    block = 1 if mixed else CPU_BLOCK
+    filled = torch.cat([images, images[-1:].expand(-len(images) % block, -1, -1, -1)])
+    return torch.cat([autoencoder.statistics(to_signed(part)) for part in filled.split(block)])[: len(images)]
+
+
+def latents_from(
+    autoencoder: Autoencoder,
+    statistics: Tensor | Sequence[Tensor],
+    generators: Sequence[torch.Generator] | None,
+    device: torch.device,
+) -> Tensor | list[Tensor]:
+    """Scaled latents of such statistics, (B, S, h, w) or a list of (S, h, w), in the same form; generators: what each
+    is drawn with.
+    """
+    if isinstance(statistics, Tensor):
+        return autoencoder.latents_of(statistics.to(device).float(), generators)
+    out: list[Tensor] = list(statistics)
+    for rows, some in by_shape(statistics):
+        own = None if generators is None else [generators[row] for row in rows]
+        for row, latent in zip(rows, autoencoder.latents_of(some.to(device).float(), own), strict=True):
+            out[row] = latent
+    return out
 
 
 def drawn(sampled: bool, seed: int, step: int, rows: Sequence[int]) -> list[torch.Generator] | None:
@@ -95,12 +115,20 @@ class ImageFeed:
             for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
                     self.skipped(key, reason)
-                statistics = statistics_of(self.autoencoder, batch.images, self.device)
                 generators = drawn(self.sampled, seed, step, share.rows(batch_size))
-                latents = self.autoencoder.latents_of(statistics, generators)
+                latents = latents_from(self.autoencoder, self._statistics(batch), generators, self.device)
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
+
+    def _statistics(self, batch: Images) -> Tensor | list[Tensor]:
+        """What the autoencoder says of a batch; of several sizes, size by size."""
+        if batch.sizes is None:
+            return statistics_of(self.autoencoder, batch.images, self.device)
+        found: dict[int, Tensor] = {}
+        for rows, images in batch.by_size():
+            found |= zip(rows, statistics_of(self.autoencoder, images, self.device, mixed=True), strict=True)
+        return [found[row] for row in range(len(found))]
 
 
 class StreamFeed(ImageFeed):
@@ -118,8 +146,8 @@ class LatentFeed:
     """Every image is read and encoded once, now; its latent (float32) stays in memory, in `latents` by bucket; where
     latents are sampled, what they are drawn from.
 
-    Rows are in the order of `indices`, where there are buckets bucket after bucket. Where a sample has several captions
-    each batch draws one, as `ImageFeed` does; `captions` are the first ones.
+    Rows are in the order of `indices`; where there are buckets that are not mixed, bucket after bucket. Where a sample
+    has several captions each batch draws one, as `ImageFeed` does; `captions` are the first ones.
     """
 
     def __init__(
@@ -135,8 +163,8 @@ class LatentFeed:
         sampled: bool = False,
     ) -> None:
         self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
-        self.captions: list[str] = []
         layout = layout_of(source)
+        captions: list[str] = []
         kept: list[int] = []
         reasons: list[tuple[str, str]] = []
         parts: dict[int, list[Tensor]] = {}
@@ -146,19 +174,22 @@ class LatentFeed:
             for key, reason in batch.skipped:
                 skipped(key, reason)
             if len(batch.captions):
-                found = statistics_of(autoencoder, batch.images, device)
+                found = statistics_of(autoencoder, batch.images, device, layout.mixed)
                 found = (found if sampled else autoencoder.latents_of(found)).cpu()
                 parts.setdefault(layout.bucket_of(batch.indices[0]), []).append(found)
-                self.captions += batch.captions
+                captions += batch.captions
                 kept += batch.indices
             done += len(batch.captions) + len(batch.skipped)
             progress(done, len(indices))
         if not parts:
             first = f"; one of them is {': '.join(reasons[0])}" if reasons else ""
             raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
-        self.layout = layout.of(np.array(kept))
         self.latents = {bucket: torch.cat(some) for bucket, some in parts.items()}
-        self._firsts = dict(zip(self.latents, accumulate([0, *map(len, self.latents.values())]), strict=False))
+        places = np.concatenate([np.arange(len(some)) for some in self.latents.values()])
+        order = np.argsort(kept) if layout.mixed else np.arange(len(kept))
+        self._places, kept = places[order], [kept[k] for k in order]  # of each row, among the latents of its bucket
+        self.captions = [captions[k] for k in order]
+        self.layout = layout.of(np.array(kept))
         self._alternatives = _Alternatives(source, kept, self.captions)
         self.tokens = text.tokenize(self._alternatives.captions)
 
@@ -171,21 +202,19 @@ class LatentFeed:
         draws: Sequence[float] | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Batch:
-        """The samples at some rows of one bucket as a batch. draws in [0, 1): which of its captions each has;
-        generators: what latents are drawn with, where they are sampled.
+        """The samples at some rows, of one bucket unless they are mixed, as a batch. draws in [0, 1): which of its
+        captions each has; generators: what latents are drawn with, where they are sampled.
         """
-        bucket = self.layout.bucket_of(rows[0])
-        latents = self.latents[bucket][torch.tensor(rows) - self._firsts[bucket]]
+        latents: Tensor | list[Tensor]
+        places = self._places[list(rows)]
+        if self.layout.mixed:
+            latents = [self.latents[self.layout.bucket_of(row)][k] for row, k in zip(rows, places, strict=True)]
+        else:
+            latents = self.latents[self.layout.bucket_of(rows[0])][torch.from_numpy(places)]
         if self.sampled:
-            latents = self.autoencoder.latents_of(latents.to(self.device), generators)
+            latents = latents_from(self.autoencoder, latents, generators, self.device)
         words = torch.tensor(self._alternatives.at(rows, draws))
         return Batch(latents, type(self.tokens)(*(part[words] for part in self.tokens))).to(self.device)
-
-    def chunks(self, size: int) -> Iterator[range]:
-        """All rows in order, up to `size` of one bucket at a time."""
-        for bucket, first in self._firsts.items():
-            last = first + len(self.latents[bucket])
-            yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
@@ -224,17 +253,19 @@ class _Alternatives:
 
 
 def chunks_of(feed: Any, size: int) -> Iterator[range]:
-    """All rows of a feed in order, up to `size` at a time and of one size of image."""
-    if hasattr(feed, "chunks"):
-        yield from feed.chunks(size)
-    else:
-        yield from (range(row, min(row + size, len(feed))) for row in range(0, len(feed), size))
-
-
-def size_of(feed: Any, rows: range) -> tuple[int, ...]:
-    """(height, width) in pixels of the images at such rows; of a feed without buckets ()."""
+    """All rows of a feed in order, up to `size` at a time; of one bucket, which lie together, unless they are mixed."""
     layout: Layout | None = getattr(feed, "layout", None)
-    return () if layout is None else layout.sizes[layout.bucket_of(rows[0])]
+    groups = [len(feed)]
+    if layout is not None and layout.bucket is not None and not layout.mixed:
+        groups = [len(list(some)) for _, some in groupby(layout.bucket.tolist())]
+    for first, last in pairwise(accumulate([0, *groups])):
+        yield from (range(row, min(row + size, last)) for row in range(first, last, size))
+
+
+def size_of(feed: Any, row: int) -> tuple[int, ...]:
+    """(height, width) in pixels of the image at a row; of a feed without buckets ()."""
+    layout: Layout | None = getattr(feed, "layout", None)
+    return () if layout is None else layout.sizes[layout.bucket_of(row)]
 
 
 class WithText:

@@ -102,15 +102,14 @@ def captioned(images: int, patches: int, text: int) -> Sizes:
     return Sizes(images, images * patches, images * text, 0, both, images * patches**2, images * text**2)
 
 
-def in_one_row(patches: int, text: Tensor, longest: int) -> Sizes:
-    """Sizes of an MMDiT's batch without the padding of its captions: images of so many patches each, with `text` (B,)
-    real tokens; longest: tokens that the text encoder has for each, its padding counted.
+def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
+    """Sizes of an MMDiT's batch in one row: images of so many patches (B,), with `text` (B,) real tokens; longest:
+    tokens that the text encoder has for each, its padding counted.
     """
-    images, lengths = len(text), patches + text.double()
-    real, both = text.sum().item(), lengths.square().sum().item()
-    return Sizes(
-        images, images * patches, real, 0, both, images * patches**2, images * longest**2, read=images * longest
-    )
+    images, patches, text = len(text), patches.double(), text.double()
+    rows = [patches, text, (patches + text).square(), patches.square()]
+    num_patches, real, joint, image = (x.sum().item() for x in rows)
+    return Sizes(images, num_patches, real, 0, joint, image, images * longest**2, read=images * longest)
 
 
 def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:

@@ -55,7 +55,7 @@ RULES = (
     Rule(
         ("data.bucket_ratio",),
         "data.buckets",
-        lambda c: c.data.buckets or _is_cache(c.data.source),  # a cache has its own
+        lambda c: bool(c.data.buckets) or _is_cache(c.data.source),  # a cache has its own
         "true",
     ),
     Rule(("data.shuffle_buffer",), "data.source", lambda c: c.data.source.startswith("hf-stream:"), '"hf-stream:NAME"'),

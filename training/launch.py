@@ -38,7 +38,7 @@ KEPT = (
     "data.captions",
     "data.shuffle_buffer",
 )
-KEPT_IN_BUCKETS = ("training.batch_size",)
+KEPT_IN_BUCKETS = ("training.batch_size", "training.packing")
 """Which images are too few for a bucket of their own, and whose turn it is, hangs on it too."""
 
 

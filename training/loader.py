@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
+__all__ = ["Batch", "Order", "by_shape", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -40,7 +40,8 @@ class Batch:
     The images' channels lie last in memory, as decoders leave them.
 
     originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
-    the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source.
+    the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source. sizes:
+    (h, w) of each image where batches hold several sizes; `images` is then their pixels in one row, (P, 3).
     """
 
     images: torch.Tensor
@@ -51,6 +52,15 @@ class Batch:
     crops: torch.Tensor
     flipped: torch.Tensor
     indices: list[int]
+    sizes: list[tuple[int, int]] | None = None
+
+    def by_size(self) -> list[tuple[list[int], torch.Tensor]]:
+        """(rows of the batch, their images (n, 3, h, w)), for each size that there is."""
+        if self.sizes is None:
+            return [(list(range(len(self.images))), self.images)]
+        pixels = self.images.split([height * width for height, width in self.sizes])
+        images = [some.view(*size, 3) for some, size in zip(pixels, self.sizes, strict=True)]
+        return [(rows, some.permute(0, 3, 1, 2)) for rows, some in by_shape(images)]
 
 
 def loader(
@@ -64,11 +74,11 @@ def loader(
 ) -> Generator[Batch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
-    Batches run across the ends of epochs; each is of one bucket, if the source has buckets. In place of a bad sample
-    stands the next good one of its bucket and source. share: the rows of each batch that this process reads; all
-    shares together are the batches of one process. The batches do not depend on `num_workers`. The iterator's
-    `close()` ends the workers. Raises `DataError` for arguments out of range; while iterating, when no sample is good,
-    a server fails or a worker process dies.
+    Batches run across the ends of epochs; each is of one bucket, if the source has buckets and does not mix them. In
+    place of a bad sample stands the next good one of its source and, unless they are mixed, bucket. share: the rows of
+    each batch that this process reads; all shares together are the batches of one process. The batches do not depend on
+    `num_workers`. The iterator's `close()` ends the workers. Raises `DataError` for arguments out of range; while
+    iterating, when no sample is good, a server fails or a worker process dies.
     """
     _at_least("batch_size", batch_size, 1)
     _at_least("seed", seed, 0)
@@ -117,7 +127,10 @@ class _Shuffled:
                 skipped.extend(before)
                 yield i, sample
 
-        return make_batch(layout_of(self.source).sizes[bucket], len(asked), samples(), skipped)
+        layout = layout_of(self.source)
+        if layout.mixed:
+            return make_row(samples(), skipped)
+        return make_batch(layout.sizes[bucket], len(asked), samples(), skipped)
 
     def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
         """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
@@ -138,6 +151,14 @@ def rng_for(seed: int, step: int, row: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(step, row))))
 
 
+def by_shape(tensors: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+    """(places, the tensors there as one (n, ...)), for each shape that there is."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place, x in enumerate(tensors):
+        groups.setdefault(x.shape, []).append(place)
+    return [(places, torch.stack([tensors[place] for place in places])) for places in groups.values()]
+
+
 def layout_of(source: Source) -> Layout:
     """How a source's samples fall into buckets and parts: by default one of each."""
     layout: Layout | None = getattr(source, "layout", None)
@@ -156,7 +177,10 @@ def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The indices in order, in batches of one bucket each, bucket after bucket."""
     bucket = layout_of(source).bucket
-    groups = [indices] if bucket is None else [indices[bucket[indices] == b] for b in range(bucket.max(initial=0) + 1)]
+    groups = [indices]
+    if bucket is not None:
+        indices = indices[np.argsort(bucket[indices], kind="stable")]
+        groups = np.split(indices, np.flatnonzero(np.diff(bucket[indices])) + 1)
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
@@ -165,18 +189,37 @@ def make_batch(
 ) -> Batch:
     """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
     images = np.empty((count, *size, 3), dtype=np.uint8)
-    samples, numbers = [], []
+    told = []
     for slot, (i, sample) in zip(images, numbered, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
-        samples.append(replace(sample, image=None))
-        numbers.append(i)
+        told.append((i, replace(sample, image=None, original=sample.original or size)))
+    return _batch(torch.from_numpy(images).permute(0, 3, 1, 2), told, skipped)
+
+
+def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
+    """The batch of good samples, each of its own size, with their numbers."""
+    pixels, sizes, told = [], [], []
+    for i, sample in numbered:
+        assert sample.image is not None
+        sizes.append((sample.image.shape[0], sample.image.shape[1]))
+        pixels.append(sample.image.reshape(-1, 3))
+        told.append((i, replace(sample, image=None, original=sample.original or sizes[-1])))
+    return _batch(torch.from_numpy(np.concatenate(pixels)), told, skipped, sizes)
+
+
+def _batch(
+    images: torch.Tensor,
+    numbered: Sequence[tuple[int, Sample]],
+    skipped: list[tuple[str, str]],
+    sizes: list[tuple[int, int]] | None = None,
+) -> Batch:
+    numbers, samples = [i for i, _ in numbered], [sample for _, sample in numbered]
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
-    originals = torch.tensor([sample.original or size for sample in samples]).view(-1, 2)
+    originals = torch.tensor([sample.original for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
+    return Batch(images, captions, keys, skipped, originals, crops, flipped, numbers, sizes)
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +25,34 @@ from torch.utils.checkpoint import checkpoint
 from mmdit.features import Features
 from mmdit.sequences import MixedBatch, pack
 from mmdit.text import Tokens
-from samplers import RectifiedFlow, Schedule, randn
+from samplers import RectifiedFlow, Schedule, randn, resolution_shift, shift_time
 from training.config import TrainConfig
 from training.share import WHOLE, Share
 from training.time_density import Shifted, TimeDensity, make_time_density
 
 
 class Batch(NamedTuple):
-    """Scaled latents (B, C, h, w) of the images, the tokens (B, L) of their captions, or their features where frozen
-    encoders' are known; and documents of text alone, if there are any: their tokens (D, P).
+    """Scaled latents (B, C, h, w) of the images, or of several sizes a list of (C, h, w); the tokens (B, L) of their
+    captions, or their features where frozen encoders' are known; and documents of text alone, if there are any: their
+    tokens (D, P).
     """
 
-    latents: Tensor
+    latents: Tensor | list[Tensor]
     tokens: Tokens | Features
     text: Tokens | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """All of it on a device."""
-        return Batch(self.latents.to(device), self.tokens.to(device), self.text and self.text.to(device))
+        latents = self.latents
+        moved = latents.to(device) if isinstance(latents, Tensor) else [x.to(device) for x in latents]
+        return Batch(moved, self.tokens.to(device), self.text and self.text.to(device))
 
     def split(self, parts: int) -> list[Batch]:
         """In equal parts, each with its share of images and of text."""
         size = len(self.latents) // parts
         text = self.text.split(len(self.text.ids) // parts) if self.text else [None] * parts
-        return list(map(Batch, self.latents.split(size), self.tokens.split(size), text))
+        latents = [self.latents[part * size : (part + 1) * size] for part in range(parts)]
+        return list(map(Batch, latents, self.tokens.split(size), text))
 
 
 class Loss(NamedTuple):
@@ -74,8 +78,9 @@ def noise_for(num: int, like: Sequence[Tensor], generator: torch.Generator, shar
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The rectified-flow objective. A caption is dropped with `caption_dropout`, for each sample and each encoder
-    alone. share: the piece of each batch that comes here; draws are made for the whole.
+    """The rectified-flow objective: each image's mean square error, and their mean. A caption is dropped with
+    `caption_dropout`, for each sample and each encoder alone. In a batch of several sizes the times of each image are
+    shifted for its size, as in sampling. share: the piece of each batch that comes here; draws are made for the whole.
     """
 
     density: TimeDensity
@@ -96,19 +101,45 @@ class FlowMatching:
         Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped
         captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped.
         """
-        x_0, device = batch.latents, batch.latents.device
+        x_0, device = list(batch.latents), batch.latents[0].device
         fixed, num = t is not None, len(x_0) * self.share.world
         if t is None:
             t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))
-        t = torch.as_tensor(t, dtype=x_0.dtype).expand(len(x_0)).to(device)
-        eps = torch.stack(noise_for(num, list(x_0), generator, self.share))
+            t = t if isinstance(batch.latents, Tensor) else _shifted_by_size(t, x_0, model)
+        t = torch.as_tensor(t, dtype=x_0[0].dtype).expand(len(x_0)).to(device)
+        eps = noise_for(num, x_0, generator, self.share)
         encoders: int = model.conditioner.num_encoders  # type: ignore[union-attr, assignment]
         dropped = self.share.of(torch.rand(num, encoders, generator=generator)) < (0 if fixed else self.caption_dropout)
-        drop = dropped.to(device)
-        v = model(self.schedule.mix(x_0, eps, t), t, batch.tokens, drop)
-        errors = (v.float() - self.schedule.velocity(x_0, eps, t)).square().flatten(1).mean(1)
+        errors = self._errors(model, batch, eps, t, dropped.to(device))
         loss = errors.mean()
         return Loss(loss, {"loss": loss.detach()}, t, errors.detach())
+
+    def _errors(self, model: nn.Module, batch: Batch, eps: list[Tensor], t: Tensor, drop: Tensor) -> Tensor:
+        """Mean square error of the velocity of each image (B,); images of several sizes are computed as one row."""
+        x_0 = batch.latents
+        if isinstance(x_0, Tensor):
+            noise = torch.stack(eps)
+            v = model(self.schedule.mix(x_0, noise, t), t, batch.tokens, drop)
+            return (v.float() - self.schedule.velocity(x_0, noise, t)).square().flatten(1).mean(1)
+        counts = [x.numel() for x in x_0]
+        row, noise = _in_row(x_0), _in_row(eps)
+        times = torch.repeat_interleave(t, torch.tensor(counts).to(t.device), output_size=len(row))
+        x_t = self.schedule.mix(row, noise, times).split(counts)
+        v = model([part.view(x.shape) for part, x in zip(x_t, x_0, strict=True)], t, batch.tokens, drop)
+        squares = (_in_row(v).float() - self.schedule.velocity(row, noise, times)).square()
+        return torch.stack([part.mean() for part in squares.split(counts)])
+
+
+def _in_row(xs: Sequence[Tensor]) -> Tensor:
+    """All numbers of some tensors, one tensor after another."""
+    return torch.cat([x.flatten() for x in xs])
+
+
+def _shifted_by_size(t: Tensor, latents: Sequence[Tensor], model: Any) -> Tensor:
+    """Times (B,) shifted for each latent's size against that of the model, as sampling does (SD3, section 5.3.2)."""
+    trained = model.transformer.config.sample_size**2
+    shifts = [resolution_shift(x.shape[1] * x.shape[2], trained) for x in latents]
+    return torch.tensor([shift_time(s, shift) for s, shift in zip(t.tolist(), shifts, strict=True)], dtype=t.dtype)
 
 
 @dataclass(frozen=True)

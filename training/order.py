@@ -9,7 +9,7 @@ Shapes: B samples in a batch, n samples in all, n_b those of bucket b.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -110,7 +110,8 @@ class Turns:
 class Layout:
     """How a source's samples fall into buckets (sizes) and parts (sources with weights), and in which blocks they lie.
 
-    bucket, part, block: one number a sample, None where all are 0 (or, for blocks, where each lies alone).
+    bucket, part, block: one number a sample, None where all are 0 (or, for blocks, where each lies alone). mixed: a
+    batch holds samples of any bucket.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -118,6 +119,7 @@ class Layout:
     part: np.ndarray | None = None
     weights: tuple[float, ...] = (1.0,)
     block: np.ndarray | None = None
+    mixed: bool = False
 
     def bucket_of(self, i: int) -> int:
         """The bucket of a sample."""
@@ -126,17 +128,19 @@ class Layout:
     def of(self, indices: np.ndarray) -> Layout:
         """That of some of the samples."""
         bucket, part, block = (None if x is None else x[indices] for x in (self.bucket, self.part, self.block))
-        return Layout(self.sizes, bucket, part, self.weights, block)
+        return replace(self, bucket=bucket, part=part, block=block)
 
 
 class Plan:
     """`plan[step]` -> (bucket, pool of places, positions in the pool): see `places`.
 
-    A pool is what one source has of one bucket, in its own shuffled epochs.
+    A pool is what one source has of one bucket, in its own shuffled epochs; where buckets are mixed, of all.
     """
 
     def __init__(self, n: int, layout: Layout, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
+        if layout.mixed:
+            layout = replace(layout, sizes=layout.sizes[:1], bucket=None)
         self.pools: list[list[np.ndarray]] = []  # of each bucket, of each part: places
         self._orders: list[list[Order]] = []
         self._mixes: list[Mix] = []

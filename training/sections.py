@@ -54,9 +54,9 @@ class DataConfig(Settings):
     """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
     posterior: Literal["mode", "sample"] = "mode"
     """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
-    buckets: bool = False
-    """Train at several aspect ratios, each batch at one: sizes of about the area of image_size, an image takes the
-    nearest in shape."""
+    buckets: bool | Literal["own"] = False
+    """Train at several aspect ratios: sizes of about the area of image_size, an image takes the nearest in shape. Each
+    batch is of one, with training.packing of any. "own", with packing: each near its own size, if not of more area."""
     bucket_ratio: Annotated[float, Range(1)] = 2.0
     """Longest side of a bucket over its shortest."""
     crop: Literal["center", "random"] = "center"
@@ -322,12 +322,13 @@ class TrainingConfig(Settings):
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
     """Kernel of the attention; all but "sdpa" want CUDA."""
     packing: bool = False
-    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work."""
+    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work. With
+    data.buckets a batch then holds images of several sizes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block but its
-    matrix products and attention."""
+    matrix products and attention (of training.attention "flex" and "xformers" that too)."""
     recompute_every: Count = 1
     """Of the blocks every how many-th is recomputed."""
     max_bad_steps: CountOrZero = 10

@@ -6,6 +6,7 @@ Sides are (height, width), in pixels for the source, in latent pixels for the mo
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -45,6 +46,7 @@ from training.wanted import Wanted
 
 TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
 STREAM_CAPTIONS = 20_000  # and of a stream
+NAMED_SIZES = 20  # buckets that a log names one by one
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
@@ -79,7 +81,7 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     data = config.data
     wanted = Wanted(
         parse_weights(data.captions, "data.captions") if data.captions else (),
-        data.buckets,
+        bool(data.buckets),
         data.min_side,
         data.max_aspect,
         data.min_caption,
@@ -87,8 +89,8 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
         Patience(data.timeout, data.retries),
         index,
     )
-    pictures = config.training.batch_size - config.text_documents
-    options = SourceOptions(data.buckets, data.bucket_ratio, pictures, data.crop, data.flip, wanted)
+    least = smallest_bucket(config)
+    options = SourceOptions(data.buckets, data.bucket_ratio, least, config.mixes_sizes, data.crop, data.flip, wanted)
     if data.source.startswith(STREAM):
         size = checked_size(data.image_size)
         stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
@@ -99,10 +101,18 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     return source
 
 
+def smallest_bucket(config: TrainConfig) -> int:
+    """Samples that a bucket has at least: a batch's, unless batches hold several sizes."""
+    return 1 if config.mixes_sizes else config.training.batch_size - config.text_documents
+
+
 def bucket_text(source: Source) -> str:
-    """ "3 buckets: 32 x 128 (20 %), ..." """
+    """ "3 buckets: 32 x 128 (20 %), ...", or of many "120 sizes from 32 x 48 to 256 x 256"."""
     layout = layout_of(source)
     assert layout.bucket is not None
+    if len(layout.sizes) > NAMED_SIZES:
+        low, high = (f(layout.sizes, key=math.prod) for f in (min, max))
+        return f"{len(layout.sizes)} sizes from {low[0]} x {low[1]} to {high[0]} x {high[1]}"
     shares = np.bincount(layout.bucket, minlength=len(layout.sizes)) / len(layout.bucket)
     texts = [f"{h} x {w} ({share:.1%})" for (h, w), share in zip(layout.sizes, shares, strict=True)]
     return f"{len(texts)} buckets: {', '.join(texts)}"

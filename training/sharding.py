@@ -255,7 +255,10 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: A
 
 
 def kept_ops() -> frozenset[Any]:
-    """What "selective" does not compute again: `MATRIX_PRODUCTS`, and the attention of samples in one row."""
+    """What "selective" does not compute again: `MATRIX_PRODUCTS`, and the attention of samples in one row.
+
+    Of other kernels torch sees nothing to keep: FlexAttention is compiled, and xformers' are not torch's own.
+    """
     try:
         import torch.nn.attention.varlen
     except ImportError:  # an older torch has none

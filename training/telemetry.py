@@ -62,7 +62,7 @@ class Telemetry:
     def _forget(self) -> None:
         self._began: float | None = None
         self._waited = 0.0
-        self._batches: list[tuple[torch.Size, torch.Size, Tensor, Tensor | None]] = []
+        self._batches: list[tuple[list[int], torch.Size, Tensor, Tensor | None]] = []
         self._timed: list[tuple[Tensor, Tensor]] = []
         self._parts: defaultdict[str, list[Tensor]] = defaultdict(list)
 
@@ -75,7 +75,9 @@ class Telemetry:
         batch = next(batches)
         self._waited += self.clock() - start
         text = batch.text.mask.sum(1) if batch.text else None
-        self._batches.append((batch.latents.shape, batch.tokens.mask.shape, batch.tokens.mask.sum(1), text))
+        patch = self.model.transformer.config.patch_size**2
+        patches = [x[0].numel() // patch for x in batch.latents]
+        self._batches.append((patches, batch.tokens.mask.shape, batch.tokens.mask.sum(1), text))
         return batch
 
     def add(self, loss: Loss) -> None:
@@ -145,26 +147,27 @@ class Telemetry:
     def _work(self) -> tuple[float, float, float]:
         """Samples, tokens and FLOPs of the batches since the last line."""
         samples = tokens = flops = 0.0
-        patch, mixed = self.model.transformer.config.patch_size**2, isinstance(self.model, CaptionedTransfusion)
-        for latents, places, captions, documents in self._batches:
-            images, patches = latents[0], latents[2] * latents[3] // patch
+        mixed = isinstance(self.model, CaptionedTransfusion)
+        for patches, places, captions, documents in self._batches:
+            images = len(patches)
             length = text_places(self.model.conditioner, places[1])
             if reads_padding(self.model.conditioner):
                 captions = torch.full_like(captions, length)
             samples += images + (0 if documents is None else len(documents))
             text = captions if documents is None else torch.cat([captions, documents])
-            tokens += images * patches + text.sum().item()
+            tokens += sum(patches) + text.sum().item()
             if not self.peak:
                 continue
             if mixed:
                 one_each = torch.zeros_like(text)
-                one_each[:images] = patches
+                one_each[:images] = torch.tensor(patches, device=text.device)
                 lead = 2 if self.model.transformer.config.size_tokens else 0
                 flops += step_flops(self.model, of_documents(one_each, text, lead))
             elif self.model.packed:
-                flops += step_flops(self.model, in_one_row(patches, captions, int(captions.max())))
+                row = torch.tensor(patches, device=text.device)
+                flops += step_flops(self.model, in_one_row(row, captions, int(captions.max())))
             else:
-                flops += self._padded((images, patches, length))
+                flops += self._padded((images, patches[0], length))
         return samples, tokens, flops
 
     def _padded(self, sizes: tuple[int, int, int]) -> float:

@@ -150,3 +150,22 @@ def test_kernels_agree_on_cuda_and_so_do_their_gradients(name, mask):
     (expected * weight).sum().backward()
     for x, y in zip(ours, exact, strict=True):
         torch.testing.assert_close(x.grad.float(), y.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "padded"),
+    [((4, 6, 2), (3, 0, 5), True), ((9,), (0,), True), ((40, 2, 2), (1, 1, 1), False), ((300, 290), (9, 9), False)],
+)
+def test_samples_in_one_row_are_attended_alone(monkeypatch, images, texts, padded):
+    """Short ones of about one length side by side, others one after the other: to the same numbers."""
+    torch.manual_seed(0)
+    calls, pairs, total = [], Pairs(images, texts), sum(images) + sum(texts)
+    monkeypatch.setattr("mmdit.attention.attention", lambda q, *rest: calls.append(len(q)) or attention(q, *rest))
+    q, k, v = (torch.randn(1, 2, total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sample = torch.tensor([i for part in (images, texts) for i, count in enumerate(part) for _ in range(count)])
+    expected = attention(q, k, v, (sample[:, None] == sample)[None, None])
+    out = pairs.attend(q, k, v)
+    assert calls == ([len(images)] if padded else [1] * len(images))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

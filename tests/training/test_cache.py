@@ -24,6 +24,7 @@ from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_encoders import open_text_encoder
 from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
+from tests.training.pictures import folder_of, noisy
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
@@ -31,7 +32,7 @@ from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
 from training.data import DataError, is_shapes, open_source
-from training.feed import ImageFeed, LatentFeed, NothingUsable
+from training.feed import ImageFeed, LatentFeed, NothingUsable, chunks_of
 from training.flops import reads_padding, text_places
 from training.setup import fingerprint, open_run_source
 from training.share import Share
@@ -419,6 +420,40 @@ def test_batches_are_those_of_images(parts, tmp_path, learned, kind, sampled):
         run.close()
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("buckets", ["true", "own"])
+def test_batches_of_several_sizes_are_those_of_images(parts, tmp_path, learned, buckets, sampled):
+    sizes = ((32, 32), (16, 40), (40, 16), (8, 8))
+    folder = folder_of(tmp_path / "data", {f"{i}.png": noisy(i, sizes[i % 4]) for i in range(24)})
+    for i in range(24):
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    overrides = [f"data.source={folder}", f"autoencoder={parts / 'kl'}", f"data.buckets={buckets}"]
+    overrides += ["training.packing=true", "data.image_size=32", "data.num_samples=none", "model.patch_size=2"]
+    assert write_cache(config(*overrides), tmp_path / "cache", EXACT, log=print).missing == 0
+    images = open_run_source(config(*overrides), 4)
+    cached = open_run_source(config(*overrides, f"data.source={tmp_path / 'cache'}", "data.image_size=none"), 4)
+    assert cached.layout.sizes == images.layout.sizes and cached.layout.mixed
+    indices, common = np.arange(1, 24), (open_autoencoder(str(parts / "kl")), learned, CPU)
+    feeds = (
+        CachedFeed(cached, indices, *common, lambda *what: None, sampled),
+        LatentFeed(images, indices, *common, 0, lambda *what: None, sampled=sampled),
+        ImageFeed(images, indices, *common, 0, lambda *what: None, sampled),
+    )
+    runs = [feed.batches(6, seed=5, start_step=2) for feed in feeds]
+    for _ in range(6):
+        ours, *others = map(next, runs)
+        assert len({x.shape for x in ours.latents}) > 1
+        for other in others:
+            assert torch.equal(ours.tokens.ids, other.tokens.ids)
+            assert all(torch.equal(a, b) for a, b in zip(ours.latents, other.latents, strict=True))
+    for run in runs:
+        run.close()
+    assert list(chunks_of(feeds[0], 9)) == [range(9), range(9, 18), range(18, 23)] == list(chunks_of(feeds[1], 9))
+    ours, theirs = (feed.at([3, 1, 8]) for feed in feeds[:2])  # in validation: the mode
+    assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents, strict=True))
+    assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), str(folder))) == []
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed):
     """Images of three shapes in buckets, of two data sets, with captions to draw among; the split of a batch too."""
@@ -451,7 +486,7 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
         assert len(shapes) == 3
         for run in runs:
             run.close()
-    for ours, theirs in zip(feeds[0].chunks(5), feeds[1].chunks(5), strict=True):
+    for ours, theirs in zip(chunks_of(feeds[0], 5), chunks_of(feeds[1], 5), strict=True):
         assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
     assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
 

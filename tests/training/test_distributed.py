@@ -15,7 +15,9 @@ import mmdit
 import training
 from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
+from tests.training.pictures import folder_of, members
 from tests.training.processes import python
+from tests.training.test_mixed_sizes import SIZES
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
 from training.checkpoint import list_checkpoints, read_checkpoint
 
@@ -75,7 +77,9 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
         "mixed": (*SAME, *text),
         "frozen": (*SAME, f"text.encoder={root / 't5'}"),
         "half": (*SAME, "training.precision=bf16"),
-    }
+        "sizes": (*SAME, "training.packing=true", "data.buckets=own", "data.image_size=32", "data.num_samples=none",
+                  f"data.source={folder_of(root / 'pictures', members(range(40), SIZES))}"),
+    }  # fmt: skip
     ways = {
         "image-ddp": (DDP,),
         "image-fsdp": (FSDP, "training.recompute=selective", "training.validate_every=2", "training.sample_every=2"),
@@ -84,6 +88,8 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
         "mixed-fsdp": (FSDP, "training.sample_every=4", "training.async_checkpoint=true"),
         "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2", "training.packing=true"),
         "half-fsdp": (FSDP,),
+        "sizes-ddp": (DDP,),
+        "sizes-fsdp": (FSDP, "training.recompute=selective"),
     }
     for name, own in models.items():
         training.train(config_for(root / name, *own, "training.validate_every=2"))
@@ -103,7 +109,10 @@ def close(run: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5) -> Non
     assert all(torch.allclose(x, weights[1][name], rtol, atol) for name, x in weights[0].items())
 
 
-@pytest.mark.parametrize("way", ["image-ddp", "image-fsdp", "image-hsdp", "mixed-ddp", "mixed-fsdp", "frozen-fsdp"])
+WAYS = ["image-ddp", "image-fsdp", "image-hsdp", "mixed-ddp", "mixed-fsdp", "frozen-fsdp", "sizes-ddp", "sizes-fsdp"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_what_one_does(runs, way):
     close(runs / way, runs / way.split("-")[0])
 

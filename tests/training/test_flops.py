@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdit.attention import Pairs
 from mmdit.config import LlamaConfig, MMDiTConfig, TransfusionConfig
 from mmdit.lora import add_lora
 from mmdit.model import MMDiT
@@ -53,12 +54,15 @@ def test_a_step_of_an_mmdit_is_what_torch_counts(changes):
     assert step_flops(model, sizes) == counted(model, FlowMatching(Uniform()), batch)
 
 
-def test_a_step_in_one_row_is_what_torch_counts():
+@pytest.mark.parametrize("sides", [((8, 12),) * 4, ((8, 12), (4, 4), (2, 16), (8, 12))], ids=["one-size", "several"])
+def test_a_step_in_one_row_is_what_torch_counts(sides, monkeypatch):
+    monkeypatch.setattr(Pairs, "_is_short", False)  # side by side, on a CPU, samples are padded
     model = mmdit(dual_attention_layers=(0,))
     model.packed = True
     words = tokens(4)[1]
-    lengths, batch = words.mask.sum(1), Batch(torch.randn(4, 3, 8, 12), words)
-    sizes = in_one_row(24, lengths, int(lengths.max()))
+    lengths, batch = words.mask.sum(1), Batch([torch.randn(3, *size) for size in sides], words)
+    patches = torch.tensor([height * width // 4 for height, width in sides])
+    sizes = in_one_row(patches, lengths, int(lengths.max()))
     assert len(set(lengths.tolist())) > 1 and step_flops(model, sizes) < step_flops(model, captioned(4, 24, 12))
     assert step_flops(model, sizes) == counted(model, FlowMatching(Uniform(), caption_dropout=0.0), batch)
 

@@ -66,7 +66,7 @@ def test_padding_that_is_not_computed_is_no_use_of_the_hardware():
     telemetry, clock, _ = make("training.peak_tflops=1e-5")
     telemetry.model.packed = True
     lengths = telemetry.next(batches(clock, 1.0)).tokens.mask.sum(1)
-    flops = step_flops(telemetry.model, in_one_row(24, lengths, int(lengths.max())))
+    flops = step_flops(telemetry.model, in_one_row(torch.full((4,), 24), lengths, int(lengths.max())))
     assert telemetry.line()["mfu"] == pytest.approx(flops / 1e7)
 
 
