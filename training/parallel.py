@@ -28,7 +28,7 @@ COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
 
 class ProcessLost(ValueError):
-    """Another process of the run ended, or does not answer any more."""
+    """Another process of the run ended, or does not answer any more; or the torchrun that started them."""
 
 
 class ToldByFirst(SystemExit):

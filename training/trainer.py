@@ -40,7 +40,7 @@ from training.interrupts import Interrupted, Interrupts
 from training.loader import naming_dead_workers
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
-from training.parallel import ALONE, Ranks
+from training.parallel import ALONE, ProcessLost, Ranks
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
@@ -193,6 +193,8 @@ class Trainer:
         self.writer.wait()
         if stopped:
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
+            if self.ranks.any(interrupts.orphaned):
+                raise ProcessLost(f"process {self.ranks.rank} stops: the torchrun that had started it has ended")
             return
         try:
             if self.ranks.first:

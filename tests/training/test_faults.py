@@ -17,10 +17,13 @@ import training
 import training.launch
 import training.trainer
 from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
-from training.checkpoint import load_latest
+from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
 from training.errors import DataError
 from training.feed import LatentFeed
+from training.interrupts import Interrupts
+from training.lock import LOCK
+from training.parallel import ProcessLost
 from training.precision import LossScaler
 from training.run import RunFolder
 from training.trainer import Diverged, Trainer
@@ -221,6 +224,46 @@ def test_torchrun_starts_all_again_from_the_newest_checkpoint(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     assert "resumed at step" in output and metrics(out, "loss")[-1][0] == 150
+
+
+@pytest.mark.slow
+@linux
+def test_processes_that_outlive_torchrun_save_and_end(tmp_path):
+    """A new run in their folder waits for them (here for one that is asleep), and goes on from what they saved."""
+    out = tmp_path / "run"
+    quick = ("training.checkpoint_every=0", "evaluation.prompts_per_question=0")
+    with torchrun(*LONG_COMMAND, "--out", out, *quick) as process:
+        wait_for_steps(process, out, 3)
+        ranks = children(process)
+        os.kill(ranks[1], signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        with torchrun(*LONG_COMMAND, "--out", out, *quick, "training.num_steps=5", "--restart") as again:
+            said = ""
+            while "waiting for it to end" not in said:
+                assert (line := again.stdout.readline()), said
+                said += line
+            assert not list_checkpoints(out)
+            os.kill(ranks[1], signal.SIGCONT)
+            said += again.communicate(timeout=120)[0]
+            assert again.returncode == 0, said
+        output, _ = process.communicate(timeout=60)
+    [told] = re.findall(r"stopped at step (\d+), all saved", output)
+    assert output.count("stops: the torchrun that had started it has ended") == 2
+    assert f"resumed at step {told}" in said and not (out / LOCK).exists()
+
+
+def test_a_process_without_its_torchrun_saves_and_ends(tmp_path, monkeypatch):
+    """Another's parent may come and go: a shell that is closed stops nobody."""
+    parents = iter([7, 7, 7])
+    monkeypatch.setattr("training.interrupts.os.getppid", lambda: next(parents, 1))
+    with Interrupts() as interrupts:
+        assert not interrupts.caught
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ProcessLost, match="the torchrun that had started it has ended"):
+        training.train(config_for(tmp_path / "run", "training.num_steps=9", "training.checkpoint_every=0"))
+    assert load_latest(tmp_path / "run", print)[0]["step"] == 2
+    assert "stopped at step 2, all saved" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_restart_begins_where_nothing_was_saved(tmp_path, monkeypatch):
