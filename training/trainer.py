@@ -187,6 +187,7 @@ class Trainer:
             profiler.close()
             batches.close()  # type: ignore[attr-defined]
             run.close()
+            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
         stopped = self.ranks.any(interrupts.caught)
         if stopped:
             self._checkpoint()

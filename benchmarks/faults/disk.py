@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,8 @@ def full(folder: Path, ways: Sequence[Way] = WHOLE) -> Iterator[Row]:
     """A small file system in memory that fills up during a save; with room again, the run goes on."""
     disk = folder / "disk"
     disk.mkdir()
-    no_disk = bool(os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "faults", disk]).returncode)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "faults", disk]
+    no_disk = bool(os.geteuid() or subprocess.run(mount).returncode)
     try:
         for way in ways:
             yield _full(folder, disk, way) if not no_disk else _row(way, [], 0, "needs root and a tmpfs")
@@ -73,8 +75,11 @@ def _full(folder: Path, disk: Path, way: Way) -> Row:
 
 
 def _row(way: Way, problems: list[str], times: int, seen: str) -> Row:
-    expected = "status 2, one line that names it; all checkpoints whole; with room again, at last "
-    expected += "the same bits" if way.world == 1 else "equal to rounding"
+    if way.world == 1:
+        expected = "status 2, one line that names it; all checkpoints whole; with room again, at last the same bits"
+    else:
+        expected = "each with status 2 and one line, that of one names it; all checkpoints whole; with room again, at "
+        expected += "last equal to rounding"
     return Row(f"full disk during a save, {way.name}", times, seen, expected, not problems)
 
 
@@ -100,15 +105,16 @@ def _filled(folder: Path, disk: Path, kib: int, way: Way, whole: Path) -> tuple[
     if before and f"resumed at step {before}" not in again.output:
         problems.append(f"{kib} KiB: step {before} was saved, and not gone on from")
     problems += [f"{path.name} is left over" for path in out.rglob(".*.part")]
-    return True, problems, _anywhere(first.errors[-1] if first.errors else "", disk)
+    line = next((line for line in first.errors if "space" in line.lower()), "")
+    return True, problems, _anywhere(line, disk)
 
 
 def _clear(ended: Ended, way: Way) -> bool:
-    """Whether it stopped as it should: one line, with status 2, which torchrun makes 1."""
+    """Whether each process stopped as it should, with one line and status 2; torchrun adds its own traceback."""
     if way.world == 1:
         return ended.one_line
-    mine = [line for line in ended.errors if line.startswith("mmdit")]
-    return ended.status == 1 and len(mine) == 1 and "(exitcode: 2)" in ended.output
+    said = [re.match(r"mmdit.*: error: |Traceback ", line)[0] for line in ended.errors]  # type: ignore[index]
+    return ended.status == 1 and len({*said}) == len(said) > 1 and "(exitcode: 2)" in ended.output
 
 
 def _anywhere(line: str, folder: Path) -> str:

@@ -26,7 +26,7 @@ from benchmarks.faults.runs import (
 ROUNDING = 1e-5
 LENGTH = {1: (300, 3), 2: (60, 2)}  # steps, and steps from checkpoint to checkpoint, by the number of processes
 WHO = {1: ("the process",), 2: ("all", "one of the two", "torchrun alone")}
-OUTLIVE = 60.0  # seconds that processes may go on without their torchrun
+OUTLIVE, CONNECT = 60.0, 10.0  # seconds that processes may go on without their torchrun; that one looks at them
 ASYNC = "training.async_checkpoint=true"
 
 
@@ -72,7 +72,7 @@ class Tally:
     """What was seen of the kills so far."""
 
     def __init__(self) -> None:
-        self.saving = self.before = self.num = 0
+        self.saving = self.before = self.num = self.connecting = 0
         self.who: Counter[str] = Counter()
         self.outlived = 0.0
         self.problems: list[str] = []
@@ -135,13 +135,13 @@ def _once(
         if command.process.returncode not in (1, -signal.SIGKILL):
             tally.problems.append(f"status {command.process.returncode}: {command.log.read_text()[-300:]}")
         if command.orphans():
-            tally.outlived = max(tally.outlived, _outlived(command, tally))
+            _outlive(command, tally)
         tally.look(out, saved, saving, who)
     return False
 
 
 def _strike(command: Command, out: Path, who: str, rng: random.Random) -> bool:
-    """Stop all, look whether a checkpoint is being written, kill those meant, let the others go on; wait for torchrun."""
+    """Stop all, kill those meant, let the others go on, wait for torchrun; whether a checkpoint was being written."""
     pids = command.pids()
     ranks = command.ranks()
     command.send(signal.SIGSTOP, pids)
@@ -157,21 +157,26 @@ def _strike(command: Command, out: Path, who: str, rng: random.Random) -> bool:
     return saving
 
 
-def _outlived(command: Command, tally: Tally) -> float:
-    """Seconds that processes went on without their torchrun."""
+def _outlive(command: Command, tally: Tally) -> None:
+    """Wait for processes whose torchrun is gone. Those not connected to it yet ask for it for two minutes."""
     begun = time.monotonic()
-    while command.orphans() and time.monotonic() < begun + OUTLIVE:
+    begins = "computing on" not in command.log.read_text()
+    while command.orphans() and time.monotonic() < begun + (CONNECT if begins else OUTLIVE):
         time.sleep(0.02)
-    if command.orphans():
+    if begins:
+        tally.connecting += bool(command.orphans())
+    elif command.orphans():
         tally.problems.append(f"{len(command.orphans())} processes live {OUTLIVE:.0f} s after their torchrun")
-    return time.monotonic() - begun
+    else:
+        tally.outlived = max(tally.outlived, time.monotonic() - begun)
 
 
 def _row(tally: Tally, found: float, runs: int, case: Case) -> Row:
     seen = f"{tally.saving} of {tally.num} while a checkpoint was written, {tally.before} before the first"
     if case.world > 1:
         seen += "; killed were " + ", ".join(f"{who} {num} times" for who, num in tally.who.items())
-        seen += f" (the two then went on for up to {tally.outlived:.1f} s, saved and ended)"
+        seen += f" (its two then saved and ended within {tally.outlived:.1f} s; {tally.connecting} times they were not "
+        seen += "connected to it yet, had written nothing, and waited for it)"
     seen += f"; {runs} run(s) went on to the end: {equal_to(found)}"
     seen += "".join(f"; {problem}" for problem in sorted({*tally.problems})[:3])
     expected = "a whole checkpoint each time; at last " + ("the same bits" if case.most == 0 else "equal to rounding")
