@@ -47,6 +47,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DDP": (2, ("parallel.strategy=ddp",)),
     "FSDP2": (2, ("parallel.strategy=fsdp",)),
     "FSDP2, reshard=false": (2, ("parallel.strategy=fsdp", "parallel.reshard=false")),
+    "one process, 2 parts a batch": (1, ("training.grad_accumulation=2",)),
     "DDP, 2 parts a batch": (2, ("parallel.strategy=ddp", "training.grad_accumulation=2")),
     "FSDP2, 2 parts a batch": (2, ("parallel.strategy=fsdp", "training.grad_accumulation=2")),
     "one process, Muon": (1, ("optimizer.name=muon",)),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.forward --out benchmarks/results/forward.md
 
-Width 384, 12 blocks, QK-norm; and the forward pass of 3 blocks of SD3-medium's width, 1536. Both are measured in turn
+Width 384, 12 blocks, QK-norm; and 3 blocks of SD3-medium's width, 1536, without gradients. Both are measured in turn
 in one process, medians; compiled means `torch.compile` of each block. Memory is what the process grew by at its peak in
 one forward and backward pass, each model in a process of its own. Sampling is 28 guided Euler steps, both predictions
 in one batch, beside diffusers' scheduler and loop.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,34 +120,43 @@ def memory() -> list[str]:
     return lines
 
 
-@torch.no_grad()
-def sampling(repeats: int) -> list[str]:
+GRID = shift_time(uniform(28), 3.0)
+Pair = tuple[Tensor, Tensor]  # context and pooled
+
+
+def drawn_by_us(model: nn.Module, x: Tensor, given: Pair, both: Pair) -> Tensor:
+    cond = Field(lambda x_t, t: model(x_t, t, *given), RectifiedFlow())
+    two = Field(lambda x_t, t: model(x_t, t, *both), RectifiedFlow())
+    return sample(cfg_batched(cond, two, 4.0), x, "euler", grid=GRID).x
+
+
+def drawn_by_them(model: nn.Module, x: Tensor, both: Pair) -> Tensor:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    both = models()
-    model, other = both["ours"], both["diffusers"]
-    lines = ["| pictures | ours, s | diffusers, s | ratio | largest difference |", "|---" * 5 + "|"]
-    for batch in (1, 4):
-        x, _, context, pooled = inputs(CONFIG, 16, batch, 77)
-        pair = [torch.cat([part, torch.zeros_like(part)]) for part in (context, pooled)]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=GRID[:-1].tolist())
+    for t in scheduler.timesteps:
+        v, v_null = model(torch.cat([x] * 2), *both, t.expand(2 * len(x)), return_dict=False)[0].chunk(2)
+        x = scheduler.step(v_null + 4.0 * (v - v_null), t, x, return_dict=False)[0]
+    return x
 
-        def by_us() -> Tensor:
-            cond = Field(lambda x_t, t: model(x_t, t, context, pooled), RectifiedFlow())  # noqa: B023
-            two = Field(lambda x_t, t: model(x_t, t, *pair), RectifiedFlow())  # noqa: B023
-            return sample(cfg_batched(cond, two, 4.0), x, "euler", grid=shift_time(uniform(28), 3.0)).x  # noqa: B023
 
-        def by_them() -> Tensor:
-            scheduler, state = FlowMatchEulerDiscreteScheduler(shift=1.0), x  # noqa: B023
-            scheduler.set_timesteps(sigmas=shift_time(uniform(28), 3.0)[:-1].tolist())
-            for t in scheduler.timesteps:
-                v, v_null = other(torch.cat([state] * 2), *pair, t.expand(2 * batch), return_dict=False)[0].chunk(2)  # noqa: B023
-                state = scheduler.step(v_null + 4.0 * (v - v_null), t, state, return_dict=False)[0]
-            return state
-
-        t = seconds({"ours": by_us, "diffusers": by_them}, max(2, repeats // 2), warm=1)
-        difference = (by_us() - by_them()).abs().max()
-        ratio = t["diffusers"] / t["ours"]
-        lines.append(f"| {batch} | {t['ours']:.2f} | {t['diffusers']:.2f} | {ratio:.2f} | {difference:.1e} |")
+@torch.no_grad()
+def sampling(repeats: int) -> list[str]:
+    lines = ["| width | pictures | ours, s | diffusers, s | ratio | largest difference |", "|---" * 6 + "|"]
+    for config, batch in ((CONFIG, 1), (CONFIG, 4), (WIDE, 1), (WIDE, 4)):
+        model, other = models(config).values()
+        x, _, context, pooled = inputs(config, 16, batch, 77)
+        given = context, pooled
+        both = torch.cat([context, torch.zeros_like(context)]), torch.cat([pooled, torch.zeros_like(pooled)])
+        runs: dict[str, Callable[[], Tensor]] = {
+            "ours": partial(drawn_by_us, model, x, given, both),
+            "diffusers": partial(drawn_by_them, other, x, both),
+        }
+        difference = (runs["ours"]() - runs["diffusers"]()).abs().max()
+        t = seconds(runs, max(2, repeats // 2), warm=0)
+        cells = (f"{t['ours']:.2f}", f"{t['diffusers']:.2f}", f"{t['diffusers'] / t['ours']:.2f}", f"{difference:.1e}")
+        lines.append(f"| {config.num_heads * config.head_dim} | {batch} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return lines
 

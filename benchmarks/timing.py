@@ -3,14 +3,14 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 
 def seconds(
-    runs: dict[str, Callable[[], object]], repeats: int = 7, warm: int = 3, cuda: bool = False
+    runs: Mapping[str, Callable[[], object]], repeats: int = 7, warm: int = 3, cuda: bool = False
 ) -> dict[str, float]:
     """Median seconds of each, run in turn; of a CUDA device's work if `cuda`."""
     clock = _on_gpu if cuda else _on_cpu

@@ -1,7 +1,7 @@
 """Matrix products with weights, and the one kernel that a CPU has for a product with what follows it.
 
-Where nothing has to be learnt, oneDNN multiplies and applies GELU in one pass over memory, which torch's compiler knows
-and its eager mode does not use (`python -m benchmarks.forward`).
+Where nothing has to be learnt, oneDNN multiplies and applies GELU in one pass over memory. torch's eager mode does not
+use that, and its compiler only for weights that it may freeze (`python -m benchmarks.forward`).
 
 Shape letters: S tokens, I and O the widths of a product.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
+KERNEL = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
@@ -40,9 +41,22 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _in_one(x: Tensor, layer: nn.Linear, then: str) -> Tensor:
-    algorithm = "tanh" if then == "gelu" else ""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, then, [], algorithm)
+    run = _opaque if torch.compiler.is_compiling() else _kernel
+    return run(x, layer.weight, layer.bias, then)
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh" if then == "gelu" else "")
     return out
+
+
+# The same to the compiler, which knows the kernel by name and then asks for frozen weights.
+_opaque = torch.library.custom_op("mmdit::linear_pointwise", _kernel, mutates_args=())
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _serves(x: Tensor, layer: nn.Linear) -> bool:
@@ -53,12 +67,15 @@ def _serves(x: Tensor, layer: nn.Linear) -> bool:
         and x.dtype == w.dtype == torch.float32
         and type(x) is Tensor
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
         and x.numel() // x.shape[-1] * w.numel() >= WORTH
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and KERNEL
+        and (torch.compiler.is_compiling() or (torch.backends.mkldnn.enabled and not _transformed()))
     )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative looks on."""
+    within = torch._C._functorch.peek_interpreter_stack() is not None
+    return within or torch.autograd.forward_ad._current_level >= 0

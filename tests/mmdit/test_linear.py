@@ -77,3 +77,22 @@ def test_compiled_gelu_is_torchs():
     compiled = torch.compile(gelu, backend="eager")(x)
     torch.testing.assert_close(compiled, F.gelu(x, approximate="tanh"), rtol=0, atol=1e-12)
     assert not torch.equal(compiled, F.gelu(x, approximate="tanh"))
+
+
+@torch.no_grad()
+def test_compiled_it_is_taken_too_and_where_nothing_is_learnt_alone(calls):
+    layer, x = layer_and_input()
+    compiled = torch.compile(lambda x: linear_gelu(layer, x), fullgraph=True)
+    torch.testing.assert_close(compiled(x), linear_gelu(layer, x), rtol=0, atol=1e-5)
+    assert calls == ["gelu", "gelu"]
+    with torch.enable_grad():
+        compiled(x).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.any()
+    assert calls == ["gelu", "gelu"]
+
+
+@torch.no_grad()
+def test_an_exported_model_names_torchs_own_alone():
+    layer, x = layer_and_input()
+    program = torch.export.export(layer, (x,))
+    assert not any("mmdit" in str(node.target) for node in program.graph.nodes)
