@@ -186,8 +186,8 @@ class Trainer:
         finally:
             profiler.close()
             batches.close()  # type: ignore[attr-defined]
-            run.close()
             self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
+            run.close()
         stopped = self.ranks.any(interrupts.caught)
         if stopped:
             self._checkpoint()
