@@ -216,7 +216,7 @@ def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int
     stop = partial(_stop, batches)
     atexit.register(stop)
     try:
-        with naming_dead_workers():
+        with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
             for batch in batches:
                 if isinstance(batch, DataError):
                     raise batch
@@ -227,13 +227,17 @@ def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed."""
+def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
+    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed.
+
+    signs: other errors that tell of it, but where a worker itself had them and lives.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
-        if "DataLoader worker" not in reason:
+        died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
+        if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
             raise
         raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
 
