@@ -4,26 +4,34 @@
 
 "bare" reads the shards in order with webdataset and decodes each image with PIL to RGB pixels, and does no more; "and
 fitted" scales each to the size of the batch with PIL too. "ours" gives shuffled batches of that size with captions, by
-`loader`. All in one process, whose torch and decoders have one thread; rounds of all take turns, the medians count.
-The wait is what a loop spends on `next(batches)` that computes for B / speed seconds a batch, beside one worker.
+`loader`. All in one process, whose torch and decoders have one thread; rounds of all take turns, the medians of images
+per second of processor time count.
+The wait is what a loop spends on `next(batches)` that computes for B / speed seconds a batch, beside one worker, and
+the median of one call; 320 images a second is about what `make demo` trains at on two cores. * one worker makes fewer.
+A JPEG that is much larger than asked for is decoded at a fraction of its size, at least twice that of the batch: the
+last table has, in dB, how near the pictures are to those decoded whole, beside a fraction down to the size itself, and
+beside the whole ones scaled by a bicubic filter in place of Lanczos.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.timing import hardware
 from training.data import FileSource, loader, open_source
+from training.images import read_fitted
 
 BATCH = 64
 ROUNDS = 5
@@ -61,10 +69,10 @@ def bare(spec: Path, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
 
 
 def rate(run: Callable[[], int]) -> float:
-    """Images a second of a run that says how many it had."""
-    start = time.perf_counter()
+    """Images a second of processor time, of a run that says how many it had."""
+    start = time.process_time()
     count = run()
-    return count / (time.perf_counter() - start)
+    return count / (time.process_time() - start)
 
 
 def count_of(images: Iterator[np.ndarray], most: int) -> int:
@@ -86,8 +94,8 @@ def ours(source: FileSource, most: int) -> int:
     return most // BATCH * BATCH
 
 
-def compared(spec: Path, size: int | tuple[int, int] | None, most: int) -> str:
-    """A row of the table."""
+def compared(spec: Path, size: int | tuple[int, int] | None, most: int) -> tuple[str, float]:
+    """A row of the table, and our images a second."""
     source = open_source(str(spec), image_size=size)
     most = min(most, len(source)) // BATCH * BATCH
     runs: dict[str, Callable[[], int]] = {
@@ -99,59 +107,118 @@ def compared(spec: Path, size: int | tuple[int, int] | None, most: int) -> str:
     for _ in range(ROUNDS):
         for name, run in runs.items():
             found[name].append(rate(run))
-    middle = {name: statistics.median(rates) for name, rates in found.items()}
-    h, w = source.image_size
-    return (
-        f"| {spec.parent.name if spec.name == 'train' else spec.stem} | {h} x {w} | {middle['bare']:.0f} "
-        f"| {middle['fitted']:.0f} | {middle['ours']:.0f} | {middle['ours'] / middle['bare']:.2f} |"
+    bare_, fitted, own = (statistics.median(found[name]) for name in runs)
+    row = (
+        f"| {name_of(spec, source)} | {bare_:.0f} | {fitted:.0f} | {own:.0f} | {own / bare_:.2f} | {own / fitted:.2f} |"
     )
+    return row, own
 
 
-def wait(source: FileSource, speed: float, batches: int = 30) -> float:
-    """Share of the time that a loop at `speed` images a second waits for its batches, after the first two."""
+def name_of(spec: Path, source: FileSource) -> str:
+    """The data and the size of its batches."""
+    return f"{spec.parent.name if spec.name == 'train' else spec.stem} | {' x '.join(map(str, source.image_size))}"
+
+
+def wait(source: FileSource, speed: float, batches: int = 30) -> tuple[float, float]:
+    """(share of the time that a loop at `speed` images a second waits for its batches after the first two, the median
+    seconds of a call).
+    """
     reader = loader(source, range(len(source)), BATCH, 0, num_workers=1)
-    waited = 0.0
+    begun, calls = [], []
     x = torch.randn(192, 192)
-    for step in range(batches + 2):
+    for _ in range(batches + 2):
         start = time.perf_counter()
         next(reader)
         now = time.perf_counter()
-        if step == 2:
-            first, waited = start, 0.0
-        waited += now - start
+        begun.append(start)
+        calls.append(now - start)
         while time.perf_counter() < now + BATCH / speed:
             x @ x
-    total = time.perf_counter() - first
+    total = time.perf_counter() - begun[2]
     reader.close()
-    return waited / total
+    return sum(calls[2:]) / total, statistics.median(calls[2:])
+
+
+def waits(spec: Path, size: int | None, speeds: Sequence[float], made: float) -> str:
+    """A row of the table of waits; made: images a second that a worker makes."""
+    source = open_source(str(spec), image_size=size)
+    cells = [f"{share:.2%}, {call * 1e6:.0f} us{' *' * (made < speed)}"
+             for speed in speeds for share, call in [wait(source, speed)]]  # fmt: skip
+    return f"| {name_of(spec, source)} | {' | '.join(cells)} |"
+
+
+def nearness(spec: Path, most: int = 60) -> list[str]:
+    """The row of the table of JPEGs decoded at a fraction of their size, for pictures of a quarter of it; none for
+    other files, and for small ones.
+    """
+    import webdataset
+
+    shards = [str(spec)] if spec.is_file() else sorted(map(str, spec.rglob("*.tar*")))
+    found: list[tuple[float, ...]] = []
+    for sample in itertools.islice(webdataset.WebDataset(shards, shardshuffle=False), most):
+        if "jpg" not in sample:
+            return []
+        whole = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        h, w = whole.height // 4, whole.width // 4
+        if min(h, w) < 64:
+            return []
+        exact = np.asarray(whole.resize((w, h), Image.Resampling.LANCZOS))
+        closest = Image.open(io.BytesIO(sample["jpg"]))
+        closest.draft(None, (w, h))
+        others = (
+            read_fitted(sample["jpg"], (h, w)).image,
+            np.asarray(closest.convert("RGB").resize((w, h), Image.Resampling.LANCZOS)),
+            np.asarray(whole.resize((w, h), Image.Resampling.BICUBIC)),
+        )
+        found.append(tuple(decibels(other, exact) for other in others))
+    cells = " | ".join(f"{statistics.median(column):.1f}" for column in zip(*found, strict=True))
+    return [f"| {spec.parent.name if spec.name == 'train' else spec.stem} | {cells} |"]
+
+
+def decibels(image: np.ndarray, exact: np.ndarray) -> float:
+    """The ratio of peak to error of 8-bit images."""
+    return float(10 * np.log10(255**2 / np.square(image.astype(float) - exact).mean()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Images a second from shards to batches, and the wait of training.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of WebDataset shards")
-    parser.add_argument("--most", type=int, default=1280, help="images a round")
-    parser.add_argument("--speed", type=float, default=120.0, help="images a second that training takes")
+    parser.add_argument("--most", type=int, default=640, help="images a round")
+    parser.add_argument("--speed", type=float, default=320.0, help="images a second that training takes")
+    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="need an idle machine")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = ["| data | size | bare | and fitted | ours | ours / bare |", "|---|---|---|---|---|---|"]
-    waits = [f"| data | at {options.speed:g} images/s | at {2 * options.speed:g} images/s |", "|---|---|---|"]
+    speeds = (options.speed, 2 * options.speed)
+    rates = [
+        "| data | size | bare | and fitted | ours | ours / bare | ours / fitted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    waited = [f"| data | size | {' | '.join(f'at {x:g} images/s' for x in speeds)} |", "|---|---|---|---|"]
+    near = ["| data, at a quarter of its size | ours | down to the size itself | bicubic |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        large = generated(Path(folder), 512, 320)
-        cases = [(path, None) for path in options.folders] + [(large, None), (large, 256)]
-        for spec, size in cases:
-            lines.append(compared(spec, size, options.most))
-            print(lines[-1], flush=True)
-            shares = [wait(open_source(str(spec), image_size=size), k * options.speed) for k in (1, 2)]
-            name = lines[-1].split(" | ")
-            waits.append(f"| {name[0].strip('| ')}, {name[1]} | " + " | ".join(f"{s:.1%}" for s in shares) + " |")
-            print(waits[-1], flush=True)
-    text = "\n".join([*lines, "", "Share of the time spent waiting, with one worker:", "", *waits])
+        large, larger = generated(Path(folder), 512, 320), generated(Path(folder), 1024, 128)
+        cases: list[tuple[Path, int | None]] = [(path, None) for path in options.folders]
+        for spec, size in [*cases, (large, None), (large, 256), (larger, 256)]:
+            row, made = compared(spec, size, options.most)
+            rates.append(row)
+            print(row, flush=True)
+            if options.waits:
+                waited.append(waits(spec, size, speeds, made))
+                print(waited[-1], flush=True)
+        near += [row for spec in (*options.folders, larger) for row in nearness(spec)]
+    tables = {"Images a second:": rates}
+    if options.waits:
+        tables["Share of the time spent waiting, and a call of `next`:"] = waited
+    tables["How near (dB):"] = near
+    text = "\n\n".join(f"{title}\n\n" + "\n".join(table) for title, table in tables.items())
     print(text)
     if options.out:
-        command = "python -m benchmarks.data_path " + " ".join(path.as_posix() for path in options.folders)
+        names = " ".join(f"{path.parent.name}/{path.name}" for path in options.folders)
+        command = f"OMP_NUM_THREADS=1 python -m benchmarks.data_path {names} --most {options.most}"
+        command += "" if options.waits else " --no-waits"
         about = (__doc__ or "").split("\n\n")[2].strip()
-        options.out.write_text(f"# From shards to batches\n\n    {command}\n\n{about}\n\nImages a second:\n\n{text}\n")
+        options.out.write_text(f"# From shards to batches\n\n    {command}\n\n{about}\n\n{hardware()}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -179,13 +179,13 @@ def main() -> None:
         "Sampling": lambda: sampling(n),
         "Memory": memory,
     }
-    sections = {k: run() for k, run in found.items() if not arguments.only or k.split()[0].lower() in arguments.only}
-    about = f"`python -m benchmarks.forward`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
-    text = "\n\n".join(
-        [f"# Beside diffusers on a CPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())]
-    )
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    about = f"`python -m benchmarks.forward --repeats {n}`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
+    text = f"# Beside diffusers on a CPU\n\n{about}"
+    for title, run in found.items():
+        if not arguments.only or title.split()[0].lower() in arguments.only:
+            text += f"\n\n## {title}\n\n" + "\n".join(run())
+            if arguments.out:
+                arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

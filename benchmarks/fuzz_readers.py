@@ -187,69 +187,67 @@ def png_bomb(side: int = 100_000) -> bytes:
     )
 
 
-def hostile(reader: str) -> list[bytes]:
-    """Files made to do harm."""
+DEEP, NUMBER, LARGE = b"[" * 200_000, b"9" * 20_000, b"x" * 10_000_000
+NAMES = ("../../../../etc/passwd", "/etc/passwd", "a\0b", "..\\..\\x", "~/x", "x" * 5000)
+
+
+def hostile_tars() -> list[bytes]:
+    """Members that lead outside, links, sizes that lie, and files that are too much for memory."""
     outside = [(name, picture("PNG")) for name in ("../../up.png", "/tmp/absolute.png", "a/../../../up.png", "..png")]
     texts = [(name.replace(".png", ".txt"), b"outside") for name, _ in outside]
-    deep, number, large = b"[" * 200_000, b"9" * 20_000, b"x" * 10_000_000
-    tars = [
+    lying = {"size": "-1", "GNU.sparse.size": "9" * 30}
+    return [
         tar([*outside, *texts]),
         tar(_pairs(), type=tarfile.SYMTYPE, linkname="/etc/passwd"),
         tar(_pairs(), type=tarfile.LNKTYPE, linkname="../../up"),
         tar(_pairs(), type=tarfile.GNUTYPE_SPARSE),
-        tar([("a.png", png_bomb()), ("a.txt", large), ("b.png", picture("PNG")), ("b.json", deep)]),
-        tar(
-            [("a.png", picture("PNG"))],
-            pax_headers={"size": "-1", "GNU.sparse.size": "9" * 30},
-            format=tarfile.PAX_FORMAT,
-        ),
-        tar([("a.png", picture("PNG")), ("a.json", b'{"caption": ' + number + b"}")]),
+        tar([("a.png", png_bomb()), ("a.txt", LARGE), ("b.png", picture("PNG")), ("b.json", DEEP)]),
+        tar([("a.png", picture("PNG"))], pax_headers=lying, format=tarfile.PAX_FORMAT),
+        tar([("a.png", picture("PNG")), ("a.json", b'{"caption": ' + NUMBER + b"}")]),
     ]
-    names = ["../../../../etc/passwd", "/etc/passwd", "a\0b", "..\\..\\x", "~/x", "x" * 5000]
-    rows = [json.dumps({"file_name": name, "text": "t"}).encode() for name in names]
-    objects = [
-        deep,
-        b'{"caption":' + number + b"}",
-        b'{"caption": "' + large + b'"}',
-        b"\xff\xfe\x00",
-        b'{"a":' * 100_000,
-    ]
+
+
+def hostile_objects() -> list[bytes]:
+    """JSON that is deep, long, or none."""
+    long = [b'{"caption":' + NUMBER + b"}", b'{"caption": "' + LARGE + b'"}']
+    return [DEEP, *long, b"\xff\xfe\x00", b'{"a":' * 100_000]
+
+
+def hostile_tables() -> list[bytes]:
+    """CSV with long and open cells, and names that lead outside."""
+    head = b"file_name,text\n"
+    cells = [head + LARGE, head + b'good.png,"' + LARGE, head + b"a\0b,c\n", b"file_name,file_name\na,b,c,d\n", b'"']
+    return [*cells, head + b"\n".join(name.encode() + b",t" for name in NAMES)]
+
+
+def hostile_configs() -> list[bytes]:
+    """TOML that is deep, long, or out of range."""
+    bombs = [b"a = " + DEEP, b"a = " + NUMBER, b"a." * 50_000 + b"b = 1", b"name = '" + LARGE + b"'"]
+    wrong = [b"[training]\nbatch_size = 1e400\n", b"[data]\nnum_workers = -9" + NUMBER]
+    return [*bombs, *wrong, b"\xff", b"[[data]]\n"]
+
+
+def hostile(reader: str) -> list[bytes]:
+    """Files made to do harm."""
     match reader:
         case "shard (.tar)":
-            return tars
+            return hostile_tars()
         case "shard (.tar.gz)":
-            return [
-                *map(gzip.compress, tars),
-                gzip.compress(bytes(10**8)),
-                gzip.compress(tar(_pairs()))[:-9] + large[:99],
-            ]
+            cut = gzip.compress(tar(_pairs()))[:-9] + LARGE[:99]
+            return [*map(gzip.compress, hostile_tars()), gzip.compress(bytes(10**8)), cut]
         case "metadata.jsonl" | "corpus (.jsonl)":
-            return [b"\n".join(rows), *objects]
+            rows = [json.dumps({"file_name": name, "text": "t"}).encode() for name in NAMES]
+            return [b"\n".join(rows), *hostile_objects()]
         case "metadata.csv":
-            head = b"file_name,text\n"
-            csvs = [
-                head + large,
-                head + b'good.png,"' + large,
-                head + b"a\0b,c\n",
-                b"file_name,file_name\na,b,c,d\n",
-                b'"',
-            ]
-            return [*csvs, head + b"\n".join(name.encode() + b",t" for name in names)]
+            return hostile_tables()
         case "caption (.json)":
-            return objects
+            return hostile_objects()
         case "caption (.txt)":
-            return [large, b"\xff\xfe\x00\xd8" * 999, bytes(99), "\u202e\u0000 \U000e0001".encode()]
+            return [LARGE, b"\xff\xfe\x00\xd8" * 999, bytes(99), "\u202e\u0000 \U000e0001".encode()]
         case "image":
             return [png_bomb(), png_bomb(2**31 - 1), b"GIF89a" + b"\xff" * 99, picture("PNG")[:60], b""]
         case "config (.toml)":
-            bombs = [b"a = " + deep, b"a = " + number, b"a." * 50_000 + b"b = 1", b"name = '" + large + b"'"]
-            return [
-                *bombs,
-                b"[training]\nbatch_size = 1e400\n",
-                b"[data]\nnum_workers = -9" + number,
-                b"\xff",
-                b"[[data]]\n",
-            ]
+            return hostile_configs()
         case _:
             return []
 

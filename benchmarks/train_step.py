@@ -165,7 +165,14 @@ def main() -> None:
     arguments = parser.parse_args()
     about: Any = str(__doc__).split("\n\n", 2)[2].strip()
     text = "\n".join(
-        ["# Training step on a CPU", "", f"`python -m benchmarks.train_step`, {hardware()}.", "", about, ""]
+        [
+            "# Training step on a CPU",
+            "",
+            f"`python -m benchmarks.train_step --repeats {arguments.repeats}`, {hardware()}.",
+            "",
+            about,
+            "",
+        ]
     )
     text += "\n" + "\n".join(table(arguments.repeats))
     if arguments.out:

@@ -55,7 +55,9 @@ class Features(tuple[Encoded, ...]):
 
     @property
     def mask(self) -> Tensor:
-        """Which tokens (B, L) are real, those of all encoders side by side."""
+        """Which tokens (B, L) are real, of all encoders side by side. Raises ValueError where there is none."""
+        if not self:
+            raise ValueError("these are features of no encoder: a caption has no tokens; leave one encoder in")
         return torch.cat(
             [x.states.new_ones(x.states.shape[:2], dtype=torch.bool) if x.mask is None else x.mask for x in self], dim=1
         )

@@ -154,12 +154,16 @@ def _read_shards(index: Path) -> Weights:
         raise ValueError(f"{index} has no weight_map, which says where the tensors are")
     if outside := [name for name in places.values() if not _is_file_name(name)]:
         raise ValueError(f"{index} names {outside[0]!r}, expected files in its own folder")
-    files = sorted({*places.values()})
-    shards = [read_weights(index.parent / name) for name in files]
-    tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+    shards = {name: read_weights(index.parent / name) for name in sorted({*places.values()})}
+    where: dict[str, str] = {}
+    for file, shard in shards.items():
+        for name in shard:
+            if (other := where.setdefault(name, file)) != file:
+                raise ValueError(f"{index.parent}: {name} is in {other} and in {file}, expected it in one of them")
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     if lost := sorted(places.keys() - tensors.keys()):
         raise ValueError(f"{index} names {len(lost)} tensors that its files do not have: {', '.join(lost[:4])}")
-    return Weights(tensors, [mapping for shard in shards for mapping in shard.mappings])
+    return Weights(tensors, [mapping for shard in shards.values() for mapping in shard.mappings])
 
 
 def _is_file_name(name: object) -> bool:

@@ -11,7 +11,7 @@ Shape letters: V vocabulary, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mmdit.blocks import EPS
 from mmdit.config import LlamaConfig
-from mmdit.weights_io import read_json, read_weights
+from mmdit.files import read_folder
+from mmdit.weights_io import read_json
 
 Fields = Mapping[str, Any]
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -54,7 +55,7 @@ def read_language_model(folder: Path) -> LanguageModel:
     or of nothing that is known.
     """
     family, config = _supported(folder)
-    state = dict(_shards(folder))
+    state = dict(read_folder(folder, "model"))
     ends = {ours: state.pop(theirs) for ours, theirs in family.ends.items() if theirs in state}
     if "head.weight" not in ends and config.get("tie_word_embeddings", True):
         ends["head.weight"] = ends.get("embed.weight", torch.empty(0))
@@ -115,13 +116,6 @@ def _normal(config: Any) -> dict[str, Any]:
         "rope": rope,
     }
     return {**config, **{name: value for name, value in found.items() if value is not None}}
-
-
-def _shards(folder: Path) -> Iterable[tuple[str, Tensor]]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
-        yield from read_weights(folder / name).items()
 
 
 def _shape(config: Fields) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def pack(
     and columns of patches. Raises ValueError for an empty document, for a part that is neither, for ids that hold a
     token of images already, and for an image that is larger than the largest size.
     """
-    if not documents:
+    if not len(documents):  # a tensor has no truth
         raise ValueError("no document to pack")
     check_parts(documents, "document")
     ids: list[Tensor] = []

@@ -201,7 +201,10 @@ def open_text_encoder(
     if (folder / "model_index.json").is_file() or (folder / "text_encoder").is_dir():
         from mmdit.sd3_text import open_sd3_text
 
-        return open_sd3_text(folder, max_length or 256, dtype)
+        three = open_sd3_text(folder, max_length or 256, dtype)
+        if not any(three.encoders):
+            raise ValueError(f"no text encoder in {folder}: the pipeline has none of text_encoder, _2 and _3")
+        return three
     if (folder / "config.json").is_file():
         return open_hub(folder, folder, max_length, dtype)
     if (folder / "open_clip_config.json").is_file():

@@ -227,6 +227,8 @@ class Transfusion(nn.Module):
 
     def _check(self, batch: MixedBatch, t: Tensor | None) -> None:
         c = self.config
+        if not isinstance(batch, MixedBatch):
+            raise ValueError(f"the batch is a {type(batch).__name__}, expected documents packed by model.pack")
         if t is not None and t.shape != (len(batch.latents),):
             raise ValueError(f"t has shape {tuple(t.shape)}, expected ({len(batch.latents)},): one time an image")
         if len(batch.ids) and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < c.vocab_size:

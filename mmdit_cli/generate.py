@@ -1,5 +1,6 @@
 """`mmdit generate`: text and pictures that go on from text and pictures, from a run of a model of both."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,9 +48,12 @@ def generate(
 
       mmdit generate runs/transfusion-demo picture.png --temperature 0
     """
+    drawing = dict(solver=solver, diffusion=diffusion, steps=steps, guidance=guidance, size=size)
+    if not max_images and (given := [name for name, value in drawing.items() if value is not None]):
+        raise ValueError(f"--{given[0]} says how pictures are drawn, and --max-images 0 that none is")
     prompt = [_part(part) for part in parts]
     height, width = parse_size(size) if size is not None else (None, None)
-    files = iter(out_files(out, max(1, max_images)))
+    files = out_files(out, max(1, max_images))
 
     import mmdit
     from mmdit.generate import TextSampling
@@ -61,24 +65,35 @@ def generate(
     text = TextSampling(temperature, top_k, top_p, min_p)
     image = pipe.image_sampling(steps, solver, guidance, height, width, diffusion, free=bool(prompt) and prompt != [""])
     out.parent.mkdir(parents=True, exist_ok=True)
-    midway = False  # in a line of text
-
-    def told(_: int, part: "str | Image") -> None:
-        nonlocal midway
-        if isinstance(part, str):
-            print(part, end="", flush=True)
-        else:
-            file = next(files)
-            part.save(file)
-            print("\n" * midway + f"{file}  {part.height}x{part.width}", flush=True)
-        midway = isinstance(part, str)
-
+    told = _Told(files)
     limits = dict(max_tokens=max_tokens, max_images=max_images)
     begin = "image" if draw else "text"
     [written] = pipe.generate([prompt], seed, told, text=text, image=image, begin=begin, **limits)
-    print("\n" * midway, end="")
+    told.end_line()
     if written.stopped == "length" and max_tokens:
         print(f"stopped at a limit, not at an end: {max_tokens} tokens (--max-tokens), or the longest the model takes")
+
+
+class _Told:
+    """Prints words as they come, and writes each picture into the next of some files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files, self.midway = iter(files), False  # in a line of text
+
+    def __call__(self, _: int, part: "str | Image") -> None:
+        if isinstance(part, str):
+            print(part, end="", flush=True)
+            self.midway = True
+        else:
+            self.end_line()
+            file = next(self.files)
+            part.save(file)
+            print(f"{file}  {part.height}x{part.width}", flush=True)
+
+    def end_line(self) -> None:
+        """Whatever comes next begins a line."""
+        print("\n" * self.midway, end="", flush=True)
+        self.midway = False
 
 
 def _part(part: str) -> "str | Image":

@@ -49,7 +49,9 @@ def sample(
     size: Size = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to start from.")] = None,
-    strength: Annotated[float, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew.")] = 0.6,
+    strength: Annotated[
+        float | None, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew; default: 0.6.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White where the picture is drawn anew.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")
@@ -84,6 +86,8 @@ def sample(
     height, width = parse_size(size) if size is not None else (None, None)
     if image is None and mask is not None:
         raise ValueError("--mask says what of a picture is drawn anew: name the picture with --image")
+    if image is None and strength is not None:
+        raise ValueError("--strength says how far a picture is drawn anew: name the picture with --image")
     files = out_files(out, len(prompts))
 
     import torch
@@ -95,7 +99,10 @@ def sample(
     pipe = mmdit.TextToImage.load(run, **{name: value for name, value in parts.items() if value is not None})
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
-    edit = None if image is None else mmdit.Edit(_read(image), strength, None if mask is None else _read(mask))
+    edit = None
+    if image is not None:
+        given = {} if strength is None else {"strength": strength}
+        edit = mmdit.Edit(_read(image), mask=None if mask is None else _read(mask), **given)
     how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=diffusion, progress=sys.stderr.isatty())
     pictures = pipe(prompts, negative_prompts=negative, height=height, width=width, seed=seed, edit=edit, **how)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
 # --- samples and shards ----------------------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
+class CachedSample(NamedTuple):
     """A sample as a shard's .json names it: SHA-256 of its pixels and captions; why it has no image, if so; the shares
     by which its captions are drawn (none: equal ones); its bucket, data set and block (`order.Layout`).
     """
@@ -207,7 +207,7 @@ class Shard:
         self.stem, self.file = stem, stem.with_name(stem.name + ".safetensors")
         table = _read(stem.with_name(stem.name + ".json"))
         self._sha256, self._size = table["file"], table["bytes"]
-        self.samples = [Sample(*row) for row in table["samples"]]
+        self.samples = [CachedSample(*row) for row in table["samples"]]
         if not self.file.is_file() or self.file.stat().st_size != self._size:
             raise CacheError(f"{self.file} is not as it was written: {_AGAIN.format(stem.name)}")
         good = [sample.error is None for sample in self.samples]
@@ -294,7 +294,7 @@ def num_encoders(tensors: dict[str, Tensor]) -> int:
     return sum(name.endswith(".pooled") for name in tensors)
 
 
-def write_shard(stem: Path, samples: Sequence[Sample], tensors: dict[str, Tensor]) -> None:
+def write_shard(stem: Path, samples: Sequence[CachedSample], tensors: dict[str, Tensor]) -> None:
     """Write a shard's two files, to the disk, its .json last."""
     file = stem.with_name(stem.name + ".safetensors")
     write = weights_writer(tensors)
@@ -309,7 +309,7 @@ def write_shard(stem: Path, samples: Sequence[Sample], tensors: dict[str, Tensor
     fsync(stem.parent)
 
 
-def packed(known: Sequence[Known], empty: Known) -> dict[str, Tensor]:
+def as_tensors(known: Sequence[Known], empty: Known) -> dict[str, Tensor]:
     """The tensors of a shard of such samples; `empty`, any of that kind, tells types and widths where none is."""
     kind = empty.statistics.dtype
     tensors = {
@@ -325,7 +325,7 @@ def packed(known: Sequence[Known], empty: Known) -> dict[str, Tensor]:
     return tensors
 
 
-def merged(parts: Sequence[Shard]) -> tuple[list[Sample], dict[str, Tensor]]:
+def merged(parts: Sequence[Shard]) -> tuple[list[CachedSample], dict[str, Tensor]]:
     """The samples and tensors of shards that follow each other, as of one."""
     samples = [sample for part in parts for sample in part.samples]
     return samples, {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}

@@ -32,15 +32,15 @@ from training.cache import (
     OPTIONS,
     About,
     Cache,
+    CachedSample,
     CacheError,
     Known,
-    Sample,
     Shard,
+    as_tensors,
     content_of,
     is_cache,
     is_there,
     merged,
-    packed,
     stem_of,
     write_shard,
 )
@@ -49,11 +49,12 @@ from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
 from training.interrupts import Interrupts
-from training.loader import READ_AHEAD, layout_of, run
+from training.loader import READ_AHEAD, layout_of
 from training.order import Layout
 from training.progress import Progress
 from training.setup import fingerprint, open_run_source
 from training.stream import STREAM
+from training.workers import run
 
 BATCH = 64  # samples of a chunk
 NAMED = 10  # bad samples that are named
@@ -170,7 +171,7 @@ class _Writer:
         if not is_cache(self.folder):
             self.about.write(self.folder)
         if self.text is not None and not (self.folder / "empty.json").is_file():
-            write_shard(self.folder / "empty", [Sample("", "", [""])], packed([self.empty], self.empty))
+            write_shard(self.folder / "empty", [CachedSample("", "", [""])], as_tensors([self.empty], self.empty))
         i, n = self.options.part
         shards = range(i, self.about.num_shards, n)
         jobs = [job for shard in shards for job in self._jobs(shard)]
@@ -181,7 +182,7 @@ class _Writer:
         with interrupts.deferred(), Progress("caching", total, total - left) as progress, closing(reads):
             for job, read in zip(jobs, reads, strict=True):
                 known = self._known(read)
-                write_shard(self._chunk(job.shard, job.chunk), read.samples, packed(known, self.empty))
+                write_shard(self._chunk(job.shard, job.chunk), read.samples, as_tensors(known, self.empty))
                 self._merge(job.shard)
                 done += len(job.places)
                 progress.show(total - left + done)
@@ -255,7 +256,7 @@ class _Writer:
                 pairs.append((row[:n], vector))
         return out
 
-    def _tell(self, sample: Sample) -> None:
+    def _tell(self, sample: CachedSample) -> None:
         if sample.error is not None:
             self.bad += 1
             if self.bad <= NAMED:
@@ -275,7 +276,7 @@ class _Read(NamedTuple):
     among the good samples.
     """
 
-    samples: list[Sample]
+    samples: list[CachedSample]
     images: list[tuple[list[int], Tensor]]
 
 
@@ -300,15 +301,15 @@ def _others(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not (path.name.startswith(".cache.json.") and path.suffix == ".part")]
 
 
-def _one(source: Source, i: int) -> tuple[Sample, np.ndarray | None]:
+def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
     """A sample and its image, which a bad one has not."""
     one, layout = source[i], layout_of(source)
     texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
     place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
     if one.image is None:
-        return Sample(one.key, "", list(texts), one.error, list(shares), *place), None
+        return CachedSample(one.key, "", list(texts), one.error, list(shares), *place), None
     captions = list(texts) or [""]
-    return Sample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
+    return CachedSample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
 
 
 def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
@@ -324,7 +325,7 @@ def _is_whole(chunk: Path) -> bool:
         return False
 
 
-def _check_finite(sample: Sample, known: Known, options: CacheOptions) -> None:
+def _check_finite(sample: CachedSample, known: Known, options: CacheOptions) -> None:
     numbers = [(known.statistics, "--dtype"), *((x, "--text-dtype") for one in known.text for p in one for x in p)]
     for x, option in numbers:
         if not bool(x.isfinite().all()):

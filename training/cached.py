@@ -19,6 +19,7 @@ from mmdit.autoencoder import Autoencoder
 from mmdit.features import Encoded, Features, KnownText, TextShape
 from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
 from mmdit.weights_io import read_json
+from training.ahead import ahead
 from training.cache import Cache, CacheError, Known, same_text
 from training.captions import choose
 from training.config import DataConfig
@@ -29,7 +30,6 @@ from training.loader import rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.share import WHOLE, Share
-from training.stream import ahead
 
 AHEAD = 2  # batches read before they are asked for
 

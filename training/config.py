@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from training import settings
+from training.idle import idle_settings, refuse_idle
 from training.sections import (
     DataConfig,
     EvaluationConfig,
@@ -51,6 +52,8 @@ __all__ = [
     "to_toml",
 ]
 
+WRITTEN = "config.toml"
+"""The config as used, in a run folder."""
 MAX_CHARACTERS = 1_000_000
 MAX_DOTS = 1_000
 """Of a config file, and of a line of it: what a key costs to parse grows with the square of its parts."""
@@ -99,10 +102,6 @@ class TrainConfig(Settings):
             )
         if self.transfusion.enabled and self.training.packing:
             raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
-        if self.transfusion.size_tokens and not self.transfusion.enabled:
-            raise ConfigError(
-                "transfusion.size_tokens is for models of text and images: set transfusion.enabled=true too"
-            )
         if self.transfusion.text is not None and not self.transfusion.enabled:
             raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
         if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
@@ -165,22 +164,27 @@ class TrainConfig(Settings):
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a preset's name, a TOML file or a run folder, with "section.key=value" overrides applied.
 
-    Raises ConfigError for a file that is not there or no TOML, an unknown key, a wrong type, a value out of range.
+    Raises ConfigError for a file that is not there or no TOML, an unknown key, a wrong type, a value out of range, and
+    a key of a person's file or of the overrides that takes no effect (idle.py).
     """
     from training.presets import preset, preset_names
 
     if str(source) in preset_names():  # a folder of the same name is written ./demo
         return apply_overrides(preset(str(source)), overrides)
-    path = Path(source) / "config.toml" if Path(source).is_dir() else Path(source)
+    path = Path(source) / WRITTEN if Path(source).is_dir() else Path(source)
     if not path.is_file():
         near = get_close_matches(str(source), preset_names(), n=1)
         hint = f'; did you mean the preset "{near[0]}"?' if near else f"; the presets are {', '.join(preset_names())}"
         raise ConfigError(f'there is no config file "{path}"{hint}')
-    return apply_overrides(read_config(path), overrides)
+    config, said = read_config(path)
+    final = apply_overrides(config, overrides)
+    if path.name != WRITTEN:  # which says every key, whoever chose it
+        refuse_idle(final, idle_settings(config, said), f"{path}: ")
+    return final
 
 
-def read_config(path: str | Path) -> TrainConfig:
-    """The config in a TOML file, on top of the preset that it names, if any."""
+def read_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
+    """The config in a TOML file, on top of the preset that it names, if any; and the keys that the file says."""
     from training.presets import preset
 
     path = Path(path)
@@ -196,11 +200,17 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: preset is {base!r}, expected a preset's name")
     try:
         default = TrainConfig() if base is None else preset(base)
-        return settings.merged(default, {"name": path.stem, **table})
+        return settings.merged(default, {"name": path.stem, **table}), settings.keys_in(table)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """The config with "section.key=value" assignments; values are TOML, or bare strings where that needs no quotes."""
-    return settings.overridden(config, overrides)
+    """The config with "section.key=value" assignments; values are TOML, or bare strings where that needs no quotes.
+
+    Raises ConfigError for one that is unknown, does not fit, or takes no effect with the others.
+    """
+    table = settings.table_of(TrainConfig, overrides)
+    config = settings.merged(config, table)
+    refuse_idle(config, settings.keys_in(table))
+    return config

@@ -7,7 +7,8 @@ After step t an average of the power g weighs the weights of times tau in (0, t]
 
     p(tau) = (g + 1) tau^g / t^(g + 1),      sigma_rel = sqrt(g + 1) / ((g + 2) sqrt(g + 3))
 
-its standard deviation over t. Here time is the number of steps done, and a profile is such a (t, g).
+its standard deviation over t. Here time is the number of updates of the weights, which a step that is left out does
+not make, and a profile is such a (t, g).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmdit.mapped import read_metadata
 from mmdit.weights_io import read_weights, save_weights
 from training.checkpoint import assign, load_latest
 from training.config import TrainingConfig
@@ -50,9 +52,9 @@ def sigma_rel_of(power: float) -> float:
 
 
 def power_decay(power: float, done: int) -> float:
-    """How much of the average stays at the step that makes `done` of them: (1 - 1 / done)^(g + 1), 0 at the first.
+    """How much of the average stays at the update that makes `done` of them: (1 - 1 / done)^(g + 1), 0 at the first.
 
-    The weight of step k then is the density's integral from k - 1 to k, exactly.
+    The weight of update k then is the density's integral from k - 1 to k, exactly.
     """
     return float((1 - 1 / done) ** (power + 1))
 
@@ -75,23 +77,23 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)) so that early weights are forgotten
-    fast. Frozen parameters are left alone.
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int) -> None:
+    """ema += (1 - d) (model - ema) at update k, from 0, with d = min(decay, (1 + k) / (10 + k)) so that early weights
+    are forgotten fast. Frozen parameters are left alone.
     """
     averages, weights = _pairs(ema, model)
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + k) / (10 + k)))
 
 
 class Exponential:
-    """The average of a fixed decay a step, in `ema`, a copy of the model."""
+    """The average of a fixed decay an update, in `ema`, a copy of the model."""
 
     def __init__(self, ema: nn.Module, decay: float) -> None:
         self.ema, self.decay = ema, decay
 
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights that step number `step`, from 0, has made."""
-        update_ema(self.ema, model, self.decay, step)
+    def update(self, model: nn.Module, k: int) -> None:
+        """Take in the weights that update number `k`, from 0, has made."""
+        update_ema(self.ema, model, self.decay, k)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of it, by file."""
@@ -101,8 +103,9 @@ class Exponential:
         """Put back what `tensors` gave. Raises ValueError that names `source` where it does not fit."""
         assign(self.ema, tensors["ema"], source)
 
-    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
-        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept.
+    def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
+        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept. updates: of the
+        weights in these.
 
         Of an average in parts all processes have to ask, and one to write.
         """
@@ -119,7 +122,7 @@ class ScheduleFree(Exponential):
         self.optimizer, self.beta = optimizer, beta
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: nn.Module, k: int) -> None:
         averages, weights = _pairs(self.ema, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         ends = [self.optimizer.state[p].get("z", p.detach()) for p in parameters]  # unused: it has not moved
@@ -127,7 +130,7 @@ class ScheduleFree(Exponential):
 
 
 class Power(Exponential):
-    """Two averages by powers of the step, the first in `ema`, and their snapshots every so often."""
+    """Two averages by powers of the number of updates, the first in `ema`, and their snapshots every so often."""
 
     def __init__(self, ema: nn.Module, model: nn.Module, config: TrainingConfig) -> None:
         super().__init__(ema, 0.0)
@@ -136,11 +139,11 @@ class Power(Exponential):
         self.second = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: nn.Module, k: int) -> None:
         first, weights = _pairs(self.ema, model)
         second = [local(x) for x in self.second.values()]
         for power, averages in zip(self.powers, (first, second), strict=True):
-            torch._foreach_lerp_(averages, weights, 1 - power_decay(power, step + 1))
+            torch._foreach_lerp_(averages, weights, 1 - power_decay(power, k + 1))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"ema": self.ema.state_dict(), "ema_second": self.second}
@@ -150,8 +153,8 @@ class Power(Exponential):
         for name, value in self.second.items():
             local(value).copy_(local(parted(tensors["ema_second"][name], value)))
 
-    def snapshot(self, run: Path, step: int, write: bool = True) -> None:
-        if not self.config.ema_snapshot_every:
+    def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
+        if not self.config.ema_snapshot_every or not updates:
             return
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.ema_snapshot_dtype]
         first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
@@ -159,7 +162,7 @@ class Power(Exponential):
             path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
             tensors = {name: whole(value).to(kind) for name, value in average.items()}
             if write:
-                save_weights(tensors, path)
+                save_weights(tensors, path, {"updates": str(updates)})
 
 
 def make_average(
@@ -197,6 +200,11 @@ def remove_snapshots(run: Path, step: int) -> None:
             path.unlink()
 
 
+def _updates(snapshot: Path, step: int) -> int:
+    """How many updates a snapshot averages: as many as steps, unless it says otherwise."""
+    return int(read_metadata(snapshot).get("updates", step))
+
+
 def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
     """The weights, averaged with a relative width of any size, after `step` steps (None: those of the last snapshot).
 
@@ -213,8 +221,8 @@ def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> d
     end = steps[-1] if step is None else step
     if end not in steps:
         raise ValueError(f"{run} has no snapshot of step {end}, it has {', '.join(map(str, steps))}")
-    used = [(at, power_of(width), read_weights(path)) for at, width, path in found if at <= end]
-    factors = mixture([(at, g) for at, g, _ in used], (end, power)).tolist()
+    used = [(_updates(path, at), power_of(width), read_weights(path)) for at, width, path in found if at <= end]
+    factors = mixture([(t, g) for t, g, _ in used], (used[-1][0], power)).tolist()
     state: dict[str, Tensor] = dict(load_latest(run, print)[1]["ema"])
     for name in used[0][2]:
         total = torch.zeros(state[name].shape, dtype=torch.float64)

@@ -113,7 +113,7 @@ def in_one_row(patches: int, text: Tensor, longest: int) -> Sizes:
     )
 
 
-def packed(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
+def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
     """Sizes of a `Transfusion`'s batch: documents (n,) of at most one image, of so many patches (0: none), with text.
 
     lead: tokens that say the image's size.

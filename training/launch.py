@@ -40,6 +40,8 @@ KEPT = (
     "data.captions",
     "data.shuffle_buffer",
 )
+KEPT_IN_BUCKETS = ("training.batch_size",)
+"""Which images are too few for a bucket of their own, and whose turn it is, hangs on it too."""
 
 
 def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> Path:
@@ -109,7 +111,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
     old = run.config()
-    for key in KEPT:
+    for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ())):
         if attrgetter(key)(config) != attrgetter(key)(old):
             raise other_setting(run, key, attrgetter(key)(old), attrgetter(key)(config))
     try:

@@ -8,29 +8,26 @@ Shapes: B samples in a batch, h, w the source's image size.
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from training.errors import DataError
 from training.order import Layout, Order, Plan
 from training.share import WHOLE, Share
+from training.workers import run
 
 if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for", "run"]
+__all__ = ["Batch", "Order", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -180,90 +177,6 @@ def make_batch(
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
     channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Batch(channels_first, captions, keys, skipped, originals, crops, flipped, numbers)
-
-
-# --- worker processes ------------------------------------------------------------------------------------------------
-
-
-class _Steps(Dataset):
-    """What a worker calls: step -> Batch, or the error as a value, to be raised without the worker's traceback."""
-
-    def __init__(self, batch_at: Callable[[Any], Batch]) -> None:
-        self.batch_at = batch_at
-
-    def __getitem__(self, step: Any) -> Batch | DataError:
-        try:
-            return self.batch_at(step)
-        except DataError as error:
-            return error
-
-
-def run(batch_at: Callable[[Any], Batch], steps: Iterable[Any], num_workers: int) -> Generator[Batch, None, None]:
-    """The batch of each step in order, made by worker processes if there are any. Steps are whatever batch_at takes."""
-    if num_workers == 0:
-        yield from map(batch_at, steps)
-        return
-    workers: DataLoader = DataLoader(
-        _Steps(batch_at),
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # else it draws from the global one
-    )
-    with _signals_blocked():
-        batches: Any = iter(workers)
-    stop = partial(_stop, batches)
-    atexit.register(stop)
-    try:
-        with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
-            for batch in batches:
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
-    finally:
-        atexit.unregister(stop)
-        stop()
-
-
-@contextmanager
-def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
-    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed.
-
-    signs: other errors that tell of it, but where a worker itself had them and lives.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
-        if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
-            raise
-        raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
-    trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop(batches: Any) -> None:
-    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM."""
-    batches._shutdown_workers()
-    for worker in batches._workers:
-        if worker.is_alive():
-            worker.kill()
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.config import OptimizerConfig
 from training.devices import multiplies_bf16
 from training.mup import rate_scales
-from training.sharding import local, part_of, parted, whole
+from training.sharding import as_part, local, parted, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: brings singular values of (0, 1] near 1 in 5 rounds
 MATCH_RMS = 0.2  # of AdamW's usual updates (Liu et al. 2025, arXiv 2502.16982, section 2.2)
@@ -160,7 +160,7 @@ class Muon(torch.optim.AdamW):
         own = [local(w) for w in weights]
         torch._foreach_mul_(own, 1 - lr * weight_decay)
         # Of a model in parts every process gathers the updates, makes them orthogonal and takes its part.
-        updates = [whole(part_of(u, w)) for u, w in zip(updates, weights, strict=True)]
+        updates = [whole(as_part(u, w)) for u, w in zip(updates, weights, strict=True)]
         by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for u in updates:
             for part in _parts(u):

@@ -99,10 +99,11 @@ class Turns:
         while self._done(epoch + 1).sum() <= step:
             epoch += 1
         before, after = self._done(epoch), self._done(epoch + 1)
-        turns = [(b, k) for b in range(len(before)) for k in range(before[b], after[b])]
+        own = [np.arange(first, last) for first, last in zip(before, after, strict=True)]
+        turns = np.stack([np.repeat(np.arange(len(own)), after - before), np.concatenate(own)], axis=1)
         shuffled = np.random.default_rng([self.seed, epoch, len(self.counts)]).permutation(len(turns))
         self._epoch, self._first = epoch, int(before.sum())
-        self._turns = np.array(turns, dtype=np.int64)[shuffled]
+        self._turns = turns[shuffled]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _pools(n: int, layout: Layout, bucket: int) -> tuple[list[tuple[np.ndarray, 
     for s, weight in enumerate(layout.weights):
         own = inside if layout.part is None else inside & (layout.part == s)
         if own.any():
-            pools.append((np.flatnonzero(own), s))
+            pools.append((np.flatnonzero(own).astype(np.uint32 if n < 2**32 else np.int64), s))
             weights.append(weight / total * float(own.sum()) / float(sizes[s]))
     return pools, weights
 

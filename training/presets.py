@@ -51,6 +51,7 @@ def transfusion_demo() -> TrainConfig:
         demo(),
         name="transfusion-demo",
         model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, positions="both", pos_embed_max_size=32),
+        text=TextConfig(vocab_size=512, max_length=17),
         transfusion=TransfusionConfig(enabled=True, weights="separate", time="image"),
         training=replace(demo().training, num_steps=8000),
     )

@@ -31,6 +31,7 @@ from training.setup import check_reference, open_run_source
 from training.stream import HeldOut, StreamSource
 
 KID_SUBSET = 1000
+OF_NETWORKS = ("features", "clip", "reference", "num_reference", "num_images", "cache")  # settings of their scores
 AGAINST = (*BY_FEATURES, "cmmd")  # what needs a reference
 
 
@@ -206,6 +207,12 @@ def evaluate_images(
 
 
 def with_evaluation(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The config with some settings of [evaluation] replaced; None leaves one as it is."""
+    """The config with some settings of [evaluation] replaced; None leaves one as it is.
+
+    Raises ValueError where they are about scores by networks, and no such score is asked for.
+    """
     given = {name: value for name, value in given.items() if value is not None}
+    about = [name for name in given if name in OF_NETWORKS]
+    if about and not given.get("metrics", config.evaluation.metrics):
+        raise ValueError(f"evaluation.{about[0]} is for scores by networks: name some with --metrics")
     return replace(config, evaluation=replace(config.evaluation, **given))

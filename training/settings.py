@@ -88,7 +88,7 @@ def fit(hint: Any, value: Any, key: str) -> Any:
         return _fit_union(hint, args, value, key)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{key} is {_show(value)}, expected {type_text(hint)}{suggestion(value, args)}")
+            raise ConfigError(f"{key} is {shown(value)}, expected {type_text(hint)}{suggestion(value, args)}")
         return value
     if origin is tuple:
         return _fit_tuple(hint, args, value, key)
@@ -98,7 +98,7 @@ def fit(hint: Any, value: Any, key: str) -> Any:
         value = int(value)
     # bool is an int in Python, but not in a config.
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{key} is {_show(value)}, expected {type_text(hint)}")
+        raise ConfigError(f"{key} is {shown(value)}, expected {type_text(hint)}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}, expected a finite number")
     return value
@@ -107,7 +107,7 @@ def fit(hint: Any, value: Any, key: str) -> Any:
 def _fit_range(base: Any, allowed: Range, value: Any, key: str) -> Any:
     value = fit(base, value, key)
     if value not in allowed:
-        raise ConfigError(f"{key} is {_show(value)}, expected {type_text(base)} {allowed}")
+        raise ConfigError(f"{key} is {shown(value)}, expected {type_text(base)} {allowed}")
     return value
 
 
@@ -121,12 +121,12 @@ def _fit_union(hint: Any, args: tuple[Any, ...], value: Any, key: str) -> Any:
         except ConfigError as error:
             if len(others) == 1:
                 raise ConfigError(f'{error} or "none"') from None
-    raise ConfigError(f"{key} is {_show(value)}, expected {type_text(hint)}")
+    raise ConfigError(f"{key} is {shown(value)}, expected {type_text(hint)}")
 
 
 def _fit_tuple(hint: Any, args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
-        raise ConfigError(f"{key} is {_show(value)}, expected {type_text(hint)}")
+        raise ConfigError(f"{key} is {shown(value)}, expected {type_text(hint)}")
     kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
     return tuple(fit(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
 
@@ -139,7 +139,7 @@ def type_text(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join('"none"' if arg is NoneType else type_text(arg) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(_show(arg) for arg in args)
+        return "one of " + ", ".join(shown(arg) for arg in args)
     if origin is tuple:
         if args[-1] is Ellipsis:
             return f"a list [...], each {type_text(args[0])}"
@@ -147,14 +147,14 @@ def type_text(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as TOML writes it, where TOML can."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_show(item) for item in value)}]"
+        return f"[{', '.join(shown(item) for item in value)}]"
     return '"none"' if value is None else str(value)
 
 
@@ -193,7 +193,7 @@ def merged(settings: S, table: Mapping[str, Any], prefix: str = "") -> S:
             raise ConfigError(_unknown(key, type(settings), prefix))
         if is_section(hints[name]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key} is a section, but {_show(value)} came; write [{key}] and its keys below")
+                raise ConfigError(f"{key} is a section, but {shown(value)} came; write [{key}] and its keys below")
             value = merged(getattr(settings, name), value, key)
         else:
             value = fit(hints[name], value, key)
@@ -202,19 +202,24 @@ def merged(settings: S, table: Mapping[str, Any], prefix: str = "") -> S:
 
 
 def overridden(settings: S, assignments: Sequence[str]) -> S:
-    """The settings with "section.key=value" assignments applied; a value is TOML, or else a bare string."""
+    """The settings with "section.key=value" assignments applied."""
+    return merged(settings, table_of(type(settings), assignments))
+
+
+def table_of(cls: type, assignments: Sequence[str]) -> dict[str, Any]:
+    """The nested table of "section.key=value" assignments; a value is TOML, or else a bare string."""
     table: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key, text = key.strip(), text.strip()
         if not equals or not key:
-            raise ConfigError(f'"{assignment}" is no setting; expected key=value, such as {_example(type(settings))}')
+            raise ConfigError(f'"{assignment}" is no setting; expected key=value, such as {_example(cls)}')
         *path, name = key.split(".")
         place = table
         for part in path:
             place = place.setdefault(part, {})
-        place[name] = _parse(text, hint_of(type(settings), key), key)
-    return merged(settings, table)
+        place[name] = _parse(text, hint_of(cls, key), key)
+    return table
 
 
 def hint_of(cls: type, key: str) -> Any:
@@ -278,6 +283,15 @@ def keys(cls: type, prefix: str = "") -> list[str]:
     return found
 
 
+def keys_in(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every dotted key that a nested table says."""
+    found: list[str] = []
+    for name, value in table.items():
+        key = _join(prefix, name)
+        found += keys_in(value, key) if isinstance(value, Mapping) else [key]
+    return found
+
+
 def _example(cls: type) -> str:
     return f"{keys(cls)[-1]}=..."
 
@@ -294,7 +308,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         if is_dataclass(a):
             found += differences(a, b, key)
         elif a != b:
-            found.append(f"{key}: {_show(a)} -> {_show(b)}")
+            found.append(f"{key}: {shown(a)} -> {shown(b)}")
     return found
 
 
@@ -314,7 +328,7 @@ def field_docs(cls: type, prefix: str = "") -> list[FieldDoc]:
     """The settings of a class and of its sections, in the order of declaration."""
     docs: list[FieldDoc] = []
     meanings = _meanings(cls)
-    defaults = {f.name: "" if f.default is MISSING else _show(f.default) for f in fields(cls)}  # type: ignore[arg-type]
+    defaults = {f.name: "" if f.default is MISSING else shown(f.default) for f in fields(cls)}  # type: ignore[arg-type]
     for name, hint in _hints(cls).items():
         key = _join(prefix, name)
         if is_section(hint):

@@ -202,7 +202,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def part_of(x: Tensor, like: Tensor) -> Tensor:
+def as_part(x: Tensor, like: Tensor) -> Tensor:
     """What a process computed from its part of `like`, as the part that it is of one tensor."""
     if not hasattr(like, "device_mesh"):
         return x

@@ -79,6 +79,12 @@ def _started(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
             f"{path} has latents of {theirs.in_channels} channels, the autoencoder {ours.in_channels}: name its own in "
             "autoencoder"
         )
+    side = config.model.pos_embed_max_size
+    if ours.positions != "rope" and side != theirs.pos_embed_max_size:
+        run.log(
+            f"warning: model.pos_embed_max_size = {side} takes no effect with init = {_said(path)}: "
+            f"its table of positions has {theirs.pos_embed_max_size} rows and columns"
+        )
     shape = replace(ours, sample_size=theirs.sample_size, pos_embed_max_size=theirs.pos_embed_max_size)
     trunk = MMDiT(shape)
     own, given = trunk.state_dict(), found.state_dict()

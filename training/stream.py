@@ -2,32 +2,39 @@
 
 There is no random access, so the order is made as the rows come: the dataset's files in an order drawn by (seed,
 epoch), and within each block of `buffer` rows a permutation drawn by (seed, epoch, block). The row at a position is
-thus a function of (seed, position), and to resume is to read on from the start of its epoch without decoding. Each
-process reads the whole stream, once, and decodes its own rows, in worker processes where there are some.
+thus a function of (seed, position), and to resume is to read on from the start of its epoch without decoding: epochs
+are of one length, which a run knows when it has seen one. Each process reads the whole stream, once, and decodes its
+own rows, in worker processes where there are some.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import queue
-import threading
+import json
+import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmdit.weights_io import write_aside
+from training.ahead import ahead
 from training.captions import captions_of
 from training.data import Sample, SourceOptions, place_of, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.images import BadImage, Size, fit_size, read_size
-from training.loader import Batch, make_batch, rng_for, run
+from training.loader import Batch, make_batch, rng_for
+from training.remote import Patience
 from training.rows import caption_columns, image_column, key_column
 from training.share import WHOLE, Share
+from training.workers import run
 
 STREAM = "hf-stream:"
 PLAIN = SourceOptions()
@@ -61,8 +68,9 @@ class StreamSource:
         if options.buckets:
             raise DataError(f"{spec} is a stream, of which no sizes are known before: buckets need files or hf:NAME")
         self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
-        self.data = load(spec.removeprefix(STREAM), streaming=True)
-        names = self.data.column_names or list(next(iter(self.data)))
+        data = load(spec.removeprefix(STREAM), streaming=True)
+        names = data.column_names or list(next(iter(data)))
+        self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
         self.column, self.key_column = image_column(names, spec), key_column(names)
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
         self.keys: Sequence[str] = [spec]  # what is known of them
@@ -89,8 +97,8 @@ class StreamSource:
                 yield Row(key, texts, shares, image)
 
     def _taken(self, data: Any) -> Iterator[dict[str, Any]]:
-        """The first so many rows, as dictionaries; what a reader or a server raises becomes `DataError`."""
-        rows = iter(data.take(self.num_samples) if self.num_samples else data)
+        """Rows as dictionaries; what a reader or a server raises becomes `DataError`."""
+        rows = iter(data)
         while True:
             try:
                 values = next(rows)
@@ -99,6 +107,30 @@ class StreamSource:
             except Exception as error:
                 raise DataError(f"{self.spec}: {' '.join(str(error).split()) or type(error).__name__}") from error
             yield values
+
+    # --- how many rows an epoch has ---
+
+    def epoch_rows(self, held_out: float) -> int | None:
+        """Rows to train on in an epoch, where a run has seen one."""
+        try:
+            found = json.loads(self._note(held_out).read_text())
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if isinstance(found, int) and found > 0 else None
+
+    def note_epoch_rows(self, held_out: float, count: int) -> None:
+        """Keep the number beside the run's indexes, if it is news; where it cannot be, resuming takes longer."""
+        if self.options.wanted.cache is not None and count != self.epoch_rows(held_out):
+            with suppress(OSError):
+                write_aside(self._note(held_out), lambda aside: aside.write_text(json.dumps(count)))
+
+    def _note(self, held_out: float) -> Path:
+        wishes = replace(self.options.wanted, cache=None, patience=Patience())
+        text = f"{self.spec} {self.num_samples} {wishes} {held_out}"
+        name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+        return (self.options.wanted.cache or Path(os.devnull)) / f"stream-{name}.json"
+
+    # --- a row ---
 
     def _image(self, value: Any) -> bytes:
         """The image file in a cell; empty where there is no such file, so that its row is named as a bad one."""
@@ -152,26 +184,24 @@ class HeldOut:
 
 def shuffled(stream: StreamSource, held_out: float, seed: int, start: int = 0) -> Iterator[Row]:
     """The rows to train on from a position on, in the order of (seed, position), epoch after epoch without an end."""
-    for epoch in itertools.count():
+    known = stream.epoch_rows(held_out)
+    epoch, start = divmod(start, known) if known else (0, start)
+    while True:
         count = 0  # rows of this epoch
         rows = (row for row in stream.rows(epoch, seed) if place_of(row.key) >= held_out)
         for block in itertools.count():
-            if start >= stream.buffer:  # not one of these is asked for
-                passed = sum(1 for _ in itertools.islice(rows, stream.buffer))
-                if passed == stream.buffer:
-                    count, start = count + passed, start - passed
-                    continue
-                count, start = count + passed, max(0, start - passed)
-                break
             some = list(itertools.islice(rows, stream.buffer))
-            count += len(some)
-            order = np.random.default_rng([seed, epoch, block, 1]).permutation(len(some))
-            yield from (some[i] for i in order[start:])
-            start = max(0, start - len(some))
+            if start < len(some):
+                order = np.random.default_rng([seed, epoch, block, 1]).permutation(len(some))
+                yield from (some[i] for i in order[start:])
+            count, start = count + len(some), max(0, start - len(some))
             if len(some) < stream.buffer:
                 break
         if not count:
             raise DataError(f"no samples to train on in {stream.spec}: all are held out, left out or without a caption")
+        stream.note_epoch_rows(held_out, count)
+        passed, start = divmod(start, count)
+        epoch += 1 + passed
 
 
 def stream_loader(
@@ -196,7 +226,8 @@ def stream_loader(
             some = list(itertools.islice(rows, batch_size))
             yield _Asked(step, tuple(mine), tuple(some[row] for row in mine))
 
-    return _closing(run(partial(_decoded, stream.options, stream.image_size, seed), ahead(asked(), AHEAD), num_workers))
+    make = partial(_decoded, stream.options, stream.image_size, seed)
+    return _closing(run(make, ahead(asked(), AHEAD), num_workers))
 
 
 def _closing(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
@@ -226,40 +257,3 @@ def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Ba
         raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
     chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
     return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
-
-
-def ahead(items: Iterable[Any], most: int) -> Iterator[Any]:
-    """The same items, of which a thread fetches up to `most` before they are asked for; errors come in their place."""
-    fetched: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
-    stopped = threading.Event()
-    thread = threading.Thread(target=partial(_fetch, items, fetched, stopped), daemon=True)
-    thread.start()
-    try:
-        while True:
-            good, item = fetched.get()
-            if not good:
-                if item is None:
-                    return
-                raise item
-            yield item
-    finally:
-        stopped.set()
-
-
-def _fetch(items: Iterable[Any], fetched: queue.Queue[tuple[bool, Any]], stopped: threading.Event) -> None:
-    def put(good: bool, item: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                fetched.put((good, item), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    try:
-        for item in items:
-            if not put(True, item):
-                return
-        put(False, None)
-    except BaseException as error:
-        put(False, error)

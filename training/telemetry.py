@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmdit.text_and_images import CaptionedTransfusion
 from training.cache import is_cache
 from training.config import TrainConfig
-from training.flops import captioned, in_one_row, packed, peak_tflops, reads_padding, step_flops, text_places
+from training.flops import captioned, in_one_row, of_documents, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
 from training.stream import STREAM
 
@@ -160,7 +160,7 @@ class Telemetry:
                 one_each = torch.zeros_like(text)
                 one_each[:images] = patches
                 lead = 2 if self.model.transformer.config.size_tokens else 0
-                flops += step_flops(self.model, packed(one_each, text, lead))
+                flops += step_flops(self.model, of_documents(one_each, text, lead))
             elif self.model.packed:
                 flops += step_flops(self.model, in_one_row(patches, captions, int(captions.max())))
             else:

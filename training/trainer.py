@@ -31,13 +31,14 @@ from training.checkpoint import (
     read_checkpoint,
 )
 from training.config import TrainConfig
-from training.corpus import Pieces
+from training.corpus import Corpus, Pieces
+from training.data import Source
 from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText
+from training.idle import idle_settings
 from training.interrupts import Interrupted, Interrupts
-from training.loader import naming_dead_workers
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
 from training.parallel import ALONE, ProcessLost, Ranks
@@ -61,6 +62,7 @@ from training.sharding import (
 )
 from training.share import Share
 from training.telemetry import Profiler, Telemetry, shared_state
+from training.workers import naming_dead_workers
 from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training
@@ -86,18 +88,16 @@ class Trainer:
         self.config, self.run, self.ranks, self.step = config, run, ranks, 0
         self.device = pick_device(config.training.device)
         self.precision = pick_precision(config.training.precision, self.device)
-        if why := why_not(config.training.attention, self.device):
-            raise ValueError(why)
         self.share = Share(ranks.rank, ranks.world, config.training.grad_accumulation)
         self._check()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         self.scaler = LossScaler.for_precision(self.precision)
+        self.updates = 0  # of the weights: a step that is left out makes none
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        self._judge: ModelJudge | None = None
         if ranks.first:
             run.board = open_board(config, run)
-        check_metrics(config.evaluation)
-        self._judge: ModelJudge | None = None
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
@@ -105,6 +105,29 @@ class Trainer:
         corpus = open_corpus(config, run)
         self.samples, self.text = fingerprint(source), corpus and corpus.digest
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
+        self._equip(source.image_size)
+        if resumed:
+            self._load()
+        self._open_feeds(source, corpus)
+        self._begin(resumed)
+
+    def _check(self) -> None:
+        """Raises ValueError where the batch, the processes and the device do not go together, or something is not
+        there; warns of settings that take no effect.
+        """
+        if why := why_not(self.config.training.attention, self.device):
+            raise ValueError(why)
+        check_parallel(self.config, self.ranks, self.device)
+        documents = self.config.text_documents
+        self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
+        self.share.check("the number of documents of text in a batch", documents)
+        check_metrics(self.config.evaluation)
+        for line in idle_settings(self.config).values():
+            self.run.log(f"warning: {line}")
+
+    def _equip(self, image_size: tuple[int, int]) -> None:
+        """What learns with the fresh model: its share of it, the optimiser, the average, and the pipeline of that."""
+        config, run, ranks = self.config, self.run, self.ranks
         ranks.agree(config=repr(config), data=self.samples, text=self.text, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
@@ -118,37 +141,33 @@ class Trainer:
         )
         self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log, ranks.sum)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
-            self.ema, self.autoencoder, source.image_size, config.objective.shift, self._sampling_defaults()
+            self.ema, self.autoencoder, image_size, config.objective.shift, self._sampling_defaults()
         )
-        if resumed:
-            self._load()
+
+    def _open_feeds(self, source: Source, corpus: Corpus | None) -> None:
+        """What is trained on and validated with; it asks the model's conditioner, which by now is on the device."""
+        config, run, words = self.config, self.run, self.model.conditioner
         self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
-        self.feed, self.validation = open_feeds(
-            config, run, source, self.autoencoder, self.model.conditioner, self.device
-        )
+        self.feed, self.validation = open_feeds(config, run, source, self.autoencoder, words, self.device)
         self.held_out_text: Pieces | None = None
         if corpus is not None:
-            words: Any = self.model.conditioner.tokenizer
-            pieces, self.held_out_text = open_pieces(config, run, corpus, words, self.device)
+            tokenizer: Any = words.tokenizer
+            pieces, self.held_out_text = open_pieces(config, run, corpus, tokenizer, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
-        if resumed:  # only now, when nothing can fail any more, is anything of the run replaced
-            ranks.wait()
-            run.remove_leftovers()
-            if ranks.first:
-                self.pipe.save_defaults(run.path / "pipeline")
-            run.write_config(config)
-            run.rewind_metrics(self.step)
-            if ranks.first:
-                remove_snapshots(run.path, self.step)
-        else:
-            self._save_pipeline()
 
-    def _check(self) -> None:
-        """Raises ValueError where the batch, the processes and the device do not go together."""
-        check_parallel(self.config, self.ranks, self.device)
-        documents = self.config.text_documents
-        self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
-        self.share.check("the number of documents of text in a batch", documents)
+    def _begin(self, resumed: bool) -> None:
+        """Write what a run begins with; of a resumed one only now, when nothing can fail any more, replace anything."""
+        if not resumed:
+            self._save_pipeline()
+            return
+        self.ranks.wait()
+        self.run.remove_leftovers()
+        if self.ranks.first:
+            self.pipe.save_defaults(self.run.path / "pipeline")
+        self.run.write_config(self.config)
+        self.run.rewind_metrics(self.step)
+        if self.ranks.first:
+            remove_snapshots(self.run.path, self.step)
 
     @property
     def _pictures(self) -> int:
@@ -228,7 +247,8 @@ class Trainer:
         set_rate(self.optimizer, self.rate(self.step))
         if self._usable(norm):
             self.optimizer.step()
-            self.average.update(self.model, self.step)
+            self.average.update(self.model, self.updates)
+            self.updates += 1
             for loss in losses:
                 self.telemetry.add(loss)
         self.optimizer.zero_grad()
@@ -289,7 +309,7 @@ class Trainer:
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.ema_snapshot_every):
-            self.average.snapshot(self.run.path, self.step, write=self.ranks.first)
+            self.average.snapshot(self.run.path, self.step, self.updates, write=self.ranks.first)
         every = self.config.evaluation.metrics_every
         if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
             self._score()
@@ -359,7 +379,7 @@ class Trainer:
         losses = self._mean_losses()
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         state |= {"text": self.text} if self.text else {}
-        state |= {"skipped": self.skipped, "bad": self._bad}
+        state |= {"updates": self.updates, "skipped": self.skipped, "bad": self._bad}
         state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
@@ -411,6 +431,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:
             self.telemetry.load(state["telemetry"])

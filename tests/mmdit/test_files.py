@@ -11,7 +11,9 @@ import mmdit
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.files import read_part
 from mmdit.layouts import SD3
+from mmdit.mapped import read_weights
 from mmdit.transfusion import Transfusion
+from mmdit.weights_io import save_weights
 
 TINY = MMDiTConfig(
     in_channels=3,
@@ -298,6 +300,18 @@ def test_an_index_that_is_none_is_named(model, tmp_path, text, message):
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "b.safetensors")
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        mmdit.load(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused_not_taken_from_the_last(model, tmp_path):
+    mmdit.save(model, tmp_path, "diffusers")
+    whole = tmp_path / "diffusion_pytorch_model.safetensors"
+    name = sorted(read_weights(whole))[0]
+    index = {"weight_map": {other: "1.safetensors" for other in read_weights(whole)} | {"extra": "2.safetensors"}}
+    whole.rename(tmp_path / "1.safetensors")
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps(index))
+    save_weights({name: torch.zeros(2), "extra": torch.zeros(2)}, tmp_path / "2.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is in 1.safetensors and in 2.safetensors, expected it in one"):
         mmdit.load(tmp_path)
 
 

@@ -96,6 +96,9 @@ def test_tied_tables_and_weights_in_several_files(kind, tmp_path):
     init_from(trunk, [tmp_path])
     ids = torch.arange(4, 12)
     torch.testing.assert_close(trunk(trunk.pack([[ids]])).logits, theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    save_weights({name: state[name] for name in names[9:]}, tmp_path / "model-2.safetensors")
+    with pytest.raises(ValueError, match="is in model-1.safetensors and in model-2.safetensors"):
+        init_from(trunk, [tmp_path])
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2"):
         init_from(trunk, [tmp_path])

@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mmdit.features import Features
 from mmdit.sd3_text import SD3Text, open_sd3_text
 from mmdit.text import Tokenizer
 from mmdit.text_encoders import CLIPText, OpenCLIPText, fingerprint, load_encoder, open_text_encoder
@@ -294,6 +295,12 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(singles, folder, tmp_pat
 
     with pytest.raises(ValueError, match="no text encoder in"):
         open_text_encoder(tmp_path)
+    (tmp_path / "none").mkdir()
+    shutil.copy(folder / "model_index.json", tmp_path / "none")
+    with pytest.raises(ValueError, match="no text encoder in .*none: the pipeline has none of"):
+        open_text_encoder(tmp_path / "none")
+    with pytest.raises(ValueError, match="features of no encoder"):
+        assert Features().mask is None
     with pytest.raises(ValueError, match="max_length is 78, expected 2 to 77 tokens"):
         open_text_encoder(singles / "clip", 78)
     with pytest.raises(ValueError, match="without names t6, expected a list of some of clip_l, clip_g, t5"):

@@ -247,3 +247,12 @@ def test_sd3s_setting_wants_one_image_a_document():
 def test_bad_configs_are_refused(change, what):
     with pytest.raises(ValueError, match=what):
         replace(TINY, **change)
+
+
+@pytest.mark.parametrize("words", ["a red circle", ["a red circle"], torch.zeros(1, 3)])
+def test_what_is_not_packed_is_refused_in_one_line(words):
+    model = Transfusion(TINY)
+    with pytest.raises(ValueError, match=r"the batch is a \w+, expected documents packed by model.pack"):
+        model(words, None)
+    with pytest.raises(ValueError, match="0 holds a (str|Tensor), expected a list of ids"):
+        model.pack(words)

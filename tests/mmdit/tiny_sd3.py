@@ -1,5 +1,6 @@
 """A StableDiffusion3Pipeline of random weights in miniature, as diffusers and transformers make and save it."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -116,3 +117,12 @@ def save_pipeline(folder: Path, num_layers: int = 3) -> StableDiffusion3Pipeline
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_encoders(root: Path) -> None:
+    """A T5 in root/t5, and in root/sd3 the three of SD3's pipeline, without its trunk."""
+    words = t5_tokenizer()
+    t5(words, 32).save_pretrained(root / "t5")
+    words.save_pretrained(root / "t5")
+    save_pipeline(root / "sd3")
+    shutil.rmtree(root / "sd3" / "transformer")

@@ -111,6 +111,8 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["sample", "run", "a star", "--out", "picture"], "such as picture.png"),
         (["sample", "no-such-run", "a star"], "no-such-run"),
         (["sample", "run", "a star", "--mask", "m.png"], "name the picture with --image"),
+        (["sample", "run", "a star", "--strength", "0.5"], "name the picture with --image"),
+        (["generate", "run", "a", "--max-images", "0", "--size", "8"], "--size says how pictures are drawn"),
         (["evaluate", "no-such-run"], "no-such-run"),
         (["convert", "x", "y"], "Missing option '--layout'"),
         (["convert", "x", "y", "--layout", "onnx"], "'onnx' is not one of 'mmdit', 'diffusers', 'sd3'"),

@@ -141,6 +141,8 @@ def test_a_run_trains_on_buckets_and_resumes_to_the_bit(mixed, tmp_path, cached,
     training.resume(halves, ["training.num_steps=8"])
     one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in (whole, halves))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="trained with another training.batch_size: 4, not 8"):
+        training.resume(halves, ["training.batch_size=8"])
     steps = [row["loss"] for row in RunFolder(whole).metrics() if "loss" in row]
     assert steps == [row["loss"] for row in RunFolder(halves).metrics() if "loss" in row]
 

@@ -23,10 +23,10 @@ from mmdit.kl_autoencoder import KLAutoencoder
 from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_encoders import open_text_encoder
-from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_pipeline, t5, t5_tokenizer
+from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
-from training.cache import Cache, CacheError, Known, Sample, Shard, packed, write_shard
+from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
 from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
@@ -43,12 +43,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Chunks and shards of a few samples, one thread, no progress."""
+    """Chunks of a few samples."""
     monkeypatch.setattr(cache_writer, "BATCH", 8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +52,7 @@ def parts(tmp_path_factory):
     """A T5, SD3's three text encoders, and two autoencoders, in folders."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("parts")
-    words = t5_tokenizer()
-    t5(words, 32).save_pretrained(root / "t5")
-    words.save_pretrained(root / "t5")
-    save_pipeline(root / "sd3")
-    shutil.rmtree(root / "sd3" / "transformer")
+    save_encoders(root)
     KLAutoencoder(make_pipeline().vae).save(root / "kl")
     patches = PatchAutoencoder(PatchAutoencoderConfig(4, (8, 8), 1, 1.5, 0.1))
     randomised(patches).save(root / "patches")
@@ -103,10 +95,10 @@ def test_what_is_written_is_read(tmp_path_factory, shapes, dtype, bad):
         ]
 
     known = [Known(torch.randn(2, h, w).to(dtype), [text(n) for n in lengths]) for h, w, lengths in shapes]
-    samples = [Sample(f"key {i}", "", ["caption"] * len(one.text)) for i, one in enumerate(known)]
-    samples.insert(min(bad, len(samples)), Sample("bad", "", ["none"], "broken"))
+    samples = [CachedSample(f"key {i}", "", ["caption"] * len(one.text)) for i, one in enumerate(known)]
+    samples.insert(min(bad, len(samples)), CachedSample("bad", "", ["none"], "broken"))
     stem = tmp_path_factory.mktemp("shard") / "shard-00000"
-    write_shard(stem, samples, packed(known, Known(torch.empty(0, 0, 0, dtype=dtype), [text(1)])))
+    write_shard(stem, samples, as_tensors(known, Known(torch.empty(0, 0, 0, dtype=dtype), [text(1)])))
     shard = Shard(stem)
     assert [one._replace(shares=()) for one in shard.samples] == samples and shard.problems() == []
     for place, one in zip(shard.good(), known, strict=True):

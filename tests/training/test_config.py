@@ -189,7 +189,7 @@ def test_differences_name_the_keys_that_changed():
         ("objective.time_density=logitnormal", 'did you mean "logit-normal"?'),
         ("objective.s=0", "objective.s is 0.0, the logit-normal density needs a number > 0"),
         ("sampling.solver=huen", 'sampling.solver is "huen", which is no solver; did you mean "heun"?'),
-        ("transfusion.size_tokens=4", "transfusion.size_tokens is for models of text and images"),
+        ("transfusion.size_tokens=4", "size_tokens = 4 takes no effect with transfusion.enabled = false"),
         ("sampling.interval=[0.5, 0.5]", "expected [low, high] with low < high"),
         ("sampling.prompts=a star", 'sampling.prompts is "a star", expected a list [...], each a string'),
         ("model.dual_attention_layers=[6]", "names blocks [6], but model.depth gives 0 to 3"),

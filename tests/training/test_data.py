@@ -185,6 +185,15 @@ def test_repeated_keys_become_unique(tmp_path):
     assert open_source(str(tmp_path / "f")).keys == ["a", "a.png"]
 
 
+def test_shards_of_the_same_name_in_two_folders_are_both_read(tmp_path):
+    for number in range(2):
+        write_shard(tmp_path / "ab"[number] / "0.tar", {"x.png": png((number, 0, 0)), "x.txt": b"%d" % number})
+    expected = [((0, 0, 0), "0"), ((1, 0, 0), "1")]
+    here, there = open_source(str(tmp_path)), open_source(f"file://{tmp_path}/**/*.tar")
+    assert contents(here) == dict(zip(("x", "b/0/x"), expected, strict=True))
+    assert contents(there) == dict(zip(("x", "0/x"), expected, strict=True))
+
+
 def test_several_captions_of_one_image_stay_on_one_side_of_the_split(tmp_path):
     write_folder(tmp_path, {f"{i}.png": png() for i in range(40)})
     rows = [{"file_name": f"{i}.png", "text": f"caption {j}"} for j in range(3) for i in range(40)]
@@ -656,7 +665,7 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_too(sign, monkeyp
             batches._next_data = lambda: (_ for _ in ()).throw(raised.pop(0))
             return batches
 
-    monkeypatch.setattr("training.loader.DataLoader", Breaks)
+    monkeypatch.setattr("training.workers.DataLoader", Breaks)
     with pytest.raises(DataError, match="a data worker died, .*num_workers = 0"):
         next(loader(Memory(20), range(20), 4, seed=0, num_workers=1))
     with pytest.raises(type(sign), match="Caught"):

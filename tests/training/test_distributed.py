@@ -2,12 +2,10 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import mmdit
 import training
 from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
+from tests.training.processes import python
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
 from training.checkpoint import list_checkpoints, read_checkpoint
 
@@ -39,23 +38,13 @@ def free_port() -> int:
 def together(*jobs: tuple[Path | None, list[str]], world: int = 2) -> list[subprocess.CompletedProcess]:
     """Do (run to resume or None, settings) after each other on `world` processes; all have to succeed."""
     told = json.dumps([[free_port(), str(resume) if resume else None, list(settings)] for resume, settings in jobs])
-    env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(HERE.parents[1]), "LOCAL_WORLD_SIZE": str(world)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, HERE / "two_processes.py", told],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
+    own = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(python(HERE / "two_processes.py", told, **own, RANK=str(rank), LOCAL_RANK=str(rank)))
+            for rank in range(world)
+        ]
         done = [(p, p.communicate(timeout=240)[0]) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
     assert [p.returncode for p in processes] == [0] * world, "\n".join(output for _, output in done)
     return done
 
@@ -76,7 +65,6 @@ def exact():
 @pytest.fixture(scope="module")
 def runs(exact, tmp_path_factory, words):  # noqa: F811
     """Each model trained by one process, and by two in the ways there are."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
     text = (*TRANSFUSION, f"transfusion.text={words}", "transfusion.text_fraction=0.5", "transfusion.caption_first=0.5")
     tokenizer = t5_tokenizer()

@@ -6,10 +6,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,11 @@ import torch
 import training
 import training.launch
 import training.trainer
-from tests.training.test_trainer import LONG_COMMAND, REPOSITORY, assert_bit_equal, config_for, last_weights, metrics
-from training.checkpoint import list_checkpoints, load_latest, newest_whole, save_checkpoint
+from tests.training.processes import python
+from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics
+from training.checkpoint import list_checkpoints, load_checkpoint, load_latest, newest_whole, save_checkpoint
 from training.config import load_config
+from training.ema import power_of, reconstruct
 from training.errors import DataError
 from training.feed import LatentFeed
 from training.interrupts import Interrupts
@@ -63,6 +63,23 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, monk
     assert load_latest(out, print)[0]["skipped"] == 2
     assert [step for step, _ in metrics(out, "loss")] == [1, 2, 5, 6]
     assert metrics(out, "skipped_steps") == [(3, 1), (4, 2), (5, 2), (6, 2)]
+    part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
+    assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
+
+
+def test_a_step_that_is_left_out_is_no_time_to_an_average_by_powers(tmp_path, monkeypatch):
+    """It weighs updates of the weights alone, written out; so do its snapshots, and a resumed run."""
+    spoil(monkeypatch, 3, 4)
+    how = ["training.num_steps=6", "training.keep_checkpoints=9", "training.checkpoint_every=1", "training.ema=power"]
+    how += ["training.ema_sigma_rel=[0.1, 0.25]", "training.ema_snapshot_every=1", "training.ema_snapshot_dtype=fp32"]
+    out = training.train(config_for(tmp_path / "run", *how))
+    weights = [load_checkpoint(out / "checkpoints" / f"step-{step:08d}")[1] for step in (1, 2, 5, 6)]
+    name = "transformer.patch_in.weight"
+    for width, average in ((0.1, weights[-1]["ema"]), (0.25, weights[-1]["ema_second"])):
+        shares = torch.tensor([k / 4 for k in range(5)], dtype=torch.float64).pow(power_of(width) + 1).diff()
+        exact = sum(x * one["model"][name].double() for x, one in zip(shares, weights, strict=True))
+        assert (average[name] - exact).abs().max() < 1e-7
+        assert (reconstruct(out, width)[name] - exact).abs().max() < 1e-6
     part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
     assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
 
@@ -220,9 +237,9 @@ save(6, True)
 @pytest.mark.parametrize("where", ["sha256", "put_in_place"])
 def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, where):
     """What was not renamed yet counts for nothing, sealed or not, and goes with the next one."""
-    words = [sys.executable, "-c", KILLED, tmp_path, where]
-    killed = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with python("-c", KILLED, tmp_path, where) as killed:
+        output, _ = killed.communicate(timeout=60)
+        assert killed.returncode == -signal.SIGKILL, output
     [part] = (tmp_path / "checkpoints").glob(".*.part")
     assert part.name == ".step-00000006.part" and list(part.glob("shard-*"))
     assert (part / "state.json").exists() == (where == "put_in_place")
@@ -249,25 +266,10 @@ def test_a_restart_begins_anew_only_where_nothing_is_lost(tmp_path):
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-@contextmanager
 def torchrun(*words: object, max_restarts: int = 0):
-    """`torchrun -m mmdit_cli WORDS` on two processes, in a process group of its own, of which nothing stays."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--max-restarts", str(max_restarts)]
-    process = subprocess.Popen(
-        [*launch, "-m", "mmdit_cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """`torchrun WORDS` on two processes, as `python` starts it."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", max_restarts]
+    return python("-m", *launch, *words)
 
 
 def children(process: subprocess.Popen) -> list[int]:

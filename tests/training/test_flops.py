@@ -12,7 +12,7 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer, Tokens
 from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from training.flops import captioned, datasheet_peak, in_one_row, measured_peak, packed, peak_tflops, step_flops
+from training.flops import captioned, datasheet_peak, in_one_row, measured_peak, of_documents, peak_tflops, step_flops
 from training.objectives import Batch, FlowMatching, TextAndImages
 from training.seeds import generator_for
 from training.time_density import Uniform
@@ -95,7 +95,7 @@ def test_a_step_of_text_and_images_is_what_torch_counts(changes):
     batch = Batch(torch.randn(3, 3, 8, 8), words, text)
     objective = TextAndImages(Uniform(), caption_dropout=0.0)
     patches = torch.tensor([64 // config.patch_size**2] * 3 + [0, 0])
-    sizes = packed(patches, torch.cat([words.mask, text.mask]).sum(1), 2 if lead else 0)
+    sizes = of_documents(patches, torch.cat([words.mask, text.mask]).sum(1), 2 if lead else 0)
     # On a CPU documents stand side by side, each padded to the longest; the model asks for their own lengths alone.
     lengths = patches + torch.cat([words.mask, text.mask]).sum(1) + (patches > 0) * (4 if lead else 2)
     dense = 3 * 4 * config.width * config.depth * float(len(lengths) * lengths.max() ** 2 - sizes.joint)

@@ -13,7 +13,7 @@ from mmdit.sd3_pipeline import MaskedAttention, absent, diffusers_inputs
 from mmdit.sd3_text import SD3Text
 from mmdit.text_encoders import fingerprint
 from tests.mmdit.test_text_to_image import pixels
-from tests.mmdit.tiny_sd3 import save_pipeline, t5, t5_tokenizer
+from tests.mmdit.tiny_sd3 import save_encoders, t5, t5_tokenizer
 from tests.training.test_trainer import assert_bit_equal, config_for, last_weights
 
 
@@ -22,11 +22,7 @@ def encoders(tmp_path_factory):
     """A T5 in a folder, and SD3's three."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("encoders")
-    words = t5_tokenizer()
-    t5(words, 32).save_pretrained(root / "t5")
-    words.save_pretrained(root / "t5")
-    save_pipeline(root / "sd3")
-    shutil.rmtree(root / "sd3" / "transformer")
+    save_encoders(root)
     return root
 
 

@@ -26,14 +26,6 @@ pytest.importorskip("torchmetrics")
 ALL = ("fid", "kid", "precision-recall", "clip-score", "cmmd")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Networks, pictures to score, and others to hold them against."""
@@ -199,6 +191,8 @@ def test_a_reference_with_captions_says_what_is_drawn(run, place):
     other = training.evaluate_run(run, given | {"metrics": ("clip-score",)})["quality"]
     assert other["clip_score"] == one["clip_score"] and "fid" not in other
     own = training.evaluate_run(run, {"num_images": 4, "metrics": ("clip-score",)})["quality"]
+    with pytest.raises(ValueError, match="evaluation.num_images is for scores by networks: name some with --metrics"):
+        training.evaluate_run(run, {"num_images": 4, "metrics": ()})
     assert own["clip_score"] != one["clip_score"]
 
 

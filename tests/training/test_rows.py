@@ -10,13 +10,14 @@ import torch
 
 import training
 from tests.training.pictures import parquet_of, picture, shards_of
+from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
 from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
 from training.share import Share
-from training.stream import HeldOut, StreamSource, ahead, shuffled, stream_loader
+from training.stream import HeldOut, StreamSource, shuffled, stream_loader
 from training.wanted import Wanted
 
 
@@ -50,6 +51,17 @@ def test_row_groups_are_read_once_each_while_they_are_kept(tmp_path, monkeypatch
     keys = [key for batch in itertools.islice(loader(source, range(160), 4, 0), 40) for key in batch.keys]
     assert sorted(keys) == sorted(source.keys) and keys != sorted(keys)
     assert 24 <= len(opened) <= 32  # some are there from finding the common size
+
+
+def test_parquet_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name, numbers in (("a", range(2)), ("b", range(2, 4))):
+        (tmp_path / name).mkdir()
+        parquet_of(tmp_path / name / "0.parquet", numbers, rows_per_group=1)
+    source = open_source(str(tmp_path))
+    assert colours(source) == EXPECTED[:4] and len({*source.keys}) == 4
+    again = open_source(str(tmp_path), options=SourceOptions(wanted=Wanted(cache=tmp_path / "index")))
+    assert colours(again) == colours(open_source(str(tmp_path), options=again.options)) == EXPECTED[:4]
 
 
 def test_parquet_columns(tmp_path):
@@ -161,6 +173,37 @@ def test_a_stream_goes_on_from_any_position(many, buffer):
     for start in (1, min(buffer, 90), 44, 45, 46, 51, 99):
         again = [row.key for row in itertools.islice(shuffled(stream, 0.1, 3, start), 5)]
         assert again == whole[start : start + 5], start
+
+
+def read_epochs(stream, monkeypatch) -> list[int]:
+    """The epochs whose rows are read from now on."""
+    found, rows = [], stream.rows
+    monkeypatch.setattr(stream, "rows", lambda epoch, seed: found.append(epoch) or rows(epoch, seed))
+    return found
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.3])
+def test_resuming_a_stream_reads_no_epoch_in_between(many, held_out, tmp_path, monkeypatch):
+    """Without a note of how long an epoch is one has to be read, with one none but that in which the run stopped."""
+    options = SourceOptions(wanted=Wanted(cache=tmp_path / "index"))
+    known = StreamSource(many, buffer=7, options=options)
+    whole = [row.key for row in itertools.islice(shuffled(known, held_out, 3), 300)]
+    size = known.epoch_rows(held_out)
+    assert size == len({*whole}) and known.epoch_rows(held_out + 0.1) is None
+    for stream, first in ((StreamSource(many, buffer=7), [0]), (StreamSource(many, buffer=7, options=options), [])):
+        for start in (size, 3 * size - 1, 5 * size + 9):
+            epochs = read_epochs(stream, monkeypatch)
+            again = [row.key for row in itertools.islice(shuffled(stream, held_out, 3, start), 1)]
+            assert again == [whole[start]] and epochs == [*first, start // size], start
+    (note,) = (tmp_path / "index").iterdir()
+    note.write_text("{")  # damaged: as if there were none
+    assert next(shuffled(stream, held_out, 3, 2 * size)).key == whole[2 * size] and known.epoch_rows(held_out) == size
+
+
+def test_the_first_samples_of_a_stream_are_those_of_every_epoch(many):
+    first = {row.key for row in itertools.islice(StreamSource(many).rows(0, None), 30)}
+    rows = [row.key for row in itertools.islice(shuffled(StreamSource(many, num_samples=30, buffer=8), 0.0, 3), 90)]
+    assert all({*rows[start : start + 30]} == first for start in (0, 30, 60)) and rows[:30] != rows[30:60]
 
 
 def test_batches_of_a_stream_depend_on_neither_workers_nor_ranks(many):

@@ -18,14 +18,6 @@ from training.trainer import Trainer
 LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
     """A folder with a small language model, and the model."""
@@ -158,7 +150,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(changes, what, language,
 
 def test_text_is_frozen_only_where_it_is_given_and_apart(language, tmp_path):
     with pytest.raises(FileNotFoundError, match="MMDiT|no model|holds"):
-        training.train(config_for(tmp_path / "run", *starting(tmp_path), "transfusion.enabled=false"))
+        training.train(images_config(tmp_path / "run", *starting(tmp_path)))
     with pytest.raises(ConfigError, match="freeze_text needs a language model in init"):
         config_for(tmp_path, "transfusion.freeze_text=true")
     with pytest.raises(ConfigError, match='"separate", which is "shared"'):
@@ -183,10 +175,12 @@ def base(tmp_path_factory):
     return training.train(images_config(tmp_path_factory.mktemp("base") / "run", "training.num_steps=3"))
 
 
-def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path):
-    """Trunk, text encoder and tokenizer, whatever the new captions are."""
-    config = images_config(tmp_path / "on", f"init={base}", "data.num_samples=40", "seed=5")
+def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path, capsys):
+    """Trunk, text encoder and tokenizer, whatever the new captions are; and its table of positions, which is said."""
+    how = ("data.num_samples=40", "seed=5", "model.pos_embed_max_size=16")
+    config = images_config(tmp_path / "on", f"init={base}", *how)
     trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    assert "warning: model.pos_embed_max_size = 16 takes no effect with init" in capsys.readouterr().out
     old = mmdit.TextToImage.load(base, "cpu").model
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name]), name

@@ -6,10 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ import training.setup
 import training.trainer
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
+from tests.training.processes import python
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
 from training.data import place_of
@@ -32,8 +31,6 @@ from training.objectives import Loss
 from training.run import RunFolder
 from training.settings import field_docs
 from training.trainer import Trainer, compiled
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def config_for(out: Path, *overrides: str) -> training.TrainConfig:
@@ -59,22 +56,12 @@ def assert_bit_equal(run: Path, other: Path) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums are taken in one order, and the machine is left to the other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- the whole path -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """The tiny preset as it is, trained once."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "tiny"
     assert training.train(load_config("pixels-tiny", [f"training.out={out}"])) == out
     return out
@@ -216,7 +203,6 @@ def stop_after(step: int, monkeypatch, sig: int = signal.SIGTERM) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     """57 samples in batches of 8: the second epoch begins in step 8."""
-    torch.set_num_threads(1)
     return training.train(config_for(tmp_path_factory.mktemp("runs") / "whole", *LONG))
 
 
@@ -427,25 +413,6 @@ def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def command(*words: object) -> Iterator[subprocess.Popen]:
-    """The real command in a process group of its own, of which nothing stays."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmdit_cli.main", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def end(process: subprocess.Popen) -> str:
     """SIGTERM to the whole group, which ends with status 0; returns what is printed from here on."""
     os.killpg(process.pid, signal.SIGTERM)
@@ -456,14 +423,14 @@ def end(process: subprocess.Popen) -> str:
     return output
 
 
-LONG_COMMAND = ("train", "pixels-tiny", "training.num_steps=100000", "training.checkpoint_every=0")
+LONG_COMMAND = ("-m", "mmdit_cli", "train", "pixels-tiny", "training.num_steps=100000", "training.checkpoint_every=0")
 LONG_COMMAND += ("training.validate_every=0", "training.sample_every=0")
 
 
 def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
     """With worker processes, which end with it."""
     out = tmp_path / "run"
-    with command(*LONG_COMMAND, "--out", out, "data.cache_latents=false", "data.num_workers=2") as process:
+    with python(*LONG_COMMAND, "--out", out, "data.cache_latents=false", "data.num_workers=2") as process:
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
             time.sleep(0.05)
@@ -475,7 +442,7 @@ def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
 
 def test_sigterm_to_the_command_while_it_encodes_exits_0(tmp_path):
     out = tmp_path / "run"
-    with command(*LONG_COMMAND, "--out", out, "data.num_samples=20000") as process:
+    with python(*LONG_COMMAND, "--out", out, "data.num_samples=20000") as process:
         assert any(line.startswith("encoding ") for line in process.stdout)
         output = end(process)
     assert output == f"stopped before the first step: nothing had been trained yet, {out} is removed\n"
@@ -502,7 +469,9 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     (folder / "011.png").write_text("no image")
     (folder / "013.txt").unlink()
     changes = [f"data.source={folder}", "data.image_size=none", "data.held_out=0.2", f"data.cache_latents={cached}"]
-    out = training.train(config_for(tmp_path / "run", *changes, "evaluation.prompts_per_question=2"))
+    config = config_for(tmp_path / "run", *changes)
+    config = replace(config, evaluation=replace(config.evaluation, prompts_per_question=2))  # as a preset may say
+    out = training.train(config)
     log = (out / "log.txt").read_text()
     skipped = [line.split("skipped ", 1)[1] for line in log.splitlines() if "skipped (" in line]
     assert [line.split(":")[0] for line in skipped] == [f"({k} so far)" for k in range(1, 5)]
@@ -785,13 +754,11 @@ def material(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    torch.set_num_threads(1)
     return traces(tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     return training.train(config_for(tmp_path_factory.mktemp("mixed") / "run", *TRANSFUSION))
 
 
@@ -887,7 +854,6 @@ def with_words(words: Path, *overrides: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def beside(words, tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("beside") / "run"
     return training.train(config_for(out, *with_words(words, "training.validate_every=3")))
 

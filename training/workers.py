@@ -1,0 +1,108 @@
+"""Worker processes that make batches, and how a batch comes from one: `run`.
+
+A thread of the trainer takes batches over while it computes: a call of `next` is an answer then, not a handshake about
+shared memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from training.ahead import ahead
+from training.errors import DataError
+
+
+class _Steps(Dataset):
+    """What a worker calls: step -> what is made of it, or the error as a value, to be raised without the worker's
+    traceback.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, step: Any) -> Any:
+        try:
+            return self.make(step)
+        except DataError as error:
+            return error
+
+
+def run(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
+    """What is made of each step, in order, by worker processes if there are any. Steps are whatever `make` takes."""
+    if num_workers == 0:
+        yield from map(make, steps)
+        return
+    workers: DataLoader = DataLoader(
+        _Steps(make),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else it draws from the global one
+    )
+    with _signals_blocked():
+        items: Any = iter(workers)
+    stop, taken_over = partial(_stop, items), ahead(_good(items), 1)
+    atexit.register(stop)
+    try:
+        with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
+            yield from taken_over
+    finally:
+        taken_over.close()
+        atexit.unregister(stop)
+        stop()
+
+
+def _good(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+@contextmanager
+def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
+    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed.
+
+    signs: other errors that tell of it, but where a worker itself had them and lives.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
+        if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
+            raise
+        raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
+    trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop(items: Any) -> None:
+    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM."""
+    items._shutdown_workers()
+    for worker in items._workers:
+        if worker.is_alive():
+            worker.kill()
