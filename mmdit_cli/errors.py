@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 
 DEBUG = "MMDIT_DEBUG"
@@ -31,6 +32,14 @@ def complain(text: str, error: BaseException | None = None) -> None:
     rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
     who = "mmdit" if rank == "0" else f"mmdit (process {rank})"
     print(f"{who}: error: {text}", file=sys.stderr, flush=True)
+
+
+def of_thread(died: threading.ExceptHookArgs) -> None:
+    """What is printed where a thread dies: of a lack of files or room nothing, since its writer raises the same again
+    for the command to say; of all else the traceback.
+    """
+    if not isinstance(died.exc_value, OSError) or os.environ.get(DEBUG, "0") not in ("", "0"):
+        threading.__excepthook__(died)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ mmdit cache my.toml --data FOLDER --out FOLDER    mmdit cache --verify FOLDER
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -101,6 +102,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
+    threading.excepthook = errors.of_thread
     try:
         app()
     except KeyboardInterrupt:

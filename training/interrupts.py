@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM, as a scheduler sends it, where they lose nothing."""
+"""Ctrl-C and SIGTERM, as a scheduler sends it, and the end of torchrun, where they lose nothing."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """While entered, SIGINT and SIGTERM raise `Interrupted`; where deferred, so that the step in progress ends, they
-    only leave a mark: `caught`. A second one acts at once.
+    only leave a mark: `caught`. A second one acts at once. It is `caught` too where torchrun has ended before this
+    process that it started: nobody would end it any more, or start it again.
     """
 
     def __enter__(self) -> Interrupts:
-        self.caught = self._deferred = False
+        self._caught = self._deferred = False
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._old: dict[int, Any] = {}
         for sig in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -26,6 +29,16 @@ class Interrupts:
             except ValueError:  # not in the main thread, where Python delivers no signals
                 continue
         return self
+
+    @property
+    def caught(self) -> bool:
+        """Whether to end after the step in progress."""
+        return self._caught or self.orphaned
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether torchrun has ended."""
+        return self._parent is not None and os.getppid() != self._parent
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -36,7 +49,7 @@ class Interrupts:
             self._deferred = False
 
     def _catch(self, sig: int, frame: Any) -> None:
-        self.caught = True
+        self._caught = True
         self.__exit__()
         if not self._deferred:
             raise Interrupted

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from operator import attrgetter
 from pathlib import Path
 
 from training.checkpoint import list_checkpoints
 from training.config import TrainConfig, apply_overrides
 from training.interrupts import Interrupted, Interrupts
+from training.lock import LOCK, only_run_in
 from training.parallel import Ranks, ranks_of
 from training.run import QuietRun, RunFolder
 from training.trainer import Trainer, other_setting
@@ -48,14 +50,18 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
     restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
     again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
     nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
-    FileExistsError where the run folder is taken, Diverged, and ProcessLost where another process of the run ends.
+    FileExistsError where the run folder is taken, RunTaken where another run still writes in it, Diverged, and
+    ProcessLost where another process of the run ends.
     """
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with Interrupts() as interrupts, ranks_of(config) as ranks:
+    with Interrupts() as interrupts, ranks_of(config) as ranks, ExitStack() as held:
+        if resume or restart:
+            held.enter_context(only_run_in(config.run_folder, ranks))
         if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
             run = _known(RunFolder.open(config.run_folder), ranks)
             return _continue(run, config, ranks, interrupts)
         run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
+        held.enter_context(only_run_in(run.path, ranks))
         try:
             Trainer(config, run, ranks=ranks).fit(interrupts)
         except BaseException as error:
@@ -77,10 +83,12 @@ def _begun(folder: Path) -> bool:
         return True
     config = folder / "config.toml"
     found = {*folder.iterdir()} if folder.is_dir() else set()
-    barely = bool(found) and all(path.match(".config.toml.*.part") for path in found)
+    barely = bool(found) and all(path.name == LOCK or path.match(".config.toml.*.part") for path in found)
     if barely or (config in found and folder / "scores.json" not in found):
-        for path in sorted(found - {config}):  # the config last: a kill in the middle leaves what can be removed again
+        last = {config, folder / LOCK}  # a kill in the middle leaves what can be removed again
+        for path in sorted(found - last):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        config.unlink(missing_ok=True)
         shutil.rmtree(folder)
     return False
 
@@ -97,7 +105,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     run = RunFolder.open(path)
     config = apply_overrides(run.config(), overrides)
-    with Interrupts() as interrupts, ranks_of(config) as ranks:
+    with Interrupts() as interrupts, ranks_of(config) as ranks, only_run_in(run.path, ranks):
         return _continue(_known(run, ranks), config, ranks, interrupts)
 
 

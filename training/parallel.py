@@ -24,11 +24,12 @@ from training.config import ConfigError, TrainConfig
 from training.devices import pick_device
 
 T = TypeVar("T")
+CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it started this process
 COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
 
 class ProcessLost(ValueError):
-    """Another process of the run ended, or does not answer any more."""
+    """Another process of the run ended, or does not answer any more; or the torchrun that started them."""
 
 
 class ToldByFirst(SystemExit):
@@ -163,9 +164,17 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
 
 def _store(timeout: timedelta) -> dist.Store:
     """Where processes find each other. torchrun may serve one store to all its attempts, in which the addresses of
-    those that died are left: on one machine, where attempts have one count, each has keys of its own.
+    those that died are left: on one machine, where attempts have one count, each has keys of its own. Raises
+    ProcessLost where nobody answers.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT) if served else timeout))
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        who = "the torchrun that had started it" if served else "process 0"
+        raise ProcessLost(f"process {os.environ['RANK']} stops: {who} does not answer at {where}") from error
+    store.set_timeout(timeout)
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else ''}", store)
 

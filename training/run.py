@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,7 +71,7 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         print(text, flush=True)
-        with (self.path / "log.txt").open("a") as file:
+        with _named(path := self.path / "log.txt"), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log_skipped(self, key: str, reason: str) -> None:
@@ -81,14 +82,15 @@ class RunFolder:
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl, and the same to tensorboard."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with _named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with _named(self.path / "tensorboard"):
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+                self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         if self.board is not None:
             self.board.write(step, values)
 
@@ -118,10 +120,22 @@ class RunFolder:
     def close(self) -> None:
         """Send what is left; the next metrics go on."""
         if self._board is not None:
-            self._board.close()
+            with _named(self.path / "tensorboard"):
+                self._board.close()
             self._board = None
         if self.board is not None:
             self.board.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing that say where: those of a file that is open do not, such as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class QuietRun(RunFolder):

@@ -41,7 +41,7 @@ from training.idle import idle_settings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
-from training.parallel import ALONE, Ranks
+from training.parallel import ALONE, ProcessLost, Ranks
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
@@ -205,6 +205,7 @@ class Trainer:
         finally:
             profiler.close()
             batches.close()  # type: ignore[attr-defined]
+            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
             run.close()
         stopped = self.ranks.any(interrupts.caught)
         if stopped:
@@ -212,6 +213,8 @@ class Trainer:
         self.writer.wait()
         if stopped:
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
+            if self.ranks.any(interrupts.orphaned):
+                raise ProcessLost(f"process {self.ranks.rank} stops: the torchrun that had started it has ended")
             return
         try:
             if self.ranks.first:

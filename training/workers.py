@@ -53,7 +53,7 @@ def run(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> G
     stop, taken_over = partial(_stop, items), ahead(_good(items), 1)
     atexit.register(stop)
     try:
-        with naming_dead_workers():
+        with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
             yield from taken_over
     finally:
         taken_over.close()
@@ -69,13 +69,17 @@ def _good(items: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed."""
+def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
+    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed.
+
+    signs: other errors that tell of it, but where a worker itself had them and lives.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
-        if "DataLoader worker" not in reason:
+        died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
+        if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
             raise
         raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
 

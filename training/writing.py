@@ -62,11 +62,15 @@ class Writer:
         except BaseException as error:
             self._error = error
 
-    def wait(self) -> None:
-        """Until what was begun is written. Raises what went wrong with it."""
+    def join(self) -> None:
+        """Until nothing is being written any more; what went wrong is kept."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises what went wrong with it."""
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -24,13 +24,16 @@ from benchmarks.timing import hardware
 Part = Callable[[Path], Iterator[Row]]
 
 
-def parts(num_kills: int, num_kills_two: int) -> dict[str, Part]:
+def parts(num_kills: int, num_kills_two: int, num_kills_beside: int) -> dict[str, Part]:
     """All of the table, by name."""
     return {
         "kills": partial(kills.one_process, kills=num_kills),
         "kills-two": partial(kills.two_processes, kills=num_kills_two),
+        "kills-async": partial(kills.beside, kills=num_kills_beside),
         "disk": disk.full,
+        "disk-two": disk.full_in_parts,
         "damage": disk.damaged,
+        "damage-two": disk.damaged_in_parts,
         "processes": processes.processes,
         "server": processes.server,
         "batches": processes.not_finite,
@@ -63,10 +66,11 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a Markdown file; parts that it has already stay")
     parser.add_argument("--kills", type=int, default=30, help="of one process; half of them in a save")
-    parser.add_argument("--kills-two", type=int, default=30, help="of two processes")
-    parser.add_argument("--only", nargs="+", choices=list(parts(0, 0)), help="these parts alone")
+    parser.add_argument("--kills-two", type=int, default=30, help="of two processes; half of each kind")
+    parser.add_argument("--kills-async", type=int, default=8, help="while a thread writes; of one process, and of two")
+    parser.add_argument("--only", nargs="+", choices=list(parts(0, 0, 0)), help="these parts alone")
     asked = parser.parse_args(words)
-    failed, known = 0, parts(asked.kills, asked.kills_two)
+    failed, known = 0, parts(asked.kills, asked.kills_two, asked.kills_async)
     for name in asked.only or known:
         begun, rows = time.monotonic(), []
         with tempfile.TemporaryDirectory(prefix="mmdit-faults-") as folder:

@@ -4,64 +4,117 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.faults.runs import TINY, Row, bad_checkpoints, difference, equal_to, newest, run
+from benchmarks.faults.runs import TINY, Ended, Row, bad_checkpoints, difference, equal_to, newest, run
 from training.checkpoint import list_checkpoints, newest_whole
 
+ROUNDING = 1e-5
 SHORT = ("train", *TINY, "training.num_steps=12", "training.checkpoint_every=3", "training.keep_checkpoints=3")
 KIB = (1600, 2600, 3300, 4100, 4800, 5400, 6000, 6600)  # room for a run: from less than a checkpoint to four of them
-WAYS = {
-    "": KIB,
-    "training.async_checkpoint=true": (4000, 5000),
-}
+FSDP, ASYNC = "parallel.strategy=fsdp", "training.async_checkpoint=true"
 
 
-def full(folder: Path) -> Iterator[Row]:
+class Way(NamedTuple):
+    """How a run saves, and the sizes of the disk that it is tried on."""
+
+    name: str
+    settings: tuple[str, ...]
+    sizes: tuple[int, ...]
+    world: int = 1
+
+    @property
+    def most(self) -> float:
+        """How much the weights may differ at last."""
+        return 0.0 if self.world == 1 else ROUNDING
+
+
+WHOLE = (Way("one file a group", (), KIB), Way("one file a group, async save", (ASYNC,), (4000, 5000)))
+PARTS = (
+    Way("two processes, FSDP2", (FSDP,), (2600, 4100, 5400, 6600), 2),
+    Way("two processes, FSDP2, async save", (FSDP, ASYNC), (2600, 4100, 5400, 6600), 2),
+)
+
+
+def full(folder: Path, ways: Sequence[Way] = WHOLE) -> Iterator[Row]:
     """A small file system in memory that fills up during a save; with room again, the run goes on."""
-    name = "full disk during a save"
-    expected = "status 2, one line that names it; all checkpoints whole; with room again, at last the same bits"
     disk = folder / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "faults", disk]).returncode:
-        yield Row(name, 0, "needs root and a tmpfs", expected, True)
-        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "faults", disk]
+    no_disk = bool(os.geteuid() or subprocess.run(mount).returncode)
     try:
-        assert run(folder / "whole.log", *SHORT, "--out", folder / "whole").status == 0
-        found = [_filled(folder, disk, kib, how.split()) for how, sizes in WAYS.items() for kib in sizes]
+        for way in ways:
+            yield _full(folder, disk, way) if not no_disk else _row(way, [], 0, "needs root and a tmpfs")
     finally:
-        subprocess.run(["umount", disk], check=True)
+        if not no_disk:
+            subprocess.run(["umount", disk], check=True)
+
+
+def full_in_parts(folder: Path) -> Iterator[Row]:
+    """The same of two processes that write their parts."""
+    yield from full(folder, PARTS)
+
+
+def _full(folder: Path, disk: Path, way: Way) -> Row:
+    whole = folder / f"whole{way.world}"
+    if not whole.exists():
+        settings = (FSDP,) if way.world > 1 else ()
+        assert run(folder / "whole.log", *SHORT, *settings, "--out", whole, world=way.world).status == 0
+    found = [_filled(folder, disk, kib, way, whole) for kib in way.sizes]
     stopped = [problems for was_full, problems, _ in found if was_full]
     problems = sorted({problem for some in stopped for problem in some})
     lines = sorted({line for was_full, _, line in found if was_full})
     seen = f"{len(stopped)} of {len(found)} sizes of the disk were too small"
     seen += f", stopped with e.g. `{lines[0] if lines else ''}`; " + ("; ".join(problems) or "each as expected")
-    yield Row(name, len(stopped), seen, expected, bool(stopped) and not problems)
+    return _row(way, problems, len(stopped), seen)
 
 
-def _filled(folder: Path, disk: Path, kib: int, how: list[str]) -> tuple[bool, list[str], str]:
+def _row(way: Way, problems: list[str], times: int, seen: str) -> Row:
+    if way.world == 1:
+        expected = "status 2, one line that names it; all checkpoints whole; with room again, at last the same bits"
+    else:
+        expected = "each with status 2 and one line, that of one names it; all checkpoints whole; with room again, at "
+        expected += "last equal to rounding"
+    return Row(f"full disk during a save, {way.name}", times, seen, expected, not problems)
+
+
+def _filled(folder: Path, disk: Path, kib: int, way: Way, whole: Path) -> tuple[bool, list[str], str]:
     """(whether the disk was full, what was not as expected, the line that the run ended with)."""
     out = disk / "run"
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["mount", "-o", f"remount,size={kib}k", disk], check=True)
-    first = run(folder / "full.log", *SHORT, *how, "--out", out)
+    first = run(folder / "full.log", *SHORT, *way.settings, "--out", out, world=way.world)
     if first.status == 0:
         return False, [], ""
-    problems = [] if first.one_line else [f"{kib} KiB: status {first.status}, {' / '.join(first.errors[-2:])}"]
+    problems = [] if _clear(first, way) else [f"{kib} KiB: status {first.status}, {' / '.join(first.errors[-2:])}"]
     if not any("space" in line.lower() for line in first.errors):
         problems.append(f"{kib} KiB: {first.errors} does not say that the disk is full")
     problems += bad_checkpoints(out)
+    before = newest(out)
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-    again = run(folder / "again.log", *SHORT, *how, "--out", out, "--restart")
-    if again.status or (different := difference(folder / "whole", out)):
-        problems.append(
-            f"{kib} KiB, then room: status {again.status} {again.errors}" if again.status else equal_to(different)
-        )
+    again = run(folder / "again.log", *SHORT, *way.settings, "--out", out, "--restart", world=way.world)
+    if again.status:
+        problems.append(f"{kib} KiB, then room: status {again.status} {again.errors}")
+    elif (different := difference(whole, out)) > way.most:
+        problems.append(equal_to(different))
+    if before and f"resumed at step {before}" not in again.output:
+        problems.append(f"{kib} KiB: step {before} was saved, and not gone on from")
     problems += [f"{path.name} is left over" for path in out.rglob(".*.part")]
-    return True, problems, _anywhere(first.errors[-1] if first.errors else "", disk)
+    line = next((line for line in first.errors if "space" in line.lower()), "")
+    return True, problems, _anywhere(line, disk)
+
+
+def _clear(ended: Ended, way: Way) -> bool:
+    """Whether each process stopped as it should, with one line and status 2; torchrun adds its own traceback."""
+    if way.world == 1:
+        return ended.one_line
+    said = [re.match(r"mmdit.*: error: |Traceback ", line)[0] for line in ended.errors]  # type: ignore[index]
+    return ended.status == 1 and len({*said}) == len(said) > 1 and "(exitcode: 2)" in ended.output
 
 
 def _anywhere(line: str, folder: Path) -> str:
@@ -70,47 +123,64 @@ def _anywhere(line: str, folder: Path) -> str:
 
 def damaged(folder: Path) -> Iterator[Row]:
     """Each file of the newest checkpoint cut, changed in one bit, emptied or missing; then all checkpoints."""
+    harms = {0: ["cut"], 1: ["flipped"], 2: ["empty"], 3: ["missing"]}
+    yield from _damaged(folder, Way("", (), ()), harms)
+
+
+def damaged_in_parts(folder: Path) -> Iterator[Row]:
+    """The same of a checkpoint of two processes: two parts, and the state that has the digests."""
+    harms = {0: ["cut", "missing"], 1: ["flipped", "empty"], 2: ["flipped", "cut", "missing"]}
+    yield from _damaged(folder, Way(" in parts", (FSDP,), (), 2), harms)
+
+
+def _damaged(folder: Path, way: Way, harms: dict[int, list[str]]) -> Iterator[Row]:
     whole = folder / "whole"
-    assert run(folder / "whole.log", *SHORT, "--out", whole).status == 0
-    rng, problems, num = random.Random(0), [], 0
+    assert run(folder / "whole.log", *SHORT, *way.settings, "--out", whole, world=way.world).status == 0
+    rng, problems, num, largest = random.Random(0), [], 0, 0.0
     files = [path.relative_to(whole) for path in sorted(list_checkpoints(whole)[-1].iterdir())]
-    for file, way in zip(files, ("cut", "flipped", "empty", "missing"), strict=True):
-        out = folder / f"{way}"
+    assert len(files) == len(harms)
+    for file, harm in [(files[i], harm) for i, some in harms.items() for harm in some]:
+        out = folder / f"{file.name}-{harm}"
         shutil.copytree(whole, out)
-        _damage(out / file, way, rng)
-        ended = run(folder / "again.log", "train", "--resume", out)
+        _damage(out / file, harm, rng)
+        ended = run(folder / "again.log", "train", "--resume", out, world=way.world)
         num += 1
         named = f"{file.parent.name}" in ended.output and "falling back to the one before" in ended.output
         if ended.status or not named:
-            problems.append(f"{file.name} {way}: status {ended.status} {ended.errors}")
-        elif (different := difference(whole, out)) or newest(out) != 12:
-            problems.append(f"{file.name} {way}: {equal_to(different)}")
+            problems.append(f"{file.name} {harm}: status {ended.status} {ended.errors}")
+            continue
+        largest = max(largest, different := difference(whole, out))
+        if different > way.most or newest(out) != 12:
+            problems.append(f"{file.name} {harm}: {equal_to(different)}")
+    done = f"named, passed over for the one before, trained on from there: {equal_to(largest)}"
+    same = "the same bits" if way.most == 0 else "equal to rounding"
     yield Row(
-        "a file of the newest checkpoint cut, one bit flipped, emptied, missing",
+        f"a file of the newest checkpoint{way.name} cut, one bit flipped, emptied, missing",
         num,
-        "; ".join(problems) or "named, passed over for the one before, trained on from there: the same bits",
-        "named; the one before is taken; at last the same bits",
+        "; ".join(problems) or done,
+        f"named; the one before is taken; at last {same}",
         not problems,
     )
-    yield _bits(folder, whole, rng)
+    yield _bits(folder, whole, rng, way)
+    yield _in_every_one(folder, whole, rng, way)
+
+
+def _in_every_one(folder: Path, whole: Path, rng: random.Random, way: Way) -> Row:
+    """None is whole any more."""
     out = folder / "all"
     shutil.copytree(whole, out)
     for checkpoint in list_checkpoints(out):
-        _damage(checkpoint / "model.safetensors", "flipped", rng)
+        _damage(sorted(checkpoint.iterdir())[1], "flipped", rng)
     before = sorted(out.rglob("*"))
-    ended = run(folder / "again.log", "train", "--resume", out)
-    line = _anywhere(ended.errors[-1] if ended.errors else ended.output[-200:], folder)
-    kept = sorted(out.rglob("*")) == before
-    yield Row(
-        "one bit flipped in every checkpoint",
-        1,
-        f"status {ended.status}, `{line}`",
-        "status 2, one line; nothing removed",
-        ended.one_line and kept,
-    )
+    ended = run(folder / "again.log", "train", "--resume", out, world=way.world)
+    line = _anywhere(ended.errors[0] if ended.errors else ended.output[-200:], folder)
+    kept = sorted(path for path in out.rglob("*") if path.name != ".lock") == before
+    seen = f"status {ended.status}{' of torchrun' if way.world > 1 else ''}, `{line}`"
+    expected = "status 2, one line; nothing removed"
+    return Row(f"one bit flipped in every checkpoint{way.name}", 1, seen, expected, _clear(ended, way) and kept)
 
 
-def _bits(folder: Path, whole: Path, rng: random.Random, num: int = 400) -> Row:
+def _bits(folder: Path, whole: Path, rng: random.Random, way: Way, num: int = 400) -> Row:
     """One bit at a random place of a random file, seen or not; read in this process."""
     out, missed = folder / "bits", 0
     shutil.copytree(whole, out)
@@ -123,7 +193,7 @@ def _bits(folder: Path, whole: Path, rng: random.Random, num: int = 400) -> Row:
         path.write_bytes(good)
     assert newest_whole(out, print) == last
     seen = f"{num - missed} seen, {missed} missed"
-    return Row("one bit flipped at a random place of a checkpoint", num, seen, "all seen", missed == 0)
+    return Row(f"one bit flipped at a random place of a checkpoint{way.name}", num, seen, "all seen", missed == 0)
 
 
 def _damage(path: Path, way: str, rng: random.Random) -> None:

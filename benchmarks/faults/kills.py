@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.faults.runs import (
     TINY,
@@ -25,65 +25,99 @@ from benchmarks.faults.runs import (
 
 ROUNDING = 1e-5
 LENGTH = {1: (300, 3), 2: (60, 2)}  # steps, and steps from checkpoint to checkpoint, by the number of processes
+WHO = {1: ("the process",), 2: ("all", "one of the two", "torchrun alone")}
+OUTLIVE, CONNECT = 60.0, 10.0  # seconds that processes may go on without their torchrun; that one looks at them
+ASYNC = "training.async_checkpoint=true"
+
+
+class Case(NamedTuple):
+    """Runs that are killed; in_saves: each time while a checkpoint is written, else every other time."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    world: int = 1
+    in_saves: bool = False
+
+    @property
+    def most(self) -> float:
+        """How much the weights may differ at last."""
+        return 0.0 if self.world == 1 else ROUNDING
 
 
 def one_process(folder: Path, kills: int) -> Iterator[Row]:
     """Of a run alone."""
-    yield killed(folder, kills, ())
+    yield killed(folder, kills, Case("one process"))
 
 
 def two_processes(folder: Path, kills: int) -> Iterator[Row]:
-    """Under torchrun, in parts: by turns all processes at once, and one, after which torchrun ends the other."""
-    yield killed(folder, kills, ("parallel.strategy=fsdp",), world=2)
+    """Under torchrun, copies and in parts: by turns all processes at once, one of the two, and torchrun alone."""
+    for name, strategy in (("DDP", "ddp"), ("FSDP2", "fsdp")):
+        case = Case(f"two processes, {name}", (f"parallel.strategy={strategy}",), 2)
+        yield killed(_new(folder / strategy), kills // 2, case)
+
+
+def beside(folder: Path, kills: int) -> Iterator[Row]:
+    """While a thread beside the training writes, whole and in parts."""
+    yield killed(_new(folder / "one"), kills, Case("one process, async save", (ASYNC,), in_saves=True))
+    case = Case("two processes, FSDP2, async save", ("parallel.strategy=fsdp", ASYNC), 2, in_saves=True)
+    yield killed(_new(folder / "fsdp"), kills, case)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 class Tally:
     """What was seen of the kills so far."""
 
     def __init__(self) -> None:
-        self.saving = self.other = self.before = 0
+        self.saving = self.before = self.num = self.connecting = 0
+        self.who: Counter[str] = Counter()
+        self.outlived = 0.0
         self.problems: list[str] = []
 
-    def look(self, out: Path, saved: int) -> None:
+    def look(self, out: Path, saved: int, saving: bool, who: str) -> None:
         """After a kill: whether it came in a save, whether all there is is whole, and what was there before still."""
-        if in_writing(out):
-            self.saving += 1
-        else:
-            self.other += 1
+        self.num += 1
+        self.saving += saving
+        self.who[who] += 1
         self.before += newest(out) == 0
         self.problems += bad_checkpoints(out)
         if newest(out) < saved:
             self.problems.append(f"step {saved} was saved and is gone")
 
 
-def killed(folder: Path, kills: int, settings: tuple[str, ...], world: int = 1, seed: int = 0) -> Row:
-    """Kill a run `kills` times, half of them in a save, and compare it with one that was left alone."""
-    num_steps, every = LENGTH[world]
-    words = ("train", *TINY, f"training.num_steps={num_steps}", f"training.checkpoint_every={every}", *settings)
+def killed(folder: Path, kills: int, case: Case, seed: int = 0) -> Row:
+    """Kill a run `kills` times and compare what it comes to with one that was left alone."""
+    num_steps, every = LENGTH[case.world]
+    words = ("train", *TINY, f"training.num_steps={num_steps}", f"training.checkpoint_every={every}", *case.settings)
     whole, rng, tally = folder / "whole", random.Random(seed), Tally()
     begun = time.monotonic()
-    assert run(folder / "whole.log", *words, "--out", whole, world=world).status == 0
+    assert run(folder / "whole.log", *words, "--out", whole, world=case.world).status == 0
     window, ends = time.monotonic() - begun, [whole]
-    while tally.saving + tally.other < kills:
+    while tally.num < kills:
         out = folder / f"run{len(ends)}"
-        while not _once(Command(*words, "--out", out, "--restart", world=world), folder, out, rng, tally, window):
-            if tally.saving + tally.other >= kills:
-                break
-        ended = run(folder / "last.log", *words, "--out", out, "--restart", world=world)
+        again = Command(*words, "--out", out, "--restart", world=case.world)
+        while not _once(again, case, folder, out, rng, tally, window) and tally.num < kills:
+            continue
+        ended = run(folder / "last.log", *words, "--out", out, "--restart", world=case.world)
         if ended.status:
             tally.problems.append(f"status {ended.status}: {' '.join(ended.errors)}")
             break
         ends.append(out)
     found = max([difference(whole, out) for out in ends[1:]], default=float("inf"))
-    left = [path for out in ends for path in out.rglob("*.part")]
+    left = [path for out in ends for path in (*out.rglob("*.part"), *out.rglob(".lock"))]
     tally.problems += [f"{path.name} is left over" for path in left[:1]]
-    return _row(tally, found, len(ends) - 1, world)
+    return _row(tally, found, len(ends) - 1, case)
 
 
-def _once(command: Command, folder: Path, out: Path, rng: random.Random, tally: Tally, window: float) -> bool:
+def _once(
+    command: Command, case: Case, folder: Path, out: Path, rng: random.Random, tally: Tally, window: float
+) -> bool:
     """Start, and kill; whether the run came to its end before that."""
     with running(command, folder / "killed.log"):
-        if tally.saving <= tally.other:  # wait for some saves, then for one that is in the middle
+        if case.in_saves or 2 * tally.saving <= tally.num:  # wait for some saves, then for one that is in the middle
             first, more = newest(out), rng.randint(1, 4)
             command.until(lambda: newest(out) > first and not in_writing(out))
             for _ in range(more):
@@ -94,26 +128,56 @@ def _once(command: Command, folder: Path, out: Path, rng: random.Random, tally: 
             command.until(lambda: time.monotonic() > moment)
         if command.over and command.process.returncode == 0:
             return True
-        saved = newest(out)
-        if len(command.ranks()) == 2 and rng.random() < 0.5:
-            with suppress(ProcessLookupError):
-                os.kill(rng.choice(command.ranks()), signal.SIGKILL)
-            ended = command.end()
-            if ended.status == 0:
-                return True
-        else:
-            command.kill()
+        saved, who = newest(out), WHO[case.world][tally.num % len(WHO[case.world])]
+        saving = _strike(command, out, who, rng)
+        if command.process.returncode == 0:
+            return True
         if command.process.returncode not in (1, -signal.SIGKILL):
             tally.problems.append(f"status {command.process.returncode}: {command.log.read_text()[-300:]}")
-        tally.look(out, saved)
+        if command.orphans():
+            _outlive(command, tally)
+        tally.look(out, saved, saving, who)
     return False
 
 
-def _row(tally: Tally, found: float, runs: int, world: int) -> Row:
-    many = f"{tally.saving} of {tally.saving + tally.other} while a checkpoint was written"
-    seen = f"{many}, {tally.before} before the first; {runs} run(s) went on to the end: {equal_to(found)}"
+def _strike(command: Command, out: Path, who: str, rng: random.Random) -> bool:
+    """Stop all, kill those meant, let the others go on, wait for torchrun; whether a checkpoint was being written."""
+    pids = command.pids()
+    ranks = command.ranks()
+    command.send(signal.SIGSTOP, pids)
+    saving = bool(in_writing(out))
+    if who == "one of the two" and len(ranks) == 2:
+        command.send(signal.SIGKILL, [rng.choice(ranks)])
+    elif who == "torchrun alone":
+        command.send(signal.SIGKILL, [command.process.pid])
+    else:
+        command.send(signal.SIGKILL, pids)
+    command.send(signal.SIGCONT, pids)
+    command.wait()
+    return saving
+
+
+def _outlive(command: Command, tally: Tally) -> None:
+    """Wait for processes whose torchrun is gone. Those not connected to it yet ask for it for two minutes."""
+    begun = time.monotonic()
+    begins = "computing on" not in command.log.read_text()
+    while command.orphans() and time.monotonic() < begun + (CONNECT if begins else OUTLIVE):
+        time.sleep(0.02)
+    if begins:
+        tally.connecting += bool(command.orphans())
+    elif command.orphans():
+        tally.problems.append(f"{len(command.orphans())} processes live {OUTLIVE:.0f} s after their torchrun")
+    else:
+        tally.outlived = max(tally.outlived, time.monotonic() - begun)
+
+
+def _row(tally: Tally, found: float, runs: int, case: Case) -> Row:
+    seen = f"{tally.saving} of {tally.num} while a checkpoint was written, {tally.before} before the first"
+    if case.world > 1:
+        seen += "; killed were " + ", ".join(f"{who} {num} times" for who, num in tally.who.items())
+        seen += f" (its two then saved and ended within {tally.outlived:.1f} s; {tally.connecting} times they were not "
+        seen += "connected to it yet, had written nothing, and waited for it)"
+    seen += f"; {runs} run(s) went on to the end: {equal_to(found)}"
     seen += "".join(f"; {problem}" for problem in sorted({*tally.problems})[:3])
-    name = "SIGKILL, one process" if world == 1 else "SIGKILL of all or one of two processes (FSDP2)"
-    expected = "a whole checkpoint each time; at last " + ("the same bits" if world == 1 else "equal to rounding")
-    most = 0.0 if world == 1 else ROUNDING
-    return Row(name, tally.saving + tally.other, seen, expected, found <= most and not tally.problems)
+    expected = "a whole checkpoint each time; at last " + ("the same bits" if case.most == 0 else "equal to rounding")
+    return Row(f"SIGKILL, {case.name}", tally.num, seen, expected, found <= case.most and not tally.problems)

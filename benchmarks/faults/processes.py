@@ -24,6 +24,7 @@ from benchmarks.faults.runs import (
     difference,
     equal_to,
     in_writing,
+    listing,
     newest,
     run,
     running,
@@ -67,6 +68,7 @@ def processes(folder: Path) -> Iterator[Row]:
         "one line; torchrun starts all again from the newest checkpoint; equal to rounding",
         len(told) == 1 and different <= ROUNDING,
     )
+    yield _without_torchrun(folder, whole, words)
     out = folder / "worker"
     with running(Command(*ENDLESS, *WORKERS, "--out", out), folder / "log") as command:
         command.until(lambda: steps(out) >= 12)
@@ -79,6 +81,38 @@ def processes(folder: Path) -> Iterator[Row]:
         f"status {ended.status}, `{''.join(ended.errors[-1:])}`; resumed: {equal_to(different)}",
         "status 2, one line; resumed from the newest checkpoint to the same bits",
         ended.one_line and different == 0 and not bad_checkpoints(out),
+    )
+
+
+def _without_torchrun(folder: Path, whole: Path, words: tuple[str, ...]) -> Row:
+    """torchrun alone dies while one of its two processes is asleep, and new runs are begun in their folder."""
+    out = folder / "orphans"
+    with running(Command(*words, "--out", out, world=2), folder / "log") as command:
+        command.until(lambda: steps(out) >= 12)
+        ranks = command.ranks()
+        os.kill(ranks[1], signal.SIGSTOP)
+        command.send(signal.SIGKILL, [command.process.pid])
+        command.wait()
+        time.sleep(1.0)  # the other comes to where it waits
+        before = listing(out, but=out / "tensorboard")
+        refused = run(folder / "refused.log", "train", "--resume", out)
+        untouched = listing(out, but=out / "tensorboard") == before
+        with running(Command(*words, "--out", out, "--restart", world=2), folder / "again.log") as again:
+            again.until(lambda: "waiting for it to end" in again.log.read_text())
+            os.kill(ranks[1], signal.SIGCONT)
+            ended = again.end()
+        left = command.orphans()
+    told = re.findall(r"stopped at step (\d+), all saved", command.log.read_text())
+    went_on = bool(told) and f"resumed at step {told[0]}" in ended.output
+    different = difference(whole, out) if ended.status == 0 else float("inf")
+    line = "".join(refused.errors[-1:]).replace(f"{folder}/", "")
+    return Row(
+        "torchrun alone dies (SIGKILL), one of its two processes asleep; a new run begun in their folder",
+        2,
+        f"asleep: status {refused.status} after {refused.seconds:.0f} s, `{line}`; awake: both saved step "
+        f"{''.join(told)} and ended, the new run had waited and went on: {equal_to(different)}",
+        "one line, nothing touched; they save and end, the new run goes on: equal to rounding",
+        refused.one_line and untouched and went_on and not left and different <= ROUNDING,
     )
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +59,12 @@ class Command:
     def __init__(self, *words: object, world: int = 1, code: str = "", launch: tuple[str, ...] = ()) -> None:
         program = ["-c", code] if code else ["-m", "mmdit_cli"]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *launch]
+        self._end = b"\0".join(str(word).encode() for word in ("-m", "mmdit_cli", *words, ""))
         self.words = [sys.executable, *(many if world > 1 else []), *program, *map(str, words)]
 
     def start(self, log: Path) -> Command:
         """Begin it; what it prints goes to a file."""
+        self._ranks: set[int] = set()
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         self.log, self.begun = log, time.monotonic()
         with log.open("wb") as file:
@@ -72,32 +74,44 @@ class Command:
         return self
 
     def pids(self) -> list[int]:
-        """The process and all that come of it."""
-        found = [self.process.pid]
+        """The process and all that come of it, those that have outlived it too."""
+        found = self.orphans() if self.over else [self.process.pid]
         for pid in found:
-            with suppress(OSError):
-                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            found += [child for child in children(pid) if child not in found]
         return found
 
     def ranks(self) -> list[int]:
         """The processes of the run that torchrun has started."""
-        return [pid for pid in children(self.process.pid) if b"mmdit_cli" in _command_line(pid)]
+        found = [pid for pid in children(self.process.pid) if b"mmdit_cli" in _command_line(pid)]
+        self._ranks.update(found)
+        return found
+
+    def orphans(self) -> list[int]:
+        """Those of them that live though torchrun does not."""
+        return [pid for pid in self._ranks if self.over and _command_line(pid).endswith(self._end)]
+
+    def send(self, sig: signal.Signals, pids: Iterable[int]) -> None:
+        """A signal to those that are there still."""
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, sig)
 
     def kill(self) -> None:
         """SIGKILL to all at once: none is left to notice that another died."""
         pids = self.pids()
-        for sig in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, sig)
+        self.send(signal.SIGSTOP, pids)
+        self.send(signal.SIGKILL, pids)
         self.process.wait()
+
+    def wait(self) -> None:
+        """Until it ends, or has to; what has outlived it stays."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE)
 
     def end(self) -> Ended:
         """Wait for it."""
-        try:
-            self.process.wait(PATIENCE)
-        finally:
-            self.kill()
+        self.wait()
+        self.kill()
         return Ended(self.process.returncode, self.log.read_text(errors="replace"), time.monotonic() - self.begun)
 
     @property

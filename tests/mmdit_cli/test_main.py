@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -332,3 +333,19 @@ def _env() -> dict[str, str]:
     from pathlib import Path
 
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.mark.parametrize("debug, printed", [("0", False), ("1", True)])
+def test_a_thread_that_finds_no_room_leaves_the_line_to_the_command(debug, printed, monkeypatch, capsys):
+    """Whoever hands it something to write gets the error raised; a mistake in the program keeps its traceback."""
+    monkeypatch.setenv(errors.DEBUG, debug)
+    monkeypatch.setattr(threading, "excepthook", errors.of_thread)
+
+    def dies(error):
+        raise error
+
+    for found, seen in ((OSError(28, "No space"), printed), (TypeError("a mistake"), True)):
+        thread = threading.Thread(target=dies, args=(found,))
+        thread.start()
+        thread.join()
+        assert ("Traceback" in capsys.readouterr().err) == seen

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from training.captions import MAX_CAPTION
 from training.data import (
@@ -649,6 +650,26 @@ def test_a_worker_that_dies_is_a_clear_error():
     batches = loader(Memory(20, deadly=3), range(20), 4, seed=0, num_workers=1)
     with pytest.raises(DataError, match="a data worker died, perhaps for want of memory; try num_workers = 0"):
         take(batches, 6)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("sign", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_too(sign, monkeypatch):
+    """The pipe breaks before torch has noticed; what a server did to a worker that lives stays what it is."""
+
+    raised = [sign, type(sign)("Caught ConnectionResetError in DataLoader worker process 0.")]
+
+    class Breaks(DataLoader):
+        def __iter__(self):
+            batches = super().__iter__()
+            batches._next_data = lambda: (_ for _ in ()).throw(raised.pop(0))
+            return batches
+
+    monkeypatch.setattr("training.workers.DataLoader", Breaks)
+    with pytest.raises(DataError, match="a data worker died, .*num_workers = 0"):
+        next(loader(Memory(20), range(20), 4, seed=0, num_workers=1))
+    with pytest.raises(type(sign), match="Caught"):
+        next(loader(Memory(20), range(20), 4, seed=0, num_workers=1))
     assert not multiprocessing.active_children()
 
 

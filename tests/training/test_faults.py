@@ -1,10 +1,12 @@
 """What goes wrong while a run trains: gradients that are not finite, overflow in fp16, processes that stop or die."""
 
+import errno
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +18,19 @@ import training.launch
 import training.trainer
 from tests.training.processes import python
 from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics
-from training.checkpoint import load_checkpoint, load_latest
+from training.checkpoint import list_checkpoints, load_checkpoint, load_latest, newest_whole, save_checkpoint
 from training.config import load_config
 from training.ema import power_of, reconstruct
 from training.errors import DataError
 from training.feed import LatentFeed
+from training.interrupts import Interrupts
+from training.lock import LOCK
+from training.parallel import ALONE, ProcessLost
 from training.precision import LossScaler
 from training.run import RunFolder
+from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
+from training.writing import Writer
 
 # --- a batch without a finite gradient ----------------------------------------------------------------------------
 
@@ -133,6 +140,114 @@ def test_fp16_learns_as_fp32_does(tmp_path):
     assert half != full and half == pytest.approx(full, rel=2e-3)
 
 
+# --- checkpoints in parts ------------------------------------------------------------------------------------------
+
+
+def in_parts(run: Path, step: int, beside: bool = False):
+    """Begin a checkpoint in parts, of one process; what is returned ends it."""
+    weights = {"model": {"w": torch.full((64, 8), float(step))}, "optimizer": {"w/step": torch.tensor(float(step))}}
+    return save_sharded(run, {"step": step, "seed": 7}, weights, 3, ALONE, beside)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "flipped": flip,
+    "missing": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", ["shard-*.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_part_or_state_is_named_and_the_one_before_taken(tmp_path, kind, damage):
+    in_parts(tmp_path, 3)()
+    [file] = in_parts(tmp_path, 6)().glob(kind)
+    assert newest_whole(tmp_path, print).name == "step-00000006"
+    DAMAGE[damage](file)
+    said = []
+    state, weights = load_latest(tmp_path, said.append)
+    assert state["step"] == 3 and torch.equal(weights["model"]["w"], torch.full((64, 8), 3.0))
+    [line] = said
+    assert "passed over, falling back to the one before: step-00000006" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
+@pytest.mark.parametrize("where", ["a part", "the state"])
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, beside, where):
+    """In parts, at once and in the thread beside; with room again, the same step is written whole."""
+
+    def full(*words, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    in_parts(tmp_path, 3)()
+    writer = Writer(tmp_path, 3, ALONE, in_parts=True, beside=beside)
+    with monkeypatch.context() as patch:
+        if where == "a part":
+            patch.setattr("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", full)
+        else:
+            patch.setattr("training.checkpoint.write_json", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda: pytest.fail("it is not written"))
+            writer.wait()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+    assert load_latest(tmp_path, pytest.fail)[0]["step"] == 3
+    writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda: None)
+    writer.wait()
+    assert load_latest(tmp_path, pytest.fail)[0]["step"] == 6
+    assert not list((tmp_path / "checkpoints").glob(".*.part"))
+
+
+def test_a_run_that_fails_still_ends_the_checkpoint_that_it_had_begun(tmp_path, monkeypatch):
+    """Its folder is free when it has stopped, not some time later."""
+
+    def slow(*words):
+        time.sleep(0.5)
+        return save_checkpoint(*words)
+
+    spoil(monkeypatch, 2)
+    monkeypatch.setattr("training.writing.save_checkpoint", slow)
+    how = ("training.async_checkpoint=true", "training.checkpoint_every=1", "training.max_bad_steps=1")
+    with pytest.raises(Diverged):
+        training.train(config_for(tmp_path / "run", *how))
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert load_latest(tmp_path / "run", pytest.fail)[0]["step"] == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import training.sharded_checkpoint as module
+from training.parallel import ALONE
+def save(step, beside):
+    weights = {"model": {"w": torch.full((64, 8), float(step))}}
+    module.save_sharded(Path(sys.argv[1]), {"step": step, "seed": 7}, weights, 3, ALONE, beside)()
+save(3, False)
+setattr(module, sys.argv[2], lambda *words: os.kill(os.getpid(), signal.SIGKILL))
+save(6, True)
+"""
+
+
+@pytest.mark.parametrize("where", ["sha256", "put_in_place"])
+def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, where):
+    """What was not renamed yet counts for nothing, sealed or not, and goes with the next one."""
+    with python("-c", KILLED, tmp_path, where) as killed:
+        output, _ = killed.communicate(timeout=60)
+        assert killed.returncode == -signal.SIGKILL, output
+    [part] = (tmp_path / "checkpoints").glob(".*.part")
+    assert part.name == ".step-00000006.part" and list(part.glob("shard-*"))
+    assert (part / "state.json").exists() == (where == "put_in_place")
+    assert load_latest(tmp_path, pytest.fail)[0]["step"] == 3
+    in_parts(tmp_path, 6)()
+    assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
+
+
 # --- to begin again ---
 
 
@@ -223,6 +338,46 @@ def test_torchrun_starts_all_again_from_the_newest_checkpoint(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     assert "resumed at step" in output and metrics(out, "loss")[-1][0] == 150
+
+
+@pytest.mark.slow
+@linux
+def test_processes_that_outlive_torchrun_save_and_end(tmp_path):
+    """A new run in their folder waits for them (here for one that is asleep), and goes on from what they saved."""
+    out = tmp_path / "run"
+    quick = ("training.checkpoint_every=0", "evaluation.prompts_per_question=0")
+    with torchrun(*LONG_COMMAND, "--out", out, *quick) as process:
+        wait_for_steps(process, out, 3)
+        ranks = children(process)
+        os.kill(ranks[1], signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        with torchrun(*LONG_COMMAND, "--out", out, *quick, "training.num_steps=5", "--restart") as again:
+            said = ""
+            while "waiting for it to end" not in said:
+                assert (line := again.stdout.readline()), said
+                said += line
+            assert not list_checkpoints(out)
+            os.kill(ranks[1], signal.SIGCONT)
+            said += again.communicate(timeout=120)[0]
+            assert again.returncode == 0, said
+        output, _ = process.communicate(timeout=60)
+    [told] = re.findall(r"stopped at step (\d+), all saved", output)
+    assert output.count("stops: the torchrun that had started it has ended") == 2
+    assert f"resumed at step {told}" in said and not (out / LOCK).exists()
+
+
+def test_a_process_without_its_torchrun_saves_and_ends(tmp_path, monkeypatch):
+    """Another's parent may come and go: a shell that is closed stops nobody."""
+    parents = iter([7, 7, 7])
+    monkeypatch.setattr("training.interrupts.os.getppid", lambda: next(parents, 1))
+    with Interrupts() as interrupts:
+        assert not interrupts.caught
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ProcessLost, match="the torchrun that had started it has ended"):
+        training.train(config_for(tmp_path / "run", "training.num_steps=9", "training.checkpoint_every=0"))
+    assert load_latest(tmp_path / "run", print)[0]["step"] == 2
+    assert "stopped at step 2, all saved" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_restart_begins_where_nothing_was_saved(tmp_path, monkeypatch):

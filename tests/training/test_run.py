@@ -1,5 +1,9 @@
 """The run folder: taken or free, its config, and metrics that survive a kill and a resume."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from training.config import load_config
@@ -103,3 +107,21 @@ def test_what_a_kill_left_in_the_middle_is_removed(run):
     (run.path / "pipeline" / "my.part").write_text("a user's")
     run.remove_leftovers()
     assert sorted(path.name for path in run.path.rglob("*")) == ["config.toml", "my.part", "pipeline"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_named_with_the_file(run, name, monkeypatch):
+    """Also where the file was open already, when the system says no name."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        def full(*words):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    else:
+        (run.path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*run/" + name) as caught:
+        run.log("a line") if name == "log.txt" else run.write_metrics(1, loss=0.5)
+    assert caught.value.filename == str(run.path / name)

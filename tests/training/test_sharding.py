@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+from tests.training.test_distributed import free_port
 from tests.training.test_trainer import TRANSFUSION, config_for
 from training.config import ConfigError, load_config
 from training.devices import pick_device
@@ -111,6 +112,22 @@ def test_several_processes_are_found_connected_and_left(started):
     own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
     connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
     assert started == {**connected, "groups": [own, own], "ended": True}
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_nobody_who_answers_is_one_line(monkeypatch, served):
+    """torchrun serves before it starts a process: one whose torchrun has been killed does not wait for it for long."""
+    port = str(free_port())
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("training.parallel.CONNECT", timedelta(seconds=0.5))
+    who = "the torchrun that had started it" if served else "process 0"
+    timeout = 3600 if served else 1
+    config = load_config("demo", [f"parallel.timeout={timeout}", "training.device=cpu"])
+    with pytest.raises(ProcessLost, match=f"process 1 stops: {who} does not answer at 127.0.0.1:{port}"):  # noqa: SIM117
+        with ranks_of(config):
+            pass
 
 
 def test_several_processes_for_a_run_of_one_are_refused(started):

@@ -1,0 +1,144 @@
+"""Who may write in a run folder: one run at a time, and the next as soon as all of the last have ended."""
+
+import errno
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import training
+from tests.training.test_trainer import config_for
+from training import lock
+from training.lock import LOCK, RunTaken, only_run_in
+from training.parallel import ALONE, Ranks
+from training.run import RunFolder
+
+fcntl = pytest.importorskip("fcntl")
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def byte_of_another(folder: Path, byte: int):
+    """Another process that has one byte locked, or could not ("" is read from it)."""
+    command = [sys.executable, "-c", HOLD, str(folder / LOCK), str(byte)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("byte", [0, 1, 7])
+def test_a_process_of_another_run_keeps_all_new_ones_out(run, byte, monkeypatch, capsys):
+    """Whichever it is of that run's; nothing is removed meanwhile, and what ends it is its end."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    (run.path / LOCK).write_text("process 77 on node3")
+    with byte_of_another(run.path, byte) as (process, said):
+        before = listing(run.path)
+        assert said == "held"
+        for begin in (lambda: training.resume(run.path), lambda: training.train(run.config(), restart=True)):
+            with pytest.raises(RunTaken, match=r"run is being trained by another run \(process 77 on node3 began it\)"):
+                begin()
+        assert listing(run.path) == before
+        assert capsys.readouterr().out.count("waiting for it to end") == 2
+        process.kill()
+        process.wait()
+        with only_run_in(run.path, ALONE):
+            assert (run.path / LOCK).exists()
+    assert not (run.path / LOCK).exists()
+
+
+def test_it_is_waited_for(run):
+    with byte_of_another(run.path, 0) as (process, _):
+        threading.Timer(0.3, process.kill).start()
+        with only_run_in(run.path, ALONE):
+            assert process.wait(1) < 0
+
+
+def test_each_process_holds_a_byte_of_its_own(run, monkeypatch):
+    """The first takes all, so that no other is there, and leaves the rest to the others of its run."""
+    with only_run_in(run.path, ALONE):
+        for byte, free in {0: "", 1: "held", 2: "held"}.items():
+            with byte_of_another(run.path, byte) as (_, said):
+                assert said == free
+    second = Ranks(1, 2)
+    monkeypatch.setattr(second, "from_first", lambda make: True)
+    with only_run_in(run.path, second):
+        for byte, free in {0: "held", 1: "", 2: "held"}.items():
+            with byte_of_another(run.path, byte) as (_, said):
+                assert said == free
+
+
+def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, monkeypatch):
+    several = Ranks(0, 2)
+    monkeypatch.setattr(several, "from_first", lambda make: make())
+    for ranks, stays in ((several, True), (ALONE, False)):
+        with pytest.raises(OSError, match="no room"), only_run_in(run.path, ranks):
+            raise OSError("no room")
+        assert (run.path / LOCK).exists() == stays
+        with byte_of_another(run.path, 0) as (_, said):
+            assert said == "held"
+        (run.path / LOCK).unlink()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(run, monkeypatch):
+    """The run before removes its file when it ends, which may be just after this one has opened it."""
+    real, removed = fcntl.lockf, []
+
+    def lockf(file, how, *place):
+        if not removed:
+            removed.append((run.path / LOCK).unlink())
+        real(file, how, *place)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    with only_run_in(run.path, ALONE), byte_of_another(run.path, 0) as (_, said):
+        assert removed and said == ""
+
+
+def test_a_file_system_without_locks_is_trained_on(run, monkeypatch):
+    def lockf(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    with only_run_in(run.path, ALONE):
+        pass
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with only_run_in(tmp_path, ALONE):
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_trains_is_locked_and_leaves_no_lock(tmp_path, monkeypatch):
+    seen = []
+
+    def fit(self, interrupts):
+        for byte in (0, 1):
+            with byte_of_another(self.run.path, byte) as (_, said):
+                seen.append(said)
+
+    monkeypatch.setattr(training.trainer.Trainer, "fit", fit)
+    out = training.train(config_for(tmp_path / "run"))
+    assert seen == ["", "held"] and not (out / LOCK).exists()

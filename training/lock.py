@@ -1,0 +1,106 @@
+"""One run at a time in a run folder: locks that end with the process that holds them, however it ends.
+
+`.lock` in the folder is locked byte by byte: process k of a run holds byte k while it may write, so that one that
+outlives the others keeps a new run out. Locks are POSIX records: of this process alone (a data worker holds none), and
+of other machines too where the file system carries them. Where it has none (nor has Windows), nothing is locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from training.parallel import Ranks
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = ".lock"
+PATIENCE = 30.0  # seconds that a new run waits for processes of one that ends: they may have to save
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+class RunTaken(ValueError):
+    """Other processes train the run in this folder."""
+
+
+@contextmanager
+def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """While entered, by all processes, no other run writes in the folder. One that is no run yet is left as it is.
+
+    Raises RunTaken where another run is still there after `PATIENCE`.
+    """
+    path, file = folder / LOCK, None
+
+    def locked() -> bool:
+        nonlocal file
+        file = _first_byte(path) if sys.platform != "win32" and (folder / "config.toml").exists() else None
+        return file is not None
+
+    ended = False
+    try:
+        if ranks.from_first(locked) and not ranks.first:
+            file = path.open("a")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, ranks.rank)
+        yield
+        ended = True
+    finally:
+        if file is not None:
+            if ranks.first and (ended or ranks.world == 1):  # else others may write still
+                path.unlink(missing_ok=True)
+            file.close()
+
+
+def _first_byte(path: Path) -> IO[str] | None:
+    """The file, its first byte locked once no byte of it was; None where there are no locks. Raises RunTaken."""
+    last = time.monotonic() + PATIENCE
+    owner = ""
+    while True:
+        try:
+            file = _all_bytes(path)
+            break
+        except BlockingIOError:
+            if not owner:
+                owner = f"{path.parent} is being trained by another run{_said_by(path)}"
+                print(f"{owner}: waiting for it to end", flush=True)
+            if time.monotonic() > last:
+                raise RunTaken(f"{owner}: end it, or wait until it has") from None
+            time.sleep(0.2)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return None
+            raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
+    return file
+
+
+def _said_by(path: Path) -> str:
+    """Whose lock it is."""
+    with suppress(FileNotFoundError):
+        return f" ({path.read_text()} began it)"
+    return ""
+
+
+def _all_bytes(path: Path) -> IO[str]:
+    """The file with all of it locked. Raises BlockingIOError where another process has some."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # it was removed by the one that had it
