@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import traceback
+from typing import NoReturn
 
 DEBUG = "MMDIT_DEBUG"
 """Environment variable that asks for tracebacks; `mmdit --debug` sets it."""
@@ -40,6 +41,15 @@ def of_thread(died: threading.ExceptHookArgs) -> None:
     """
     if not isinstance(died.exc_value, OSError) or os.environ.get(DEBUG, "0") not in ("", "0"):
         threading.__excepthook__(died)
+
+
+def end_at_once(code: int | str) -> NoReturn:
+    """End a process of several that failed. torch's threads may wait for the others still, and where the interpreter is
+    taken down under them the process aborts, with another status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _out_of_memory(error: BaseException) -> bool:

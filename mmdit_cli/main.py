@@ -108,6 +108,10 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.complain("stopped")
         sys.exit(130)
+    except SystemExit as end:
+        if end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            errors.end_at_once(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -349,3 +349,12 @@ def test_a_thread_that_finds_no_room_leaves_the_line_to_the_command(debug, print
         thread.start()
         thread.join()
         assert ("Traceback" in capsys.readouterr().err) == seen
+
+
+@pytest.mark.parametrize(("processes", "torn_down"), [("1", True), ("2", False)])
+def test_one_process_of_several_that_failed_ends_at_once(processes, torn_down, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    code = "import atexit, sys; from mmdit_cli.main import main; atexit.register(print, 'torn down'); main()"
+    ended = subprocess.run([sys.executable, "-c", code, "train", "none.toml"], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("mmdit: error: ")
+    assert ("torn down" in ended.stdout) == torn_down
