@@ -24,8 +24,8 @@ class Linear(nn.Linear):
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
-    """gelu(layer(x)); in one kernel where that can serve."""
-    if type(layer) is Linear and _serves(x, layer):
+    """gelu(layer(x)); in one kernel where that can serve. A layer with hooks is called: they see what it gives."""
+    if type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks and _serves(x, layer):
         return _in_one(x, layer, "gelu")
     return gelu(layer(x))
 
@@ -61,21 +61,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
 
 def _serves(x: Tensor, layer: nn.Linear) -> bool:
     """Whether the kernel gives what torch's eager product would: it knows neither gradients nor autocast."""
-    w = layer.weight
+    w, b = layer.weight, layer.bias
     return bool(
         x.device.type == w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and type(x) is Tensor
+        and (b is None or (b.dtype == torch.float32 and b.is_contiguous()))  # it reads what lies there, as float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
         and x.numel() // x.shape[-1] * w.numel() >= WORTH
         and not torch.is_autocast_enabled("cpu")
+        and torch.autograd.forward_ad._current_level < 0
         and KERNEL
         and (torch.compiler.is_compiling() or (torch.backends.mkldnn.enabled and not _transformed()))
     )
 
 
 def _transformed() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative looks on."""
-    within = torch._C._functorch.peek_interpreter_stack() is not None
-    return within or torch.autograd.forward_ad._current_level >= 0
+    """Whether a transform of torch.func looks on; what is compiled knows them, but for forward-mode derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -72,6 +72,48 @@ def test_a_layer_that_is_wrapped_is_called(calls):
     assert "gelu" not in calls
 
 
+@torch.no_grad()
+def test_hooks_of_a_layer_see_its_product(calls):
+    layer, x = layer_and_input()
+    seen = []
+    layer.register_forward_pre_hook(lambda layer, x: seen.append("before"))
+    layer.register_forward_hook(lambda layer, x, y: seen.append(y))
+    torch.testing.assert_close(linear_gelu(layer, x), gelu(seen[1]))
+    assert seen[0] == "before" and "gelu" not in calls
+
+
+@torch.no_grad()
+def test_a_bias_that_lies_scattered_is_torchs_own(calls):
+    layer, x = layer_and_input()
+    layer.bias = nn.Parameter(torch.randn(2 * len(layer.bias))[::2])
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_traced_layer_names_torchs_own_alone(calls):
+    layer, x = layer_and_input()
+    assert "mkldnn" not in str(torch.jit.trace(layer, (x,), check_trace=False).graph)
+    assert calls == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inside", [True, False])
+def test_compiled_forward_derivatives_are_torchs(inside):
+    layer, x = layer_and_input()
+    compiled = torch.compile(layer, backend="eager")
+    compiled(x)  # without a derivative first
+
+    def derivative(f, x):
+        return torch.func.jvp(f, (x,), (x,))[1]
+
+    if inside:
+        tangent = torch.compile(lambda x: derivative(layer, x), backend="eager")(x)
+    else:
+        tangent = derivative(compiled, x)
+    torch.testing.assert_close(tangent, F.linear(x, layer.weight))
+
+
 def test_compiled_gelu_is_torchs():
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
     compiled = torch.compile(gelu, backend="eager")(x)
