@@ -17,7 +17,7 @@ from training.config import TrainConfig, apply_overrides
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, only_run_in
 from training.parallel import Ranks, ranks_of
-from training.run import QuietRun, RunFolder
+from training.run import QuietRun, RunFolder, taken
 from training.trainer import Trainer, other_setting
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
@@ -62,6 +62,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
             return _continue(run, config, ranks, interrupts)
         run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
         held.enter_context(only_run_in(run.path, ranks))
+        ranks.from_first(lambda: _check_new(run.path))
         try:
             Trainer(config, run, ranks=ranks).fit(interrupts)
         except BaseException as error:
@@ -83,7 +84,7 @@ def _begun(folder: Path) -> bool:
         return True
     config = folder / "config.toml"
     found = {*folder.iterdir()} if folder.is_dir() else set()
-    barely = bool(found) and all(path.name == LOCK or path.match(".config.toml.*.part") for path in found)
+    barely = bool(found) and all(map(_of_beginning, found))
     if barely or (config in found and folder / "scores.json" not in found):
         last = {config, folder / LOCK}  # a kill in the middle leaves what can be removed again
         for path in sorted(found - last):
@@ -91,6 +92,17 @@ def _begun(folder: Path) -> bool:
         config.unlink(missing_ok=True)
         shutil.rmtree(folder)
     return False
+
+
+def _of_beginning(path: Path) -> bool:
+    """Whether it is there before a run has its config."""
+    return path.name == LOCK or path.match(".config.toml.*.part")
+
+
+def _check_new(folder: Path) -> None:
+    """Raises FileExistsError where a run that began at the same moment was the first to lock the folder."""
+    if any(path.name != "config.toml" and not _of_beginning(path) for path in folder.iterdir()):
+        raise taken(folder)
 
 
 def _known(run: RunFolder, ranks: Ranks) -> RunFolder:

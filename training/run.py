@@ -28,6 +28,13 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
+def taken(path: Path) -> FileExistsError:
+    """What is said where a new run finds its folder in use."""
+    return FileExistsError(
+        f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
+    )
+
+
 class RunFolder:
     """Paths of a run, and the two files that grow: the log and the metrics. quiet: nothing is printed."""
 
@@ -44,11 +51,13 @@ class RunFolder:
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
         """A new run. Raises FileExistsError where the folder already holds something."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
-            )
-        path.mkdir(parents=True, exist_ok=True)
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not empty:
+            raise taken(path)
+        try:
+            path.mkdir(parents=True, exist_ok=empty)
+        except FileExistsError:  # by another run, just now
+            raise taken(path) from None
         run = cls(path)
         run.write_config(config)
         return run

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 import signal
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.ahead import ahead
 from training.errors import DataError
+
+_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class _Steps(Dataset):
@@ -38,8 +41,22 @@ class _Steps(Dataset):
 def run(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
     """What is made of each step, in order, by worker processes if there are any. Steps are whatever `make` takes."""
     if num_workers == 0:
-        yield from map(make, steps)
-        return
+        return (make(step) for step in steps)
+    made = _by_workers(make, steps, num_workers)
+    _open.add(made)
+    atexit.unregister(_close_open)
+    atexit.register(_close_open)
+    return made
+
+
+def _close_open() -> None:
+    """At exit; a generator that is left open until then would be closed among modules that are half gone."""
+    for made in [*_open]:
+        with suppress(ValueError):  # another thread is within it
+            made.close()
+
+
+def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
     workers: DataLoader = DataLoader(
         _Steps(make),
         batch_size=None,
@@ -106,3 +123,4 @@ def _stop(items: Any) -> None:
     for worker in items._workers:
         if worker.is_alive():
             worker.kill()
+    items._workers_status = [True] * len(items._workers)  # so that a thread which still waits for one sees it gone

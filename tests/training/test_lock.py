@@ -11,7 +11,7 @@ import pytest
 
 import training
 from tests.training.test_trainer import config_for
-from training import lock
+from training import launch, lock
 from training.lock import LOCK, RunTaken, only_run_in
 from training.parallel import ALONE, Ranks
 from training.run import RunFolder
@@ -142,3 +142,33 @@ def test_a_run_that_trains_is_locked_and_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(training.trainer.Trainer, "fit", fit)
     out = training.train(config_for(tmp_path / "run"))
     assert seen == ["", "held"] and not (out / LOCK).exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_runs_that_begin_at_once_one_trains(tmp_path, monkeypatch, there):
+    """Both find the folder empty; the one that is later, at making the folder or at its lock, leaves it alone."""
+    folder = tmp_path / "run"
+    make, lock_of = Path.mkdir, launch.only_run_in
+
+    def begun_by_another():
+        make(folder, exist_ok=True)
+        (folder / "metrics.jsonl").write_text("its own")
+
+    def late_folder(path, *args, **kwargs):
+        if path == folder:
+            begun_by_another()
+        make(path, *args, **kwargs)
+
+    def late_lock(path, ranks):
+        begun_by_another()
+        return lock_of(path, ranks)
+
+    if there:
+        folder.mkdir()
+        monkeypatch.setattr(launch, "only_run_in", late_lock)
+    else:
+        monkeypatch.setattr(Path, "mkdir", late_folder)
+    with pytest.raises(FileExistsError, match="exists: continue it with `mmdit train --resume"):
+        training.train(config_for(folder))
+    assert (folder / "metrics.jsonl").read_text() == "its own"
+    assert {path.name for path in folder.iterdir()} <= {"metrics.jsonl", "config.toml"}

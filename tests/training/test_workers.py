@@ -1,6 +1,9 @@
 """Batches from worker processes, taken over by a thread: what one process makes, in its order."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -53,3 +56,31 @@ def test_the_next_item_is_fetched_while_the_last_one_is_used_and_no_more():
     threads = threading.active_count()
     items.close()
     assert threading.active_count() == threads - 1
+
+
+def dies(step: int) -> torch.Tensor:
+    if step == 3:
+        os._exit(1)
+    return torch.zeros(2)
+
+
+def test_the_thread_of_a_worker_that_died_ends():
+    before = {*threading.enumerate()}
+    with pytest.raises(DataError, match="a data worker died"):
+        list(run(dies, itertools.count(), 2))
+    for thread in {*threading.enumerate()} - before:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+LEFT_OPEN = """
+import itertools, multiprocessing
+from training.workers import run
+batches = run(float, itertools.count(), 1)
+print(next(batches), flush=True)
+"""
+
+
+def test_batches_that_are_left_open_say_nothing_at_exit():
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0.0\n", "")
