@@ -187,7 +187,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
         raise ConfigError(f'there is no config file "{path}"{hint}')
     config, said = read_config(path)
     final = apply_overrides(config, overrides)
-    if path.name != WRITTEN:  # which says every key, whoever chose it
+    if path.name != WRITTEN and {*settings.keys(TrainConfig)} - {*said}:  # a run's says every key, whoever chose it
         refuse_idle(final, idle_settings(config, said), f"{path}: ")
     return final
 

@@ -137,3 +137,8 @@ def test_a_run_says_what_is_idle_and_reads_its_own_config(tmp_path, capsys):
     line = 'warning: training.ema_decay = 0.9 takes no effect with training.ema = "power": it is for "exponential"'
     assert line in capsys.readouterr().out.splitlines()
     assert RunFolder.open(run).config() == load_config(run)
+    copied = tmp_path / "copied.toml"
+    copied.write_bytes((run / "config.toml").read_bytes())
+    assert load_config(copied, ["optimizer.lr=0.5"]).training.ema == "power"
+    with pytest.raises(ConfigError, match="training.ema_decay = 0.25 takes no effect"):
+        load_config(copied, ["training.ema_decay=0.25"])
