@@ -109,7 +109,7 @@ def main() -> None:
         errors.complain("stopped")
         sys.exit(130)
     except SystemExit as end:
-        if end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if end.code and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
             errors.end_at_once(end.code)
         raise
 

@@ -351,9 +351,15 @@ def test_a_thread_that_finds_no_room_leaves_the_line_to_the_command(debug, print
         assert ("Traceback" in capsys.readouterr().err) == seen
 
 
-@pytest.mark.parametrize(("processes", "torn_down"), [("1", True), ("2", False)])
-def test_one_process_of_several_that_failed_ends_at_once(processes, torn_down, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "processes", "torn_down"), [("0", "1", True), ("0", "2", False), (None, "2", True), (None, "", True)]
+)
+def test_one_process_of_several_that_failed_ends_at_once(rank, processes, torn_down, monkeypatch):
+    """And no other, whatever a scheduler has left in the environment of a command."""
     monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
     code = "import atexit, sys; from mmdit_cli.main import main; atexit.register(print, 'torn down'); main()"
     ended = subprocess.run([sys.executable, "-c", code, "train", "none.toml"], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("mmdit: error: ")
