@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train an autoencoder on your images, or measure one.")
+HELP = """Train an autoencoder on your images, or measure one.
+
+[bold]Examples[/bold]
+
+  mmdit autoencoder train --data my_images/ --out runs/autoencoder
+
+  mmdit autoencoder evaluate runs/autoencoder --data my_images/
+"""
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 
 @app.command()

@@ -126,7 +126,7 @@ def test_a_difference_between_runs_is_seen(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_killed_run_comes_to_the_bits_of_one_left_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(kills.LENGTH, 1, (60, 3))
-    row = kills.killed(tmp_path, 1, ())
+    row = kills.killed(tmp_path, 1, kills.Case("SIGKILL, one process"))
     assert row.times == 1 and row.holds and "the same bits" in row.seen
 
 
