@@ -17,7 +17,7 @@ from training.config import TrainConfig, apply_overrides
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, only_run_in
 from training.parallel import Ranks, ranks_of
-from training.run import QuietRun, RunFolder, taken
+from training.run import UNLINKED, QuietRun, RunFolder, taken
 from training.trainer import Trainer, other_setting
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
@@ -68,7 +68,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
         except BaseException as error:
             if list_checkpoints(run.path) or run.metrics() or not ranks.first:
                 raise
-            shutil.rmtree(run.path)  # nothing was trained: leave the name free
+            shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained: leave the name free
             if not isinstance(error, Interrupted):
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
@@ -90,13 +90,13 @@ def _begun(folder: Path) -> bool:
         for path in sorted(found - last):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what stays is UNLINKED, or keeps the next run from beginning
     return False
 
 
 def _of_beginning(path: Path) -> bool:
     """Whether it is there before a run has its config."""
-    return path.name == LOCK or path.match(".config.toml.*.part")
+    return path.name == LOCK or any(map(path.match, (".config.toml.*.part", UNLINKED)))
 
 
 def _check_new(folder: Path) -> None:

@@ -20,6 +20,10 @@ from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
 
 
+UNLINKED = ".nfs*"
+"""What NFS makes of a file that is removed while it is open (of a lock): it is gone when that is closed."""
+
+
 class Board(Protocol):
     """Another place that metrics go to."""
 
@@ -51,7 +55,7 @@ class RunFolder:
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
         """A new run. Raises FileExistsError where the folder already holds something."""
         path = Path(path)
-        empty = path.is_dir() and not any(path.iterdir())
+        empty = path.is_dir() and all(entry.match(UNLINKED) for entry in path.iterdir())
         if path.exists() and not empty:
             raise taken(path)
         try:

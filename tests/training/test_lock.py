@@ -1,6 +1,7 @@
 """Who may write in a run folder: one run at a time, and the next as soon as all of the last have ended."""
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -172,3 +173,28 @@ def test_of_two_runs_that_begin_at_once_one_trains(tmp_path, monkeypatch, there)
         training.train(config_for(folder))
     assert (folder / "metrics.jsonl").read_text() == "its own"
     assert {path.name for path in folder.iterdir()} <= {"metrics.jsonl", "config.toml"}
+
+
+@pytest.fixture
+def on_nfs(monkeypatch):
+    """A lock that is removed while it is open stays under another name until it is closed."""
+    unlink = os.unlink
+
+    def renamed(name, *, dir_fd=None):
+        if os.path.basename(name) == LOCK:
+            os.rename(name, os.path.join(os.path.dirname(name), ".nfs00c1"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        else:
+            unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", renamed)
+
+
+def test_on_nfs_too_a_run_that_fails_says_why(tmp_path, on_nfs):
+    with pytest.raises(ValueError, match="all 64 samples are held out"):
+        training.train(config_for(tmp_path / "run", "data.held_out=0.9999999"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".nfs00c1"]
+
+
+def test_on_nfs_too_a_run_that_got_nowhere_begins_anew(run, on_nfs):
+    training.train(run.config(), restart=True)
+    assert (run.path / "checkpoints").is_dir()
