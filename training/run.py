@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
 
-
 UNLINKED = ".nfs*"
 """What NFS makes of a file that is removed while it is open (of a lock): it is gone when that is closed."""
 

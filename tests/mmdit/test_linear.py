@@ -104,13 +104,10 @@ def test_compiled_forward_derivatives_are_torchs(inside):
     compiled = torch.compile(layer, backend="eager")
     compiled(x)  # without a derivative first
 
-    def derivative(f, x):
+    def derivative(x, f=layer if inside else compiled):
         return torch.func.jvp(f, (x,), (x,))[1]
 
-    if inside:
-        tangent = torch.compile(lambda x: derivative(layer, x), backend="eager")(x)
-    else:
-        tangent = derivative(compiled, x)
+    tangent = (torch.compile(derivative, backend="eager") if inside else derivative)(x)
     torch.testing.assert_close(tangent, F.linear(x, layer.weight))
 
 
