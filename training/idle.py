@@ -155,12 +155,6 @@ RULES = (
     ),
     Rule(("parallel.timeout",), "parallel.strategy", lambda c: c.parallel.strategy != "none", "several processes"),
     # pictures and scores
-    Rule(
-        ("sampling.interval",),
-        "sampling.guidance",
-        lambda c: c.sampling.guidance != 1,
-        "any scale but 1, which is no guidance",
-    ),
     Rule(("evaluation.prompts_per_question",), "data.source", lambda c: _is_shapes(c.data.source), '"shapes"'),
     Rule(
         _keys("evaluation", "validation_samples validation_times"),

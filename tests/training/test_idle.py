@@ -67,7 +67,6 @@ CASES = [
     ("parallel.shard_size=2", ["parallel.strategy=fsdp"], ["parallel.strategy=hsdp"]),
     ("parallel.cpu_offload=true", [], ["parallel.strategy=hsdp"]),
     ("parallel.timeout=5", ["parallel.strategy=none"], []),
-    ("sampling.interval=[0, 0.5]", ["sampling.guidance=1"], ["sampling.guidance=0"]),
     ("evaluation.prompts_per_question=3", ["data.source=photos"], []),
     ("evaluation.validation_samples=3", ["data.held_out=0"], []),
     ("evaluation.validation_times=3", ["data.held_out=0"], []),
