@@ -7,7 +7,7 @@ fitted" scales each to the size of the batch with PIL too. "ours" gives shuffled
 `loader`. All in one process, whose torch and decoders have one thread; rounds of all take turns, the medians of images
 per second of processor time count.
 The wait is what a loop spends on `next(batches)` that computes for B / speed seconds a batch, beside one worker, and
-the median of one call; 320 images a second is about what `make demo` trains at on two cores. * one worker makes fewer.
+the median of one call; `make demo` trained at 230 to 280 images a second on two cores. * one worker makes fewer.
 A JPEG that is much larger than asked for is decoded at a fraction of its size, at least twice that of the batch: the
 last table has, in dB, how near the pictures are to those decoded whole, beside a fraction down to the size itself, and
 beside the whole ones scaled by a bicubic filter in place of Lanczos.

@@ -5,17 +5,21 @@
 Width 384, 12 blocks, QK-norm; and 3 blocks of SD3-medium's width, 1536, without gradients. Both are measured in turn
 in one process, medians; compiled means `torch.compile` of each block. Memory is what the process grew by at its peak in
 one forward and backward pass, each model in a process of its own. Sampling is 28 guided Euler steps, both predictions
-in one batch, beside diffusers' scheduler and loop.
+in one batch, beside diffusers' scheduler and loop; and of whole pipelines, ours beside `StableDiffusion3Pipeline`:
+12 blocks of width 384, 256 image and 333 text tokens, small encoders and autoencoder.
 """
 
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor, nn
@@ -161,11 +165,51 @@ def sampling(repeats: int) -> list[str]:
     return lines
 
 
+@torch.no_grad()
+def pipelines(repeats: int) -> list[str]:
+    from diffusers import SD3Transformer2DModel
+
+    from mmdit.text_to_image import TextToImage
+    from tests.mmdit.tiny_sd3 import make_pipeline
+
+    other = make_pipeline()
+    small = dict(other.transformer.config)
+    wide = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "caption_projection_dim": 384}
+    other.transformer = SD3Transformer2DModel(**small | wide | {"sample_size": 32, "dual_attention_layers": ()}).eval()
+    other.register_to_config(transformer=("diffusers", "SD3Transformer2DModel"))
+    other.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        pipe = TextToImage.load(folder, "cpu")
+    lines = ["| pictures | ours, s | diffusers, s | ratio | largest difference of 255 |", "|---" * 5 + "|"]
+    for batch in (1, 4):
+        prompts = ["a red circle"] * batch
+
+        def by_us(prompts: list[str] = prompts) -> list[Any]:
+            return pipe(prompts, num_steps=28, guidance=4.0, seed=0, height=64, width=64)
+
+        def by_them(prompts: list[str] = prompts) -> list[Any]:
+            generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+            return other(
+                prompts, num_inference_steps=28, guidance_scale=4.0, generator=generators, height=64, width=64
+            ).images
+
+        pairs = zip(by_us(), by_them(), strict=True)
+        difference = max(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in pairs)
+        t = seconds({"ours": by_us, "diffusers": by_them}, max(2, repeats // 2), warm=0)
+        cells = (f"{t['ours']:.2f}", f"{t['diffusers']:.2f}", f"{t['diffusers'] / t['ours']:.2f}", str(difference))
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--only", nargs="+", choices=["speed", "forward", "sampling", "memory"], help="these sections")
+    parser.add_argument(
+        "--only", nargs="+", choices=["speed", "forward", "sampling", "pipelines", "memory"], help="these sections"
+    )
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -177,6 +221,7 @@ def main() -> None:
         "Speed": lambda: speed(n),
         "Forward at SD3-medium's width, eager": lambda: wide(n),
         "Sampling": lambda: sampling(n),
+        "Pipelines": lambda: pipelines(n),
         "Memory": memory,
     }
     about = f"`python -m benchmarks.forward --repeats {n}`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
