@@ -34,7 +34,7 @@ def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
                 raise item
             room.release()
             yield item
-            del item  # what is asked for next may need the room
+            del item  # let go of it before the next one comes
     finally:
         stopped.set()
         room.release()
