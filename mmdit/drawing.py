@@ -80,10 +80,9 @@ class Drawing:
         """Scaled latents, from those of pictures (B, C, h, w); mask (B, 1, h, w): 1 where they are kept."""
         generators, flow = self._generators(), self.field.schedule
         x, ts = samplers.start_from(known, flow, strength, grid=self.ts, generator=generators)
-        if mask is None:
-            return self._sampled(x, ts, self.how.solver, generators)
-        inner = samplers.make_solver(self.how.solver, flow, self.how.diffusion)
-        solver = samplers.Inpaint.of(inner, known, mask, self._generators())  # with the very noise that x has
+        solver: str | samplers.Solver = self.how.solver
+        if mask is not None:
+            solver = samplers.Inpaint.of(solver, known, mask, self._generators())  # with the very noise that x has
         return self._sampled(x, ts, solver, generators)
 
     def _generators(self) -> list[torch.Generator]:
@@ -92,7 +91,5 @@ class Drawing:
     def _sampled(
         self, x: Tensor, ts: Tensor, solver: str | samplers.Solver, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        diffusion = self.how.diffusion if isinstance(solver, str) else None  # a Solver has its own
-        return samplers.sample(
-            self.field, x, solver, grid=ts, diffusion=diffusion, generator=generators, callback=self.callback
-        ).x
+        given = dict(grid=ts, diffusion=self.how.diffusion, generator=generators, callback=self.callback)
+        return samplers.sample(self.field, x, solver, **given).x  # type: ignore[arg-type]

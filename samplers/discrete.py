@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samplers.schedules import Coefficients, Schedule, Time, as_time
+from samplers.schedules import Coefficients, Schedule, Time, as_time, float_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +79,7 @@ class DiscreteVP(Schedule):
 
     def time(self, index: Time | int) -> Tensor:
         """The time (k + 1) / N of an index k in [0, N - 1]; ValueError outside."""
-        index = torch.as_tensor(
-            index, dtype=None if isinstance(index, Tensor) and index.is_floating_point() else torch.float64
-        )
+        index = float_tensor(index)
         if not ((index >= 0) & (index <= len(self) - 1)).all():
             raise ValueError(f"index {index.tolist()}: indices run from 0 to {len(self) - 1}")
         return (index + 1) / len(self)
@@ -110,7 +108,7 @@ class DiscreteVP(Schedule):
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
         n, table = len(self), self._log_snr
-        given = torch.as_tensor(log_snr, dtype=None if isinstance(log_snr, Tensor) else torch.float64)
+        given = float_tensor(log_snr)
         table, level = table.to(given.device), given.double()
         k = torch.searchsorted(-table, -level.contiguous()).clamp(1, n - 1)
         low, high = table[k - 1], table[k]

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from samplers.field import Field
 from samplers.grids import time_grid
-from samplers.noise import Generators, Noise, randn
+from samplers.integrate import check_states
+from samplers.names import lookup
+from samplers.noise import Diffusion, Generators, Noise, randn
 from samplers.schedules import Schedule, Time
-from samplers.solver import Solver, Step
+from samplers.solver import Solver, Step, with_diffusion
+from samplers.solvers import SOLVERS
 
 
 def start_from(
@@ -29,6 +32,7 @@ def start_from(
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength = {strength}: give a number in (0, 1]; 1 starts from noise")
+    check_states(x_0)
     ts = time_grid(grid, num_steps, schedule=schedule)
     ts = ts[-1 - max(1, round(strength * (len(ts) - 1))) :]
     eps = randn(x_0.shape, generator, x_0.dtype, x_0.device)
@@ -41,17 +45,23 @@ class Inpaint(Solver):
 
     known (B, ...) data like x; mask like it or broadcast to it: 1 where it is known, 0 where it is made, between them a
     blend; eps: the noise of the known part, the same at all times, so that it lies on one straight path. At t = 0 the
-    known part is `known` itself.
+    known part is `known` itself. diffusion: of `inner`, if it takes one.
     """
 
     inner: Solver
     known: Tensor
     mask: Tensor
     eps: Tensor
+    diffusion: Diffusion | None = None
 
     @classmethod
-    def of(cls, inner: Solver, known: Tensor, mask: Tensor, generator: Generators = None) -> "Inpaint":
-        """With noise drawn from `generator`; ValueError where the shapes do not fit or the mask leaves [0, 1]."""
+    def of(cls, inner: str | Solver, known: Tensor, mask: Tensor, generator: Generators = None) -> "Inpaint":
+        """Of a solver or the name of one, with noise drawn from `generator`.
+
+        ValueError where the shapes do not fit or the mask leaves [0, 1].
+        """
+        inner = inner if isinstance(inner, Solver) else lookup("solver", inner, SOLVERS)
+        check_states(known)
         if mask.ndim != known.ndim or any(m not in (1, k) for m, k in zip(mask.shape, known.shape, strict=True)):
             raise ValueError(
                 f"mask {tuple(mask.shape)} does not fit data {tuple(known.shape)}: give 1 or the same size"
@@ -64,14 +74,18 @@ class Inpaint(Solver):
 
     @property
     def takes_diffusion(self) -> bool:
-        return False
+        return self.inner.takes_diffusion
 
     @property
     def stochastic(self) -> bool:
-        return self.inner.stochastic
+        return self.inner.stochastic or self.diffusion is not None
+
+    @property
+    def draws_once(self) -> bool:
+        return self.inner.draws_once
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
-        return replace(self, inner=self.inner.bind(field, ts))
+        return replace(self, inner=with_diffusion(self.inner, self.diffusion).bind(field, ts))
 
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None

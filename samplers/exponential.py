@@ -17,7 +17,8 @@ is left to choose is a method:
     time of a rectified flow, which is finite at both ends;
   - the nodes: steps before (`Multistep`), stages within (`SingleStep`), and the end of the step (a corrector);
   - the `rule`: "exact" integration, or the published approximations of it where there are two nodes, E[tau] = 1/2
-    ("half": DPM-Solver, UniPC's B(h) = e^h - 1) or its value for small h ("bh1": UniPC's B(h) = h, SA-Solver);
+    ("half": DPM-Solver, UniPC's B(h) = e^h - 1) or its value for small h ("bh1": UniPC's B(h) = h, SA-Solver), which
+    grows with tau^2 h (below) without bound, so that where tau > 1 it is "half";
     "third-halved" is "half", and with three nodes half of the second difference, as diffusers and k-diffusion have it
     in DPM-Solver++(3M): its order is 2, for compatibility only.
 
@@ -52,6 +53,7 @@ VARIABLES = {
     "flow": (lambda x: torch.sigmoid(-x), lambda p: -torch.logit(p)),
 }
 RULES = ("exact", "half", "bh1", "third-halved")
+MOST_RATE = 2 + 1e-6  # of the kernel at tau = 1, to which "bh1" holds
 
 
 class Point(NamedTuple):
@@ -132,7 +134,8 @@ def weights(
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)
     if len(tau) == 2 and rule != "exact":
-        moments[1] = 0.5 * rate * (end - start) / -math.expm1(rate * (start - end)) if rule == "bh1" else 0.5
+        small_h = rule == "bh1" and rate < MOST_RATE
+        moments[1] = 0.5 * rate * (end - start) / -math.expm1(rate * (start - end)) if small_h else 0.5
     if len(tau) == 3 and rule == "third-halved":
         moments[2] /= 2
     powers = tau ** torch.arange(len(tau), dtype=torch.float64)[:, None]

@@ -70,6 +70,8 @@ class Field:
     ) -> None:
         if not callable(prediction):
             lookup("prediction", prediction, ROWS)
+        if not callable(network):
+            raise ValueError(f"network is {network!r}: give a function of (x_t, t)")
         if not isinstance(schedule, Schedule):
             raise ValueError(f"schedule is {schedule!r}: give a samplers.Schedule, such as samplers.RectifiedFlow()")
         self.network, self.schedule, self.prediction = network, schedule, prediction
@@ -77,8 +79,9 @@ class Field:
     def predict(self, x_t: Tensor, t: Time) -> Prediction:
         """One evaluation at (x_t, t), with all its views."""
         value = self.network(x_t, batch_time(t, x_t))
-        if value.shape != x_t.shape:
-            raise ValueError(f"the network gave {tuple(value.shape)} for x_t {tuple(x_t.shape)}: they must be the same")
+        if not isinstance(value, Tensor) or value.shape != x_t.shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"the network gave {found} for x_t {tuple(x_t.shape)}: it must give a tensor like x_t")
         return Prediction(value, self.prediction, x_t, t, self.schedule)
 
     def x_0(self, x_t: Tensor, t: Time) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -150,14 +151,17 @@ def time_grid(
 ) -> Tensor:
     """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; then shifted. float64, CPU."""
     if isinstance(grid, str):
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
             raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1")
-        return shift_time(lookup("grid", grid, GRIDS)(num_steps, schedule or RectifiedFlow()), shift)
+        return shift_time(lookup("grid", grid, GRIDS)(int(num_steps), schedule or RectifiedFlow()), shift)
     return shift_time(_own_grid(grid), shift)
 
 
 def _own_grid(grid: Tensor | Sequence[float]) -> Tensor:
-    ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
+    try:
+        ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"grid is {grid!r}: give a name ({', '.join(GRIDS)}) or falling times from 1 to 0") from error
     if ts.ndim != 1 or len(ts) < 2 or not ts.is_floating_point():
         raise ValueError(
             f"grid is {ts.dtype} of shape {tuple(ts.shape)}: give at least two floating times, (num_steps + 1,)"

@@ -9,6 +9,7 @@ The second field of `cfg`, `apg` and `cfg_zero` may be the model without a condi
 model with the same condition, which is autoguidance (Karras et al. 2024).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -67,23 +68,23 @@ def push_away(
     """Guidance by two weaker models: uncond + scale (cond - uncond) + weak_scale (cond - weak).
 
     pair as for `cfg_batched`, whose field this is outside of `weak_interval`; weak: with the same condition as cond. A
-    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium. At one time for all
-    samples.
+    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium.
     """
     both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
-    (lo, hi), (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
+    interval, (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
 
     def all_three(x_t: Tensor, t: Time) -> list[Prediction]:
         return [*both(x_t, t), weak.predict(x_t, t)]
 
     def combine(on: Tensor, off: Tensor, less: Tensor, t: Time) -> Tensor:
-        return _plain(on, off, scale if lo <= t <= hi else 1.0, 0) + weak_scale * (on - less)
+        guided = _chosen(interval, t, _plain(on, off, scale, 0), on)
+        return _chosen((weak_lo, weak_hi), t, guided + weak_scale * (on - less), guided)
 
     within = _guided([cond], combine, EVERYWHERE, timed=True, predict=all_three)
     outside = cfg_batched(cond, pair, scale, interval)
 
     def predict(x_t: Tensor, t: Time) -> Prediction:
-        return (within if weak_lo <= t <= weak_hi else outside).predict(x_t, t)
+        return (within if isinstance(t, Tensor) or weak_lo <= t <= weak_hi else outside).predict(x_t, t)
 
     return DerivedField(predict, cond.schedule, cond.prediction, lambda t: cond.determined(t) and weak.determined(t))
 
@@ -118,7 +119,7 @@ def apg(
         dims = tuple(range(1, on.ndim))
         if norm is not None:
             difference = difference * (norm / _norm(difference, dims)).clamp(max=1)
-        along = (difference * on).sum(dims, keepdim=True) / on.square().sum(dims, keepdim=True).clamp(min=1e-12) * on
+        along = _sum(difference * on, dims) / _sum(on.square(), dims).clamp(min=1e-12) * on
         return on + (scale - 1) * (difference - (1 - parallel) * along)
 
     return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True)
@@ -135,13 +136,11 @@ def cfg_zero(
 
     def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
         dims = tuple(range(1, on.ndim))
-        fit = (on * off).sum(dims, keepdim=True) / off.square().sum(dims, keepdim=True).clamp(min=1e-12)
+        fit = _sum(on * off, dims) / _sum(off.square(), dims).clamp(min=1e-12)
         guided = fit * off + scale * (on - fit * off)
         if zero_from is None:
             return guided
-        if not isinstance(t, Tensor):
-            return torch.zeros_like(on) if t >= zero_from else guided
-        return torch.where(expand((t >= zero_from).to(on.dtype), on) > 0, 0.0, guided)
+        return _chosen((zero_from, math.inf), t, torch.zeros_like(on), guided)
 
     return _guided([cond, uncond], combine, interval, kind="velocity", timed=True)
 
@@ -197,6 +196,8 @@ def _guided(
     the price of all evaluations. `predict` gives all predictions at once, the first field's first.
     """
     lo, hi = _checked(interval)
+    if wrong := [field for field in fields if not isinstance(field, Field)]:
+        raise ValueError(f"guidance by {wrong[0]!r}: give samplers.Field(network, schedule, prediction)")
     cond, *others = fields
     if off:
         return cond
@@ -208,9 +209,7 @@ def _guided(
         on, *rest = predict(x_t, t) if predict else [cond.predict(x_t, t), *(other.predict(x_t, t) for other in others)]
         view = on.kind if kind is None else kind
         value, values = on.view(view), [prediction.view(view) for prediction in rest]
-        out = combine(value, *values, t) if timed else combine(value, *values)
-        if isinstance(t, Tensor):
-            out = torch.where(expand(((lo <= t) & (t <= hi)).to(x_t.dtype), x_t) > 0, out, value)
+        out = _chosen((lo, hi), t, combine(value, *values, t) if timed else combine(value, *values), value)
         return Prediction(out, view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
 
     def determined(t: Time) -> bool:
@@ -220,10 +219,17 @@ def _guided(
 
 
 def _checked(interval: Interval) -> Interval:
-    lo, hi = interval
-    if not 0 <= lo <= hi <= 1:
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
-    return lo, hi
+    return interval
+
+
+def _chosen(interval: Interval, t: Time, inside: Tensor, outside: Tensor) -> Tensor:
+    """`inside` where the time is within the interval, both ends included, else `outside`; per sample for (B,) times."""
+    lo, hi = interval
+    if not isinstance(t, Tensor):
+        return inside if lo <= t <= hi else outside
+    return torch.where(expand(((lo <= t) & (t <= hi)).to(inside.dtype), inside) > 0, inside, outside)
 
 
 def _plain(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:
@@ -232,15 +238,20 @@ def _plain(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:
 
 def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
     """phi std(cond) / std(guided) guided + (1 - phi) guided, standard deviations over each sample (Lin et al. 2023)."""
-    if rescale == 0:
+    if rescale == 0 or guided[0].numel() == 1:  # one number has no deviation
         return guided
     dims = tuple(range(1, guided.ndim))
     ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
     return guided * (1 + rescale * (ratio - 1))
 
 
+def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Over these dimensions, which stay as 1; over none of them x itself, where torch would sum over all."""
+    return x.sum(dims, keepdim=True) if dims else x
+
+
 def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.square().sum(dims, keepdim=True).sqrt().clamp(min=1e-12)
+    return _sum(x.square(), dims).sqrt().clamp(min=1e-12)
 
 
 def _check_unit(name: str, value: float) -> None:

@@ -79,8 +79,7 @@ def sample(
     one, or a seed, per sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
     Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or not len(x):
-        raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give a floating tensor (B, ...) with B >= 1")
+    check_states(x, field)
     method = make_solver(solver, field.schedule, diffusion)
     ts = time_grid(grid, num_steps, schedule=field.schedule)
     noise = generator if isinstance(generator, BrownianTree) else Brownian(x, generator)
@@ -99,6 +98,8 @@ def integrate(
     """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
     if solver.stochastic and noise is None:
         raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
+    if isinstance(noise, BrownianTree) and not solver.draws_once:
+        raise ValueError(f"{solver.name!r} draws more in a step than a BrownianTree has for it: give a generator")
     if getattr(solver, "in_place", False) and (callback is not None or trajectory):
         raise ValueError(f"{solver.name!r} steps in place: it has no states left for a callback or a trajectory")
     times, num_evals = ts.tolist(), 0
@@ -125,6 +126,16 @@ def integrate(
             states.append(x)
     _check_finite(x, sums, times)
     return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
+
+
+def check_states(x: Tensor, field: Field | None = None) -> None:
+    """ValueError for what is no batch of states, or for a field that is none."""
+    if field is not None and not isinstance(field, Field):
+        raise ValueError(f"field is {field!r}: give a samplers.Field(network, schedule, prediction)")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}: give a floating tensor (B, ...) with B >= 1")
+    if not x.is_floating_point() or x.ndim < 1 or not len(x):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}: give a floating tensor (B, ...) with B >= 1")
 
 
 def _check_finite(x: Tensor, sums: Tensor, times: list[float]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from samplers.exponential import Exponential
 from samplers.field import DerivedField, Field, Prediction
 from samplers.grids import time_grid
-from samplers.integrate import Solution, integrate
+from samplers.integrate import Solution, check_states, integrate
 from samplers.names import lookup
 from samplers.noise import Generators, randn, seeded
 from samplers.runge_kutta import Adaptive, RungeKutta
@@ -44,8 +44,10 @@ def log_likelihood(
     the velocity ("dopri5", "rk4", "heun", ...). divergence: "exact", from as many derivatives as a sample has numbers,
     or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of them, drawn
     from `generator`. At the noise end x is taken as N(0, sigma^2 + alpha^2) per number, which is exact where alpha = 0
-    and for unit data. Raises ValueError where the velocity at an end is not determined: keep the grid away from it.
+    and for unit data. Raises ValueError where the velocity at an end is not determined: keep the grid away from it; and
+    where the network gives no derivative, as under torch.no_grad.
     """
+    check_states(x_0, field)
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
@@ -53,13 +55,13 @@ def log_likelihood(
     if not isinstance(method, (RungeKutta, Adaptive)):
         raise ValueError(f"{method.name!r} does not integrate the velocity: take 'dopri5' or a Runge-Kutta method")
     _must_determine(field.determines_velocity, ts[0], ts[-1])
-    probes = None
-    if divergence != "exact":
-        own = seeded(generator, len(x_0))
-        z = torch.stack([randn(x_0.shape, own, x_0.dtype, x_0.device) for _ in range(num_probes)])
-        probes = z.sign() if divergence == "rademacher" else z
-    start = torch.cat((x_0.flatten(1), torch.zeros_like(x_0.flatten(1)[:, :1])), 1)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # in inference mode there would be no derivatives
+        probes = None
+        if divergence != "exact":
+            own = seeded(generator, len(x_0))
+            z = torch.stack([randn(x_0.shape, own, x_0.dtype, x_0.device) for _ in range(num_probes)])
+            probes = z.sign() if divergence == "rademacher" else z
+        start = torch.cat((x_0.reshape(len(x_0), -1), x_0.new_zeros(len(x_0), 1)), 1)
         end = integrate(_augmented(field, x_0.shape, probes), start, method, ts).x
     c = field.schedule(float(ts[-1]))
     variance, x_1 = float(c.sigma**2 + c.alpha**2), end[:, :-1]
@@ -91,6 +93,7 @@ def invert(
     Raises ValueError where the network does not determine what the first step takes from it, such as a data network
     at t = 0, which knows nothing of the noise that a picture is to become.
     """
+    check_states(x_0, field)
     method, ts = _upwards(field, solver, num_steps, grid)
     if method.stochastic:
         raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
@@ -123,7 +126,9 @@ def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:
         with torch.enable_grad():
             x.requires_grad_()
             v = field.predict(x, t)
-            flat, evals = v.v.flatten(1), v.num_evals
+            flat, evals = v.v.reshape(len(x), -1), v.num_evals
+            if not v.value.requires_grad:
+                raise ValueError("the network gives no derivative: let it run without torch.no_grad and detach")
             divergence = _exact(flat, x) if probes is None else _hutchinson(flat, x, probes)
         return Prediction(
             torch.cat((flat.detach(), divergence[:, None]), 1), "velocity", state, t, field.schedule, evals
@@ -135,20 +140,16 @@ def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:
 def _exact(v: Tensor, x: Tensor) -> Tensor:
     """sum_d dv_d / dx_d, by one backward pass per number."""
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    if not v.requires_grad:
-        return total
     for d in range(v.shape[1]):
         (row,) = torch.autograd.grad(v[:, d].sum(), x, retain_graph=d + 1 < v.shape[1])
-        total += row.flatten(1)[:, d]
+        total += row.reshape(v.shape)[:, d]
     return total
 
 
 def _hutchinson(v: Tensor, x: Tensor, probes: Tensor) -> Tensor:
     """The mean over probes e of e . (dv/dx) e."""
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    if not v.requires_grad:
-        return total
     for i, e in enumerate(probes):
-        (row,) = torch.autograd.grad((v * e.flatten(1)).sum(), x, retain_graph=i + 1 < len(probes))
-        total += (row * e).flatten(1).sum(1)
+        (row,) = torch.autograd.grad((v * e.reshape(v.shape)).sum(), x, retain_graph=i + 1 < len(probes))
+        total += (row * e).reshape(v.shape).sum(1)
     return total / len(probes)

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
     """`table[name]`; ValueError naming the nearest entry, or all of them, when there is none."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     near = get_close_matches(str(name), table, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(table))}"

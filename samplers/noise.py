@@ -9,7 +9,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
+from operator import index
 from typing import Protocol
 
 import torch
@@ -65,7 +66,9 @@ def make_diffusion(diffusion: "str | float | Diffusion", schedule: Schedule) -> 
         if not 0 <= diffusion < math.inf:
             raise ValueError(f"diffusion = {diffusion}: eta is a number of at least 0; 0 is the ODE, 1 is 'kl'")
         return Eta(float(diffusion), schedule)
-    w = lookup("diffusion", str(diffusion), DIFFUSIONS)
+    if not isinstance(diffusion, str):
+        raise ValueError(f"diffusion is {diffusion!r}: give a name ({', '.join(DIFFUSIONS)}), a number eta or a w(t)")
+    w = lookup("diffusion", diffusion, DIFFUSIONS)
     return Eta(1.0, schedule) if diffusion == "kl" else lambda t: w(schedule, t)
 
 
@@ -97,25 +100,27 @@ def randn(
 
     Seeds may stand in place of generators. ValueError for a list of another length than the batch.
     """
-    if isinstance(generator, Sequence):
-        own = seeded(generator, shape[0])
-        assert isinstance(own, Sequence)
-        return torch.stack([randn(shape[1:], g, dtype, device) for g in own if isinstance(g, Generator)])
+    if generator is not None and not isinstance(generator, Generator):
+        return torch.stack([randn(shape[1:], own, dtype, device) for own in _each(generator, shape[0])])
     drawn_on = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on).to(device)
 
 
 def seeded(generator: Generators, batch: int) -> Generators:
     """Generators in place of seeds; ValueError unless there is one per sample, or one generator for all."""
-    if not isinstance(generator, Sequence):
-        if generator is not None and not isinstance(generator, Generator):
-            raise ValueError(
-                f"generator is {generator!r}: give a torch.Generator, or a list with one or a seed per sample"
-            )
-        return generator
-    if len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one per sample")
-    return [Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
+    return generator if generator is None or isinstance(generator, Generator) else _each(generator, batch)
+
+
+def _each(generators: Sequence[Generator | int], batch: int) -> list[Generator]:
+    try:
+        each = [g if isinstance(g, Generator) else Generator().manual_seed(index(g)) for g in generators]
+    except TypeError as error:
+        raise ValueError(
+            f"generator is {generators!r}: give a torch.Generator, or a list with one or a seed per sample"
+        ) from error
+    if len(each) != batch:
+        raise ValueError(f"{len(each)} generators for a batch of {batch}: give one per sample")
+    return each
 
 
 class Brownian:
@@ -144,6 +149,7 @@ class BrownianTree:
     """
 
     def __init__(self, x: Tensor, seeds: int | Sequence[int] = 0, depth: int = 20) -> None:
+        seeds = int(seeds) if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]
         if not isinstance(seeds, int) and len(seeds) != len(x):
             raise ValueError(f"{len(seeds)} seeds for a batch of {len(x)}: give one per sample, or one for all")
         if not 1 <= depth <= 30:

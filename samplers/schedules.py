@@ -83,7 +83,7 @@ class RectifiedFlow(Schedule):
         return Coefficients(alpha=1 - t, sigma=t, d_alpha=-one, d_sigma=one)
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        return torch.sigmoid(-_float_tensor(log_snr) / 2)
+        return torch.sigmoid(-float_tensor(log_snr) / 2)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Trig(Schedule):
         return Coefficients(alpha, s * sigma, d_alpha=-half_pi * sigma, d_sigma=s * half_pi * alpha)
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        ratio = torch.exp(-_float_tensor(log_snr) / 2) / self.sigma_data
+        ratio = torch.exp(-float_tensor(log_snr) / 2) / self.sigma_data
         return (torch.atan(ratio) * (2 / math.pi)).clamp(0, 1)
 
 
@@ -141,7 +141,7 @@ class Cosine(Schedule):
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
         rate = math.pi / 2 / (1 + self.offset)
         start = rate * self.offset
-        log_snr = _float_tensor(log_snr)
+        log_snr = float_tensor(log_snr)
         # cos^2 and sin^2 of the angle: cos^2 start * alpha^2, and the rest
         cos = torch.sigmoid(log_snr).sqrt() * math.cos(start)
         sin = (torch.sigmoid(-log_snr) + torch.sigmoid(log_snr) * math.sin(start) ** 2).sqrt()
@@ -172,7 +172,7 @@ class VPLinear(Schedule):
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
         # -2 log alpha = log(1 + e^-log_snr) = t^2 slope / 2 + t beta_min, a quadratic equation, free of cancellation
-        y = torch.nn.functional.softplus(-_float_tensor(log_snr), threshold=40.0)
+        y = torch.nn.functional.softplus(-float_tensor(log_snr), threshold=40.0)
         slope = self.beta_max - self.beta_min
         t = 2 * y / (self.beta_min + (self.beta_min**2 + 2 * slope * y).clamp(min=0).sqrt())
         return torch.where(y.isposinf(), 1.0, t).clamp(0, 1)
@@ -200,7 +200,7 @@ class VE(Schedule):
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
         rate = math.log(self.sigma_max / self.sigma_min)
-        return ((-_float_tensor(log_snr) / 2 - math.log(self.sigma_min)) / rate).clamp(0, 1)
+        return ((-float_tensor(log_snr) / 2 - math.log(self.sigma_min)) / rate).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class EDM(Schedule):
         return Coefficients(one, self.sigma_max * t, torch.zeros_like(t), self.sigma_max * one)
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        return (torch.exp(-_float_tensor(log_snr) / 2) / self.sigma_max).clamp(0, 1)
+        return (torch.exp(-float_tensor(log_snr) / 2) / self.sigma_max).clamp(0, 1)
 
 
 def check_positive(**numbers: float) -> None:
@@ -240,7 +240,7 @@ def as_time(t: Time) -> Tensor:
         return t
     if not isinstance(t, Real) or not 0 <= t <= 1:
         raise ValueError(f"t = {t!r}: time is a number in [0, 1], 0 for data and 1 for noise")
-    return _float_tensor(t)
+    return float_tensor(t)
 
 
 def batch_time(t: Time, x: Tensor) -> Tensor:
@@ -269,5 +269,8 @@ def _check_batch(t: Tensor, x: Tensor) -> None:
         raise ValueError(f"t holds {len(t)} times for a batch of {len(x)}: give one per sample, or a scalar")
 
 
-def _float_tensor(value: Time) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+def float_tensor(value: Time) -> Tensor:
+    """A floating tensor as it is, a whole one and a number as float64."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else value.double()
+    return torch.tensor(float(value), dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor
@@ -43,6 +43,11 @@ class Solver(ABC):
         """Whether it draws noise as it stands."""
         return getattr(self, "diffusion", None) is not None
 
+    @property
+    def draws_once(self) -> bool:
+        """Whether a step draws no more than its own increment, which is all that a `BrownianTree` has for it."""
+        return True
+
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         """This solver made ready for these times; ValueError for what cannot be solved."""
         return self
@@ -73,3 +78,8 @@ class SDESolver(NoisySolver):
         if self.diffusion is None:
             raise ValueError(f"{self.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)")
         return self
+
+
+def with_diffusion(solver: Solver, diffusion: Diffusion | None) -> Solver:
+    """A solver that takes a diffusion coefficient with this one; None leaves its own."""
+    return solver if diffusion is None else replace(solver, diffusion=diffusion)  # type: ignore[call-arg]

@@ -1,12 +1,10 @@
 """All solvers by name. A new method is a new entry, or a Solver of one's own given to `sample`."""
 
-from dataclasses import replace
-
 from samplers import exponential, runge_kutta
 from samplers.names import lookup
 from samplers.noise import Diffusion, make_diffusion
 from samplers.schedules import Schedule
-from samplers.solver import Solver
+from samplers.solver import Solver, with_diffusion
 from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 
 _ALL: tuple[Solver, ...] = (
@@ -37,9 +35,10 @@ def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | float
     solver = solver if isinstance(solver, Solver) else lookup("solver", solver, SOLVERS)
     if not solver.takes_diffusion:
         if diffusion is not None:
-            raise ValueError(f"diffusion given, but {solver.name!r} solves the ODE: take solver='euler-maruyama'")
+            why = "draws noise of its own" if solver.stochastic else "solves the ODE"
+            raise ValueError(f"diffusion given, but {solver.name!r} {why}: take solver='euler-maruyama'")
         return solver
     diffusion = getattr(solver, "diffusion", None) if diffusion is None else diffusion
     if diffusion is None:
         return solver  # an SDE solver without one says so when it is bound
-    return replace(solver, diffusion=make_diffusion(diffusion, schedule))  # type: ignore[call-arg]
+    return with_diffusion(solver, make_diffusion(diffusion, schedule))

@@ -18,7 +18,7 @@ from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
 from samplers.runge_kutta import advance
 from samplers.schedules import Time, check_positive, expand
-from samplers.solver import NoisySolver, SDESolver, Solver, Step
+from samplers.solver import NoisySolver, SDESolver, Solver, Step, with_diffusion
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,12 @@ class Langevin(NoisySolver):
     def takes_diffusion(self) -> bool:
         return self.inner.takes_diffusion
 
+    @property
+    def draws_once(self) -> bool:
+        return self.num_corrections == 1 and not self.inner.stochastic and self.diffusion is None
+
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
-        inner = self.inner
-        if self.diffusion is not None:
-            inner = replace(inner, diffusion=self.diffusion)  # type: ignore[call-arg]
-        return replace(self, inner=inner.bind(field, ts))
+        return replace(self, inner=with_diffusion(self.inner, self.diffusion).bind(field, ts))
 
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
@@ -190,6 +191,10 @@ class Restart(NoisySolver):
                 raise ValueError(
                     f"interval {(low, high, times, num_steps)}: give 0 < t_low < t_high <= 1 and counts >= 1"
                 )
+
+    @property
+    def draws_once(self) -> bool:
+        return sum(times for _, _, times, _ in self.intervals) == 1 and not self.inner.stochastic
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         loops = []

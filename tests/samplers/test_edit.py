@@ -47,6 +47,15 @@ def test_the_known_part_is_on_its_path_at_every_step():
         torch.testing.assert_close(progress.x_next[:, 0], expected[:, 0])
 
 
+@pytest.mark.parametrize(("name", "diffusion"), [("euler-maruyama", "kl"), ("ddim", 0.5), ("langevin", 0.5)])
+def test_the_diffusion_is_the_inner_solver_s(name, diffusion):
+    field, nothing = MIXTURE.field(FLOW), torch.zeros(1, 1)
+    plain = sample(field, X, name, 8, diffusion=diffusion, generator=SEEDS).x
+    held = sample(field, X, Inpaint.of(name, KNOWN, nothing, SEEDS), 8, diffusion=diffusion, generator=SEEDS).x
+    torch.testing.assert_close(held, plain)
+    assert not torch.allclose(plain, sample(field, X, "ddim", 8).x)
+
+
 def test_masks_of_zero_and_one_and_between():
     field = MIXTURE.field(FLOW)
 
@@ -66,5 +75,9 @@ def test_what_cannot_be_done_is_refused():
         Inpaint.of(SOLVERS["heun"], KNOWN, torch.ones(3, 1))
     with pytest.raises(ValueError, match="the mask leaves"):
         Inpaint.of(SOLVERS["heun"], KNOWN, torch.full((4, 2), 1.5))
-    with pytest.raises(ValueError, match="solves the ODE"):
-        sample(MIXTURE.field(FLOW), X, Inpaint.of(SOLVERS["ddpm"], KNOWN, MASK), diffusion=0.5)
+    with pytest.raises(ValueError, match="'inpaint-heun' solves the ODE"):
+        sample(MIXTURE.field(FLOW), X, Inpaint.of("heun", KNOWN, MASK), diffusion=0.5)
+    with pytest.raises(ValueError, match="did you mean 'heun'"):
+        Inpaint.of("huen", KNOWN, MASK)
+    with pytest.raises(ValueError, match=r"x is torch.int64 \(4, 2\): give a floating tensor"):
+        start_from(KNOWN.long(), FLOW, 0.5)

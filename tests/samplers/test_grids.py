@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,7 @@ def test_own_times():
     own = torch.tensor([0.9, 0.3, 0.1])
     assert torch.equal(time_grid(own, 20), own.double())
     assert time_grid([1.0, 0.25, 0.0], 20).tolist() == [1, 0.25, 0]
+    assert torch.equal(time_grid("karras", np.int64(5)), time_grid("karras", 5))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,8 @@ def test_own_times():
         (torch.tensor([1, 0]), 5, "floating"),
         (torch.tensor([1.0]), 5, "at least two"),
         (torch.ones(2, 2), 5, "at least two"),
+        (None, 5, "grid is None: give a name"),
+        (["uniform"], 5, r"grid is \['uniform'\]: give a name"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, num_steps, message):

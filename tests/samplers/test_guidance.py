@@ -58,6 +58,31 @@ def test_interval_includes_its_ends_and_evaluates_nothing_outside():
         assert guided.predict(X, t).num_evals == (2 if on else 1)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda on, off: cfg(on, off, 3.0, rescale=0.5),
+        lambda on, off: apg(on, off, 3.0, norm=0.3),
+        lambda on, off: cfg_zero(on, off, 3.0),
+        lambda on, off: cfg_text_image(on, off, off, 3.0, 2.0),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 2, 3)])
+def test_samples_are_guided_each_by_itself(make, shape):
+    guided = make(Field(lambda x, t: x + 1, FLOW), Field(lambda x, t: x**2 - 0.5, FLOW))
+    x = normal(*shape)
+    alone = torch.cat([guided.v(x[i : i + 1], 0.5) for i in range(5)])
+    torch.testing.assert_close(guided.v(x, 0.5), alone)
+    assert alone.isfinite().all()
+
+
+def test_what_is_no_field_or_interval_is_refused():
+    with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
+        cfg(COND, None, 3.0)
+    with pytest.raises(ValueError, match="interval = 0.5: give"):
+        cfg(COND, UNCOND, 3.0, interval=0.5)
+
+
 def test_interval_with_a_time_per_sample():
     t = torch.tensor([0.1, 0.3, 0.5, 0.6, 0.9], dtype=torch.float64)
     got = cfg(COND, UNCOND, 4.0, interval=(0.3, 0.6)).v(X, t)
@@ -223,6 +248,14 @@ def test_push_away_adds_the_difference_to_the_weak_model_within_its_interval(t):
         expected = expected + 1.5 * (COND.v(X, t) - weak.v(X, t))
     torch.testing.assert_close(guided.v(X, t), expected)
     assert guided.predict(X, t).num_evals == {0.2: 1, 0.5: 3, 0.8: 2}[t]
+
+
+def test_push_away_with_a_time_per_sample():
+    guided = push_away(COND, halves(COND, UNCOND), GAUSSIAN.field(FLOW, "noise"), 3.0, 1.5, (0.4, 1.0), (0.3, 0.7))
+    ts = torch.tensor([0.2, 0.35, 0.5, 0.8, 1.0], dtype=torch.float64)
+    expected = torch.stack([guided.v(X, t)[i] for i, t in enumerate(ts.tolist())])
+    torch.testing.assert_close(guided.v(X, ts), expected)
+    assert sample(guided, X, "dopri5").x.isfinite().all()
 
 
 def test_push_away_outside_of_guidance_starts_from_the_conditional_field():

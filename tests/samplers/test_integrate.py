@@ -154,6 +154,15 @@ def test_what_is_no_state_is_refused(x):
         sample(MIXTURE.field(FLOW), x)
 
 
+def test_what_is_no_field_or_network_is_refused():
+    with pytest.raises(ValueError, match="give a samplers.Field"):
+        sample(lambda x_t, t: x_t, X)
+    with pytest.raises(ValueError, match="network is 3: give a function"):
+        Field(3, FLOW)
+    with pytest.raises(ValueError, match="the network gave a tuple for x_t"):
+        sample(Field(lambda x_t, t: (x_t,), FLOW), X)
+
+
 def test_too_few_generators_are_refused_before_the_first_evaluation():
     calls = []
     with pytest.raises(ValueError, match="1 generators for a batch of 4"):

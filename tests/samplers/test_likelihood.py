@@ -80,6 +80,32 @@ def test_images_are_summed_over_all_numbers():
         )
 
 
+@pytest.mark.parametrize("divergence", ["exact", "rademacher"])
+def test_inference_mode_has_derivatives_too(divergence):
+    options = {"solver": "rk4", "num_steps": 6, "divergence": divergence, "generator": list(range(6))}
+    expected = log_likelihood(MIXTURE.field(FLOW), X_0, **options)
+    with torch.inference_mode():
+        assert torch.equal(log_likelihood(MIXTURE.field(FLOW), X_0.clone(), **options), expected)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_a_network_without_derivatives_is_refused(prediction):
+    field = MIXTURE.field(FLOW, prediction)
+    cut = Field(torch.no_grad()(field.network), FLOW, prediction)
+    with pytest.raises(ValueError, match="the network gives no derivative"):
+        log_likelihood(cut, X_0, grid=[0.999, 0.001])
+
+
+def test_samples_of_one_number_each():
+    field = Field(lambda x_t, t: 0.5 * x_t, FLOW)
+    x = torch.randn(5, dtype=torch.float64)
+    for divergence in ("exact", "rademacher"):
+        got, expected = (
+            log_likelihood(field, y, divergence=divergence, generator=list(range(5))) for y in (x, x[:, None])
+        )
+        torch.testing.assert_close(got, expected)
+
+
 def test_bits_per_dim():
     """Uniform data in [-1, 1]: every one of the 256 bins is as likely, which takes 8 bits."""
     uniform = torch.full((3,), -12 * math.log(2.0))
@@ -104,6 +130,11 @@ def test_what_cannot_be_done_is_refused():
         log_likelihood(field, X_0, "dpmpp-2m")
     with pytest.raises(ValueError, match="did you mean 'rademacher'"):
         log_likelihood(field, X_0, divergence="rademaher")
+    for call in (log_likelihood, invert):
+        with pytest.raises(ValueError, match=r"x is torch.int64 \(6, 2\): give a floating tensor"):
+            call(field, X_0.long())
+        with pytest.raises(ValueError, match="give a samplers.Field"):
+            call(field.network, X_0)
     with pytest.raises(ValueError, match="num_probes = 0"):
         log_likelihood(field, X_0, num_probes=0)
     with pytest.raises(ValueError, match="does not determine the velocity at t = 1"):

@@ -63,6 +63,12 @@ def test_log_snr_falls_and_coefficients_are_finite(schedule):
     assert all(c.isfinite().all() for c in schedule(t))
 
 
+@pytest.mark.parametrize("schedule", [*SCHEDULES, DiscreteVP.linear(50)])
+def test_log_snr_in_whole_numbers(schedule):
+    got = schedule.t_from_log_snr(torch.tensor([3, 0, -2]))
+    torch.testing.assert_close(got, schedule.t_from_log_snr(torch.tensor([3, 0, -2], dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_far_log_snr_is_met_at_the_ends(schedule):
     for log_snr in (math.inf, 1e6, -1e6, -math.inf):

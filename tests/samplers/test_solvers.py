@@ -225,6 +225,8 @@ def test_names_and_refusals():
     assert {"euler", "midpoint", "heun", "ralston", "rk4", "euler-maruyama"} <= set(solver_names())
     with pytest.raises(ValueError, match="unknown solver 'huen': did you mean 'heun'"):
         sample(field, X, "huen")
+    with pytest.raises(ValueError, match=r"unknown solver \['heun'\]"):
+        sample(field, X, ["heun"])
     with pytest.raises(ValueError, match="'heun' solves the ODE"):
         sample(field, X, "heun", diffusion="kl")
     with pytest.raises(ValueError, match="give diffusion="):
@@ -233,5 +235,7 @@ def test_names_and_refusals():
         sample(field, X, "euler-maruyama", diffusion=-1.0)
     with pytest.raises(ValueError, match="draws noise"):
         integrate(field, X, make_solver("ddpm", field.schedule), uniform(3))
+    with pytest.raises(ValueError, match=r"diffusion is tensor\(0.5000\): give a name \(kl, "):
+        sample(field, X, "euler-maruyama", diffusion=torch.tensor(0.5))
     with pytest.raises(ValueError, match="unknown diffusion 'sigm': did you mean 'sigma'"):
         sample(field, X, "euler-maruyama", diffusion="sigm")
