@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 SHORT = 256  # tokens up to which a CPU learns quicker with the formula: torch's fused backward is several times slower
@@ -212,7 +213,8 @@ def _obstacle(name: str, kind: str) -> str | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if q.device.type != "cpu" or max(q.shape[-2], k.shape[-2]) > SHORT or not torch.is_grad_enabled():
+    short = q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT and torch.is_grad_enabled()
+    if not short and forward_ad._current_level < 0:  # torch's own has no forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if mask is not None:

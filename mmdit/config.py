@@ -43,16 +43,14 @@ class MMDiTConfig:
     """Side of the position table, in tokens: the largest height or width that can be sampled."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check_numbers(
+            self, ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "context_dim", "pooled_dim")
+        )
         layers = self.dual_attention_layers
         if not isinstance(layers, list | tuple) or not all(type(i) is int for i in layers):
             raise ValueError(f"dual_attention_layers is {layers!r}, expected a list of blocks, counted from 0")
         object.__setattr__(self, "dual_attention_layers", tuple(layers))  # TOML and JSON have lists only
-        for name in ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "context_dim", "pooled_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected a positive number")
+        _check_mlp(self)
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}, expected None or 'rms_norm'")
         if self.positions not in ("sincos", "rope", "both"):
@@ -102,7 +100,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists only
-        if self.hidden < 1 or self.num_kv_heads < 1 or self.eps < 0 or self.rope_theta <= 0:
+        check_numbers(self, ("hidden", "num_kv_heads"))
+        if self.eps < 0 or self.rope_theta <= 0:
             raise ValueError(f"{self}: expected positive numbers")
 
 
@@ -169,19 +168,11 @@ class TransfusionConfig:
     """Id of the token for one row or column."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
-        for name in (
-            "max_tokens",
-            "vocab_size",
-            "in_channels",
-            "patch_size",
-            "depth",
-            "num_heads",
-            "head_dim",
-            "sample_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
+        shape = ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "sample_size", "pos_embed_max_size")
+        check_numbers(self, ("max_tokens", "vocab_size", *shape))
+        _check_mlp(self)
+        if self.size_tokens < 0:
+            raise ValueError(f"size_tokens is {self.size_tokens}, expected a number of tokens, 0 for none")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
@@ -211,7 +202,10 @@ class TransfusionConfig:
 
     def _check_llama(self) -> None:
         if not isinstance(self.llama, LlamaConfig):  # from JSON
-            object.__setattr__(self, "llama", LlamaConfig(**self.llama))  # type: ignore[arg-type]
+            try:
+                object.__setattr__(self, "llama", LlamaConfig(**self.llama))  # type: ignore[arg-type]
+            except TypeError as error:
+                raise ValueError(f"llama is {self.llama!r}, no config of Llama's block: {error}") from error
         assert self.llama is not None
         if self.time == "all" or (self.time == "image" and self.weights == "shared"):
             raise ValueError(
@@ -253,14 +247,21 @@ class TransfusionConfig:
         return asdict(self)
 
 
-def _check_numbers(config: Any) -> None:
-    """Raises ValueError for a field that wants a number and has none: a config may come from anyone's JSON."""
+def check_numbers(config: Any, counts: Sequence[str]) -> None:
+    """Raises ValueError for a field that wants a number and has none, as anyone's JSON may, and for `counts` below 1."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.type is int and type(value) is not int:
+        if field.type in (int, "int") and type(value) is not int:
             raise ValueError(f"{field.name} is {value!r}, expected a whole number")
-        if field.type is float and (type(value) not in (int, float) or not math.isfinite(value)):
+        if field.type in (float, "float") and (type(value) not in (int, float) or not math.isfinite(value)):
             raise ValueError(f"{field.name} is {value!r}, expected a finite number")
+        if field.name in counts and value < 1:
+            raise ValueError(f"{field.name} is {value}, expected a whole number of at least 1")
+
+
+def _check_mlp(config: Any) -> None:
+    if int(config.width * config.mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio is {config.mlp_ratio}, expected a positive number that leaves the MLPs a width")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -314,7 +315,7 @@ def preset(name: str) -> Any:
     if name in _TRANSFUSION_PRESETS:
         return TransfusionConfig(**_TRANSFUSION_PRESETS[name])
     if name not in _PRESETS:
-        near = get_close_matches(name, preset_names(), n=1)
+        near = get_close_matches(str(name), preset_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no preset {name!r}{hint} (there are {', '.join(preset_names())})")
     return MMDiTConfig(**_PRESETS[name])

@@ -201,6 +201,8 @@ def save(model: MMDiT | Transfusion, path: str | Path, layout: LayoutName = "mmd
 
     Raises ValueError for what the layout cannot express. A failure leaves nothing partial, and what was there before.
     """
+    if not isinstance(model, MMDiT | Transfusion):
+        raise ValueError(f"got a {type(model).__name__}, expected an MMDiT or a Transfusion; a pipeline has `save`")
     root, state = Path(path), model.state_dict()
     if layout not in get_args(LayoutName):
         raise ValueError(f"layout is {layout!r}, expected 'mmdit', 'diffusers' or 'sd3'")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 import samplers
 from mmdit.cache import NOTHING, Cache
 from mmdit.drawing import each_seed
-from mmdit.sampling import check_solver
+from mmdit.sampling import check_finite, check_solver, pair_of_numbers
 from mmdit.sequences import MixedBatch, Part, check_parts
 from mmdit.transfusion import Transfusion
 
@@ -43,10 +44,11 @@ class TextSampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf") or (self.top_k is not None and self.top_k < 1):
-            raise ValueError("expected temperature >= 0 and top_k >= 1")
+        check_finite(self, ("temperature", "top_p", "min_p"))
+        if self.temperature < 0 or not (self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)):
+            raise ValueError(f"temperature is {self.temperature} and top_k {self.top_k}, expected >= 0 and >= 1")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError("expected 0 < top_p <= 1 and 0 <= min_p <= 1")
+            raise ValueError(f"top_p is {self.top_p} and min_p {self.min_p}, expected them in (0, 1] and [0, 1]")
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""
@@ -83,7 +85,13 @@ class ImageSampling:
     shift_of: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance < float("inf") or not 0 < self.shift < float("inf"):
+        check_finite(self, ("guidance", "shift"))
+        object.__setattr__(self, "interval", pair_of_numbers("interval", self.interval))
+        if self.size is not None:
+            object.__setattr__(self, "size", pair_of_numbers("size", self.size))
+            if not all(isinstance(side, Integral) for side in self.size):
+                raise ValueError(f"size is {self.size}, expected two whole numbers")
+        if self.guidance < 0 or self.shift <= 0:
             raise ValueError(f"guidance is {self.guidance} and shift {self.shift}, expected >= 0 and > 0")
         check_solver(self.solver, samplers.time_grid("uniform", self.num_steps, self.shift), self.diffusion)
 

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
@@ -72,7 +73,7 @@ def _serves(x: Tensor, layer: nn.Linear) -> bool:
         and not torch.jit.is_tracing()
         and x.numel() // x.shape[-1] * w.numel() >= WORTH
         and not torch.is_autocast_enabled("cpu")
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
         and KERNEL
         and (torch.compiler.is_compiling() or (torch.backends.mkldnn.enabled and not _transformed()))
     )

@@ -80,6 +80,8 @@ class MMDiT(nn.Module):
         Raises ValueError for shapes that do not fit.
         """
         self._check(x_t, t, context, pooled, context_mask)
+        self.check_layers(skip_layers)
+        context_mask = None if context_mask is None else context_mask.bool()
         silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
         if not isinstance(x_t, Tensor):
             return self._packed(list(x_t), silu_c, context, context_mask, skip_layers)
@@ -93,7 +95,7 @@ class MMDiT(nn.Module):
         """The same without padding; images of one size stay side by side, of several they are a row like the texts."""
         counts = [self._num_tokens(x) for x in latents]
         lengths = [context.shape[1]] * len(latents) if real is None else real.sum(1).tolist()
-        txt = self.context_in(context.flatten(0, 1) if real is None else context[real.bool()])[None]
+        txt = self.context_in(context.flatten(0, 1) if real is None else context[real])[None]
         one_size = len({x.shape for x in latents}) == 1
         if one_size:
             img, rotary = self._read(torch.stack(latents))
@@ -156,13 +158,16 @@ class MMDiT(nn.Module):
     def _check(
         self, x_t: Tensor | Sequence[Tensor], t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None
     ) -> None:
+        named = {"t": t, "context": context, "pooled": pooled}
+        if wrong := [f"{name} is a {type(x).__name__}" for name, x in named.items() if not isinstance(x, Tensor)]:
+            raise ValueError(f"{wrong[0]}, expected a tensor")
         c, batch, dense = self.config, len(x_t), isinstance(x_t, Tensor)
         for x in [x_t] if isinstance(x_t, Tensor) else x_t:
             if x.ndim != (4 if dense else 3) or x.shape[-3] != c.in_channels:
                 form = f"({'B, ' if dense else ''}{c.in_channels}, h, w)"
                 raise ValueError(f"x_t has shape {tuple(x.shape)}, expected {form}")
             height, width = x.shape[-2:]
-            if height % c.patch_size or width % c.patch_size:
+            if height % c.patch_size or width % c.patch_size or not height or not width:
                 raise ValueError(f"x_t is {height} x {width}, both sides must divide by the patch ({c.patch_size})")
         if not batch:
             raise ValueError("x_t holds no image")
@@ -174,6 +179,11 @@ class MMDiT(nn.Module):
             raise ValueError(f"pooled has shape {tuple(pooled.shape)}, expected ({batch}, {c.pooled_dim})")
         if context_mask is not None and context_mask.shape != context.shape[:2]:
             raise ValueError(f"context_mask has shape {tuple(context_mask.shape)}, expected {tuple(context.shape[:2])}")
+
+    def check_layers(self, skip_layers: Collection[int]) -> None:
+        """Raises ValueError for layers to skip that are none."""
+        if unknown := [i for i in skip_layers if not 0 <= i < self.config.depth]:
+            raise ValueError(f"skip_layers names blocks {unknown}, but there are blocks 0 to {self.config.depth - 1}")
 
     @property
     def dtype(self) -> torch.dtype:

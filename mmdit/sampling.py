@@ -48,10 +48,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("interval", "skip_steps"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        for name in ("guidance", "rescale", "skip_scale"):
-            if not _is_number(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a finite number")
+            object.__setattr__(self, name, pair_of_numbers(name, getattr(self, name)))
+        check_finite(self, ("guidance", "rescale", "skip_scale"))
         layers = self.skip_layers
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(type(i) is int for i in layers):
             raise ValueError(f"skip_layers is {layers!r}, expected a list of whole numbers, blocks from 0")
@@ -119,8 +117,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _numbers(name: str, value: object) -> tuple[float, float]:
-    """A pair of numbers."""
+def check_finite(config: object, names: Sequence[str]) -> None:
+    """Raises ValueError for a field of these that is no finite number."""
+    for name in names:
+        if not _is_number(getattr(config, name)):
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number")
+
+
+def pair_of_numbers(name: str, value: object) -> tuple[float, float]:
+    """Two finite numbers; ValueError for anything else."""
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or not all(map(_is_number, value)):
         raise ValueError(f"{name} is {value!r}, expected two finite numbers")
     return value[0], value[1]

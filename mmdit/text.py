@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
+from mmdit.config import check_numbers
 from mmdit.embeddings import rotate
 from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_aside, write_json
 
@@ -106,6 +107,7 @@ class Tokenizer:
             )
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2: one token and the end")
+        _check_list(captions)
         backend = Backend(models.BPE())
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -156,8 +158,10 @@ class Tokenizer:
 
         Raises ValueError for what an adopted tokenizer has no token for, not even one for the unknown.
         """
+        _check_list(texts)
+        readable = [*map(_encodable, texts)]
         try:
-            found = self.backend.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
+            found = self.backend.encode_batch(readable, add_special_tokens=False)
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"the tokenizer cannot read a text: {error}") from error
         reserved = {*self.special, *self.sizes}
@@ -214,8 +218,15 @@ def _names(folder: Path) -> tuple[str, str]:
     return found["pad_token"], found["eos_token"]
 
 
+def _check_list(captions: Iterable[str]) -> None:
+    if isinstance(captions, str):
+        raise ValueError("got one string, expected a list of captions: [caption]")
+
+
 def _encodable(caption: str) -> str:
-    """Half a surrogate pair, as JSON can hold, has no UTF-8: it becomes "?"."""
+    """Half a surrogate pair, as JSON can hold, has no UTF-8: it becomes "?". Raises ValueError for what is no text."""
+    if not isinstance(caption, str):
+        raise ValueError(f"a caption is a {type(caption).__name__}, expected a string")
     return caption.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -235,9 +246,9 @@ class TextConfig:
     """Attention heads."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_length", "width", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
+        check_numbers(self, ("vocab_size", "width", "num_heads"))
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 2: one token and the end")
         if self.depth < 0:
             raise ValueError(f"depth is {self.depth}, expected 0 or more")
         if self.width % (2 * self.num_heads):

@@ -244,8 +244,7 @@ class TextToImage:
     ) -> samplers.Field:
         """The guided velocity field of a batch of prompts."""
         trunk, n = self.model.transformer, len(prompts)
-        if unknown := [i for i in how.skip_layers if not 0 <= i < trunk.config.depth]:
-            raise ValueError(f"skip_layers names blocks {unknown}, but there are blocks 0 to {trunk.config.depth - 1}")
+        trunk.check_layers(how.skip_layers)
         both = self.conditions([*prompts, *negatives])
         cond, uncond = both.rows(slice(n)), both.rows(slice(n, None))
 
@@ -315,6 +314,8 @@ def _negatives(negatives: str | Sequence[str | None] | None, count: int) -> list
     """Negative prompts, one a prompt; None where there is none."""
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count
+    if not isinstance(negatives, Sequence):
+        raise ValueError(f"negative_prompts is {negatives!r}, expected a string, or a list with one a prompt")
     if len(negatives) != count:
         raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one a prompt")
     if wrong := [one for one in negatives if not isinstance(one, str | None)]:

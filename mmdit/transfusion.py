@@ -229,11 +229,13 @@ class Transfusion(nn.Module):
         c = self.config
         if not isinstance(batch, MixedBatch):
             raise ValueError(f"the batch is a {type(batch).__name__}, expected documents packed by model.pack")
-        if t is not None and t.shape != (len(batch.latents),):
-            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({len(batch.latents)},): one time an image")
-        if len(batch.ids) and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < c.vocab_size:
+        if t is not None and (not isinstance(t, Tensor) or t.shape != (len(batch.latents),)):
+            found = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+            raise ValueError(f"t {found}, expected a tensor ({len(batch.latents)},): one time an image")
+        lowest, highest = (int(end) for end in batch.ids.aminmax())
+        if lowest < 0 or highest >= c.vocab_size:
             raise ValueError(
-                f"token {int(batch.ids.max())} is beyond the vocabulary of {c.vocab_size}: "
+                f"token {lowest if lowest < 0 else highest} is beyond the vocabulary of {c.vocab_size}: "
                 "the tokenizer is of another model"
             )
         if (batch.boi, batch.eoi) != (c.boi, c.eoi):

@@ -43,6 +43,18 @@ def test_the_formula_of_short_sequences_is_torchs(mask):
     torch.testing.assert_close(attention(*long), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("tokens", [8, SHORT + 3])
+def test_forward_mode_derivatives(tokens, grad):
+    """The derivative along all three, beside a difference; torch's own kernel has none."""
+    at, along = (tuple(x.double() for x in qkv(tokens)) for _ in range(2))
+    along = tuple(x.roll(1, -1) for x in along)
+    with torch.set_grad_enabled(grad):
+        _, tangent = torch.func.jvp(attention, at, along)
+        ahead, behind = (attention(*(x + s * dx for x, dx in zip(at, along, strict=True))) for s in (1e-5, -1e-5))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @torch.no_grad()
 def test_flex_gives_the_same():

@@ -192,6 +192,8 @@ def test_an_unknown_layout_is_refused(model, tmp_path):
         mmdit.save(model, tmp_path, "sd3")
     with pytest.raises(ValueError, match="'diffusers' is a folder, not a file"):
         mmdit.save(model, tmp_path / "x.safetensors", "diffusers")
+    with pytest.raises(ValueError, match="got a Linear, expected an MMDiT or a Transfusion"):
+        mmdit.save(torch.nn.Linear(2, 2), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 

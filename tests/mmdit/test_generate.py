@@ -318,6 +318,10 @@ def test_bad_input_is_refused(change, what):
         (dict(solver="restart", num_steps=2), "no step of the grid"),
         (dict(guidance=float("nan")), "guidance is nan"),
         (dict(shift=0.0), "shift 0.0, expected"),
+        (dict(guidance=None), "guidance is None"),
+        (dict(interval=None), "interval is None"),
+        (dict(size=8), "size is 8"),
+        (dict(size=(8.5, 8)), "size is .*, expected two whole numbers"),
         (dict(solver="euler", diffusion="kl"), "solves the ODE"),
     ],
 )
@@ -331,7 +335,7 @@ def test_a_model_that_sees_what_follows_cannot_write():
         generate(alive(replace(TINY, attention="full")), [[text(5)]])
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(min_p=1.5)])
+@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=0), dict(top_k=1.5), dict(top_p=0.0), dict(min_p=1.5)])
 def test_rules_are_checked(wrong):
     with pytest.raises(ValueError, match="expected"):
         TextSampling(**wrong)

@@ -371,6 +371,27 @@ def test_a_mask_of_ones_is_no_mask_and_text_may_be_masked_wholly():
         assert_close(model(x_t, t, context, pooled, ~all_real), model(x_t, t, context[:, :0], pooled))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_a_mask_may_hold_numbers(kind):
+    model, (x_t, t, context, pooled) = alive(TINY), inputs(TINY)
+    real = torch.arange(context.shape[1]) < 3
+    mask = real.expand(len(context), -1)
+    expected = model(x_t, t, context, pooled, mask)
+    for numbers in (mask.to(kind), 2 * mask.to(kind)):
+        assert torch.equal(model(x_t, t, context, pooled, numbers), expected)
+        assert_close(torch.stack(model(list(x_t), t, context, pooled, numbers)), expected)
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_shapes_alone_on_the_meta_device(side):
+    """Also of a picture beyond the position table; and numbers are as they were afterwards."""
+    x_t, t, context, pooled = inputs(TINY, 2, side, 8)
+    with torch.device("meta"):
+        out = MMDiT(TINY)(*(x.to("meta") for x in (x_t, t, context, pooled)))
+    assert out.shape == x_t.shape and out.is_meta
+    assert alive(TINY)(x_t, t, context, pooled).isfinite().all()
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +402,12 @@ def test_a_mask_of_ones_is_no_mask_and_text_may_be_masked_wholly():
         (dict(x_t=torch.zeros(4, 8, 8)), "x_t has shape"),
         (dict(x_t=torch.zeros(2, 4, 8, 7)), "both sides must divide by the patch"),
         (dict(t=torch.zeros(2, 1)), r"t has shape \(2, 1\), expected \(2,\)"),
+        (dict(x_t=torch.zeros(2, 4, 8, 0)), "both sides must divide by the patch"),
         (dict(t=torch.tensor(0.5)), "t has shape"),
+        (dict(t=0.5), "t is a float, expected a tensor"),
+        (dict(context=None), "context is a NoneType, expected a tensor"),
+        (dict(skip_layers=(1, 3)), r"skip_layers names blocks \[3\], but there are blocks 0 to 2"),
+        (dict(skip_layers=(-1,)), r"skip_layers names blocks \[-1\]"),
         (dict(context=torch.zeros(2, 7, 25)), r"context has shape .* expected \(2, L, 24\)"),
         (dict(context=torch.zeros(1, 7, 24)), "context has shape"),
         (dict(pooled=torch.zeros(2, 24)), "pooled has shape"),
@@ -399,6 +425,7 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     [
         (dict(depth=0), "depth is 0"),
         (dict(mlp_ratio=0), "mlp_ratio"),
+        (dict(mlp_ratio=0.001), "that leaves the MLPs a width"),
         (dict(qk_norm="layer_norm"), "qk_norm"),
         (dict(positions="alibi"), "positions"),
         (dict(positions="rope", head_dim=6), "multiple of 4"),

@@ -113,6 +113,14 @@ def test_files_and_settings_that_do_not_work_are_named(tmp_path):
         Tokenizer.train(CAPTIONS, 300, 1)
 
 
+def test_what_is_no_list_of_captions_is_refused(tokenizer):
+    for call in (tokenizer, tokenizer.encode, lambda captions: Tokenizer.train(captions, 300, 8)):
+        with pytest.raises(ValueError, match="got one string, expected a list of captions"):
+            call("a red circle")
+        with pytest.raises(ValueError, match="a caption is a NoneType, expected a string"):
+            call(["a red circle", None])
+
+
 def test_a_tokenizer_without_our_special_tokens_is_refused():
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
@@ -352,6 +360,9 @@ def test_every_parameter_learns(text):
     [
         (dict(vocab_size=0), "vocab_size is 0"),
         (dict(depth=-1), "depth is -1"),
+        (dict(max_length=1), "max_length is 1"),
+        (dict(max_length=2.5), "max_length is 2.5, expected a whole number"),
+        (dict(width="32"), "width is '32', expected a whole number"),
         (dict(width=18, num_heads=2), "width 18 must divide"),
     ],
 )

@@ -213,7 +213,9 @@ def test_presets():
 @pytest.mark.parametrize(
     ("documents", "t", "what"),
     [
-        ([[text(5), image(4, 4)]], torch.rand(2), r"t has shape \(2,\), expected \(1,\)"),
+        ([[text(5), image(4, 4)]], torch.rand(2), r"t has shape \(2,\), expected a tensor \(1,\)"),
+        ([[text(5), image(4, 4)]], [0.5], r"t is a list, expected a tensor \(1,\)"),
+        ([[torch.tensor([7, -1])]], None, "token -1 is beyond the vocabulary"),
         ([[text(5, 40)]], None, "token 40 is beyond the vocabulary of 40"),
         ([[torch.randn(4, 4, 4)]], None, "images have 4 channels, expected 3"),
         ([[image(4, 5)]], None, "must divide by the patch"),
@@ -241,7 +243,13 @@ def test_sd3s_setting_wants_one_image_a_document():
         (dict(llama=LLAMA, weights="separate", time="all"), "nothing modulates"),
         (dict(llama=LlamaConfig(40, 3)), "not 'both', 16, 2 and 3"),
         (dict(llama=LLAMA, positions="sincos"), "not 'sincos', 16, 2 and 1"),
-        (dict(llama=dict(hidden=0, num_kv_heads=1)), "expected positive numbers"),
+        (dict(llama=dict(hidden=0, num_kv_heads=1)), "hidden is 0"),
+        (dict(llama=dict(hidden=8, num_kv_heads=1, rope_theta=-1.0)), "expected positive numbers"),
+        (dict(llama=dict(hidden=8, num_kv_heads=1, eps=float("nan"))), "eps is nan"),
+        (dict(llama=dict(hiden=8)), "no config of Llama's block"),
+        (dict(mlp_ratio=-1.0), "mlp_ratio is -1"),
+        (dict(size_tokens=-3), "size_tokens is -3"),
+        (dict(pos_embed_max_size=0), "pos_embed_max_size is 0"),
     ],
 )
 def test_bad_configs_are_refused(change, what):
