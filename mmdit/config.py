@@ -248,7 +248,7 @@ class TransfusionConfig:
 
 
 def check_numbers(config: Any, counts: Sequence[str]) -> None:
-    """Raises ValueError for a field that wants a number and has none, as anyone's JSON may, and for `counts` below 1."""
+    """ValueError for a field that wants a number and has none, as anyone's JSON may, and for `counts` below 1."""
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type in (int, "int") and type(value) is not int:

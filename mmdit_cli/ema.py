@@ -28,8 +28,9 @@ def ema(
     import mmdit
     from mmdit_cli.sample import load_state_into
     from training.ema import reconstruct
+    from training.run import RunFolder
 
-    state = reconstruct(run, sigma_rel, step)
+    state = reconstruct(RunFolder.open(run).path, sigma_rel, step)
     pipe = mmdit.TextToImage.load(run, "cpu")
     load_state_into(pipe, run, state, str(run))
     pipe.save(out)

@@ -32,7 +32,7 @@ def evaluate(
 ) -> None:
     """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    What is not said, the run's config says ([evaluation]).
+    What is not said, the run's config says (\\[evaluation]).
 
     [bold]Examples[/bold]
 

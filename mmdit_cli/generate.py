@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdit_cli.sample import Diffusion, Guidance, Size, Solver, Steps, out_files, parse_size
+from mmdit_cli.sample import (
+    Diffusion,
+    Guidance,
+    Size,
+    Solver,
+    Steps,
+    out_files,
+    parse_diffusion,
+    parse_size,
+    read_picture,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +73,8 @@ def generate(
     if not isinstance(pipe, TransfusionPipeline):
         raise ValueError(f"{run} is a text-to-image model, which writes no text: draw with `mmdit sample {run} PROMPT`")
     text = TextSampling(temperature, top_k, top_p, min_p)
-    image = pipe.image_sampling(steps, solver, guidance, height, width, diffusion, free=bool(prompt) and prompt != [""])
+    free, noise = bool(prompt) and prompt != [""], parse_diffusion(diffusion)
+    image = pipe.image_sampling(steps, solver, guidance, height, width, noise, free=free)
     out.parent.mkdir(parents=True, exist_ok=True)
     told = _Told(files)
     limits = dict(max_tokens=max_tokens, max_images=max_images)
@@ -101,8 +112,4 @@ def _part(part: str) -> "str | Image":
     path = Path(part)
     if len(part) > 255 or not path.suffix or not path.is_file():
         return part
-    from PIL import Image
-
-    from training.images import read_image
-
-    return Image.fromarray(read_image(path))
+    return read_picture(path)

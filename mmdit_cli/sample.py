@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options of what draws, here and in `mmdit generate`.
 Solver = Annotated[str | None, typer.Option(metavar="NAME", help="Solver: euler, heun, dpmpp-2m, ...")]
 Diffusion = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant.")
+    str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant, or a number eta.")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of the solver.")]
 Guidance = Annotated[float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")]
@@ -102,21 +102,34 @@ def sample(
     edit = None
     if image is not None:
         given = {} if strength is None else {"strength": strength}
-        edit = mmdit.Edit(_read(image), mask=None if mask is None else _read(mask), **given)
-    how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=diffusion, progress=sys.stderr.isatty())
-    pictures = pipe(prompts, negative_prompts=negative, height=height, width=width, seed=seed, edit=edit, **how)
+        edit = mmdit.Edit(read_picture(image), mask=None if mask is None else read_picture(mask), **given)
+    how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=parse_diffusion(diffusion))
+    where = dict(height=height, width=width, seed=seed, edit=edit, progress=sys.stderr.isatty())
+    pictures = pipe(prompts, negative_prompts=negative, **where, **how)  # type: ignore[arg-type]
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):
         picture.save(file)
         print(f"{file}  {picture.height}x{picture.width}  {prompt}")
 
 
-def _read(file: Path) -> "Image":
+def read_picture(file: Path) -> "Image":
+    """The picture in a file, as a viewer shows it. ValueError that names the file where it cannot be read."""
     from PIL import Image
 
-    from training.images import read_image
+    from training.images import BadImage, read_image
 
-    return Image.fromarray(read_image(file))
+    try:
+        return Image.fromarray(read_image(file))
+    except BadImage as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def parse_diffusion(text: str | None) -> str | float | None:
+    """ "0.5" to 0.5; a name as it is."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mmdit
+import samplers
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PixelSpace, open_autoencoder
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
@@ -259,6 +260,7 @@ def test_callback_is_told_of_each_step(pipe):
         (["a", "b"], dict(seed=[1]), "1 seeds for 2 prompts"),
         (["a", "b"], dict(negative_prompts=["c"]), "1 negative prompts for 2 prompts"),
         (["a"], dict(negative_prompts=[1]), "a negative prompt is a int"),
+        (["a"], dict(negative_prompts=1), "negative_prompts is 1, expected a string"),
         ([None], {}, "a prompt is a NoneType, expected a string"),
         (5, {}, "a prompt is a int"),
         (["a"], dict(seed=1.5), "seed is 1.5, expected a whole number"),
@@ -275,6 +277,14 @@ def test_callback_is_told_of_each_step(pipe):
 def test_bad_arguments_are_named(pipe, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(prompts, **options)
+
+
+def test_the_noise_of_a_solver_given_as_one(pipe):
+    """Its diffusion is the call's where that says one, as of a solver given by name."""
+    options = dict(num_steps=4, diffusion=0.3)
+    named, given = (pixels(pipe(["a"], solver=s, **options)) for s in ("ddpm", samplers.SOLVERS["ddpm"]))
+    assert (named == given).all()
+    assert (named != pixels(pipe(["a"], solver=samplers.SOLVERS["ddpm"], num_steps=4))).any()
 
 
 def test_numbers_of_numpy_are_numbers(pipe):

@@ -114,6 +114,7 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["sample", "run", "a star", "--strength", "0.5"], "name the picture with --image"),
         (["generate", "run", "a", "--max-images", "0", "--size", "8"], "--size says how pictures are drawn"),
         (["evaluate", "no-such-run"], "no-such-run"),
+        (["ema", "no-such-run", "--sigma-rel", "0.1", "--out", "y"], "no-such-run is not a run folder"),
         (["convert", "x", "y"], "Missing option '--layout'"),
         (["convert", "x", "y", "--layout", "onnx"], "'onnx' is not one of 'mmdit', 'diffusers', 'sd3'"),
         (["convert", "no-such-run", "y", "--layout", "mmdit"], "no-such-run holds no model"),
@@ -287,6 +288,19 @@ def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+def test_a_picture_that_cannot_be_read_is_named(pipe, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("none.png", "text.png"):
+        assert_one_line_error(run("sample", "r", "one", "--image", tmp_path / name, "--out", tmp_path / "a.png"), name)
+    assert_one_line_error(run("generate", "r", tmp_path / "text.png"), "text.png")
+
+
+def test_diffusion_is_a_name_or_a_number(pipe, tmp_path):
+    for given, taken in (("0.5", 0.5), ("kl", "kl")):
+        assert run("sample", "r", "one", "--diffusion", given, "--out", tmp_path / "a.png").exit_code == 0
+        assert pipe.options["diffusion"] == taken
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
@@ -298,6 +312,7 @@ def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
         "generate",
         "evaluate",
         "convert",
+        "ema",
         "cache",
         "autoencoder train",
         "autoencoder evaluate",
@@ -309,6 +324,8 @@ def test_help_shows_examples(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"mmdit {command}".strip() in result.stdout or command in ("", "autoencoder")
+    if command == "evaluate":
+        assert "the run's config says ([evaluation])" in " ".join(result.stdout.split())
     if command == "train":
         assert f"Presets: {', '.join(preset_names())}" in " ".join(result.stdout.split())
 
