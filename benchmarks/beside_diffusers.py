@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
-from mmdit.formats import config_to_diffusers, to_diffusers
+from mmdit.formats import config_to_diffusers
+from mmdit.layouts import DIFFUSERS
 from mmdit.model import MMDiT
 
 
@@ -23,7 +24,7 @@ def theirs(model: MMDiT) -> nn.Module:
 
     with torch.device(model.device):
         other = SD3Transformer2DModel(**config_to_diffusers(model.config))
-    other.load_state_dict(to_diffusers(model.state_dict(), model.config))
+    other.load_state_dict(DIFFUSERS.from_ours(model.state_dict(), model.config))
     return other
 
 

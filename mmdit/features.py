@@ -147,11 +147,6 @@ class KnownText(nn.Module):
             self._opened = (self._open(),)  # type: ignore[assignment]
         return self._opened[0]  # type: ignore[misc]
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the encoders' weights have been read."""
-        return bool(self._opened)
-
     def about(self) -> dict[str, Any]:
         """What the encoders say of themselves."""
         return dict(self._about)

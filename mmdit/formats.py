@@ -10,42 +10,28 @@ from typing import Any
 from torch import Tensor
 
 from mmdit.config import MMDiTConfig
-from mmdit.layouts import DIFFUSERS, SD3
 
-from_diffusers, to_diffusers = DIFFUSERS.to_ours, DIFFUSERS.from_ours
-from_sd3, to_sd3 = SD3.to_ours, SD3.from_ours
-
-_CONFIG_KEYS = (
-    "in_channels",
-    "patch_size",
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "sample_size",
-    "pos_embed_max_size",
-)
+_KEYS = {
+    "sample_size": "sample_size",
+    "patch_size": "patch_size",
+    "in_channels": "in_channels",
+    "depth": "num_layers",
+    "head_dim": "attention_head_dim",
+    "num_heads": "num_attention_heads",
+    "context_dim": "joint_attention_dim",
+    "pooled_dim": "pooled_projection_dim",
+    "pos_embed_max_size": "pos_embed_max_size",
+}
+"""Fields of our config, and diffusers' names for them."""
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
     """Our config from the `config.json` of a `SD3Transformer2DModel`. Raises ValueError where a key is missing."""
-    missing = [key for key in _CONFIG_KEYS if key not in config]
-    if missing:
+    if missing := [theirs for theirs in _KEYS.values() if theirs not in config]:
         raise ValueError(f"the config of the SD3Transformer2DModel lacks {', '.join(missing)}")
-    return MMDiTConfig(
-        in_channels=config["in_channels"],
-        patch_size=config["patch_size"],
-        depth=config["num_layers"],
-        num_heads=config["num_attention_heads"],
-        head_dim=config["attention_head_dim"],
-        context_dim=config["joint_attention_dim"],
-        pooled_dim=config["pooled_projection_dim"],
-        qk_norm=config.get("qk_norm"),
-        dual_attention_layers=config.get("dual_attention_layers") or (),
-        sample_size=config["sample_size"],
-        pos_embed_max_size=config["pos_embed_max_size"],
-    )
+    dual = config.get("dual_attention_layers") or ()
+    shape = {ours: config[theirs] for ours, theirs in _KEYS.items()}
+    return MMDiTConfig(**shape, qk_norm=config.get("qk_norm"), dual_attention_layers=dual)
 
 
 def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
@@ -55,21 +41,13 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
             f"diffusers' SD3Transformer2DModel has sincos positions and mlp_ratio 4; this model has {config.positions} "
             f"and {config.mlp_ratio}"
         )
-    return dict(
-        sample_size=config.sample_size // config.patch_size * config.patch_size,  # its pipelines draw that side
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_dim,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_dim,
-        out_channels=config.in_channels,
-        pos_embed_max_size=config.pos_embed_max_size,
-        dual_attention_layers=config.dual_attention_layers,
-        qk_norm=config.qk_norm,
-    )
+    return {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()} | {
+        "sample_size": config.sample_size // config.patch_size * config.patch_size,  # its pipelines draw that side
+        "caption_projection_dim": config.width,
+        "out_channels": config.in_channels,
+        "dual_attention_layers": config.dual_attention_layers,
+        "qk_norm": config.qk_norm,
+    }
 
 
 _PATCH_IN, _TABLE, _CONTEXT_IN = "x_embedder.proj.weight", "pos_embed", "context_embedder.weight"

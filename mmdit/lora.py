@@ -172,10 +172,11 @@ def _scale(path: Path) -> float:
 def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:
     """By our names, queries, keys and values in one. Raises ValueError for layers and shapes that the model lacks."""
     pairs: Pairs = {}
+    layers = dict(model.named_modules())
     for ours, parts in _names(model):
         if not any(part in theirs for part in parts):
             continue
-        layer = dict(model.named_modules()).get(ours)
+        layer = layers.get(ours)
         if not isinstance(layer, nn.Linear):
             break
         out = layer.out_features // len(parts)

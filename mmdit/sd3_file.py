@@ -21,7 +21,15 @@ from mmdit.files import load, read_part
 from mmdit.model import MMDiT
 from mmdit.sd3_pipeline import assembled
 from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, check_names
-from mmdit.text_encoders import CLIPText, HiddenStates, HubEncoder, from_transformers, open_hub, read_tokenizer
+from mmdit.text_encoders import (
+    CLIPText,
+    HiddenStates,
+    HubEncoder,
+    first_line,
+    from_transformers,
+    open_hub,
+    read_tokenizer,
+)
 from mmdit.text_to_image import TextToImage
 
 SHIFT = 3.0
@@ -67,9 +75,8 @@ def local_folder(text: str | Path, encoders: Sequence[str], tokenizers: Sequence
     wanted = [FOLDERS[name][0] for name in encoders] + [FOLDERS[name][1] for name in tokenizers]
     try:
         return Path(snapshot_download(str(text), allow_patterns=[f"{part}/*" for part in wanted]))
-    except Exception as error:  # the hub's client raises many kinds; a person needs the one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"text={text} is neither a folder nor read from the hub: {reason}") from error
+    except Exception as error:
+        raise ValueError(f"text={text} is neither a folder nor read from the hub: {first_line(error)}") from error
 
 
 def _autoencoder(path: Path, given: str | Path | None) -> Autoencoder:

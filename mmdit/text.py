@@ -27,8 +27,6 @@ from mmdit.weights_io import load_weights, read_config, read_json, save_weights,
 
 PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
-
-
 SIZE = "<size {}>"  # so many rows or columns of patches
 
 

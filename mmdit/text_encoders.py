@@ -44,9 +44,8 @@ class TextEncoder(nn.Module, ABC):
                 f"max_length is {max_length}, expected 2 to {longest or 'any number of'} tokens"
                 + (f", all that the text encoder {source or ''} has places for" if longest else "")
             )
-        self._held = (
-            network.requires_grad_(False).eval(),
-        )  # in a tuple, out of sight of parameters() and state_dict()
+        # In a tuple, out of sight of parameters() and state_dict().
+        self._held = (network.requires_grad_(False).eval(),)
         self.max_length, self.source = max_length, source
 
     @property
@@ -241,9 +240,8 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         network, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except Exception as error:  # transformers and safetensors raise many kinds; a person needs the one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read the text encoder in {folder}: {reason}") from error
+    except Exception as error:
+        raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error
     _check_read(info, ("missing_keys", "mismatched_keys"), f"the weights in {folder} do not fit its config")
     return network
 
@@ -272,8 +270,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read the tokenizer in {folder}: {reason}") from error
+        raise ValueError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
 
 
 def _open_clip(folder: Path, max_length: int, dtype: torch.dtype) -> OpenCLIPText:
@@ -285,10 +282,14 @@ def _open_clip(folder: Path, max_length: int, dtype: torch.dtype) -> OpenCLIPTex
         network = open_clip.create_model(f"local-dir:{folder}").to(dtype)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read the text encoder in {folder}: {reason}") from error
+        raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error
     network.visual = None  # pictures are not read
     return OpenCLIPText(network, tokenizer, max_length, folder)
+
+
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error of another library, whose kinds are many and whose texts may be long."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -299,9 +300,8 @@ def fingerprint(folder: str | Path) -> str:
     for path in sorted(path for part in parts or [folder] for path in part.glob("*")):
         if path.suffix in (".json", ".safetensors", ".txt", ".model"):
             with path.open("rb") as file:
-                digest.update(
-                    f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-                )
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(folder)} {found}\n".encode())
     return digest.hexdigest()
 
 

@@ -138,9 +138,7 @@ class Field:
             c = self.schedule(t_there)
             scale = torch.hypot(c.alpha, c.sigma) / torch.hypot(here.alpha, here.sigma)
             inner = self.predict(expand(scale, x_t) * x_t, t_there)
-            if not isinstance(
-                t, Tensor
-            ):  # a network that predicts another view than these two is asked for one of them
+            if not isinstance(t, Tensor):
                 kind = "data" if log_snr < 0 else "noise"
                 return Prediction(inner.view(kind), kind, x_t, t, schedule, inner.num_evals)
             noisy, clean = (convert(inner.view(kind), kind, "ddpm_v", x_t, here) for kind in ("data", "noise"))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmdit.config import MMDiTConfig, preset
-from mmdit.formats import config_to_diffusers, from_diffusers, to_diffusers
+from mmdit.formats import config_to_diffusers
 from mmdit.layouts import DIFFUSERS, SD3
 from mmdit.model import MMDiT
 
@@ -51,7 +51,7 @@ def test_diffusers_state_dict_goes_there_and_back_bit_for_bit(change):
     config = replace(TINY, **change)
     theirs = SD3Transformer2DModel(**config_to_diffusers(config)).state_dict()
     theirs = {name: torch.randn_like(value) for name, value in theirs.items()}
-    assert_same(to_diffusers(from_diffusers(theirs, config), config), theirs)
+    assert_same(DIFFUSERS.from_ours(DIFFUSERS.to_ours(theirs, config), config), theirs)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -62,7 +62,7 @@ def test_the_original_layout_is_the_one_that_diffusers_converts(change, prefix):
     config = replace(TINY, **change)
     ours = random_state(config)
     theirs = {prefix + name: tensor for name, tensor in SD3.from_ours(ours, config).items()}
-    assert_same(convert_sd3_transformer_checkpoint_to_diffusers(theirs), to_diffusers(ours, config))
+    assert_same(convert_sd3_transformer_checkpoint_to_diffusers(theirs), DIFFUSERS.from_ours(ours, config))
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
@@ -76,13 +76,13 @@ def test_published_models_have_the_original_tensors_and_no_others(name):
     theirs = SD3.from_ours(ours, config)
     converted = convert_sd3_transformer_checkpoint_to_diffusers(theirs)
     assert not theirs
-    expected = {name: tensor.shape for name, tensor in to_diffusers(ours, config).items()}
+    expected = {name: tensor.shape for name, tensor in DIFFUSERS.from_ours(ours, config).items()}
     assert {name: tensor.shape for name, tensor in converted.items()} == expected
 
 
 def test_taking_empties_the_state_as_it_goes():
     """What has been given is held by nobody else, so that a large model is never there twice."""
-    theirs = to_diffusers(random_state(TINY), TINY)
+    theirs = DIFFUSERS.from_ours(random_state(TINY), TINY)
     left = [len(theirs) for _ in DIFFUSERS.take(theirs, TINY)]
     assert left == sorted(left, reverse=True) and left[-1] == 0
 
@@ -90,7 +90,7 @@ def test_taking_empties_the_state_as_it_goes():
 def test_order_within_fused_and_swapped_tensors():
     """Queries, keys, values; and (shift, scale) here is (scale, shift) there, in the last modulations alone."""
     ours = random_state(TINY)
-    theirs = to_diffusers(ours, TINY)
+    theirs = DIFFUSERS.from_ours(ours, TINY)
     q, k, v = ours["blocks.0.txt.attn.qkv.weight"].chunk(3)
     for part, name in ((q, "q"), (k, "k"), (v, "v")):
         assert torch.equal(theirs[f"transformer_blocks.0.attn.add_{name}_proj.weight"], part)
@@ -105,11 +105,11 @@ def test_order_within_fused_and_swapped_tensors():
 
 
 def test_unknown_tensors_are_named_and_missing_ones_are_left_out():
-    theirs = to_diffusers(random_state(TINY), TINY)
+    theirs = DIFFUSERS.from_ours(random_state(TINY), TINY)
     with pytest.raises(ValueError, match="1 tensors are not those .* lora.up.weight"):
-        from_diffusers(theirs | {"lora.up.weight": torch.zeros(1)}, TINY)
+        DIFFUSERS.to_ours(theirs | {"lora.up.weight": torch.zeros(1)}, TINY)
     del theirs["transformer_blocks.0.attn.to_k.bias"], theirs["pos_embed.pos_embed"]
-    lost = MMDiT(TINY).state_dict().keys() - from_diffusers(theirs, TINY).keys()
+    lost = MMDiT(TINY).state_dict().keys() - DIFFUSERS.to_ours(theirs, TINY).keys()
     assert lost == {"blocks.0.img.attn.qkv.bias", "pos_embed"}
 
 

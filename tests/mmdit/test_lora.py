@@ -7,7 +7,8 @@ from torch.nn import functional as F
 pytest.importorskip("peft")
 
 from mmdit.config import MMDiTConfig
-from mmdit.formats import config_to_diffusers, to_diffusers
+from mmdit.formats import config_to_diffusers
+from mmdit.layouts import DIFFUSERS
 from mmdit.lora import add_lora, load_lora, lora_pairs, merge_lora, plain_state, save_lora
 from mmdit.model import MMDiT
 from mmdit.weights_io import save_weights
@@ -36,7 +37,7 @@ def theirs(model):
     from diffusers import SD3Transformer2DModel
 
     other = SD3Transformer2DModel(**config_to_diffusers(CONFIG))
-    other.load_state_dict(to_diffusers(plain_state(model), CONFIG))
+    other.load_state_dict(DIFFUSERS.from_ours(plain_state(model), CONFIG))
     return other.eval()
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mmdit.config import MMDiTConfig, preset, preset_names
 from mmdit.embeddings import crop_positions, patchify, position_table, rotary_2d, rotate, unpatchify
-from mmdit.formats import config_to_diffusers, from_diffusers, to_diffusers
+from mmdit.formats import config_to_diffusers
+from mmdit.layouts import DIFFUSERS
 from mmdit.model import MMDiT
 
 TINY = MMDiTConfig(
@@ -74,7 +75,7 @@ def pair(request):
     for p in reference.parameters():
         torch.nn.init.normal_(p, std=0.2)
     ours = MMDiT(config)
-    ours.load_state_dict(from_diffusers(reference.state_dict(), config))
+    ours.load_state_dict(DIFFUSERS.to_ours(reference.state_dict(), config))
     return reference, ours
 
 
@@ -113,7 +114,7 @@ def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, p
         sample_size=8,
     )
     ours, reference = alive(config), SD3Transformer2DModel(**config_to_diffusers(config))
-    reference.load_state_dict(to_diffusers(ours.state_dict(), config))
+    reference.load_state_dict(DIFFUSERS.from_ours(ours.state_dict(), config))
     x_t, t, context, pooled = inputs(config, 2, rows * patch_size, columns * patch_size, tokens)
     with torch.no_grad():
         assert_close(ours(x_t, t, context, pooled), reference(x_t, context, pooled, t * 1000).sample)
@@ -139,7 +140,7 @@ def test_gradients_are_those_of_diffusers(pair):
     (ours(x_1, t, context, pooled) * direction).sum().backward()
     (reference(x_2, context, pooled, t * 1000).sample * direction).sum().backward()
     gradients = {name: p.grad for name, p in ours.named_parameters()} | {"pos_embed": ours.pos_embed}
-    translated = to_diffusers(gradients, ours.config)
+    translated = DIFFUSERS.from_ours(gradients, ours.config)
     theirs = {name: p.grad for name, p in reference.named_parameters()}
     assert translated.keys() == theirs.keys() | {"pos_embed.pos_embed"}
     for name, gradient in theirs.items():
@@ -159,7 +160,7 @@ def test_published_models_have_diffusers_tensors(name, num_tensors):
     with torch.device("meta"):
         ours = MMDiT(config).state_dict()
         theirs = SD3Transformer2DModel(**config_to_diffusers(config)).state_dict()
-    translated = to_diffusers(ours, config)
+    translated = DIFFUSERS.from_ours(ours, config)
     assert len(translated) == num_tensors
     assert {k: v.shape for k, v in translated.items()} == {k: v.shape for k, v in theirs.items()}
 
