@@ -30,10 +30,10 @@ from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 from training.ema import update_ema
+from training.flops import datasheet_peak
 
 DEVICE = "cuda"
 TEXT = 333
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, NVIDIA's datasheets of the SXM modules
 SAMPLED = 24, 32  # depth and latent side in tokens of what is sampled: the 2 B model
 # depth, latent side in tokens, pictures a step
 SHAPES = ((14, 16, 64), (24, 16, 24), (24, 32, 12))
@@ -230,7 +230,7 @@ def main() -> None:
         raise SystemExit("no CUDA device: this measures one")
     torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name()
-    peak = next((flops for key, flops in PEAKS.items() if key in device), float("nan"))
+    peak = 1e12 * (datasheet_peak(device, torch.bfloat16) or float("nan"))
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * 8192**3 / seconds({"matmul": lambda: a @ b})["matmul"]
     about = (
