@@ -12,14 +12,14 @@ from torch import Tensor
 from mmdit.config import MMDiTConfig
 
 _KEYS = {
-    "sample_size": "sample_size",
-    "patch_size": "patch_size",
     "in_channels": "in_channels",
+    "patch_size": "patch_size",
     "depth": "num_layers",
-    "head_dim": "attention_head_dim",
     "num_heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
     "context_dim": "joint_attention_dim",
     "pooled_dim": "pooled_projection_dim",
+    "sample_size": "sample_size",
     "pos_embed_max_size": "pos_embed_max_size",
 }
 """Fields of our config, and diffusers' names for them."""
