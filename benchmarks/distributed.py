@@ -51,6 +51,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DDP, 2 parts a batch": (2, ("parallel.strategy=ddp", "training.grad_accumulation=2")),
     "FSDP2, 2 parts a batch": (2, ("parallel.strategy=fsdp", "training.grad_accumulation=2")),
     "one process, Muon": (1, ("optimizer.name=muon",)),
+    "DDP, Muon": (2, ("parallel.strategy=ddp", "optimizer.name=muon")),
     "FSDP2, Muon": (2, ("parallel.strategy=fsdp", "optimizer.name=muon")),
 }
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--only", default="", help="measure the ways alone whose name has this in it")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -128,6 +130,8 @@ def main() -> None:
         return measure(asked.measure, asked.settings, asked.steps)
     rows = {}
     for name, (world, settings) in WAYS.items():
+        if asked.only not in name:
+            continue
         rows[name] = launch(world, settings, asked.steps)
         text = f"# One process and two\n\n`python -m benchmarks.distributed`, {hardware()}\n\n{table(rows)}\n"
         if asked.out:

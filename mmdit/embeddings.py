@@ -148,5 +148,6 @@ class TimeEmbedding(VectorEmbedding):
         super().__init__(256, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        device = t.device.type if torch.amp.is_autocast_available(t.device.type) else "cpu"  # for "meta" there is none
+        with torch.autocast(device, enabled=False):
             return super().forward(sinusoid(t * 1000, 256).to(self.fc1.weight.dtype))

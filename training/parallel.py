@@ -126,6 +126,11 @@ class Ranks:
         """The channel on the CPU; None where there is one process."""
         return self._group
 
+    @property
+    def everyone(self) -> Any:
+        """The channel on the device; None where there is one process."""
+        return dist.group.WORLD if self.world > 1 else None
+
 
 ALONE = Ranks()
 

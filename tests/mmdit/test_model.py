@@ -171,6 +171,13 @@ def test_parameters_of_published_models(name, billions):
         assert round(sum(p.numel() for p in MMDiT(preset(name)).parameters()) / 1e9, 3) == billions
 
 
+def test_a_pass_without_memory_has_its_shape():
+    """On the meta device, where benchmarks count multiplications."""
+    with torch.device("meta"):
+        x, context, pooled = torch.empty(2, 4, 16, 12), torch.empty(2, 7, 24), torch.empty(2, 20)
+        assert MMDiT(TINY)(x, torch.empty(2), context, pooled).shape == x.shape
+
+
 # --- positions ----------------------------------------------------------------------------------------------------
 
 

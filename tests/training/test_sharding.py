@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from tests.training.test_distributed import free_port
+from tests.training.processes import free_port
 from tests.training.test_trainer import TRANSFUSION, config_for
 from training.config import ConfigError, load_config
 from training.devices import pick_device
