@@ -25,6 +25,10 @@ from training.devices import pick_device
 
 T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it started this process
+MEET = timedelta(
+    minutes=5
+)  # until all have begun: of a process that ends before, torchrun tells other machines nothing
+NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
 
@@ -170,18 +174,30 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
 def _store(timeout: timedelta) -> dist.Store:
     """Where processes find each other. torchrun may serve one store to all its attempts, in which the addresses of
     those that died are left: on one machine, where attempts have one count, each has keys of its own. Raises
-    ProcessLost where nobody answers.
+    ProcessLost where nobody answers, or one does not come.
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if served and not alone and rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print(f"warning: a machine that comes back will not find the others: {NO_SHARED_STORE}", flush=True)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT) if served else timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT if served else MEET)))
+        store.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store.set(f"process {rank} came", "")
+        store.wait([f"process {k} came" for k in range(world)], min(timeout, MEET))
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"
-        raise ProcessLost(f"process {os.environ['RANK']} stops: {who} does not answer at {where}") from error
-    store.set_timeout(timeout)
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else ''}", store)
+        raise ProcessLost(f"process {rank} stops: {who} does not answer at {where}") from error
+    except dist.DistStoreError as error:
+        raise ProcessLost(
+            f"process {rank} stops: not all of the {world} have begun within {min(timeout, MEET).seconds} s; look at "
+            "what the others say, each on its machine"
+        ) from error
+    return store
 
 
 def lost(error: BaseException) -> bool:
