@@ -112,6 +112,16 @@ def test_a_folder_of_another_machine_by_the_same_name_is_refused(run, monkeypatc
     assert listing(run.path) == before
 
 
+def test_a_new_run_that_others_cannot_see_leaves_its_name_free(tmp_path, monkeypatch):
+    def blind(path, ranks):
+        raise NotShared("process 1 on node2 cannot see it")
+
+    monkeypatch.setattr(launch, "only_run_in", blind)
+    with pytest.raises(NotShared):
+        training.train(config_for(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, monkeypatch):
     several = Ranks(0, 2)
     monkeypatch.setattr(several, "from_first", lambda make: make())

@@ -93,7 +93,8 @@ def started(monkeypatch):
     seen = {}
     dist = torch.distributed
     own = dist.HashStore()
-    own.set("attempt 0/process 1 came", "")
+    for attempt in ("0", ""):
+        own.set(f"attempt {attempt}/process 1 came", "")
     monkeypatch.setattr(dist, "rendezvous", lambda _, timeout: iter([(own, 0, 2)]))
 
     def connect(backend, store, timeout, **which):
@@ -129,6 +130,34 @@ def test_nobody_who_answers_is_one_line(monkeypatch, served):
     with pytest.raises(ProcessLost, match=f"process 1 stops: {who} does not answer at 127.0.0.1:{port}"):  # noqa: SIM117
         with ranks_of(config):
             pass
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_one_that_never_comes_is_one_line(monkeypatch, served):
+    """On another machine it may have ended long ago, and its torchrun tells this one nothing."""
+    dist = torch.distributed
+    server = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    port = str(server.port if served else free_port())
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served), "GROUP_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("training.parallel.MEET", timedelta(seconds=1))
+    with pytest.raises(ProcessLost, match="process 0 stops: not all of the 2 have begun within 1 s"):  # noqa: SIM117
+        with ranks_of(load_config("demo", ["training.device=cpu"])):
+            pass
+
+
+@pytest.mark.parametrize(("machines", "restarts", "warned"), [("2", "3", 1), ("2", "0", 0), ("1", "3", 0)])
+def test_a_store_for_all_attempts_is_warned_of_on_several_machines(
+    started, monkeypatch, capsys, machines, restarts, warned
+):
+    env = {"USE_AGENT_STORE": "True", "MAX_RESTARTS": restarts}
+    for name, value in {f"TORCHELASTIC_{name}": value for name, value in env.items()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    with ranks_of(load_config("demo", ["training.device=cpu"])):
+        pass
+    assert capsys.readouterr().out.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned
 
 
 def test_several_processes_for_a_run_of_one_are_refused(started):
