@@ -8,6 +8,7 @@ head width.
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -148,6 +149,7 @@ class TimeEmbedding(VectorEmbedding):
         super().__init__(256, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        device = t.device.type if torch.amp.is_autocast_available(t.device.type) else "cpu"  # for "meta" there is none
-        with torch.autocast(device, enabled=False):
+        kind = t.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)  # "meta" has no autocast to turn off
+        with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
             return super().forward(sinusoid(t * 1000, 256).to(self.fc1.weight.dtype))
