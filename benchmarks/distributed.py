@@ -6,7 +6,8 @@ A training step (forward, backward, exchange, clipping, optimiser, average) of a
 heads), 64 image tokens, captions of 32 tokens, 16 pictures, fp32, uncompiled, on the CPU over gloo. Seconds are medians
 of the steps after three. What a process holds is counted: bytes of weights, gradients, optimiser's state and average.
 Traffic is what a process sends in a step by the usual algorithms (rings), of N processes and P bytes of weights:
-DDP 2 P (N - 1) / N; parts 3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass.
+DDP 2 P (N - 1) / N; parts 3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass. What
+Muon adds: docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def main() -> None:
         if asked.only not in name:
             continue
         rows[name] = launch(world, settings, asked.steps)
-        text = f"# One process and two\n\n`python -m benchmarks.distributed`, {hardware()}\n\n{table(rows)}\n"
+        command = f"python -m benchmarks.distributed --steps {asked.steps}"
+        text = f"# One process and two\n\n`{command}`, {hardware()}\n\n{table(rows)}\n"
         if asked.out:
             asked.out.write_text(text)
     print(text)
