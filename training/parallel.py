@@ -11,8 +11,9 @@ over the device's (nccl on CUDA). Without torchrun a run is one process, `ALONE`
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it star
 MEET = timedelta(
     minutes=5
 )  # until all have begun: of a process that ends before, torchrun tells other machines nothing
+ENDED = "process 0 ended"
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
@@ -157,9 +159,12 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.parallel.timeout)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world, timeout=timeout)
+    store = _store(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:  # a group takes its own timeout, not the first one's
         yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo", timeout=timeout), timeout)
+        if rank > 0:
+            stay(store, timeout)
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -168,7 +173,20 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
             f"is whole, go on with: mmdit train --resume {config.run_folder}"
         ) from error
     finally:
+        if rank == 0:
+            with suppress(RuntimeError):  # of a store that is gone
+                store.set(ENDED, "")
         dist.destroy_process_group()
+
+
+def stay(store: dist.Store, timeout: timedelta) -> None:
+    """Until process 0 has ended, which scores last, so long or until a signal comes: where its processes have ended
+    torchrun does, and on other machines those that met at it are ended too.
+    """
+    last = time.monotonic() + timeout.total_seconds()
+    with suppress(RuntimeError, KeyboardInterrupt):
+        while time.monotonic() < last and not store.check([ENDED]):
+            time.sleep(0.2)
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -1,6 +1,8 @@
 """What is computed again, and settings of several processes that cannot work; the processes: test_distributed.py."""
 
+import signal
 from datetime import timedelta
+from threading import Timer
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from tests.training.processes import free_port
 from tests.training.test_trainer import TRANSFUSION, config_for
 from training.config import ConfigError, load_config
 from training.devices import pick_device
-from training.parallel import ALONE, ProcessLost, Ranks, lost, ranks_of
+from training.interrupts import Interrupts
+from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, stay
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.sharding import check_parallel, kept_ops, strategy
@@ -145,6 +148,27 @@ def test_one_that_never_comes_is_one_line(monkeypatch, served):
     with pytest.raises(ProcessLost, match="process 0 stops: not all of the 2 have begun within 1 s"):  # noqa: SIM117
         with ranks_of(load_config("demo", ["training.device=cpu"])):
             pass
+
+
+def test_others_stay_until_the_first_has_ended(started, monkeypatch):
+    """A signal ends it before, as does a process 0 that is never heard of again."""
+    store, ended = torch.distributed.HashStore(), []
+    Timer(0.3, lambda: (ended.append(True), store.set(ENDED, ""))).start()
+    stay(store, timedelta(seconds=60))
+    assert ended
+    stay(torch.distributed.HashStore(), timedelta(seconds=0))
+    monkeypatch.setattr("training.parallel.time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with Interrupts():
+        stay(torch.distributed.HashStore(), timedelta(seconds=60))
+
+
+def test_the_first_tells_the_others_that_it_has_ended(started, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.distributed.PrefixStore, "set", lambda self, key, value: told.append(key))
+    monkeypatch.setattr(torch.distributed.PrefixStore, "wait", lambda self, keys, timeout: None)
+    with pytest.raises(OSError, match="no room"), ranks_of(load_config("demo", ["training.device=cpu"])):
+        raise OSError("no room")
+    assert told[-1] == ENDED
 
 
 @pytest.mark.parametrize(("machines", "restarts", "warned"), [("2", "3", 1), ("2", "0", 0), ("1", "3", 0)])
