@@ -26,9 +26,7 @@ from training.devices import pick_device
 
 T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it started this process
-MEET = timedelta(
-    minutes=5
-)  # until all have begun: of a process that ends before, torchrun tells other machines nothing
+MEET = timedelta(minutes=5)  # until all have begun: of one that ends before, torchrun tells other machines nothing
 ENDED = "process 0 ended"
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
