@@ -22,7 +22,7 @@ import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
-from training.captions import Weights, choose, parse_weights
+from training.captions import Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.loader import Batch, loader, one_pass
@@ -374,7 +374,7 @@ def _count_in(spec: str) -> int | None:
 
 def _mix_in(spec: str) -> Weights:
     """The data sets of "a=0.7,b=0.3" with their weights; a spec that is no such list is one data set of weight 1."""
-    parts = spec.split(",")
+    parts = items_in(spec)
     if (
         len(parts) < 2
         or Path(spec).exists()
