@@ -1,4 +1,4 @@
-"""A server that speaks as much of S3 as reading asks for: objects with ranges, lists of them, and its ways to refuse."""
+"""A server that speaks as much of S3 as reading asks for: objects in ranges, lists of them, refusals."""
 
 import http.server
 import threading
