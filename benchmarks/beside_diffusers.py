@@ -35,8 +35,21 @@ def inputs(c: MMDiTConfig, side: int, batch: int, num_text: int, device: str = "
     return x, t, context, torch.randn(batch, c.pooled_dim, device=device)
 
 
+def caption_lengths(noise: Tensor, most: int) -> Tensor:
+    """Text tokens of captions, (B,), B even, from normal noise (B,): half of them short and half long (log-normal about
+    12 and 90 tokens, as original and synthetic captions are).
+    """
+    median = torch.tensor([12.0, 90.0]).repeat(len(noise) // 2)
+    return (median * (0.5 * noise).exp()).round().clamp(2, most)
+
+
 def call_ours(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
     return model(x, t, context, pooled)
+
+
+def call_packed(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, real: Tensor) -> Tensor:
+    """Samples in one row, of each caption what is real, (B, L)."""
+    return torch.stack(model(list(x), t, context, pooled, real))
 
 
 def call_theirs(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:

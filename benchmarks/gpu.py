@@ -1,19 +1,22 @@
 """Speed on one CUDA GPU beside diffusers: forward, training step, attention, sampling.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.md        (or: make bench-gpu)
+    python -m benchmarks.gpu --only training --autotune             (some minutes more, of compiling)
 
 Both models have the shape of SD3.5 without dual attention at depth d = heads, the same weights, 333 text tokens (77 of
 CLIP, 256 of T5), bf16 by autocast over fp32 weights, blocks compiled one by one. A training step is forward,
 backward, fused AdamW and the moving average. FLOPs are counted by torch's own counter over matrix products and
 attention, so MFU leaves out everything else; its peak is the datasheet's for dense bf16. Times are medians of
-seven runs, of five by turns in sampling.
+seven runs, of five by turns in sampling. Rows "packed": captions of real lengths (half short and half long, log-normal
+about 12 and 90 tokens), of which ours packs what is real in one row, where diffusers attends to all 333; their FLOPs
+are those of the mean length. Rows "autotuned": torch.compile's mode "max-autotune-no-cudagraphs".
 """
 
 import argparse
 import copy
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
-from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
+from benchmarks.beside_diffusers import call_ours, call_packed, call_theirs, caption_lengths, inputs, ours, theirs
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 from training.ema import update_ema
+from training.flops import datasheet_peak
 
+DEVICE = "cuda"
 TEXT = 333
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, NVIDIA's datasheets of the SXM modules
+SAMPLED = 24, 32  # depth and latent side in tokens of what is sampled: the 2 B model
 # depth, latent side in tokens, pictures a step
 SHAPES = ((14, 16, 64), (24, 16, 24), (24, 32, 12))
 
@@ -38,11 +43,12 @@ def config(depth: int) -> MMDiTConfig:
     return MMDiTConfig(depth=depth, num_heads=depth, qk_norm="rms_norm", sample_size=64, pos_embed_max_size=64)
 
 
-seconds = partial(timing.seconds, cuda=True)
+def seconds(runs: Mapping[str, Callable[[], object]], repeats: int = 7, warm: int = 3) -> dict[str, float]:
+    return timing.seconds(runs, repeats, warm, cuda=DEVICE == "cuda")
 
 
 def bf16() -> torch.autocast:
-    return torch.autocast("cuda", torch.bfloat16)
+    return torch.autocast(DEVICE, torch.bfloat16)
 
 
 def training_step(model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -61,33 +67,43 @@ def training_step(model: nn.Module, call: Callable[..., Tensor], given: tuple[Te
     return step
 
 
-def compiled(model: nn.Module, blocks: str) -> nn.Module:
+def compiled(model: nn.Module, blocks: str, **how: Any) -> nn.Module:
     for block in getattr(model, blocks):
-        block.compile()
+        block.compile(**how)
     return model
 
 
-def models(depth: int) -> list[tuple[str, Callable[[], nn.Module], Callable[..., Tensor]]]:
-    """Name, maker and call of the two; made one at a time where both with their optimisers do not fit."""
-    torch.manual_seed(0)
-    state = {name: value.cpu() for name, value in ours(config(depth), "cuda").state_dict().items()}
+class Entry(NamedTuple):
+    """What is measured: its name, its maker (made one at a time, where several do not fit) and its call."""
 
-    def first() -> nn.Module:
-        model = ours(config(depth), "cuda")
+    name: str
+    make: Callable[[], nn.Module]
+    call: Callable[..., Tensor]
+
+
+def models(depth: int) -> tuple[Entry, Entry, Entry, Entry]:
+    """Ours, diffusers', ours packed and ours autotuned, all with the same weights."""
+    torch.manual_seed(0)
+    state = {name: value.cpu() for name, value in ours(config(depth), DEVICE).state_dict().items()}
+
+    def first() -> Any:
+        model = ours(config(depth), DEVICE)
         model.load_state_dict(state)
         return model
 
-    return [
-        ("ours", lambda: compiled(first(), "blocks"), call_ours),
-        ("diffusers", lambda: compiled(theirs(first()), "transformer_blocks"), call_theirs),  # type: ignore[arg-type]
-    ]
+    return (
+        Entry("ours", lambda: compiled(first(), "blocks"), call_ours),
+        Entry("diffusers", lambda: compiled(theirs(first()), "transformer_blocks"), call_theirs),
+        Entry("ours, packed", lambda: compiled(first(), "blocks", dynamic=True), call_packed),
+        Entry("ours, autotuned", lambda: compiled(first(), "blocks", mode="max-autotune-no-cudagraphs"), call_ours),
+    )
 
 
-def flops(depth: int, side: int) -> int:
+def flops(depth: int, side: int, text: int = TEXT) -> int:
     """FLOPs of one picture's forward and backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = MMDiT(config(depth))
-        x, t, context, pooled = (part.to("meta") for part in inputs(model.config, side, 1, TEXT))
+        x, t, context, pooled = (part.to("meta") for part in inputs(model.config, side, 1, text))
         model(x, t, context, pooled).sum().backward()
     return counter.get_total_flops()
 
@@ -103,7 +119,7 @@ def measure(model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, 
     return seconds({"forward": forward})["forward"], seconds({"step": step})["step"]
 
 
-def training(peak: float) -> list[str]:
+def training(peak: float, autotune: bool) -> list[str]:
     """Forward and training step of each shape."""
     lines = [
         "| parameters | image tokens | batch | | forward, ms | step, ms | pictures/s | MFU of the step | memory, GB |",
@@ -112,28 +128,37 @@ def training(peak: float) -> list[str]:
     for depth, side, batch in SHAPES:
         with torch.device("meta"):
             size = sum(p.numel() for p in MMDiT(config(depth)).parameters()) / 1e9
-        work = batch * flops(depth, side)
-        for name, make, call in models(depth):
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                forward, step = measure(make(), call, inputs(config(depth), side, batch, TEXT, "cuda"))
-                memory = torch.cuda.max_memory_allocated() / 1e9
-                cells = f"{forward * 1e3:.1f} | {step * 1e3:.1f} | {batch / step:.0f} | {work / step / peak:.1%}"
-                cells += f" | {memory:.1f}"
-            except torch.OutOfMemoryError:
-                cells = "out of memory | | | |"
-            lines.append(f"| {size:.2f} B | {side * side} | {batch} | {name} | {cells} |")
+        given = inputs(config(depth), side, batch, TEXT, DEVICE)
+        lengths = caption_lengths(torch.randn(batch, generator=torch.Generator().manual_seed(0)), TEXT)
+        real = (torch.arange(TEXT) < lengths[:, None]).to(DEVICE)
+        for entry in models(depth)[: 4 if autotune else 3]:
+            packed = entry.call is call_packed
+            work = batch * flops(depth, side, round(lengths.mean().item()) if packed else TEXT)
+            cells = row(entry, (*given, real) if packed else given, work / peak)
+            lines.append(f"| {size:.2f} B | {side * side} | {batch} | {entry.name} | {cells} |")
             print(lines[-1], flush=True)
     return lines
+
+
+def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> str:
+    """Cells of one model: times, pictures, MFU and memory. least: seconds of a step at the peak."""
+    torch._dynamo.reset()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        forward, step = measure(entry.make(), entry.call, given)
+    except torch.OutOfMemoryError:
+        return "out of memory | | | |"
+    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else float("nan")
+    return f"{forward * 1e3:.1f} | {step * 1e3:.1f} | {len(given[0]) / step:.0f} | {least / step:.1%} | {memory:.1f}"
 
 
 def attention() -> list[str]:
     """One joint attention, forward and backward, by each kernel; and what a mask of padded text costs."""
     lines = ["| kernel | without mask, ms | with the mask of padded text, ms |", "|---|---|---|"]
-    q, k, v = (torch.randn(8, 24, 1024 + TEXT, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    mask = (torch.arange(1024 + TEXT, device="cuda") < 1024 + 60).expand(8, 1, 1, -1)
+    q, k, v = (torch.randn(8, 24, 1024 + TEXT, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    mask = (torch.arange(1024 + TEXT, device=DEVICE) < 1024 + 60).expand(8, 1, 1, -1)
     for part in (q, k, v):
         part.requires_grad_()
 
@@ -165,11 +190,12 @@ def sampling() -> list[str]:
     """28 guided Euler steps of the 2 B model at 1024 image tokens, all in bf16; the last pictures are compared."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    (_, make, _), (_, make_other, _) = models(24)
+    depth, side = SAMPLED
+    own, other_entry, *_ = models(depth)
     lines = ["| pictures | ours, s | diffusers, s | difference of the latents |", "|---|---|---|---|"]
-    model, other = make().bfloat16(), make_other().bfloat16()
+    model, other = own.make().bfloat16(), other_entry.make().bfloat16()
     for batch in (1, 4):
-        x, _, context, pooled = (part.bfloat16() for part in inputs(config(24), 32, batch, TEXT, "cuda"))
+        x, _, context, pooled = (part.bfloat16() for part in inputs(config(depth), side, batch, TEXT, DEVICE))
         both = [torch.cat([part, torch.zeros_like(part)]) for part in (context, pooled)]
 
         def by_us() -> Tensor:
@@ -180,7 +206,7 @@ def sampling() -> list[str]:
 
         def by_them() -> Tensor:
             scheduler, state = FlowMatchEulerDiscreteScheduler(shift=1.0), x  # noqa: B023
-            scheduler.set_timesteps(sigmas=shift_time(uniform(28), 3.0)[:-1].tolist(), device="cuda")
+            scheduler.set_timesteps(sigmas=shift_time(uniform(28), 3.0)[:-1].tolist(), device=DEVICE)
             for t in scheduler.timesteps:
                 times = t.expand(2 * batch).bfloat16()  # noqa: B023
                 v_cond, v_null = other(torch.cat([state] * 2), *both, times, return_dict=False)[0].chunk(2)  # noqa: B023
@@ -197,23 +223,28 @@ def sampling() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--only", choices=("attention", "sampling", "training"), help="one part alone")
+    parser.add_argument("--autotune", action="store_true", help="training also with autotuned kernels")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: this measures one")
     torch.set_float32_matmul_precision("high")
-    name = torch.cuda.get_device_name()
-    peak = next((flops for key, flops in PEAKS.items() if key in name), float("nan"))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    device = torch.cuda.get_device_name()
+    peak = 1e12 * (datasheet_peak(device, torch.bfloat16) or float("nan"))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * 8192**3 / seconds({"matmul": lambda: a @ b})["matmul"]
     about = (
-        f"`python -m benchmarks.gpu`, {name}, torch {torch.__version__}. Peak {peak / 1e12:.0f} TFLOP/s (dense bf16); "
-        f"a matrix product of 8192 reaches {matmul / 1e12:.0f}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
+        f"`python -m benchmarks.gpu`, {device}, torch {torch.__version__}. Peak {peak / 1e12:.0f} TFLOP/s (dense "
+        f"bf16); a matrix product of 8192 reaches {matmul / 1e12:.0f}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     )
     print(about)
-    sections = {"Attention": attention(), "Sampling": sampling(), "Training": training(peak)}
-    text = "\n\n".join([f"# On one GPU\n\n{about}", *(f"## {k}\n\n" + "\n".join(v) for k, v in sections.items())])
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    parts = {"attention": attention, "sampling": sampling, "training": lambda: training(peak, arguments.autotune)}
+    text = f"# On one GPU\n\n{about}\n"
+    for name, part in parts.items():
+        if arguments.only in (None, name):
+            text += f"\n## {name.capitalize()}\n\n" + "\n".join(part()) + "\n"
+            if arguments.out:  # part after part: what is measured is kept, whatever becomes of the next
+                arguments.out.write_text(text)
 
 
 if __name__ == "__main__":

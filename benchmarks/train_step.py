@@ -25,7 +25,7 @@ import torch._dynamo
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.beside_diffusers import ours, theirs
+from benchmarks.beside_diffusers import caption_lengths, ours, theirs
 from benchmarks.forward import CONFIG
 from benchmarks.timing import hardware, seconds
 from training.config import OptimizerConfig
@@ -59,8 +59,7 @@ def batches(real_lengths: bool) -> list[Given]:
         return torch.randn(*shape, generator=generator)
 
     def one() -> Given:
-        median = torch.tensor([12.0, 90.0]).repeat(BATCH // 2)
-        lengths = (median * (0.5 * normal(BATCH)).exp()).round().clamp(2, TEXT)
+        lengths = caption_lengths(normal(BATCH), TEXT)
         real = torch.arange(TEXT) < (lengths[:, None] if real_lengths else TEXT)
         image = (BATCH, CONFIG.in_channels, SIDE, SIDE)
         t = torch.rand(BATCH, generator=generator)

@@ -8,6 +8,7 @@ head width.
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -148,5 +149,7 @@ class TimeEmbedding(VectorEmbedding):
         super().__init__(256, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        kind = t.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)  # "meta" has no autocast to turn off
+        with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
             return super().forward(sinusoid(t * 1000, 256).to(self.fc1.weight.dtype))

@@ -5,6 +5,7 @@ mmdit sample RUN "a red circle" --out out.png     mmdit generate RUN picture.png
 mmdit autoencoder train --data FOLDER --out FOLDER  mmdit convert IN OUT --layout diffusers
 mmdit ema RUN --sigma-rel 0.1 --out FOLDER
 mmdit cache my.toml --data FOLDER --out FOLDER    mmdit cache --verify FOLDER
+mmdit web RUN
 """
 
 import os
@@ -25,6 +26,7 @@ from mmdit_cli.evaluate import evaluate
 from mmdit_cli.generate import generate
 from mmdit_cli.sample import sample
 from mmdit_cli.train import train
+from mmdit_cli.web import web
 
 
 class _Group(TyperGroup):
@@ -72,6 +74,7 @@ app.command()(evaluate)
 app.command()(convert)
 app.command()(ema)
 app.command()(cache)
+app.command()(web)
 app.add_typer(autoencoder.app, name="autoencoder")
 
 

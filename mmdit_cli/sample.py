@@ -27,16 +27,28 @@ Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of th
 Guidance = Annotated[float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")]
 
+# What is opened, here and in `mmdit web`.
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run folder of `mmdit train`, diffusers SD3 pipeline, or SD3's single file.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")]
+Text = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Tokenizers of a single file, and encoders that it lacks.")
+]
+Autoencoder = Annotated[str | None, typer.Option(metavar="SPEC", help="Autoencoder of a single file that has none.")]
+Without = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Encoder of SD3 to leave out: clip_l, clip_g, t5.")
+]
+TrunkType = Annotated[DType | None, typer.Option(help="Type of the trunk's numbers, float32 by default.")]
+
 
 def sample(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="Run folder of `mmdit train`, diffusers SD3 pipeline, or SD3's single file.",
-            show_default=False,
-        ),
-    ],
+    run: Run,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture a prompt.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write; several get -0, -1, ...")] = Path(
         "out.png"
@@ -53,19 +65,11 @@ def sample(
         float | None, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew; default: 0.6.")
     ] = None,
     mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White where the picture is drawn anew.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A folder in RUN/checkpoints, or its step.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Tokenizers of a single file, and encoders that it lacks.")
-    ] = None,
-    autoencoder: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Autoencoder of a single file that has none.")
-    ] = None,
-    without: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Encoder of SD3 to leave out: clip_l, clip_g, t5.")
-    ] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Type of the trunk's numbers, float32 by default.")] = None,
+    checkpoint: Checkpoint = None,
+    text: Text = None,
+    autoencoder: Autoencoder = None,
+    without: Without = None,
+    dtype: TrunkType = None,
 ) -> None:
     """Draw pictures for prompts; what is not said, the run's config says.
 
@@ -90,15 +94,9 @@ def sample(
         raise ValueError("--strength says how far a picture is drawn anew: name the picture with --image")
     files = out_files(out, len(prompts))
 
-    import torch
-
     import mmdit
 
-    parts: dict[str, Any] = dict(text=text, autoencoder=autoencoder, without=without)
-    parts["dtype"] = None if dtype is None else getattr(torch, dtype.value)
-    pipe = mmdit.TextToImage.load(run, **{name: value for name, value in parts.items() if value is not None})
-    if checkpoint is not None:
-        load_checkpoint_into(pipe, run, checkpoint)
+    pipe = open_pipe(run, checkpoint, text, autoencoder, without, dtype)
     edit = None
     if image is not None:
         given = {} if strength is None else {"strength": strength}
@@ -109,6 +107,27 @@ def sample(
     for file, picture, prompt in zip(files, pictures, prompts, strict=True):
         picture.save(file)
         print(f"{file}  {picture.height}x{picture.width}  {prompt}")
+
+
+def open_pipe(
+    run: Path,
+    checkpoint: str | None,
+    text: str | None,
+    autoencoder: str | None,
+    without: list[str] | None,
+    dtype: DType | None,
+) -> "TextToImage":
+    """The pipeline that the options name."""
+    import torch
+
+    import mmdit
+
+    parts: dict[str, Any] = dict(text=text, autoencoder=autoencoder, without=without)
+    parts["dtype"] = None if dtype is None else getattr(torch, dtype.value)
+    pipe = mmdit.TextToImage.load(run, **{name: value for name, value in parts.items() if value is not None})
+    if checkpoint is not None:
+        load_checkpoint_into(pipe, run, checkpoint)
+    return pipe
 
 
 def _read(file: Path) -> "Image":

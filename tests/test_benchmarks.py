@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import training
-from benchmarks import text_only
+from benchmarks import gpu, text_only, timing
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults import hostile, kills, runs
 from benchmarks.faults.runs import Row
@@ -146,3 +146,21 @@ def test_what_commands_touch_beside_their_run_is_seen(tmp_path, monkeypatch):
     assert watch.touched == ["beside"] and not watch.row("careless").holds
     watch.run("train", out=own / "run")  # the same again
     assert watch.touched == ["beside"]
+
+
+def test_what_is_measured_on_a_gpu_runs(monkeypatch):
+    """On a CPU and small, all of it but torch's choice of kernels and its autotuning."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "SHAPES", ((1, 4, 2),))
+    monkeypatch.setattr(gpu, "SAMPLED", (1, 4))
+    monkeypatch.setattr(gpu, "TEXT", 20)
+    monkeypatch.setattr(gpu, "seconds", lambda runs, *_, **__: timing.seconds(runs, repeats=1, warm=0))
+    monkeypatch.setattr(gpu, "compiled", lambda model, blocks, **how: model)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.training(1e12, autotune=True)[2:]]
+    assert [cells[3] for cells in rows] == ["ours", "diffusers", "ours, packed", "ours, autotuned"]
+    assert all(float(cell) > 0 for cells in rows for cell in cells[4:6])
+    assert all("e-0" in line and float(line.split("|")[-2]) < 0.05 for line in gpu.sampling()[2:])
+
+
+def test_packed_pictures_have_the_flops_of_what_is_real():
+    assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)

@@ -370,7 +370,8 @@ class Trainer:
             run.log(f"  captions that name every object {scores['captions_right']:.3f}")
         run.log(
             f"done. Pictures: {run.path}/samples.png   loss: {run.path}/loss.png   scores: {run.path}/scores.json\n"
-            f'Try: mmdit sample {run.path} "{_example(self.validation)}" --out out.png'
+            f'Try: mmdit sample {run.path} "{_example(self.validation)}" --out out.png   or in the browser: mmdit web '
+            f"{run.path}"
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------

@@ -460,3 +460,10 @@ def test_packed_is_one_by_one(positions, one_size):
     sums = [sum(x.square().mean() for x in parts) for parts in (together, alone)]
     for x, y in zip(gradients(sums[0]), gradients(sums[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_a_model_without_storage_gives_shapes():
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(depth=1, num_heads=2, head_dim=8, sample_size=8, pos_embed_max_size=8))
+        given = torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 5, 4096), torch.randn(2, 2048)
+    assert model(*given).shape == (2, 16, 8, 8) and model(*given).device.type == "meta"
