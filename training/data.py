@@ -1,7 +1,7 @@
 """Image-caption data: `open_source` gives a map-style source, `split_by_key` a held-out part, `loader` batches.
 
     "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
-        -> open_source -> Source -> split_by_key -> loader -> Batch, Batch, ...
+        -> open_source -> Source -> split_by_key -> loader -> ImageBatch, ImageBatch, ...
 
 A source answers `source[i]` at any time in any process, so that order, workers and resuming are matters of the loader.
 Images are uint8 RGB (h, w, 3), all of one size, or of the size of their bucket; sizes are (height, width), multiples of
@@ -25,14 +25,14 @@ from training.cache import About, is_cache
 from training.captions import Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
-from training.loader import Batch, loader, one_pass
+from training.loader import ImageBatch, loader, one_pass
 from training.order import Layout
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys
 from training.wanted import Wanted
 
-__all__ = ["Batch", "DataError", "FileSource", "Sample", "ShapesSource", "Source", "SourceOptions"]
+__all__ = ["DataError", "FileSource", "ImageBatch", "Sample", "ShapesSource", "Source", "SourceOptions"]
 __all__ += ["loader", "one_pass", "open_source", "split_by_key"]
 
 NUM_SHAPES = 100_000
