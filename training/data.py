@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -95,6 +95,10 @@ class SourceOptions:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     wanted: Wanted = field(default_factory=Wanted)
+
+    def __post_init__(self) -> None:
+        if self.buckets and not self.wanted.measures:  # sizes say which bucket
+            object.__setattr__(self, "wanted", replace(self.wanted, sizes=True))
 
     @property
     def is_plain(self) -> bool:
@@ -243,6 +247,8 @@ class FileSource:
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
         """(sizes of the buckets that have images, the bucket of each image)."""
+        if not all("height" in table.columns for table in self._tables):
+            raise DataError("buckets need the images' sizes: index them with Wanted(sizes=True)")
         columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
         if self.options.buckets == "own":
             height, width = self.image_size

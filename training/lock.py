@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from training.parallel import Ranks
+from training.run import named
 
 if sys.platform != "win32":
     import fcntl
@@ -77,9 +78,15 @@ def _first_byte(path: Path) -> IO[str] | None:
             if error.errno in NO_LOCKS:
                 return None
             raise
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        with named(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+    except OSError:
+        with suppress(OSError):  # closing tries to write once more
+            file.close()
+        raise
     fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
     return file
 
