@@ -45,7 +45,7 @@ def parts() -> dict[str, Callable[[], object]]:
         (out.float() - v).square().mean().backward()
 
     def step(half: bool) -> None:
-        with mock.patch("training.optim.multiplies_bf16", lambda device: half):
+        with mock.patch("training.muon.multiplies_bf16", lambda device: half):
             optimizer.step()
 
     return {

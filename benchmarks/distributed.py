@@ -6,7 +6,8 @@ A training step (forward, backward, exchange, clipping, optimiser, average) of a
 heads), 64 image tokens, captions of 32 tokens, 16 pictures, fp32, uncompiled, on the CPU over gloo. Seconds are medians
 of the steps after three. What a process holds is counted: bytes of weights, gradients, optimiser's state and average.
 Traffic is what a process sends in a step by the usual algorithms (rings), of N processes and P bytes of weights:
-DDP 2 P (N - 1) / N; parts 3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass.
+DDP 2 P (N - 1) / N; parts 3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass. What
+Muon adds: docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DDP, 2 parts a batch": (2, ("parallel.strategy=ddp", "training.grad_accumulation=2")),
     "FSDP2, 2 parts a batch": (2, ("parallel.strategy=fsdp", "training.grad_accumulation=2")),
     "one process, Muon": (1, ("optimizer.name=muon",)),
+    "DDP, Muon": (2, ("parallel.strategy=ddp", "optimizer.name=muon")),
     "FSDP2, Muon": (2, ("parallel.strategy=fsdp", "optimizer.name=muon")),
 }
 
@@ -121,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--only", default="", help="measure the ways alone whose name has this in it")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -128,8 +131,11 @@ def main() -> None:
         return measure(asked.measure, asked.settings, asked.steps)
     rows = {}
     for name, (world, settings) in WAYS.items():
+        if asked.only not in name:
+            continue
         rows[name] = launch(world, settings, asked.steps)
-        text = f"# One process and two\n\n`python -m benchmarks.distributed`, {hardware()}\n\n{table(rows)}\n"
+        command = f"python -m benchmarks.distributed --steps {asked.steps}"
+        text = f"# One process and two\n\n`{command}`, {hardware()}\n\n{table(rows)}\n"
         if asked.out:
             asked.out.write_text(text)
     print(text)

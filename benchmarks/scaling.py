@@ -16,12 +16,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmdit
+from training.muon import ROUNDS, matrices
+from training.optim import hidden_matrices
 
 PRESETS = {"2 B": "sd3-medium", "8 B": "sd3.5-large"}
 SHARDINGS = ("ddp", "fsdp", "hsdp")
 NOTE = """At once: pictures in one pass; more are accumulated, and gradients move once a step. A step takes between its
 longer part, where work and network overlap wholly, and their sum. The last column is what a GPU sends out of its node
 at the faster of these. fsdp shards over all GPUs, hsdp within each node of 8."""
+MUON = """What Muon adds to a step of AdamW: its Newton-Schulz rounds, shared out by training/muon.py, beside what they
+take where each GPU does all of them; and for each sharding what a GPU sends for it, and the seconds of that."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters, FLOPs of one picture's forward pass, and blocks times width."""
+    """Parameters, FLOPs of one picture's forward pass, blocks times width; numbers in Muon's matrices, FLOPs of a step
+    of these and of the dearest one.
+    """
 
     params: int
     flops: int
     depth_width: int
+    inner: int
+    rounds: int
+    dearest: int
 
 
 @cache
@@ -67,7 +76,10 @@ def model(name: str, image: int, text: int) -> Model:
         with FlopCounterMode(display=False) as counter:
             trunk(x, torch.empty(1), context, torch.empty(1, config.pooled_dim))
     params = sum(p.numel() for p in trunk.parameters())
-    return Model(params, counter.get_total_flops(), config.depth * config.width)
+    inner = hidden_matrices(trunk)
+    rounds = [2 * ROUNDS * part.cost for w in inner for part in matrices(0, *w.shape)]
+    muon = (sum(w.numel() for w in inner), sum(rounds), max(rounds))
+    return Model(params, counter.get_total_flops(), config.depth * config.width, *muon)
 
 
 def compute(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
@@ -104,6 +116,37 @@ def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
     return (sent, 0.0) if n <= 8 else (sent, sent)  # a ring's slowest link is the one between nodes
 
 
+def orthogonal(m: Model, gpus: int, a: Assumptions) -> float:
+    """Seconds of Newton-Schulz rounds on each GPU, of which it has 1 / n, one matrix at least: in 5 rounds of an
+    m x n matrix, m <= n, 10 m^2 (2 n + m) FLOPs.
+    """
+    return max(m.rounds / gpus, m.dearest) / (a.peak * a.utilisation)
+
+
+def muon_traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
+    """Bytes that one GPU sends for them (within its node, to other nodes), of M numbers in bf16: ddp gathers all that
+    others made, in a ring; fsdp sends its M / n to the owners, and back; hsdp does so within a node with what the node
+    owns, then gathers its eighth from the other nodes.
+    """
+    size, n = 2 * m.inner, gpus
+    node, nodes = min(8, n), max(1, n // 8)
+    across = (nodes - 1) / nodes
+    if sharding == "ddp":
+        return size * (n - 1) / n, size * (n - 1) / n * (nodes > 1)
+    if sharding == "fsdp":
+        return 2 * size / n * (node - 1) / n, 2 * size / n * across
+    return 2 * size / n * (node - 1) / node, size / node * across
+
+
+def muon_row(name: str, gpus: int, a: Assumptions) -> str:
+    m = model(PRESETS[name], a.image, a.text)
+    found = [f"| {name} | {gpus} | {orthogonal(m, 1, a):.2f} | {orthogonal(m, gpus, a):.4f} |"]
+    for sharding in SHARDINGS:
+        inside, outside = muon_traffic(m, gpus, sharding)
+        found.append(f" {(inside + outside) / 1e9:.2f} | {inside / a.inside + outside / a.outside:.3f} |")
+    return "".join(found)
+
+
 def row(name: str, gpus: int, sharding: str, a: Assumptions) -> str:
     """The largest number of pictures at a time that fits, with recomputing only where it must, and what follows."""
     m, mine = model(PRESETS[name], a.image, a.text), a.batch / gpus
@@ -135,13 +178,17 @@ def page(a: Assumptions) -> str:
         lines.append(
             f"\n{name}: {m.params / 1e9:.3f} B parameters; {m.flops / 1e12:.2f} TFLOP a picture and forward pass."
         )
-    lines += ["", "Formulas: " + "; ".join(
-        f"**{f.__name__}**: {' '.join(str(f.__doc__).split())}" for f in (compute, state, activations, traffic)
-    ), ""]  # fmt: skip
+    formulas = (compute, state, activations, traffic, orthogonal, muon_traffic)
+    said = "; ".join(f"**{f.__name__}**: {' '.join(str(f.__doc__).split())}" for f in formulas)
+    lines += ["", f"Formulas: {said}", ""]
     columns = "model, GPUs, sharding, state in GB, pictures at once, memory in GB, work in s, network in s, step in s"
     head = [*columns.split(", "), "out of the node, GB/s"]
     lines += [f"## A step of {a.batch} pictures", "", NOTE, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [row(name, gpus, how, a) for name in PRESETS for gpus in (8, 64, 512) for how in SHARDINGS]
+    columns = "model, GPUs, rounds by each in s, shared in s"
+    head = [*columns.split(", "), *(f"{how}, {what}" for how in SHARDINGS for what in ("GB", "s"))]
+    lines += ["", "## Muon", "", MUON, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [muon_row(name, gpus, a) for name in PRESETS for gpus in (8, 64, 512)]
     return "\n".join(lines) + "\n"
 
 

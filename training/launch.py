@@ -15,7 +15,7 @@ from pathlib import Path
 from training.checkpoint import list_checkpoints
 from training.config import TrainConfig, apply_overrides
 from training.interrupts import Interrupted, Interrupts
-from training.lock import LOCK, only_run_in
+from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
 from training.run import UNLINKED, QuietRun, RunFolder, taken
 from training.trainer import Trainer, other_setting
@@ -50,8 +50,8 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
     restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
     again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
     nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
-    FileExistsError where the run folder is taken, RunTaken where another run still writes in it, Diverged, and
-    ProcessLost where another process of the run ends.
+    FileExistsError where the run folder is taken, RunTaken where another run still writes in it, NotShared where a
+    process on another machine does not see it, Diverged, and ProcessLost where another process of the run ends.
     """
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with Interrupts() as interrupts, ranks_of(config) as ranks, ExitStack() as held:
@@ -61,7 +61,12 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
             run = _known(RunFolder.open(config.run_folder), ranks)
             return _continue(run, config, ranks, interrupts)
         run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
-        held.enter_context(only_run_in(run.path, ranks))
+        try:
+            held.enter_context(only_run_in(run.path, ranks))
+        except NotShared:
+            if ranks.first:  # it has just made the folder: leave the name free
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
         ranks.from_first(lambda: _check_new(run.path))
         try:
             Trainer(config, run, ranks=ranks).fit(interrupts)
@@ -115,10 +120,22 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model, the text
     encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
     """
-    run = RunFolder.open(path)
-    config = apply_overrides(run.config(), overrides)
-    with Interrupts() as interrupts, ranks_of(config) as ranks, only_run_in(run.path, ranks):
-        return _continue(_known(run, ranks), config, ranks, interrupts)
+    path = Path(path)
+    with Interrupts() as interrupts, ranks_of(_config_of(path, overrides)) as ranks:
+        ranks.from_first(lambda: RunFolder.open(path))
+        with only_run_in(path, ranks):
+            run = _known(RunFolder.open(path), ranks)
+            return _continue(run, apply_overrides(run.config(), overrides), ranks, interrupts)
+
+
+def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The config of a run; any where no run is here, with which processes can connect: on another machine there may be
+    one, and they have to tell each other.
+    """
+    try:
+        return apply_overrides(RunFolder.open(path).config(), overrides)
+    except FileNotFoundError:
+        return TrainConfig()
 
 
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,24 +33,33 @@ class RunTaken(ValueError):
     """Other processes train the run in this folder."""
 
 
+class NotShared(ValueError):
+    """Processes of one run, on several machines, see other folders by that name."""
+
+
 @contextmanager
 def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
     """While entered, by all processes, no other run writes in the folder. One that is no run yet is left as it is.
 
-    Raises RunTaken where another run is still there after `PATIENCE`.
+    Raises RunTaken where another run is still there after `PATIENCE`, NotShared where a process does not see the lock
+    that the first one holds.
     """
     path, file = folder / LOCK, None
 
-    def locked() -> bool:
+    def locked() -> str | None:
         nonlocal file
-        file = _first_byte(path) if sys.platform != "win32" and (folder / "config.toml").exists() else None
-        return file is not None
+        if sys.platform == "win32" or not (folder / "config.toml").exists():
+            return None
+        said = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}"
+        file = _first_byte(path, said)
+        return said if file is not None else None
 
     ended = False
     try:
-        if ranks.from_first(locked) and not ranks.first:
-            file = path.open("a")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, ranks.rank)
+        said = ranks.from_first(locked)
+        if said is not None and not ranks.first:
+            file = _own_byte(path, said, ranks.rank)
+        _all_see(folder, said is None or file is not None, ranks)
         yield
         ended = True
     finally:
@@ -59,8 +69,35 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
             file.close()
 
 
-def _first_byte(path: Path) -> IO[str] | None:
-    """The file, its first byte locked once no byte of it was; None where there are no locks. Raises RunTaken."""
+def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
+    """The file in which the first process has said something, a byte of it locked; None where that is not seen here."""
+    last = time.monotonic() + PATIENCE  # a file system over the network may show it late
+    while True:
+        with suppress(FileNotFoundError):
+            file = path.open("r+")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            if file.read() == said:
+                return file
+            file.close()
+        if time.monotonic() > last:
+            return None
+        time.sleep(0.2)
+
+
+def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
+    """Raises NotShared, in all processes, where one does not see it."""
+    told = ranks.gather((seen, socket.gethostname()))
+    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(told) if not sees]:
+        raise NotShared(
+            f"{' and '.join(blind)} cannot see {folder} as process 0 on {told[0][1]} does: on several machines the "
+            "run's folder has to be on a disk that all of them share"
+        )
+
+
+def _first_byte(path: Path, said: str) -> IO[str] | None:
+    """The file, its first byte locked once no byte of it was, and that written in it; None where there are no locks.
+    Raises RunTaken.
+    """
     last = time.monotonic() + PATIENCE
     owner = ""
     while True:
@@ -78,6 +115,7 @@ def _first_byte(path: Path) -> IO[str] | None:
             if error.errno in NO_LOCKS:
                 return None
             raise
+<<<<<<< HEAD
     try:
         with named(path):
             file.truncate(0)
@@ -87,6 +125,12 @@ def _first_byte(path: Path) -> IO[str] | None:
         with suppress(OSError):  # closing tries to write once more
             file.close()
         raise
+=======
+    file.truncate(0)
+    file.write(said)
+    file.flush()
+    os.fsync(file.fileno())
+>>>>>>> main
     fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
     return file
 
@@ -94,7 +138,8 @@ def _first_byte(path: Path) -> IO[str] | None:
 def _said_by(path: Path) -> str:
     """Whose lock it is."""
     with suppress(FileNotFoundError):
-        return f" ({path.read_text()} began it)"
+        said = path.read_text().partition("\n")[0]
+        return f" ({said} began it)"
     return ""
 
 

@@ -1,7 +1,7 @@
 """The optimisers by name, and their learning-rate schedule.
 
-AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone; Muon (Jordan et al. 2024) for the matrices of the
-blocks and AdamW for the rest; schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682), by its authors' library;
+AdamW (Loshchilov & Hutter 2019) with weight decay on matrices alone; Muon (muon.py) for the matrices of the blocks and
+AdamW for the rest; schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682), by its authors' library;
 AdamW with its moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861), by theirs. The rate at a step is a pure
 function of the step, so a resumed run needs no scheduler state.
 """
@@ -12,15 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training.config import OptimizerConfig
-from training.devices import multiplies_bf16
+from training.muon import Muon
 from training.mup import rate_scales
-from training.sharding import as_part, local, parted, whole
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: brings singular values of (0, 1] near 1 in 5 rounds
-MATCH_RMS = 0.2  # of AdamW's usual updates (Liu et al. 2025, arXiv 2502.16982, section 2.2)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -34,10 +30,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None) -> torch.optim.Optimizer:
     """The optimiser that `config.name` says, over `parameter_groups`; AdamW in its fused form (CPU and CUDA).
 
-    With `config.base_width`, rates are those of muP, see mup.py. Raises ValueError where the optimiser's library is not
+    With `config.base_width`, rates are those of muP, see mup.py. copies: processes that hold the same model, of which
+    each makes a part of Muon's matrices orthogonal. Raises ValueError where the optimiser's library is not
     there, or cannot run on the model's device.
     """
     groups = parameter_groups(model, config.weight_decay)
@@ -52,7 +49,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         groups = [part for group in groups for part in _by_scale(group, scales)]
     how: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "muon":
-        return Muon(groups, **how, momentum=config.momentum)
+        return Muon(groups, **how, momentum=config.momentum, copies=copies)
     if config.name == "schedule-free":
         return _schedule_free(groups, how)
     if config.name == "adamw-8bit":
@@ -115,83 +112,6 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
     linear = {m: None for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)}
     return [m.weight for m in linear if m.weight.requires_grad]  # type: ignore[misc]
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with `"muon": True`: there the step is the momentum, made orthogonal.
-
-        m = b m + (1 - b) g       u = U V^T of the SVD of (1 - b) g + b m       w = (1 - lr wd) w - 0.2 lr sqrt(side) u
-
-    with `side` the longer one (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with Nesterov's momentum;
-    the scale of Liu et al. 2025, arXiv 2502.16982, which makes AdamW's rate fit). U V^T is found by five Newton-Schulz
-    rounds, for all matrices of one shape at a time. A matrix that stacks several square ones (queries, keys and values;
-    modulations) counts as those.
-    """
-
-    def __init__(
-        self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float, momentum: float = 0.95
-    ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        groups = self.param_groups
-        try:
-            self.param_groups = [group for group in groups if not group.get("muon")]
-            super().step()
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            if group.get("muon"):
-                self._step([p for p in group["params"] if p.grad is not None], group["lr"], group["weight_decay"])
-
-    def _step(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
-        if not weights:
-            return
-        for w in weights:
-            if not self.state[w]:
-                self.state[w]["momentum"] = torch.zeros_like(w)
-        momenta = [local(self.state[w]["momentum"]) for w in weights]
-        gradients = [local(w.grad) for w in weights if w.grad is not None]
-        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        updates = list(torch._foreach_lerp(gradients, momenta, self.momentum))
-        own = [local(w) for w in weights]
-        torch._foreach_mul_(own, 1 - lr * weight_decay)
-        # Of a model in parts every process gathers the updates, makes them orthogonal and takes its part.
-        updates = [whole(as_part(u, w)) for u, w in zip(updates, weights, strict=True)]
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for u in updates:
-            for part in _parts(u):
-                by_shape[part.shape].append(part)  # type: ignore[index]
-        scales = [-lr * MATCH_RMS * math.sqrt(max(_parts(u)[0].shape)) for u in updates]
-        for parts in by_shape.values():
-            torch._foreach_copy_(parts, list(newton_schulz(torch.stack(parts)).to(parts[0].dtype)))
-        torch._foreach_mul_(updates, scales)
-        torch._foreach_add_(own, [local(parted(u, w)) for u, w in zip(updates, weights, strict=True)])
-
-
-def _parts(matrix: Tensor) -> list[Tensor]:
-    """The square matrices (views) that a tall one of whole multiples stacks, or itself; an MLP's 4 D x D is one."""
-    rows, columns = matrix.shape
-    return list(matrix.split(columns)) if rows in (2 * columns, 3 * columns, 6 * columns, 9 * columns) else [matrix]
-
-
-def newton_schulz(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Nearly U V^T of the singular value decompositions of matrices (n, rows, columns): singular values 0.7 to 1.2.
-
-    Computed in bf16 where the hardware multiplies it; the rounding is far below that range.
-    """
-    a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if multiplies_bf16(x.device) else torch.float32).contiguous()
-    for _ in range(rounds):
-        s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:

@@ -11,8 +11,9 @@ over the device's (nccl on CUDA). Without torchrun a run is one process, `ALONE`
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ from training.devices import pick_device
 
 T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it started this process
+MEET = timedelta(minutes=5)  # until all have begun: of one that ends before, torchrun tells other machines nothing
+ENDED = "process 0 ended"
+NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
 
@@ -126,6 +130,11 @@ class Ranks:
         """The channel on the CPU; None where there is one process."""
         return self._group
 
+    @property
+    def everyone(self) -> Any:
+        """The channel on the device; None where there is one process."""
+        return dist.group.WORLD if self.world > 1 else None
+
 
 ALONE = Ranks()
 
@@ -148,9 +157,12 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.parallel.timeout)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world, timeout=timeout)
+    store = _store(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:  # a group takes its own timeout, not the first one's
         yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo", timeout=timeout), timeout)
+        if rank > 0:
+            stay(store, timeout)
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -159,24 +171,49 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
             f"is whole, go on with: mmdit train --resume {config.run_folder}"
         ) from error
     finally:
+        if rank == 0:
+            with suppress(RuntimeError):  # of a store that is gone
+                store.set(ENDED, "")
         dist.destroy_process_group()
+
+
+def stay(store: dist.Store, timeout: timedelta) -> None:
+    """Until process 0 has ended, which scores last, so long or until a signal comes: where its processes have ended
+    torchrun does, and on other machines those that met at it are ended too.
+    """
+    last = time.monotonic() + timeout.total_seconds()
+    with suppress(RuntimeError, KeyboardInterrupt):
+        while time.monotonic() < last and not store.check([ENDED]):
+            time.sleep(0.2)
 
 
 def _store(timeout: timedelta) -> dist.Store:
     """Where processes find each other. torchrun may serve one store to all its attempts, in which the addresses of
     those that died are left: on one machine, where attempts have one count, each has keys of its own. Raises
-    ProcessLost where nobody answers.
+    ProcessLost where nobody answers, or one does not come.
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if served and not alone and rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print(f"warning: a machine that comes back will not find the others: {NO_SHARED_STORE}", flush=True)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT) if served else timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT if served else MEET)))
+        store.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store.set(f"process {rank} came", "")
+        store.wait([f"process {k} came" for k in range(world)], min(timeout, MEET))
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"
-        raise ProcessLost(f"process {os.environ['RANK']} stops: {who} does not answer at {where}") from error
-    store.set_timeout(timeout)
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else ''}", store)
+        raise ProcessLost(f"process {rank} stops: {who} does not answer at {where}") from error
+    except dist.DistStoreError as error:
+        raise ProcessLost(
+            f"process {rank} stops: not all of the {world} have begun within {min(timeout, MEET).seconds} s; look at "
+            "what the others say, each on its machine"
+        ) from error
+    return store
 
 
 def lost(error: BaseException) -> bool:

@@ -202,16 +202,6 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def as_part(x: Tensor, like: Tensor) -> Tensor:
-    """What a process computed from its part of `like`, as the part that it is of one tensor."""
-    if not hasattr(like, "device_mesh"):
-        return x
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
-
-
 def parted(x: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has whole, in parts as `like` is."""
     if hasattr(x, "to_local") or not hasattr(like, "device_mesh"):

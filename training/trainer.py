@@ -133,7 +133,7 @@ class Trainer:
         run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
         held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
         self.learner, self.ema, self.in_parts, self._skeleton = held
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer = make_optimizer(self.model, config.optimizer, None if self.in_parts else ranks.everyone)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.writer = Writer(

@@ -1,11 +1,13 @@
 """Programs that tests start: in a process group of their own, of which nothing stays."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,3 +31,27 @@ def python(*words: object, **variables: str) -> Iterator[subprocess.Popen]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def free_port() -> int:
+    """One below those that the system gives to connections, so that none takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+
+
+def together(world: int, *words: object) -> list[str]:
+    """What each of `world` processes of one run says that do `python WORDS`, as torchrun would start them; all have to
+    succeed.
+    """
+    own = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(python(*words, **own, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)
+        ]
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+    return said

@@ -1,11 +1,7 @@
 """Two processes (gloo, CPU) compute what one does, to rounding; and what either saved, the other goes on from."""
 
-import contextlib
 import json
-import random
 import shutil
-import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ import training
 from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
 from tests.training.pictures import folder_of, members
-from tests.training.processes import python
+from tests.training.processes import free_port, together
 from tests.training.test_mixed_sizes import SIZES
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
 from training.checkpoint import list_checkpoints, read_checkpoint
@@ -28,27 +24,10 @@ MUON = ("optimizer.name=muon", "optimizer.grad_clip=0.1")
 FSDP, DDP = "parallel.strategy=fsdp", "parallel.strategy=ddp"
 
 
-def free_port() -> int:
-    """One below those that the system gives to connections, so that none takes it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-
-
-def together(*jobs: tuple[Path | None, list[str]], world: int = 2) -> list[subprocess.CompletedProcess]:
+def trained(*jobs: tuple[Path | None, list[str]], world: int = 2) -> None:
     """Do (run to resume or None, settings) after each other on `world` processes; all have to succeed."""
     told = json.dumps([[free_port(), str(resume) if resume else None, list(settings)] for resume, settings in jobs])
-    own = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(python(HERE / "two_processes.py", told, **own, RANK=str(rank), LOCAL_RANK=str(rank)))
-            for rank in range(world)
-        ]
-        done = [(p, p.communicate(timeout=240)[0]) for p in processes]
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(output for _, output in done)
-    return done
+    together(world, HERE / "two_processes.py", told)
 
 
 def settings(out: Path, *overrides: str) -> list[str]:
@@ -60,7 +39,7 @@ def settings(out: Path, *overrides: str) -> list[str]:
 def exact():
     """Muon's rounds in fp32, as two_processes.py has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.optim.multiplies_bf16", lambda device: False)
+        patch.setattr("training.muon.multiplies_bf16", lambda device: False)
         yield
 
 
@@ -93,7 +72,7 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
     }
     for name, own in models.items():
         training.train(config_for(root / name, *own, "training.validate_every=2"))
-    together(*((None, settings(root / name, *models[name.split("-")[0]], *own)) for name, own in ways.items()))
+    trained(*((None, settings(root / name, *models[name.split("-")[0]], *own)) for name, own in ways.items()))
     return root
 
 
@@ -163,7 +142,7 @@ def test_runs_go_on_with_another_number_of_processes(runs, tmp_path):
         shutil.copytree(runs / sources[name.split("-")[0]], path)
         shutil.rmtree(list_checkpoints(path)[-1])  # of step 4: that of step 2 is left
     how = {"fsdp": [FSDP, "training.sample_every=0"], "ddp": [DDP, "training.sample_every=0"]}
-    together(*((path, how[name.split("-")[2]]) for name, path in starts.items() if not name.endswith("one")))
+    trained(*((path, how[name.split("-")[2]]) for name, path in starts.items() if not name.endswith("one")))
     training.resume(starts["fsdp-to-one"], ["parallel.strategy=auto", "training.sample_every=0"])
     for path in starts.values():
         assert "resumed at step 2" in (path / "log.txt").read_text()

@@ -14,7 +14,7 @@ import pytest
 import training
 from tests.training.test_trainer import config_for
 from training import launch, lock
-from training.lock import LOCK, RunTaken, only_run_in
+from training.lock import LOCK, NotShared, RunTaken, only_run_in
 from training.parallel import ALONE, Ranks
 from training.run import RunFolder
 
@@ -40,6 +40,14 @@ def byte_of_another(folder: Path, byte: int):
             yield process, process.stdout.readline().strip()
         finally:
             process.kill()
+
+
+def second_of_two(monkeypatch, said: str) -> Ranks:
+    """A process whose first one says that it has written that in the lock."""
+    second = Ranks(1, 2)
+    monkeypatch.setattr(second, "from_first", lambda make: said)
+    monkeypatch.setattr(second, "gather", lambda value: [(True, "node1"), value])
+    return second
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -84,17 +92,41 @@ def test_each_process_holds_a_byte_of_its_own(run, monkeypatch):
         for byte, free in {0: "", 1: "held", 2: "held"}.items():
             with byte_of_another(run.path, byte) as (_, said):
                 assert said == free
-    second = Ranks(1, 2)
-    monkeypatch.setattr(second, "from_first", lambda make: True)
-    with only_run_in(run.path, second):
+    (run.path / LOCK).write_text("process 77 on node3\n1-2-3")
+    with only_run_in(run.path, second_of_two(monkeypatch, "process 77 on node3\n1-2-3")):
         for byte, free in {0: "held", 1: "", 2: "held"}.items():
             with byte_of_another(run.path, byte) as (_, said):
                 assert said == free
 
 
+@pytest.mark.parametrize("there", [None, "process 77 on node3\n4-5-6"])
+def test_a_folder_of_another_machine_by_the_same_name_is_refused(run, monkeypatch, there):
+    """Where there is no lock, or one of an earlier run."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    if there:
+        (run.path / LOCK).write_text(there)
+    before = listing(run.path)
+    second = second_of_two(monkeypatch, "process 77 on node3\n1-2-3")
+    with pytest.raises(NotShared, match="^process 1 on .* cannot see .*run as process 0 on node1 does: "):  # noqa: SIM117
+        with only_run_in(run.path, second):
+            pass
+    assert listing(run.path) == before
+
+
+def test_a_new_run_that_others_cannot_see_leaves_its_name_free(tmp_path, monkeypatch):
+    def blind(path, ranks):
+        raise NotShared("process 1 on node2 cannot see it")
+
+    monkeypatch.setattr(launch, "only_run_in", blind)
+    with pytest.raises(NotShared):
+        training.train(config_for(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, monkeypatch):
     several = Ranks(0, 2)
     monkeypatch.setattr(several, "from_first", lambda make: make())
+    monkeypatch.setattr(several, "gather", lambda value: [value, value])
     for ranks, stays in ((several, True), (ALONE, False)):
         with pytest.raises(OSError, match="no room"), only_run_in(run.path, ranks):
             raise OSError("no room")

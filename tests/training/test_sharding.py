@@ -1,15 +1,18 @@
 """What is computed again, and settings of several processes that cannot work; the processes: test_distributed.py."""
 
+import signal
 from datetime import timedelta
+from threading import Timer
 
 import pytest
 import torch
 
-from tests.training.test_distributed import free_port
+from tests.training.processes import free_port
 from tests.training.test_trainer import TRANSFUSION, config_for
 from training.config import ConfigError, load_config
 from training.devices import pick_device
-from training.parallel import ALONE, ProcessLost, Ranks, lost, ranks_of
+from training.interrupts import Interrupts
+from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, stay
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.sharding import check_parallel, kept_ops, strategy
@@ -93,6 +96,8 @@ def started(monkeypatch):
     seen = {}
     dist = torch.distributed
     own = dist.HashStore()
+    for attempt in ("0", ""):
+        own.set(f"attempt {attempt}/process 1 came", "")
     monkeypatch.setattr(dist, "rendezvous", lambda _, timeout: iter([(own, 0, 2)]))
 
     def connect(backend, store, timeout, **which):
@@ -128,6 +133,55 @@ def test_nobody_who_answers_is_one_line(monkeypatch, served):
     with pytest.raises(ProcessLost, match=f"process 1 stops: {who} does not answer at 127.0.0.1:{port}"):  # noqa: SIM117
         with ranks_of(config):
             pass
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_one_that_never_comes_is_one_line(monkeypatch, served):
+    """On another machine it may have ended long ago, and its torchrun tells this one nothing."""
+    dist = torch.distributed
+    server = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    port = str(server.port if served else free_port())
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served), "GROUP_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("training.parallel.MEET", timedelta(seconds=1))
+    with pytest.raises(ProcessLost, match="process 0 stops: not all of the 2 have begun within 1 s"):  # noqa: SIM117
+        with ranks_of(load_config("demo", ["training.device=cpu"])):
+            pass
+
+
+def test_others_stay_until_the_first_has_ended(started, monkeypatch):
+    """A signal ends it before, as does a process 0 that is never heard of again."""
+    store, ended = torch.distributed.HashStore(), []
+    Timer(0.3, lambda: (ended.append(True), store.set(ENDED, ""))).start()
+    stay(store, timedelta(seconds=60))
+    assert ended
+    stay(torch.distributed.HashStore(), timedelta(seconds=0))
+    monkeypatch.setattr("training.parallel.time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with Interrupts():
+        stay(torch.distributed.HashStore(), timedelta(seconds=60))
+
+
+def test_the_first_tells_the_others_that_it_has_ended(started, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.distributed.PrefixStore, "set", lambda self, key, value: told.append(key))
+    monkeypatch.setattr(torch.distributed.PrefixStore, "wait", lambda self, keys, timeout: None)
+    with pytest.raises(OSError, match="no room"), ranks_of(load_config("demo", ["training.device=cpu"])):
+        raise OSError("no room")
+    assert told[-1] == ENDED
+
+
+@pytest.mark.parametrize(("machines", "restarts", "warned"), [("2", "3", 1), ("2", "0", 0), ("1", "3", 0)])
+def test_a_store_for_all_attempts_is_warned_of_on_several_machines(
+    started, monkeypatch, capsys, machines, restarts, warned
+):
+    env = {"USE_AGENT_STORE": "True", "MAX_RESTARTS": restarts}
+    for name, value in {f"TORCHELASTIC_{name}": value for name, value in env.items()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    with ranks_of(load_config("demo", ["training.device=cpu"])):
+        pass
+    assert capsys.readouterr().out.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned
 
 
 def test_several_processes_for_a_run_of_one_are_refused(started):

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import training
-import training.optim
+import training.muon
 import training.trainer
 from training.config import load_config
 
@@ -19,7 +19,7 @@ from training.config import load_config
 def main() -> None:
     torch.set_num_threads(1)
     training.trainer.evaluate_run = lambda path: {}
-    training.optim.multiplies_bf16 = lambda device: False  # rounding there would hide what is compared
+    training.muon.multiplies_bf16 = lambda device: False  # rounding there would hide what is compared
     for port, resume, settings in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(port)
         if resume:
