@@ -115,22 +115,16 @@ def _first_byte(path: Path, said: str) -> IO[str] | None:
             if error.errno in NO_LOCKS:
                 return None
             raise
-<<<<<<< HEAD
     try:
         with named(path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(said)
             file.flush()
+            os.fsync(file.fileno())
     except OSError:
         with suppress(OSError):  # closing tries to write once more
             file.close()
         raise
-=======
-    file.truncate(0)
-    file.write(said)
-    file.flush()
-    os.fsync(file.fileno())
->>>>>>> main
     fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
     return file
 
