@@ -46,7 +46,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # no error but the help page
+        if type(error).__name__ == "NoArgsIsHelpError" or _reader_left(error):  # no error but the help page
             raise
         if hasattr(error, "format_message"):  # a usage error of the parser, with the context of its subcommand
             place = getattr(getattr(error, "ctx", None), "command_path", "mmdit")
@@ -57,6 +57,17 @@ def _one_line() -> Iterator[None]:
         else:
             raise
         sys.exit(2)
+
+
+def _reader_left(error: Exception) -> bool:
+    """Whether nobody reads any more what is printed, as after `| head`: click then ends in silence, with status 1."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 app = typer.Typer(

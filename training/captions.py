@@ -8,6 +8,7 @@ that a sample lacks leaves its weight to the others. Without it the first captio
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from training.errors import DataError
@@ -30,7 +31,7 @@ NONE: Captions = ((), ())
 def parse_weights(text: str, what: str) -> Weights:
     """ "a=0.7,b=0.3" as pairs. Raises `DataError` unless each has a name and a number above 0."""
     pairs = []
-    for part in text.split(","):
+    for part in items_in(text):
         name, equals, number = part.rpartition("=")
         try:
             weight = float(number) if equals else 0.0
@@ -42,6 +43,11 @@ def parse_weights(text: str, what: str) -> Weights:
     if len({name for name, _ in pairs}) < len(pairs):
         raise DataError(f'{what} is "{text}": a name comes twice')
     return tuple(pairs)
+
+
+def items_in(text: str) -> list[str]:
+    """What commas separate, but those within braces."""
+    return re.split(r",(?![^{]*\})", text)
 
 
 def captions_in(kind: str, data: bytes, fields: Weights = ()) -> Captions:

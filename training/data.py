@@ -1,7 +1,7 @@
 """Image-caption data: `open_source` gives a map-style source, `split_by_key` a held-out part, `loader` batches.
 
     "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
-        -> open_source -> Source -> split_by_key -> loader -> Batch, Batch, ...
+        -> open_source -> Source -> split_by_key -> loader -> ImageBatch, ImageBatch, ...
 
 A source answers `source[i]` at any time in any process, so that order, workers and resuming are matters of the loader.
 Images are uint8 RGB (h, w, 3), all of one size, or of the size of their bucket; sizes are (height, width), multiples of
@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -22,17 +22,17 @@ import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
-from training.captions import Weights, choose, parse_weights
+from training.captions import Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
-from training.loader import Batch, loader, one_pass
+from training.loader import ImageBatch, loader, one_pass
 from training.order import Layout
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys
 from training.wanted import Wanted
 
-__all__ = ["Batch", "DataError", "FileSource", "Sample", "ShapesSource", "Source", "SourceOptions"]
+__all__ = ["DataError", "FileSource", "ImageBatch", "Sample", "ShapesSource", "Source", "SourceOptions"]
 __all__ += ["loader", "one_pass", "open_source", "split_by_key"]
 
 NUM_SHAPES = 100_000
@@ -95,6 +95,10 @@ class SourceOptions:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     wanted: Wanted = field(default_factory=Wanted)
+
+    def __post_init__(self) -> None:
+        if self.buckets and not self.wanted.measures:  # sizes say which bucket
+            object.__setattr__(self, "wanted", replace(self.wanted, sizes=True))
 
     @property
     def is_plain(self) -> bool:
@@ -243,6 +247,8 @@ class FileSource:
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
         """(sizes of the buckets that have images, the bucket of each image)."""
+        if not all("height" in table.columns for table in self._tables):
+            raise DataError("buckets need the images' sizes: index them with Wanted(sizes=True)")
         columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
         if self.options.buckets == "own":
             height, width = self.image_size
@@ -374,7 +380,7 @@ def _count_in(spec: str) -> int | None:
 
 def _mix_in(spec: str) -> Weights:
     """The data sets of "a=0.7,b=0.3" with their weights; a spec that is no such list is one data set of weight 1."""
-    parts = spec.split(",")
+    parts = items_in(spec)
     if (
         len(parts) < 2
         or Path(spec).exists()

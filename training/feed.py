@@ -25,8 +25,7 @@ from mmdit.text_and_images import Words
 from mmdit.text_encoders import TextEncoder
 from training.captions import choose
 from training.corpus import Pieces
-from training.data import Batch as Images
-from training.data import DataError, Source, loader, one_pass
+from training.data import DataError, ImageBatch, Source, loader, one_pass
 from training.loader import by_shape, layout_of, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
@@ -104,7 +103,7 @@ class ImageFeed:
         self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
         self.device, self.num_workers, self.skipped, self.sampled = device, num_workers, skipped, sampled
 
-    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
         return loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ class ImageFeed:
         finally:
             reader.close()  # type: ignore[attr-defined]
 
-    def _statistics(self, batch: Images) -> Tensor | list[Tensor]:
+    def _statistics(self, batch: ImageBatch) -> Tensor | list[Tensor]:
         """What the autoencoder says of a batch; of several sizes, size by size."""
         if batch.sizes is None:
             return statistics_of(self.autoencoder, batch.images, self.device)
@@ -138,7 +137,7 @@ class StreamFeed(ImageFeed):
         super().__init__(stream, np.zeros(0), *common)  # type: ignore[arg-type]
         self.stream, self.held_out = stream, held_out
 
-    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[Images]:
+    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
         return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, self.num_workers, share)
 
 

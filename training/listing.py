@@ -1,29 +1,68 @@
-"""Which files a data set's name stands for: a folder, a file, a glob or a URL, listed in an order of names alone."""
+"""Which files a data set's name stands for: a folder, a file, a glob, a list in braces or a URL of these, in an order
+of names alone.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from training.errors import DataError
-from training.remote import Listed, Patience, RemoteError, is_url, list_urls
+from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, list_urls
 from training.shards import SHARD_SUFFIXES
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 PARQUET = ".parquet"
+MAX_NAMES = 1_000_000
+"""Names that braces may stand for."""
 
 
 def list_files(spec: str, patience: Patience) -> tuple[Path, list[Listed]]:
     """(root, the files below it) that `spec` names, sorted, with "/"; hidden ones are left out. URLs have no root."""
     if is_url(spec):
         try:
-            return Path(), list_urls(spec, patience)
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                found = list(pool.map(lambda name: list_urls(name, patience), expanded(spec)))
         except RemoteError as error:
             raise DataError(str(error)) from error
+        return Path(), sorted({file for files in found for file in files})
     root, names = _local_files(spec)
     return root, [_listed(root, name) for name in names]
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names that braces stand for, as in a shell: "{000..002}" numbers with their zeros, "{a,b}" either.
+
+    Raises `DataError` where they are too many.
+    """
+    names = list(dict.fromkeys(islice(_expanded(pattern), MAX_NAMES + 1)))
+    if len(names) > MAX_NAMES:
+        raise DataError(f"{pattern} stands for more than {MAX_NAMES:,} names")
+    return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    for braces in re.finditer(r"\{([^{}]*)\}", pattern):  # those that hold no others
+        if choices := _choices(braces[1]):
+            for choice in choices:
+                yield from _expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])
+            return
+    yield pattern
+
+
+def _choices(text: str) -> Iterable[str]:
+    """What braces around a text stand for; nothing where they are a part of the name."""
+    if not (ends := re.fullmatch(r"(\d{1,15})\.\.(\d{1,15})", text)):
+        return text.split(",") if "," in text else ()
+    first, last = int(ends[1]), int(ends[2])
+    width = max(map(len, ends.groups())) if any(re.match(r"0\d", end) for end in ends.groups()) else 1
+    step = 1 if first <= last else -1
+    return (f"{number:0{width}d}" for number in range(first, last + step, step))
 
 
 def _listed(root: Path, name: str) -> Listed:
@@ -42,13 +81,22 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
         if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
         raise DataError(f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}) or a metadata.jsonl")
-    if glob.has_magic(spec):
-        shards = [found for found in glob.glob(str(path), recursive=True) if found.lower().endswith(suffixes)]
+    patterns = expanded(str(path))
+    if glob.has_magic(spec) or len(patterns) > 1:
+        found = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) or _alone(pattern)}
+        shards = [name for name in found if name.lower().endswith(suffixes)]
         if not shards:
             raise DataError(f"no images found: no shard ({' '.join(suffixes)}) matches {spec}")
         root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards]))
         return root, sorted(Path(os.path.abspath(shard)).relative_to(root).as_posix() for shard in shards)
     raise DataError(f"no images found: there is no folder or file {spec}; give a folder, shards, or 'shapes'")
+
+
+def _alone(pattern: str) -> list[str]:
+    """Nothing, for a glob; a file that is missing is an error."""
+    if not glob.has_magic(pattern):
+        raise DataError(f"no images found: there is no file {pattern}")
+    return []
 
 
 def walk(root: Path) -> Iterator[str]:

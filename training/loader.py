@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["Batch", "Order", "by_shape", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
+__all__ = ["ImageBatch", "Order", "by_shape", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
 
     The images' channels lie last in memory, as decoders leave them.
@@ -71,7 +71,7 @@ def loader(
     start_step: int = 0,
     num_workers: int = 0,
     share: Share = WHOLE,
-) -> Generator[Batch, None, None]:
+) -> Generator[ImageBatch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
     Batches run across the ends of epochs; each is of one bucket, if the source has buckets and does not mix them. In
@@ -92,7 +92,7 @@ def loader(
 
 def one_pass(
     source: Source, indices: Sequence[int] | np.ndarray, batch_size: int, num_workers: int = 0
-) -> Generator[Batch, None, None]:
+) -> Generator[ImageBatch, None, None]:
     """All good samples at `indices` once and in order, in batches of `batch_size` less the bad ones; where there are
     buckets, bucket after bucket. Crops are central, captions the first.
 
@@ -105,14 +105,14 @@ def one_pass(
 
 
 class _Shuffled:
-    """step -> Batch, as `loader` says."""
+    """step -> ImageBatch, as `loader` says."""
 
     def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, rows: list[int]) -> None:
         self.source, self.indices, self.seed, self.rows = source, indices, seed, rows
         self.plan = Plan(len(indices), layout_of(source).of(indices), batch_size, seed)
         self.draw = getattr(source, "draw", None)
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> ImageBatch:
         bucket, places = self.plan.places(step, self.rows)
         asked = [(pool, place, step, row) for (pool, place), row in zip(places, self.rows, strict=True)]
         if getattr(self.source, "is_remote", False):
@@ -165,7 +165,7 @@ def layout_of(source: Source) -> Layout:
     return layout or Layout((source.image_size,))
 
 
-def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> Batch:
+def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> ImageBatch:
     samples = [(int(i), source[int(i)]) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
     layout, first = layout_of(source), int(chunks[step][0])
@@ -186,7 +186,7 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
 
 def make_batch(
     size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
-) -> Batch:
+) -> ImageBatch:
     """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
     images = np.empty((count, *size, 3), dtype=np.uint8)
     told = []
@@ -197,7 +197,7 @@ def make_batch(
     return _batch(torch.from_numpy(images).permute(0, 3, 1, 2), told, skipped)
 
 
-def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> Batch:
+def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> ImageBatch:
     """The batch of good samples, each of its own size, with their numbers."""
     pixels, sizes, told = [], [], []
     for i, sample in numbered:
@@ -213,13 +213,13 @@ def _batch(
     numbered: Sequence[tuple[int, Sample]],
     skipped: list[tuple[str, str]],
     sizes: list[tuple[int, int]] | None = None,
-) -> Batch:
+) -> ImageBatch:
     numbers, samples = [i for i, _ in numbered], [sample for _, sample in numbered]
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
     originals = torch.tensor([sample.original for sample in samples]).view(-1, 2)
     crops = torch.tensor([sample.crop for sample in samples]).view(-1, 2)
     flipped = torch.tensor([sample.flipped for sample in samples], dtype=torch.bool)
-    return Batch(images, captions, keys, skipped, originals, crops, flipped, numbers, sizes)
+    return ImageBatch(images, captions, keys, skipped, originals, crops, flipped, numbers, sizes)
 
 
 def _at_least(name: str, value: int, low: int) -> None:

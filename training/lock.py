@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from training.parallel import Ranks
+from training.run import named
 
 if sys.platform != "win32":
     import fcntl
@@ -114,10 +115,16 @@ def _first_byte(path: Path, said: str) -> IO[str] | None:
             if error.errno in NO_LOCKS:
                 return None
             raise
-    file.truncate(0)
-    file.write(said)
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        with named(path):
+            file.truncate(0)
+            file.write(said)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # closing tries to write once more
+            file.close()
+        raise
     fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
     return file
 

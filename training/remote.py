@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 BLOCK = 1 << 20
 """Bytes that are asked for at a time where a file is read from its start on."""
 
+AT_ONCE = 16
+"""Files of a server that are asked for at the same time."""
+
 _MISSING = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
 
@@ -53,7 +56,7 @@ def is_url(path: str) -> bool:
 
 
 def list_urls(spec: str, patience: Patience) -> list[Listed]:
-    """The files that a URL names: itself, those that match a glob ("*", "{0..9}" is none), or those in a folder.
+    """The files that a URL names: itself, those that match a glob ("*", "[01]"), or those in a folder.
 
     Raises `RemoteError` where the server does not answer, or the package for its protocol is missing.
     """
@@ -130,10 +133,13 @@ def _open(url: str) -> tuple[Any, str]:
     """(the file system, the path on it): made anew in each process, for connections do not outlive a fork."""
     import fsspec
 
+    scheme = url.partition("://")[0]
+    own = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}  # so that it is nobody else's
     try:
-        files, path = fsspec.core.url_to_fs(url)
+        files, path = fsspec.core.url_to_fs(url, **own)
+        if own:
+            files.retries = 1  # it would try again in silence, past our time
     except (ImportError, ValueError) as error:
-        scheme = url.partition("://")[0]
         need = f'; pip install "{_MISSING[scheme]}"' if scheme in _MISSING else ""
         raise RemoteError(f"{url} cannot be read: {' '.join(str(error).split())}{need}") from error
     return files, path
@@ -151,6 +157,9 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
             reason = _behind(error)
             if not reason:
                 raise RemoteError(f"{what}: there is no such file on the server") from error
+        except PermissionError as error:
+            why = f"the server refuses it ({_in_one_line(error)}); are the credentials there, and right?"
+            raise RemoteError(f"{what}: {why}") from error
         except TimeoutError:
             reason = f"no answer within {patience.timeout:g} s"
         except Exception as error:  # each file system has its own
@@ -164,9 +173,11 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _behind(error: FileNotFoundError) -> str:
-    """What fsspec calls a missing file where its http has not reached the server; "" where the server said so."""
+    """What fsspec calls a missing file where it has not reached the server; "" where the server said so."""
     cause = error.__cause__
-    if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+    answer = getattr(cause, "response", None)  # of s3
+    status = answer["ResponseMetadata"]["HTTPStatusCode"] if isinstance(answer, dict) else getattr(cause, "status", 0)
+    if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
         return ""
     return _in_one_line(cause)
 

@@ -83,7 +83,7 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         print(text, flush=True)
-        with _named(path := self.path / "log.txt"), path.open("a") as file:
+        with named(path := self.path / "log.txt"), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log_skipped(self, key: str, reason: str) -> None:
@@ -94,9 +94,9 @@ class RunFolder:
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl, and the same to tensorboard."""
-        with _named(path := self.path / "metrics.jsonl"), path.open("a") as file:
+        with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        with _named(self.path / "tensorboard"):
+        with named(self.path / "tensorboard"):
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -132,7 +132,7 @@ class RunFolder:
     def close(self) -> None:
         """Send what is left; the next metrics go on."""
         if self._board is not None:
-            with _named(self.path / "tensorboard"):
+            with named(self.path / "tensorboard"):
                 self._board.close()
             self._board = None
         if self.board is not None:
@@ -140,7 +140,7 @@ class RunFolder:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Errors of writing that say where: those of a file that is open do not, such as of a full disk."""
     try:
         yield

@@ -24,7 +24,9 @@ def sha256_of(table: Mapping[str, Any]) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
+    """Wait until a file, or what a folder lists, is on the disk; not on Windows, which opens no folder."""
+    if os.name == "nt":
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

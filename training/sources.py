@@ -38,7 +38,7 @@ from training.captions import (
 from training.errors import DataError
 from training.images import BadImage, ImageData, Size, read_size
 from training.listing import METADATA_NAMES, PARQUET, list_files, printable
-from training.remote import Listed, Patience, RemoteError, is_url, read_range
+from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, read_range
 from training.shards import (
     IMAGE_SUFFIXES,
     SHARD_ERRORS,
@@ -61,8 +61,6 @@ __all__ = ["Entry", "Index", "Wanted"]
 HUB = "hf:"
 MAX_LINE = 16_000_000
 """A line of metadata is cut after so many characters."""
-AT_ONCE = 16
-"""Shards of a server that are read at the same time."""
 MAX_IMAGE = 1 << 30
 """Bytes of an image file at most."""
 HEAD = 1 << 16
@@ -125,6 +123,8 @@ class Index:
             for file in parquet:
                 self._add_parquet(root, file)
         elif names and is_url(names[0]):
+            if any(name.endswith("/cache.json") for name in names):
+                raise DataError(f"{spec} is a cache on a server: copy it to a disk first, for its files are mapped")
             raise DataError(f"{spec} holds no shards ({' '.join(SHARD_SUFFIXES)}) and no {PARQUET} files")
         else:
             self._add_folder(root, names)

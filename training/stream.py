@@ -30,7 +30,7 @@ from training.data import Sample, SourceOptions, place_of, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.images import BadImage, Size, fit_size, read_size
-from training.loader import Batch, make_batch, rng_for
+from training.loader import ImageBatch, make_batch, rng_for
 from training.remote import Patience
 from training.rows import caption_columns, image_column, key_column
 from training.share import WHOLE, Share
@@ -212,7 +212,7 @@ def stream_loader(
     start_step: int = 0,
     num_workers: int = 0,
     share: Share = WHOLE,
-) -> Generator[Batch, None, None]:
+) -> Generator[ImageBatch, None, None]:
     """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1.
 
     In place of a bad sample stands the next good one of the batch. Raises `DataError` while iterating where the stream
@@ -230,7 +230,7 @@ def stream_loader(
     return _closing(run(make, ahead(asked(), AHEAD), num_workers))
 
 
-def _closing(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+def _closing(batches: Generator[ImageBatch, None, None]) -> Generator[ImageBatch, None, None]:
     try:
         yield from batches
     finally:
@@ -246,7 +246,7 @@ class _Asked:
     rows: tuple[Row, ...]
 
 
-def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Batch:
+def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> ImageBatch:
     samples = []
     for number, row in zip(asked.numbers, asked.rows, strict=True):
         rng = partial(rng_for, seed, asked.step, number)

@@ -7,6 +7,7 @@ shared memory.
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -33,7 +34,7 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: Any) -> Any:
         try:
-            return self.make(step)
+            return step if isinstance(step, DataError) else self.make(step)
         except DataError as error:
             return error
 
@@ -60,14 +61,14 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
     workers: DataLoader = DataLoader(
         _Steps(make),
         batch_size=None,
-        sampler=steps,
+        sampler=_error_last(steps),
         num_workers=num_workers,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it draws from the global one
     )
     with _signals_blocked():
         items: Any = iter(workers)
-    stop, taken_over = partial(_stop, items), ahead(_good(items), 1)
+    stop, taken_over = partial(_stop, items, os.getpid()), ahead(_good(items), 1)
     atexit.register(stop)
     try:
         with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
@@ -76,6 +77,14 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
         taken_over.close()
         atexit.unregister(stop)
         stop()
+
+
+def _error_last(steps: Iterable[Any]) -> Iterator[Any]:
+    """Steps, and the error that ends them as one: raised at once, it would take the place of what is made already."""
+    try:
+        yield from steps
+    except DataError as error:
+        yield error
 
 
 def _good(items: Iterable[Any]) -> Iterator[Any]:
@@ -110,6 +119,9 @@ def _signals_blocked() -> Iterator[None]:
     """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
     trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, where no group is sent SIGTERM
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -117,8 +129,13 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _stop(items: Any) -> None:
-    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM."""
+def _stop(items: Any, owner: int) -> None:
+    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM.
+
+    owner: the process that started them; a fork of it leaves them alone.
+    """
+    if os.getpid() != owner:
+        return
     items._shutdown_workers()
     for worker in items._workers:
         if worker.is_alive():

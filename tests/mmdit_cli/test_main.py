@@ -330,6 +330,22 @@ def test_help_shows_examples(command):
         assert f"Presets: {', '.join(preset_names())}" in " ".join(result.stdout.split())
 
 
+def test_a_reader_who_leaves_ends_help_in_silence():
+    command = [sys.executable, "-m", "mmdit_cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
+def test_another_broken_pipe_is_said(monkeypatch):
+    def broken(*args, **how):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(training, "train", broken)
+    result = CliRunner().invoke(app, ["train", "demo"])
+    assert result.exit_code == 2 and "Broken pipe" in result.output
+
+
 def test_version_names_the_package():
     result = run("--version")
     assert result.exit_code == 0 and result.stdout.startswith("mmdit")

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import training
-from tests.training.pictures import folder_of, members, noisy, picture
+from tests.training.pictures import folder_of, members, noisy, picture, shards_of
 from training.buckets import assign, bucket_sizes, merge_small
 from training.config import ConfigError, load_config
-from training.data import DataError, SourceOptions, loader, open_source, split_by_key
+from training.data import DataError, FileSource, SourceOptions, loader, open_source, split_by_key
 from training.images import read_fitted
 from training.run import RunFolder
 from training.setup import open_run_source
+from training.sources import Index
 from training.trainer import Trainer
 from training.wanted import Wanted
 
@@ -181,3 +182,10 @@ def test_the_largest_ratio_is_that_of_the_config(mixed, tmp_path):
         sizes = open_run_source(config, 4).layout.sizes
         ratios.append(max(max(size) / min(size) for size in sizes))
     assert ratios[0] == 1 < ratios[1] <= 4
+
+
+def test_buckets_ask_for_sizes_themselves(tmp_path):
+    shards = shards_of(tmp_path, (6,), sizes=((8, 16), (16, 8)))
+    assert len(open_source(str(shards), 16, 4, options=SourceOptions(buckets=True)).layout.sizes) == 2
+    with pytest.raises(DataError, match="buckets need the images' sizes"):
+        FileSource(Index(str(shards)), (8, 8), options=SourceOptions(buckets=True))

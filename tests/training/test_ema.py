@@ -278,6 +278,8 @@ def test_a_stopped_run_of_any_optimiser_goes_on_to_the_same_bits(name, tmp_path,
         patch.setattr(Trainer, "_train_step", train_step)
         out = training.train(tiny(tmp_path / "run", *changes))
     assert [path.name for path in list_checkpoints(out)] == ["step-00000005"]
+    kept = read_weights(list_checkpoints(out)[-1] / "optimizer.safetensors").values()
+    assert any(x.dtype == torch.uint8 for x in kept) == (name == "adamw-8bit")
     training.resume(out)
     for path in list_checkpoints(whole)[-1].glob("*.safetensors"):
         ours, theirs = read_weights(list_checkpoints(out)[-1] / path.name), read_weights(path)

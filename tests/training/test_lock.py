@@ -1,6 +1,7 @@
 """Who may write in a run folder: one run at a time, and the next as soon as all of the last have ended."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -230,3 +231,14 @@ def test_on_nfs_too_a_run_that_fails_says_why(tmp_path, on_nfs):
 def test_on_nfs_too_a_run_that_got_nowhere_begins_anew(run, on_nfs):
     training.train(run.config(), restart=True)
     assert (run.path / "checkpoints").is_dir()
+
+
+def test_a_full_disk_is_said_with_the_file(run, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock, "_all_bytes", lambda path: Full())
+    with pytest.raises(OSError, match="No space left on device") as error, only_run_in(run.path, ALONE):
+        pass
+    assert error.value.filename == str(run.path / LOCK)

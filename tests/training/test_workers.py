@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -42,6 +43,41 @@ def test_an_error_comes_in_its_place(num_workers):
     assert all(alike(next(batches), step) for step in range(4))
     with pytest.raises(DataError, match="step 4 cannot be made"):
         next(batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_an_error_of_the_steps_comes_after_what_was_made(num_workers):
+    def steps():
+        yield from range(5)
+        raise DataError("no more steps")
+
+    batches = run(make, steps(), num_workers)
+    assert all(alike(next(batches), step) for step in range(5))
+    with pytest.raises(DataError, match="no more steps"):
+        next(batches)
+
+
+def test_workers_start_where_signals_cannot_be_blocked(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
+    assert alike(next(run(make, range(3), 1)), 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+def test_a_fork_that_ends_leaves_the_workers_alone():
+    found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    assert (found.stdout.split(), found.returncode) == (["left", "39"], 0), found.stderr
+
+
+FORKS = """
+import os, sys
+from training.workers import run
+items = run(int, range(40), 1)
+next(items)
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print("left", sum(1 for _ in items))
+"""
 
 
 def test_the_next_item_is_fetched_while_the_last_one_is_used_and_no_more():
