@@ -116,6 +116,8 @@ def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> Image.Im
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """np.asarray of an RGB image in one piece; Pillow joins it of pieces of 64 KB, which takes a tenth of decoding."""
+    if not hasattr(Image, "_getencoder"):  # no promise of Pillow's
+        return np.asarray(image)
     encoder = Image._getencoder(image.mode, "raw", (image.mode,))
     encoder.setimage(image.im, (0, 0, *image.size))
     _, _, data = encoder.encode(3 * image.width * image.height)

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from training import images
 from training.images import BadImage, fit, fit_size, read_fitted, read_image, read_size
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -294,3 +296,9 @@ def test_pixels_come_out_in_one_piece_as_they_are(size):
     assert np.array_equal(read_fitted(encoded(pixels), size).image, pixels)
     scaled = (size[0] + 3, 2 * size[1])
     assert np.array_equal(read_fitted(encoded(pixels), scaled).image, fit(pixels, scaled))
+
+
+def test_pixels_come_without_pillow_s_own_encoder_too(monkeypatch):
+    picture = Image.fromarray(RGB)
+    monkeypatch.setattr(images, "Image", SimpleNamespace())
+    assert np.array_equal(images._pixels(picture), RGB)
