@@ -7,7 +7,8 @@ process (c, s) holds part s of the rows of every weight, as the processes (0, s)
     parts of an update  --all-to-all-->  its owner: Newton-Schulz  --all-to-all-->  parts  --all-gather-->  copies
 
 so that a process sends M / N numbers to owners and as many back, of M in all matrices and N parts, and gathers M / N
-from the other copies. Numbers go in the type that they are multiplied in, to which one process alone rounds them too.
+from the other copies. Numbers go in the type that they are multiplied in; one process alone rounds them to it only when
+it has scaled them.
 
 C copies, S parts, m x n a matrix.
 """
@@ -85,10 +86,10 @@ class Muon(torch.optim.AdamW):
         own = work.pieces(team.copies.place)
         now, before = ([x[m.weight][first:last] for m, first, last in own] for x in (gradients, momenta))
         updates = torch._foreach_lerp(now, before, self.momentum) if own else ()
-        moves = iter(work.orthogonal(updates, products(team.device)))
+        moves = iter(work.orthogonal(updates, weights[0].dtype if team.is_one else products(team.device)))
         for m, first, last in (piece for copy in range(team.copies.size) for piece in work.pieces(copy)):
             rows = weights[m.weight][first:last]
-            rows.add_(next(moves).view_as(rows).to(rows.device), alpha=-told[m.weight][1]["lr"] * m.scale)
+            rows.add_(next(moves).view_as(rows).to(rows).mul_(-told[m.weight][1]["lr"] * m.scale))
 
 
 def _turns(told: list[tuple[Tensor, dict]], most: int) -> Iterator[list[tuple[Tensor, dict]]]:
@@ -160,6 +161,11 @@ class Team(NamedTuple):
     copies: Axis
     parts: Axis
     device: torch.device
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is but one process."""
+        return self.copies.size == self.parts.size == 1
 
 
 def team_of(weight: Tensor, copies: Any) -> Team:
@@ -259,10 +265,10 @@ def newton_schulz(matrices: Tensor, rounds: int = ROUNDS) -> Tensor:
     Computed in bf16 where the hardware multiplies it; the rounding is far below that range.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(products(matrices.device))
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.float32) + 1e-7)).to(x.dtype).contiguous()
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) + 1e-7)
+    x = x.to(products(x.device)).contiguous()
     for _ in range(rounds):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)

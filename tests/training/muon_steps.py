@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 import training.muon
+from mmdit_cli.errors import end_at_once
 from training.muon import Muon, matrices, newton_schulz
 from training.sharding import whole
 
@@ -77,6 +78,7 @@ def main() -> None:
             found[name + turns] = {"error": error, "made": made, "matrices": count}
     print(json.dumps(found), flush=True)
     dist.destroy_process_group()
+    end_at_once(0)
 
 
 if __name__ == "__main__":
