@@ -67,14 +67,20 @@ class Sampling:
 
     @classmethod
     def of(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """The defaults, with what is given and not None in their place. ValueError for a name that is none."""
+        """The defaults, with what is given and not None in their place. ValueError for a name that is none.
+
+        A diffusion of the defaults is for their solver: one that is given and takes none goes without.
+        """
         known = [field.name for field in fields(cls)]
         for name in {**defaults, **given}:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 raise ValueError(f"no option {name!r} of sampling; {hint}")
-        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+        given = {name: value for name, value in given.items() if value is not None}
+        if "solver" in given and "diffusion" not in given and not _takes_diffusion(given["solver"]):
+            given["diffusion"] = None
+        return cls(**{**defaults, **given})
 
     def times(self, shift: float, resolution_shift: float) -> Tensor:
         """The times of the steps, 1 to 0. shift: the model's own; resolution_shift: for the picture's size besides."""
@@ -111,6 +117,12 @@ class Sampling:
                 "more steps"
             )
         return skipping[-1], skipping[0]
+
+
+def _takes_diffusion(solver: object) -> bool:
+    """Whether it does; what is no solver is refused elsewhere."""
+    known = samplers.SOLVERS.get(solver) if isinstance(solver, str) else solver
+    return not isinstance(known, samplers.Solver) or known.takes_diffusion
 
 
 def _is_number(value: object) -> bool:

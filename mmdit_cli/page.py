@@ -61,8 +61,10 @@ def _drawing(pipe: TextToImage) -> None:
                 count = gr.Slider(1, MOST, 4, step=1, label="Pictures")
                 seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0)
             with gr.Row():
-                steps = gr.Slider(1, 100, own.num_steps, step=1, label="Steps")
-                guidance = gr.Slider(0, 15, own.guidance, step=0.1, label="Guidance")
+                steps = gr.Slider(1, max(100, own.num_steps), own.num_steps, step=1, label="Steps")
+                guidance = gr.Slider(
+                    min(0, own.guidance), max(15, own.guidance), own.guidance, step=0.1, label="Guidance"
+                )
             solver = gr.Dropdown(list(samplers.solver_names()), value=own.solver, label="Solver")
             with gr.Accordion("Size, or a picture to start from", open=False):
                 with gr.Row():
@@ -78,7 +80,7 @@ def _drawing(pipe: TextToImage) -> None:
         seeds = [(given[seed] or 0) + i for i in range(given[count])]
         size = given[height] or pipe.size[0], given[width] or pipe.size[1]
         how: dict[str, Any] = {"solver": given[solver], "num_steps": given[steps], "guidance": given[guidance]}
-        how |= {"height": size[0], "width": size[1]}
+        how |= {"height": size[0], "width": size[1], "diffusion": _noise(given[solver], own)}
         edit = None if given[start] is None else Edit(_fit(given[start], *size), given[strength])
         prompts, leave = [given[prompt]] * len(seeds), given[negative] or None
 
@@ -104,6 +106,14 @@ def _drawing(pipe: TextToImage) -> None:
     drawn = gr.on([go.click, prompt.submit], draw, given, [gallery, said], show_progress="hidden", api_name="draw")
     stop.click(None, cancels=[drawn])
     other.click(lambda: random.randrange(2**31), None, seed, api_visibility="private")
+
+
+def _noise(solver: str | None, own: Sampling) -> str | float | None:
+    """The diffusion for a solver of the page, which asks for none: the model's own, else "kl" where one has to be."""
+    chosen = samplers.make_solver(solver or own.solver, samplers.RectifiedFlow())
+    if not chosen.takes_diffusion:
+        return None
+    return own.diffusion or ("kl" if isinstance(chosen, samplers.SDESolver) else None)
 
 
 def _writing(pipe: TransfusionPipeline) -> None:

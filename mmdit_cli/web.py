@@ -1,10 +1,13 @@
 """`mmdit web`: a page in the browser that draws with a model, each picture shown while it comes."""
 
 import os
+import threading
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
+from mmdit_cli.errors import end_at_once
 from mmdit_cli.sample import Autoencoder, Checkpoint, Run, Text, TrunkType, Without, open_pipe
 
 
@@ -49,6 +52,7 @@ def web(
             inbrowser=browser,
             share=False,
             quiet=True,
+            show_error=True,  # also one that nobody foresaw, which is printed here besides
             prevent_thread_lock=True,
             footer_links=[],
             theme=THEME,
@@ -58,7 +62,11 @@ def web(
             f"cannot listen at {host}, port {port or '7860 to 7959'}: taken, or no address here"
         ) from error
     print(f"{url}  draws with {run}; Ctrl-C ends it", flush=True)
-    page.block_thread()
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    with suppress(KeyboardInterrupt):  # a second one
+        page.close(verbose=False)
+    end_at_once(0)  # what is being drawn would hold it up, or abort
 
 
 def check_gradio() -> None:

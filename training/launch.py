@@ -65,6 +65,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
             held.enter_context(only_run_in(run.path, ranks))
         except NotShared:
             if ranks.first:  # it has just made the folder: leave the name free
+                _check_new(run.path)
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         ranks.from_first(lambda: _check_new(run.path))

@@ -40,10 +40,10 @@ def expanded(pattern: str) -> list[str]:
 
     Raises `DataError` where they are too many.
     """
-    names = list(dict.fromkeys(islice(_expanded(pattern), MAX_NAMES + 1)))
-    if len(names) > MAX_NAMES:
+    names = list(islice(_expanded(pattern), MAX_NAMES + 1))
+    if len(names) > MAX_NAMES:  # counted with those that come twice
         raise DataError(f"{pattern} stands for more than {MAX_NAMES:,} names")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -81,7 +81,8 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
         if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
         raise DataError(f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}) or a metadata.jsonl")
-    patterns = expanded(str(path))
+    itself = "{" in spec and any(glob.iglob(str(path), recursive=True))  # braces that are in names
+    patterns = [str(path)] if itself else expanded(str(path))
     if glob.has_magic(spec) or len(patterns) > 1:
         found = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) or _alone(pattern)}
         shards = [name for name in found if name.lower().endswith(suffixes)]

@@ -127,3 +127,12 @@ def test_options_that_cannot_work_are_refused(pipe, options, message):
 
 def test_what_is_none_is_as_the_model_says(pipe):
     assert (pixels(pipe(PROMPTS, solver=None, num_steps=None)) == pixels(pipe(PROMPTS))).all()
+
+
+def test_a_diffusion_of_the_defaults_goes_with_solvers_that_take_one():
+    own = {"solver": "sa-solver", "diffusion": "sigma"}
+    assert Sampling.of(own, {}).diffusion == "sigma"
+    assert Sampling.of(own, {"solver": "euler-maruyama"}).diffusion == "sigma"
+    assert Sampling.of(own, {"solver": "heun"}).diffusion is None
+    assert Sampling.of(own, {"solver": samplers.SOLVERS["heun"]}).diffusion is None
+    assert Sampling.of(own, {"solver": "heun", "diffusion": "kl"}).diffusion == "kl"  # and is refused

@@ -1,8 +1,11 @@
 """The page of `mmdit web`: asked as a browser asks it, it gives what the pipeline gives; stopped, the work ends."""
 
+import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -86,6 +89,47 @@ def test_what_cannot_be_drawn_is_said_on_the_page_and_the_next_is_drawn(client):
     with pytest.raises(Exception, match="both sides must divide by 4"):
         asked(client, height=9)
     assert len(asked(client)[0]) == 2
+
+
+def test_any_solver_draws_whatever_the_model_s_own_needs(tmp_path_factory):
+    own = {"num_steps": 150, "guidance": 20.0, "solver": "sa-solver", "diffusion": "sigma"}
+    pipe = TextToImage(make_model(3, 4), PixelSpace(), (8, 12), sampling=own)
+    for asker in served(make_page(pipe, "own"), tmp_path_factory):
+        few = {"pictures": 1, "steps": 2}
+        for said, how in (
+            ({"steps": 150, "guidance": 20.0, "solver": "sa-solver"}, {}),
+            ({"solver": "euler"} | few, {"solver": "euler"}),
+            ({"solver": "euler-maruyama"} | few, {"solver": "euler-maruyama"}),
+        ):
+            picture = asked(asker, **said)[0][0]
+            how |= {"num_steps": said["steps"], "guidance": said.get("guidance", 3.0)}
+            assert np.array_equal(pixels(picture), pixels(pipe("a red circle", seed=5, **how)[0]))
+
+
+def test_an_sde_solver_takes_kl_where_the_model_has_no_diffusion(client, pipe):
+    [picture], _, _ = asked(client, pictures=1, solver="euler-maruyama")
+    [own] = pipe("a red circle", seed=5, solver="euler-maruyama", diffusion="kl")
+    assert np.array_equal(pixels(picture), pixels(own))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_also_while_it_draws(pipe, tmp_path):
+    pipe.save(tmp_path)
+    command = [sys.executable, "-m", "mmdit_cli.main", "web", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[0]
+            asker = Client(url, verbose=False)
+            drawing = asker.submit("x", "", 16, 0, 100, 3.0, "rk4", 32, 32, None, 0.6, api_name="/draw")
+            while not drawing.outputs():
+                assert not drawing.done()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said
+    assert not said
 
 
 def test_a_model_of_both_writes_what_it_writes_alone(writer, both, tmp_path):

@@ -27,6 +27,11 @@ def test_braces_without_end_are_refused():
         expanded("{0..999999999999999}{0..9}")
 
 
+def test_names_that_come_twice_hide_none_that_is_left_out():
+    with pytest.raises(DataError, match="stands for more than 1,000,000 names"):
+        expanded("{1..1100}{1..1100}")  # 1 and 11 is 11 and 1
+
+
 def test_shards_in_braces(tmp_path):
     shards_of(tmp_path, (2, 1, 1))
     for spec, found in (("{000,002}.tar", 3), ("{000..001}.tar", 3), ("{00[01],002}.tar", 4), ("{[01]*,00*}.tar", 4)):
@@ -38,3 +43,4 @@ def test_shards_in_braces(tmp_path):
     (tmp_path / "{a,b}").mkdir()
     shards_of(tmp_path / "{a,b}", (1,))
     assert len(open_source(f"{tmp_path}/{{a,b}}")) == 1  # a folder of that very name
+    assert len(open_source(f"{tmp_path}/{{a,b}}/*.tar")) == 1  # and shards in it

@@ -123,6 +123,19 @@ def test_a_new_run_that_others_cannot_see_leaves_its_name_free(tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_had_the_folder_meanwhile_keeps_what_it_wrote(tmp_path, monkeypatch):
+    """It began at the same moment and has ended, while the one that others cannot see waited for its lock."""
+
+    def blind(path, ranks):
+        (path / "metrics.jsonl").write_text("{}")
+        raise NotShared("process 1 on node2 cannot see it")
+
+    monkeypatch.setattr(launch, "only_run_in", blind)
+    with pytest.raises(FileExistsError):
+        training.train(config_for(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, monkeypatch):
     several = Ranks(0, 2)
     monkeypatch.setattr(several, "from_first", lambda make: make())
