@@ -113,7 +113,9 @@ def _noise(solver: str | None, own: Sampling) -> str | float | None:
     chosen = samplers.make_solver(solver or own.solver, samplers.RectifiedFlow())
     if not chosen.takes_diffusion:
         return None
-    return own.diffusion or ("kl" if isinstance(chosen, samplers.SDESolver) else None)
+    if own.diffusion is not None:
+        return own.diffusion
+    return "kl" if isinstance(chosen, samplers.SDESolver) else None
 
 
 def _writing(pipe: TransfusionPipeline) -> None:
