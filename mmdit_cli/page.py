@@ -84,21 +84,9 @@ def _drawing(pipe: TextToImage) -> None:
         edit = None if given[start] is None else Edit(_fit(given[start], *size), given[strength])
         prompts, leave = [given[prompt]] * len(seeds), given[negative] or None
 
-        def work(tell: Tell) -> None:
-            looked = time.perf_counter()
-
-            def look(progress: samplers.Progress) -> None:
-                nonlocal looked
-                pictures = None
-                if time.perf_counter() - looked > EVERY:
-                    pictures, looked = pipe.preview(progress), time.perf_counter()
-                tell((pictures, f"step {progress.index + 1} of {progress.num_steps}"))
-
-            pictures = pipe(prompts, leave, seed=seeds, callback=look, edit=edit, **how)
-            tell((pictures, f"{given[solver]}, {given[steps]} steps, guidance {given[guidance]:g}"))
-
         begun = time.perf_counter()
-        for pictures, line in while_made(work):
+        for pictures, step in while_made(lambda tell: _draw(pipe, tell, prompts, leave, seed=seeds, edit=edit, **how)):
+            line = step or f"{given[solver]}, {given[steps]} steps, guidance {given[guidance]:g}"
             shown = gr.skip() if pictures is None else list(zip(pictures, (f"seed {s}" for s in seeds), strict=True))
             yield shown, f"{line}, {time.perf_counter() - begun:.1f} s"
 
@@ -106,6 +94,20 @@ def _drawing(pipe: TextToImage) -> None:
     drawn = gr.on([go.click, prompt.submit], draw, given, [gallery, said], show_progress="hidden", api_name="draw")
     stop.click(None, cancels=[drawn])
     other.click(lambda: random.randrange(2**31), None, seed, api_visibility="private")
+
+
+def _draw(pipe: TextToImage, tell: Tell, *asked: Any, **how: Any) -> None:
+    """Tell of each step, with pictures now and then, and of the pictures at the end: (pictures or None, the step)."""
+    looked = time.perf_counter()
+
+    def look(progress: samplers.Progress) -> None:
+        nonlocal looked
+        pictures = None
+        if time.perf_counter() - looked > EVERY:
+            pictures, looked = pipe.preview(progress), time.perf_counter()
+        tell((pictures, f"step {progress.index + 1} of {progress.num_steps}"))
+
+    tell((pipe(*asked, callback=look, **how), ""))
 
 
 def _noise(solver: str | None, own: Sampling) -> str | float | None:
