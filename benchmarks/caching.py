@@ -66,7 +66,7 @@ def compare_steps(kind: str, steps: int, folder: Path) -> dict[str, float]:
     for step in range(steps + 2):
         for name, trainer in trainers.items():
             start = time.perf_counter()
-            trainer._train_step(trainer.model, next(batches[name]))
+            trainer._train_step(trainer.learner, next(batches[name]))
             if step >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {

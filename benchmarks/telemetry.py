@@ -27,12 +27,12 @@ def measure(preset: str, steps: int, settings: list[str]) -> dict[str, float]:
         for name in ("next", "add", "gradients", "line"):
             setattr(trainer.telemetry, name, _timed(getattr(trainer.telemetry, name), name, spent))
         for trainer.step in range(10):
-            trainer._train_step(trainer.model, trainer.telemetry.next(batches))
+            trainer._train_step(trainer.learner, trainer.telemetry.next(batches))
         trainer.telemetry.line()
         spent.clear()
         start = time.perf_counter()
         for trainer.step in range(10, 10 + steps):
-            trainer._train_step(trainer.model, trainer.telemetry.next(batches))
+            trainer._train_step(trainer.learner, trainer.telemetry.next(batches))
             if (trainer.step + 1) % config.training.log_every == 0:
                 trainer.telemetry.line()
         return {"step": (time.perf_counter() - start) / steps, **{k: v / steps for k, v in spent.items()}}

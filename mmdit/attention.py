@@ -213,7 +213,7 @@ def _obstacle(name: str, kind: str) -> str | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    short = q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT and torch.is_grad_enabled()
+    short = torch.is_grad_enabled() and q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT
     if not short and forward_ad._current_level < 0:  # torch's own has no forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
@@ -71,12 +72,19 @@ def _serves(x: Tensor, layer: nn.Linear) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
-        and x.numel() // x.shape[-1] * w.numel() >= WORTH
+        and _worth(x.numel() // x.shape[-1] * w.numel())
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and KERNEL
         and (torch.compiler.is_compiling() or (torch.backends.mkldnn.enabled and not _transformed()))
     )
+
+
+def _worth(products: int) -> bool:
+    """Whether there is enough to multiply; of a graph for any number of tokens yes, so that it serves them all."""
+    if torch.compiler.is_compiling():
+        return not statically_known_true(products < WORTH)
+    return products >= WORTH
 
 
 def _transformed() -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import training
-from benchmarks import gpu, text_only, timing
+from benchmarks import caching, gpu, telemetry, text_only, timing
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults import hostile, kills, runs
 from benchmarks.faults.runs import Row
@@ -164,3 +164,16 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
 
 def test_packed_pictures_have_the_flops_of_what_is_real():
     assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)
+
+
+def test_what_telemetry_costs_is_measured():
+    found = telemetry.measure("pixels-tiny", 5, ["data.num_samples=100", "training.log_every=1"])
+    assert set(found) == {"step", "next", "add", "gradients", "line"} and min(found.values()) > 0
+    assert sum(found.values()) < 2 * found["step"]
+
+
+@pytest.mark.slow
+def test_steps_from_a_cache_are_measured_beside_those_from_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "SAMPLES", 33)
+    found = caching.compare_steps("T5-small", 1, tmp_path)
+    assert found["images"] > 0 and found["cache"] > 0 and found["bytes"] > 1000
