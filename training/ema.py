@@ -13,6 +13,7 @@ not make, and a profile is such a (t, g).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,12 +52,20 @@ def sigma_rel_of(power: float) -> float:
     return float((power + 1) ** 0.5 / ((power + 2) * (power + 3) ** 0.5))
 
 
-def power_decay(power: float, done: int) -> float:
-    """How much of the average stays at the update that makes `done` of them: (1 - 1 / done)^(g + 1), 0 at the first.
+def power_decay(power: float, done: int, every: int = 1) -> float:
+    """How much of the average stays at the update that makes `done` of them, the last `every` taken in at once:
+    (1 - every / done)^(g + 1), 0 at the first.
 
-    The weight of update k then is the density's integral from k - 1 to k, exactly.
+    The weight of update k then is the density's integral from k - every to k, exactly.
     """
-    return float((1 - 1 / done) ** (power + 1))
+    return float((1 - every / done) ** (power + 1))
+
+
+def exponential_decay(decay: float, done: int, every: int = 1) -> float:
+    """The same of a fixed decay d an update: the product of the last `every` of min(d, (1 + k) / (10 + k)), k from 0,
+    with which early weights are forgotten fast.
+    """
+    return math.prod(min(decay, (1 + k) / (10 + k)) for k in range(done - every, done))
 
 
 def overlaps(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
@@ -77,23 +86,28 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int) -> None:
-    """ema += (1 - d) (model - ema) at update k, from 0, with d = min(decay, (1 + k) / (10 + k)) so that early weights
-    are forgotten fast. Frozen parameters are left alone.
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int, every: int = 1) -> None:
+    """ema += (1 - d) (model - ema) at update k, from 0, with the d of `exponential_decay` for the last `every` updates.
+
+    Frozen parameters are left alone.
     """
     averages, weights = _pairs(ema, model)
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + k) / (10 + k)))
+    torch._foreach_lerp_(averages, weights, 1 - exponential_decay(decay, k + 1, every))
 
 
 class Exponential:
-    """The average of a fixed decay an update, in `ema`, a copy of the model."""
+    """The average of a fixed decay an update, in `ema`, a copy of the model; `every` updates are taken in at once."""
 
-    def __init__(self, ema: nn.Module, decay: float) -> None:
-        self.ema, self.decay = ema, decay
+    def __init__(self, ema: nn.Module, decay: float, every: int = 1) -> None:
+        self.ema, self.decay, self.every = ema, decay, every
 
     def update(self, model: nn.Module, k: int) -> None:
-        """Take in the weights that update number `k`, from 0, has made."""
-        update_ema(self.ema, model, self.decay, k)
+        """Take in the weights that update number `k`, from 0, has made, if it is one that is taken in."""
+        if (k + 1) % self.every == 0:
+            self._take_in(model, k)
+
+    def _take_in(self, model: nn.Module, k: int) -> None:
+        update_ema(self.ema, model, self.decay, k, self.every)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of it, by file."""
@@ -122,7 +136,7 @@ class ScheduleFree(Exponential):
         self.optimizer, self.beta = optimizer, beta
 
     @torch.no_grad()
-    def update(self, model: nn.Module, k: int) -> None:
+    def _take_in(self, model: nn.Module, k: int) -> None:
         averages, weights = _pairs(self.ema, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         ends = [self.optimizer.state[p].get("z", p.detach()) for p in parameters]  # unused: it has not moved
@@ -133,17 +147,17 @@ class Power(Exponential):
     """Two averages by powers of the number of updates, the first in `ema`, and their snapshots every so often."""
 
     def __init__(self, ema: nn.Module, model: nn.Module, config: TrainingConfig) -> None:
-        super().__init__(ema, 0.0)
+        super().__init__(ema, 0.0, config.ema_every)
         self.config = config
         self.powers = [power_of(width) for width in config.ema_sigma_rel]
         self.second = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, k: int) -> None:
+    def _take_in(self, model: nn.Module, k: int) -> None:
         first, weights = _pairs(self.ema, model)
         second = [local(x) for x in self.second.values()]
         for power, averages in zip(self.powers, (first, second), strict=True):
-            torch._foreach_lerp_(averages, weights, 1 - power_decay(power, k + 1))
+            torch._foreach_lerp_(averages, weights, 1 - power_decay(power, k + 1, self.every))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"ema": self.ema.state_dict(), "ema_second": self.second}
@@ -154,6 +168,7 @@ class Power(Exponential):
             local(value).copy_(local(parted(tensors["ema_second"][name], value)))
 
     def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
+        updates -= updates % self.every  # those that are taken in
         if not self.config.ema_snapshot_every or not updates:
             return
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.ema_snapshot_dtype]
@@ -171,7 +186,9 @@ def make_average(
     """The average that the config asks for, in `ema`, a copy of the model; schedule-free optimisers have their own."""
     if "weight_sum" in optimizer.param_groups[0]:
         return ScheduleFree(ema, optimizer, optimizer.param_groups[0]["betas"][0])
-    return Power(ema, model, config) if config.ema == "power" else Exponential(ema, config.ema_decay)
+    if config.ema == "power":
+        return Power(ema, model, config)
+    return Exponential(ema, config.ema_decay, config.ema_every)
 
 
 def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -309,6 +309,8 @@ class TrainingConfig(Settings):
     """How the weights are averaged that are sampled and scored: with a fixed decay, or by a power of the step."""
     ema_decay: BelowOne = 0.999
     """Decay per step of an "exponential" average; 0 keeps no average."""
+    ema_every: Count = 1
+    """Steps that an average takes in at once, less work for large models; widths and decay stay those per step."""
     ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
     """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
     ema_snapshot_every: CountOrZero = 1000
@@ -365,6 +367,10 @@ class TrainingConfig(Settings):
                 f"training.batch_size is {self.batch_size}, expected a multiple of training.grad_accumulation = "
                 f"{self.grad_accumulation}"
             )
+        if self.ema_every > self.num_steps:
+            raise ConfigError(f"training.ema_every is {self.ema_every}: a run of {self.num_steps} steps has no average")
+        if self.ema_every > 1 and self.ema == "exponential" and not self.ema_decay:
+            raise ConfigError(f"training.ema_every is {self.ema_every}, and training.ema_decay = 0 keeps no average")
         if self.ema == "power" and self.ema_sigma_rel[0] == self.ema_sigma_rel[1]:
             raise ConfigError(f"training.ema_sigma_rel is {list(self.ema_sigma_rel)}, expected two different widths")
 

@@ -120,6 +120,27 @@ def stepping(config: TrainingConfig, optimizer: OptimizerConfig, steps: int):
     return average, seen, steps_of
 
 
+@pytest.mark.parametrize("ema", ["exponential", "power"])
+def test_updates_taken_in_at_once_weigh_as_each_would(ema):
+    """The average that sees each third update's weights in the place of the two before it."""
+    rare, seen, _ = stepping(TrainingConfig(ema=ema, ema_decay=0.8, ema_every=3), OptimizerConfig(lr=0.01), 31)
+    held = [seen[min(i // 3 * 3 + 2, 29)] for i in range(30)]
+    if ema == "power":
+        shares = weights_of(power_of(0.05), 30, 30)
+    else:
+        stay = [min(0.8, (1 + k) / (10 + k)) for k in range(30)]
+        shares = np.array([(1 - stay[k]) * np.prod(stay[k + 1 :]) for k in range(30)])
+        held, shares = [first_weights(), *held], np.array([np.prod(stay), *shares])
+    expected = sum(float(share) * weight for share, weight in zip(shares, held, strict=True))
+    torch.testing.assert_close(rare.ema.weight.detach(), expected)
+
+
+def first_weights() -> torch.Tensor:
+    """The weights that `stepping` begins with."""
+    torch.manual_seed(0)
+    return nn.Linear(3, 3).weight.detach()
+
+
 def test_both_powers_are_tracked():
     average, seen, _ = stepping(TrainingConfig(ema="power", ema_sigma_rel=(0.07, 0.2)), OptimizerConfig(lr=0.01), 30)
     for width, found in ((0.07, average.ema.weight), (0.2, average.second["weight"])):
@@ -256,6 +277,10 @@ def test_what_does_not_go_together_is_refused():
         replace(config.training, ema="power", ema_sigma_rel=(0.1, 0.1))
     with pytest.raises(ConfigError, match="ema_sigma_rel.* is 0.3, expected a number in"):
         TrainingConfig(ema_sigma_rel=(0.1, 0.3))
+    with pytest.raises(ConfigError, match="a run of 20 steps has no average"):
+        replace(config.training, num_steps=20, ema_every=21)
+    with pytest.raises(ConfigError, match="ema_decay = 0 keeps no average"):
+        replace(config.training, ema_decay=0.0, ema_every=2)
     with pytest.raises(ConfigError, match="averages its weights itself: set training.ema_decay=0"):
         load_config("pixels-tiny", ["optimizer.name=schedule-free"])
 
