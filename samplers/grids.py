@@ -111,13 +111,16 @@ def ddpm(num_steps: int, schedule: Schedule, spacing: str = "leading", offset: i
     n = len(schedule)
     if num_steps > n:
         raise ValueError(f"num_steps = {num_steps}: the schedule has {n} indices")
+    first = (num_steps - 1) * (n // num_steps) + offset
+    if spacing == "leading" and not 0 <= offset <= first < n:
+        raise ValueError(f"offset = {offset}: {num_steps} leading indices would begin at {first}, of {n}")
     ramp = torch.arange(num_steps, dtype=torch.float64)
     spacings = {
         "leading": (num_steps - 1 - ramp) * (n // num_steps) + offset,
         "trailing": (n - ramp * n / num_steps).round() - 1,
         "linspace": torch.linspace(n - 1, 0, num_steps, dtype=torch.float64).round(),
     }
-    times = schedule.time(lookup("spacing", spacing, spacings).clamp(max=n - 1))
+    times = schedule.time(lookup("spacing", spacing, spacings))
     end = torch.zeros(1, dtype=torch.float64) if to_data else schedule.time(0)[None]
     return torch.cat((times[times > end], end))
 

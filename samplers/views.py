@@ -118,9 +118,7 @@ def combine(x: Tensor, y: Tensor, a: float, b: float) -> Tensor:
     """a x + b y in as few passes over memory as it takes."""
     if a == 0 or b == 0:
         return y * b if a == 0 else x * a
-    if a == 1:
-        return torch.add(x, y, alpha=b)
-    return torch.add(y, x, alpha=a) if b == 1 else (x * a).add_(y, alpha=b)
+    return torch.add(x, y, alpha=b) if a == 1 else (x * a).add_(y, alpha=b)
 
 
 def _solve(row: Row, c: Coefficients) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from mmdit.attention import (
     attention_backends,
     current_backend,
     key_mask,
+    why_not,
 )
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.model import MMDiT
@@ -121,6 +122,46 @@ def test_samples_in_one_row_are_as_one_by_one_on_cuda(dtype):
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5], device="cuda")
     expected = attention(q.float(), k.float(), v.float(), (sample[:, None] == sample[None])[None, None])
     torch.testing.assert_close(attention(q, k, v, pairs).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """The kernel of sequences of any length, written out on the CPU and in float64."""
+
+    def one_by_one(q, k, v, q_ends, k_ends, most_queries, most_keys):
+        assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
+        assert q_ends.diff().max() <= most_queries and k_ends.diff().max() <= most_keys
+        parts = [(x[start:end] for x, start, end in zip((q, k, v), (a, c, c), (b, d, d), strict=True))
+                 for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)]  # fmt: skip
+        heads = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)) for part in parts]
+        return torch.cat([x.transpose(0, 1) for x in heads])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
+    monkeypatch.setattr("mmdit.attention.HALVES", (torch.float64,))
+
+
+@pytest.mark.parametrize("mask", ["none", "keys"])
+def test_varlen_leaves_out_the_padding(varlen, mask):
+    (q, _, _), (_, k, v) = qkv(5, dtype=torch.float64), qkv(8, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[mask])
+    torch.testing.assert_close(_varlen(q, k, v, MASKS[mask]), expected)
+
+
+def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
+    monkeypatch.setattr("mmdit.attention._serves", lambda kind, dtype, width: True)
+    pairs = Pairs((4, 6, 3), (2, 0, 5))
+    q, k, v = (x[:1] for x in qkv(20, dtype=torch.float64))
+    sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5])
+    torch.testing.assert_close(pairs.attend(q, k, v), attention(q, k, v, (sample[:, None] == sample)[None, None]))
+
+
+@pytest.mark.parametrize("absent", ["xformers", "torch.nn.attention.varlen"])
+def test_what_cuda_has_is_what_is_installed(monkeypatch, absent):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setattr("mmdit.attention._knows", mmdit.attention._knows.__wrapped__)
+    there, name = {"xformers": ("varlen", "xformers"), "torch.nn.attention.varlen": ("xformers", "varlen")}[absent]
+    assert attention_backends("cuda") == ["sdpa", "flex", there]
+    assert "here there are sdpa, flex, " + there in why_not(name, "cuda") and why_not(there, "cuda") is None
 
 
 @pytest.mark.parametrize("mask", ["none", "keys"])

@@ -359,6 +359,14 @@ def test_half_precision_keeps_times_and_states(time):
     assert (drawn - right).norm() < 0.01 * right.norm()
 
 
+@pytest.mark.parametrize(("room", "drawn"), [(6, 1), (5, 0)])
+def test_an_image_from_nothing_fills_the_document_to_its_last_token(room, drawn):
+    """Four patches of a latent of 4 x 4, and the two tokens around them."""
+    model = alive(replace(TINY, max_tokens=room))
+    [written] = generate(model, [[]], 0, image=replace(SMALL, size=(4, 4)))
+    assert len(written.parts) == drawn and written.stopped == "length"
+
+
 def test_a_document_that_is_full_stops_before_a_size_is_chosen():
     """And the others of its batch are drawn."""
     model = alive(replace(TINY, size_tokens=2, max_tokens=10))

@@ -47,6 +47,21 @@ def test_small_products_and_other_types_are_torchs_own(calls):
     assert calls == []
 
 
+@torch.no_grad()
+def test_without_onednn_it_is_torchs_own(calls, monkeypatch):
+    layer, x = layer_and_input()
+    monkeypatch.setattr(type(torch.backends.mkldnn), "enabled", False)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert calls == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("then", ["none", "gelu"])
+def test_what_the_compiler_is_told_of_the_kernel_is_true(then):
+    layer, x = layer_and_input((3, 8, 5))
+    torch.library.opcheck(linear._opaque, (x, layer.weight, layer.bias, then))
+
+
 def test_what_is_learnt_or_differentiated_is_torchs_own(calls):
     layer, x = layer_and_input()
     linear_gelu(layer, x).sum().backward()

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdit.config import MMDiTConfig, preset, preset_names
-from mmdit.embeddings import crop_positions, patchify, position_table, rotary_2d, rotate, unpatchify
+from mmdit.embeddings import (
+    crop_positions,
+    extended_positions,
+    patchify,
+    position_table,
+    rotary_2d,
+    rotary_mixed,
+    rotate,
+    unpatchify,
+)
 from mmdit.formats import config_to_diffusers
 from mmdit.layouts import DIFFUSERS
 from mmdit.model import MMDiT
@@ -224,6 +233,32 @@ def test_rotary_scores_depend_on_the_displacement_alone():
     assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3  # rows are not columns
     assert (scores[0, 0, 0, 0] - scores[0, 0, 0, 1]).abs() > 1e-3
     torch.testing.assert_close(scores[2, 3, 2, 3], q @ k, atol=1e-5, rtol=0)
+
+
+def test_rotary_angles_are_the_formula():
+    """Rows before columns, from the centre; in a sequence the step of the text first, with a base of its own."""
+
+    def angle(at, num, base):
+        return [at * base ** (-k / num) for k in range(num)]
+
+    expected = [angle(row - 1, 4, 100) + angle(column - 1.5, 4, 100) for row in range(3) for column in range(4)]
+    for of_angle, got in zip((torch.cos, torch.sin), rotary_2d(3, 4, 16, torch.device("cpu")), strict=True):
+        torch.testing.assert_close(got, of_angle(torch.tensor(expected)))
+    places = [(7, 0, 0), (8, -1.5, 2), (9, 0.5, -3)]
+    expected = [angle(step, 4, 10_000) + angle(row, 2, 100) + angle(column, 2, 100) for step, row, column in places]
+    for of_angle, got in zip((torch.cos, torch.sin), rotary_mixed(torch.tensor(places), 16), strict=True):
+        torch.testing.assert_close(got, of_angle(torch.tensor(expected)))
+
+
+def test_a_table_is_continued_about_its_centre_and_no_other_is():
+    table = position_table(16, 6, 4)
+    assert extended_positions(table, 6, 4) is table
+    for side, longer in ((7, 8), (8, 8), (9, 10)):
+        torch.testing.assert_close(extended_positions(table, side, 4), position_table(16, longer, 4))
+    half = extended_positions(table.bfloat16(), 8, 4)  # a table as it is rounded
+    torch.testing.assert_close(half, position_table(16, 8, 4).bfloat16())
+    with pytest.raises(ValueError, match="cannot be continued"):
+        extended_positions(table + 5e-3, 8, 4)
 
 
 def test_rotary_of_a_larger_picture_agrees_where_they_overlap():

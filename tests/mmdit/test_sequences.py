@@ -49,6 +49,17 @@ def test_the_mask_is_the_rule_in_words(given_documents):
             assert seen[q, k] == (doc == other and (place <= at or one_image))
 
 
+@given(documents())
+def test_what_predicts_is_followed_by_text_of_its_document(given_documents):
+    batch = pack(given_documents)
+    expected = [
+        k
+        for k, (token, document) in enumerate(zip(batch.ids.tolist(), batch.document.tolist(), strict=True))
+        if token != BOI and k + 1 < len(batch.ids) and batch.document[k + 1] == document
+    ]
+    assert batch.predicting.tolist() == expected
+
+
 @given(documents(), st.sampled_from(["transfusion", "causal", "full"]))
 def test_its_three_faces_agree(given_documents, rule):
     layout = pack(given_documents).layout(2)

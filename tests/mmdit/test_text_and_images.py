@@ -82,6 +82,33 @@ def test_it_tells_what_it_writes_as_it_comes(pipe):
     assert "".join(texts).strip().startswith(first[:3])
 
 
+def test_pictures_are_told_as_they_are_written_and_nothing_that_is_empty(pipe):
+    heard = []
+    how = dict(begin="image", max_tokens=6, max_images=1)
+    [written] = pipe.generate([["a red"]], 3, lambda i, part: heard.append(part), **how)
+    assert np.array_equal(pixels(heard[:1]), pixels(written.parts[:1]))
+    assert all(isinstance(part, str) and part for part in heard[1:]) and len(heard) > 1
+
+
+def test_a_picture_that_is_read_is_in_the_models_range(pipe):
+    picture = Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3))
+    [latent] = pipe._parts([picture])
+    expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 * 2 - 1
+    torch.testing.assert_close(latent, expected)
+    assert pipe._parts([picture])[0].dtype == pipe.model.transformer.dtype
+    assert np.array_equal(pixels([pipe._shown(latent)]), pixels([picture]))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"negative_prompts": "blue"}, {"rescale": 0.5}, {"skip_layers": [0]}, {"rule": "apg"}],
+    ids=lambda how: next(iter(how)),
+)
+def test_guidance_that_it_does_not_know_is_refused(pipe, how):
+    with pytest.raises(ValueError, match="is guided away from no prompt, by rule 'cfg'"):
+        pipe(["a red circle"], **how)
+
+
 def test_a_character_of_several_tokens_is_told_whole():
     tokenizer = Tokenizer.train(["plain words"], 280, 32, images=True)
     ids = tokenizer(["café ☃ ok"]).ids[0]
@@ -101,6 +128,9 @@ def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
     [drawn] = again.generate([["a red circle"]], begin="image", max_tokens=0)
     width, height = drawn.parts[0].size
     assert width % again.step == height % again.step == 0 and max(width, height) <= 4 * again.step
+    assert again.image_sampling(free=True).size is None and again.image_sampling().size == (8, 12)
+    assert again.image_sampling(height=16, free=True).size[0] == 16
+    assert again.image_sampling(width=16, free=True).size[1] == 16
     with pytest.raises(ValueError, match="they are not of one model"):
         CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
 
@@ -118,6 +148,7 @@ def test_compiled_it_writes_and_draws_the_same():
 
 def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
     """As one that is asked for; and a text of no tokens is no prompt."""
+    assert pipe.image_sampling(free=True).size == (8, 12)  # it has no tokens to say one
     asked = pipe.image_sampling(height=16, width=24, num_steps=3)
     assert (asked.size, asked.shift, asked.shift_of) == ((16, 24), 1.5, (8, 12))
     [drawn] = pipe.generate([["two"]], 4, image=asked, begin="image", max_tokens=0)

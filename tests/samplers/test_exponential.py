@@ -81,6 +81,13 @@ def test_from_end_to_end_whatever_is_predicted(name, prediction):
     assert (out - reference).norm() < (1.0 if SOLVERS[name].order == 1 or prediction == "noise" else 0.5)
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_step_out_of_pure_noise_is_ddims(name, prediction):
+    field, grid = MIXTURE.field(FLOW, prediction), [1.0, 0.8]
+    torch.testing.assert_close(sample(field, X, name, grid=grid).x, sample(field, X, "ddim", grid=grid).x)
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpmpp-2s", "heun"])
 def test_a_noise_network_leaves_pure_noise_exactly_where_the_data_have_no_mean(name):
     """The rule of views.py at alpha = 0, x_0 = 0, is E[x_0 | x_t] there if the data have no mean; else they pay it."""

@@ -34,6 +34,8 @@ def test_views_of_a_mixture_are_exact(schedule, prediction):
         torch.testing.assert_close(field.eps(X, t), eps, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(field.v(X, t), MIXTURE.view("velocity", X, t, schedule), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(field.score(X, t), MIXTURE.view("score", X, t, schedule), rtol=1e-6, atol=1e-6)
+        expected = MIXTURE.view("ddpm_v", X, t, schedule)
+        torch.testing.assert_close(field.predict(X, t).ddpm_v, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_score_is_the_gradient_of_the_log_density():
@@ -132,6 +134,11 @@ def test_bad_fields_are_refused():
         Field(lambda x, t: x[:, :1], RectifiedFlow()).v(X, 0.5)
     with pytest.raises(ValueError, match="t holds 3 times for a batch of 6"):
         Field(lambda x, t: x, RectifiedFlow()).v(X, torch.rand(3))
+    with pytest.raises(ValueError, match="sigma_data = 0"):
+        edm_network(lambda x, t: x, RectifiedFlow(), sigma_data=0.0)
+    for t in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="time is a number in"):
+            Field(lambda x, t: x, RectifiedFlow()).predict(X, t)
 
 
 @pytest.mark.parametrize("ours", [RectifiedFlow(), EDM(15.0), VE(0.05, 14.0), Trig()])
@@ -176,6 +183,13 @@ def test_a_pole_of_the_schedule_hides_the_velocity():
     field = MIXTURE.field(VPLinear(), "velocity")
     assert not field.determines_velocity(0.0) and field.determines_velocity(0.5)
     assert field.determined(0.0) and field.on(RectifiedFlow()).determines_velocity(0.0)
+
+
+def test_times_of_a_batch_are_determined_where_each_is():
+    data, pole = MIXTURE.field(RectifiedFlow(), "data"), MIXTURE.field(VPLinear(), "velocity")
+    for field in (data, pole, data.on(Trig())):
+        assert field.determines_velocity(torch.tensor([0.5, 1.0], dtype=torch.float64))
+        assert not field.determines_velocity(torch.tensor([0.5, 0.0], dtype=torch.float64))
 
 
 def test_a_raw_edm_network_is_adapted():

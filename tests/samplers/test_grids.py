@@ -174,6 +174,11 @@ def test_the_grid_that_is_shifted_twice():
         (lambda: time_grid("leading", 5), "counts the indices of a DiscreteVP"),
         (lambda: time_grid("leading", 1001, schedule=DiscreteVP.linear()), "the schedule has 1000 indices"),
         (lambda: grids.ddpm(5, DiscreteVP.linear(), "traling"), "did you mean 'trailing'"),
+        (
+            lambda: grids.ddpm(1000, DiscreteVP.linear(), offset=1),
+            "offset = 1: 1000 leading indices would begin at 1000",
+        ),
+        (lambda: grids.ddpm(5, DiscreteVP.linear(), offset=-1), "offset = -1"),
         (lambda: grids.karras(5, RectifiedFlow(), sigma_min=2.0, sigma_max=1.0), "sigma_min = 2"),
         (lambda: grids.karras(5, RectifiedFlow(), rho=0), "rho = 0"),
         (lambda: grids.karras(5, VE(1.0, 2.0), sigma_max=0.5), "runs from 1 to 2"),

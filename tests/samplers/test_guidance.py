@@ -192,6 +192,14 @@ def test_two_conditions_are_guided_one_after_the_other():
     assert counts == [3, 2, 2] and cfg_text_image(A, B, C, 1.0, 1.0) is A
 
 
+def test_two_conditions_are_renormed_in_the_velocity_whatever_is_predicted():
+    def guided(kind):
+        fields = (Field(lambda x, t, f=f: f.predict(x, t).view(kind), FLOW, kind) for f in (A, B, C))
+        return cfg_text_image(*fields, 4.0, 2.0).v(Z, 0.5)
+
+    torch.testing.assert_close(guided("data"), guided("velocity"))
+
+
 def test_renorm_brings_back_the_length():
     full = A.v(Z, 0.5)
 
@@ -248,6 +256,15 @@ def test_push_away_adds_the_difference_to_the_weak_model_within_its_interval(t):
         expected = expected + 1.5 * (COND.v(X, t) - weak.v(X, t))
     torch.testing.assert_close(guided.v(X, t), expected)
     assert guided.predict(X, t).num_evals == {0.2: 1, 0.5: 3, 0.8: 2}[t]
+
+
+def test_push_away_takes_a_weak_model_of_another_schedule_and_sees_what_it_sees():
+    def guided(weak):
+        return push_away(COND, halves(COND, UNCOND), weak, 3.0, 1.5)
+
+    torch.testing.assert_close(guided(MIXTURE.field(Cosine())).v(X, 0.5), guided(UNCOND).v(X, 0.5))
+    assert guided(UNCOND).determines_velocity(0.0)
+    assert not guided(MIXTURE.field(FLOW, "data")).determines_velocity(0.0)
 
 
 def test_push_away_with_a_time_per_sample():

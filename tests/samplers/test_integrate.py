@@ -148,6 +148,13 @@ def test_large_numbers_are_no_nan():
         assert torch.equal(sample(field, x, "euler", 3).x, x)
 
 
+def test_a_sum_that_overflows_in_half_precision_is_not_taken_for_the_step_that_went_wrong():
+    x = torch.full((2, 1000), 6e4, dtype=torch.float16)
+    field = Field(lambda x_t, t: torch.where(t[:, None] < 0.5, torch.nan, 0.0).to(x_t.dtype).expand_as(x_t), FLOW)
+    with pytest.raises(ValueError, match="after step 3 of 4, from t = 0.4 to 0.2"):
+        sample(field, x, "euler", grid=[1.0, 0.7, 0.4, 0.2, 0.0])
+
+
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(1.0), torch.zeros(0, 2), [1.0]])
 def test_what_is_no_state_is_refused(x):
     with pytest.raises(ValueError, match="give a floating tensor"):

@@ -8,6 +8,7 @@ import torch
 
 from samplers import (
     SOLVERS,
+    VE,
     Cosine,
     Field,
     VPLinear,
@@ -16,7 +17,7 @@ from samplers import (
     log_likelihood,
     sample,
 )
-from tests.oracles import MIXTURE
+from tests.oracles import MIXTURE, Gaussian
 from tests.samplers.common import FLOW
 
 X_0 = MIXTURE.sample(6, torch.Generator().manual_seed(0))
@@ -43,6 +44,15 @@ def test_a_vp_noise_network_is_seen_on_the_flow():
     torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=2e-3)  # alpha(1) = 0.0066 is where it is last asked
     with pytest.raises(ValueError, match="does not determine the velocity at t = 0"):
         log_likelihood(field, X_0)
+
+
+def test_a_path_that_ends_early_takes_the_marginal_of_unit_data_there():
+    unit = Gaussian.of([0.0, 0.0], 1.0)
+    for schedule, t in ((FLOW, 0.6), (VE(0.05, 4.0), 1.0)):
+        got = log_likelihood(unit.field(schedule), X_0, TIGHT, grid=[t, 1e-3])
+        variance = unit.std_at(1e-3, schedule) ** 2
+        expected = -X_0.square().sum(1) / (2 * variance) - torch.log(2 * math.pi * variance)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
@@ -138,7 +148,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="num_probes = 0"):
         log_likelihood(field, X_0, num_probes=0)
     with pytest.raises(ValueError, match="does not determine the velocity at t = 1"):
-        log_likelihood(MIXTURE.field(FLOW, "noise"), X_0)
+        log_likelihood(MIXTURE.field(FLOW, "noise"), X_0, num_steps=3)
     with pytest.raises(ValueError, match="cannot leave t = 0"):
         invert(field, X_0, "dpmpp-2m")
     for solver, view in (("heun", "data"), ("edm-heun", "data"), ("heun", "score"), ("ab2", "data")):
@@ -146,6 +156,8 @@ def test_what_cannot_be_done_is_refused():
             invert(MIXTURE.field(FLOW, view), X_0, solver)
     with pytest.raises(ValueError, match="does not determine the velocity at t = 0"):  # a pole of the schedule
         invert(MIXTURE.field(VPLinear()), X_0, "heun")
+    with pytest.raises(ValueError, match="does not determine the velocity at t = 0"):
+        invert(MIXTURE.field(VPLinear()), X_0, "ab2")
     assert invert(MIXTURE.field(FLOW, "data"), X_0, "heun", grid=[1.0, 0.5, 1e-4]).x.isfinite().all()
     assert invert(MIXTURE.field(VPLinear(), "noise"), X_0, "edm-heun").x.isfinite().all()
     with pytest.raises(ValueError, match="'ddpm' draws noise"):

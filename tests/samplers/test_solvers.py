@@ -1,5 +1,6 @@
 """Runge-Kutta methods: measured order on exact fields, fixed and adaptive; the end that cannot be seen; names."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -189,6 +190,60 @@ def test_dopri5_needs_more_evaluations_for_less_error():
     assert run(atol=1e-8, rtol=1e-8) > base > run(atol=1e-2, rtol=1e-2)
     assert run(atol=1e-9) > base and run(atol=1e-9, rtol=1e-9) > run(atol=1e-9)
     assert run(first_step=1e-4) > base and run(safety=0.5) > base
+
+
+def test_dopri5_takes_the_steps_of_its_equations():
+    """Its loop written out for one number, with scipy's tableau: every time that the network is asked for."""
+    from scipy.integrate import RK45
+
+    def v(x, t):
+        return -30 * (x - math.cos(6 * t)) if t > 0.5 else math.cos(6 * t)  # refused at first, then quick
+
+    asked, expected = [], []
+
+    def network(x_t, t):
+        asked.append(t.item())
+        return torch.full_like(x_t, v(x_t.item(), t.item()))
+
+    solver = replace(SOLVERS["dopri5"], atol=1e-4, rtol=1e-3, first_step=0.4)
+    got = sample(Field(network, RectifiedFlow()), X[:1, :1], solver, grid=[1.0, 0.47, 0.0]).x.item()
+    x, h, last_error, refused = X[0, 0].item(), 0.4, 1.0, 0
+    for t, end in ((1.0, 0.47), (0.47, 0.0)):
+        expected.append(t)
+        first = v(x, t)
+        while t > end:
+            last = h >= t - end
+            new = end if last else t - h
+            slopes = [first]
+            for c, a in zip([*RK45.C[1:], 1.0], [*RK45.A[1:], RK45.B], strict=True):
+                x_new = x + (new - t) * sum(w * k for w, k in zip(a, slopes, strict=False))
+                expected.append(t + c * (new - t))
+                slopes.append(v(x_new, expected[-1]))
+            error = abs((new - t) * RK45.E @ slopes) / (1e-4 + 1e-3 * max(abs(x), abs(x_new)))
+            if error > 1:
+                h, refused = min(h, t - end) * min(max(0.9 * error ** (-1 / 5), 0.2), 1), refused + 1
+                continue
+            factor = min(max(0.9 * error ** (-0.7 / 5) * last_error ** (0.4 / 5), 0.2), 5)
+            h = h if last and factor < 1 else min(h, t - end) * factor
+            x, t, first, last_error = x_new, new, slopes[-1], max(error, 1e-4)
+    assert asked == pytest.approx(expected, rel=1e-9) and refused > 0
+    assert got == pytest.approx(x, rel=1e-9)
+
+
+def test_dopri5_does_not_look_at_an_end_that_cannot_be_seen():
+    def asked(prediction):
+        calls, inner = [], GAUSSIAN.field(RectifiedFlow(), prediction)
+
+        def network(x_t, t):
+            calls.append(t[0].item())
+            return inner.network(x_t, t)
+
+        sample(Field(network, RectifiedFlow(), prediction), X[:1], "dopri5", 1)
+        return calls
+
+    seen, blind = asked("velocity"), asked("data")
+    assert min(seen) == 0 and len(seen) % 6 == 1  # the last stage of a step is the first of the next
+    assert min(blind) == pytest.approx(1e-4, rel=1e-9) and len(blind) % 6 == 2  # and DDIM's step from there
 
 
 def test_dopri5_solves_a_sample_alike_in_any_batch():

@@ -92,7 +92,7 @@ def test_decay_is_the_integral():
     flow, t, t_next = RectifiedFlow(), 0.6, 0.5
     expected = (t_next / (1 - t_next)) / (t / (1 - t))
     assert decay(make_diffusion("kl", flow), flow, t, t_next) == pytest.approx(expected)
-    assert decay(lambda s: DIFFUSIONS["kl"](flow, s), flow, t, t_next) == pytest.approx(expected, rel=1e-4)
+    assert decay(lambda s: DIFFUSIONS["kl"](flow, s), flow, t, t_next) == pytest.approx(expected, rel=1e-5)
     assert decay(make_diffusion(1.3, flow), flow, t, t_next) == pytest.approx(expected**1.69)
     assert decay(make_diffusion(0.5, flow), flow, t, t_next) == pytest.approx((1 - 0.25 * (1 - expected**2)) ** 0.5)
     assert decay(None, flow, t, t_next) == 1
@@ -150,6 +150,7 @@ def test_the_tree_is_one_brownian_path_on_every_grid():
     for t, t_next in ((1.0, 0.0), (0.51, 0.5), (0.9, 0.1)):
         assert tree(t, t_next).var().item() == pytest.approx(abs(t - t_next), rel=0.12)  # 5 standard errors
         assert tree.unit(t, t_next).var().item() == pytest.approx(1, rel=0.12)
+    torch.testing.assert_close(tree.unit(0.75, 0.5) * 0.5, tree.at(0.5) - tree.at(0.75))
     first, second = tree(0.9, 0.6), tree(0.6, 0.2)
     assert abs((first * second).mean().item()) < 5 * (0.3 * 0.4 / 4000) ** 0.5
     assert not torch.allclose(whole, BrownianTree(x, 8, depth=10)(0.9, 0.1))
@@ -207,6 +208,14 @@ def test_no_churn_is_edm_heun():
         replace(churn, churn=-1.0)
 
 
+def test_churn_adds_no_more_noise_than_the_schedule_has():
+    """At sigma = 9 of 10, 9 (2^1/2) would be above it."""
+    churn = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0)
+    near, far = (plan.lift for plan in churn.bind(MIXTURE.field(EDM(10.0)), [0.9, 0.5, 0.2]).plans)
+    assert near.a == far.a == 1
+    assert near.noise == pytest.approx((10**2 - 9**2) ** 0.5) and far.noise == pytest.approx(5.0)
+
+
 def test_langevin_that_corrects_nothing_is_its_predictor():
     langevin = SOLVERS["langevin"]
     assert not torch.allclose(run("langevin", diffusion=1.0), run("langevin"))
@@ -217,6 +226,8 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
     torch.testing.assert_close(run(replace(langevin, snr=1e-9)), run("ddim"), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="snr = 0"):
         replace(langevin, snr=0)
+    with pytest.raises(ValueError, match="num_corrections = 0"):
+        replace(langevin, num_corrections=0)
 
 
 def test_restart_that_never_does_is_its_inner_solver():
@@ -226,3 +237,5 @@ def test_restart_that_never_does_is_its_inner_solver():
         replace(restart, intervals=((0.6, 0.2, 1, 4),))
     with pytest.raises(ValueError, match="no step of the grid"):
         sample(field, X, "restart", 1)
+    with pytest.raises(ValueError, match="no step of the grid from 1 to 0.5"):
+        sample(field, X, "restart", grid=[1.0, 0.7, 0.5])

@@ -122,6 +122,14 @@ def test_order_of_restart(schedule):
     assert error(320, 4) > 0.5 * error(160, 4)
 
 
+def test_restart_hands_its_noise_to_an_inner_solver_that_draws():
+    """DDPM's step on the way down too: the deviation is that of the data, where without its noise it falls short."""
+    solver = replace(SOLVERS["restart"], inner=SOLVERS["ddpm"], intervals=((0.3, 0.7, 1, 40),))
+    errors = moment_errors(RectifiedFlow(), solver, inner_grid(80), num_draws=200)
+    assert errors == pytest.approx((0, 0), abs=0.02)
+    assert solver.inner.stochastic and not solver.draws_once
+
+
 def test_langevin_leaves_the_variance_that_theory_says():
     """v = (1 - e / s^2)^2 v + 2 e has the fixed point s^2 / (1 - e / (2 s^2)), where s^2 is the true variance."""
     flow, t, snr = RectifiedFlow(), 0.4, 0.5
