@@ -9,6 +9,7 @@ Shapes: n images, b buckets; sizes are (height, width).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -42,11 +43,16 @@ def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.nda
 
     Of buckets with one ratio, the one of the largest area.
     """
+    edges, buckets = _edges(sizes)
+    return buckets[np.searchsorted(edges, np.log(heights / widths))].astype(np.int16)
+
+
+def _edges(sizes: list[Size]) -> tuple[np.ndarray, np.ndarray]:
+    """(logarithms of the ratios between which the nearest bucket is another, the buckets between these)."""
     order = sorted(range(len(sizes)), key=lambda b: (sizes[b][0] / sizes[b][1], -sizes[b][0] * sizes[b][1]))
     ratios, first = np.unique(np.array([sizes[b][0] / sizes[b][1] for b in order]), return_index=True)
     logs = np.log(ratios)
-    right = np.searchsorted((logs[1:] + logs[:-1]) / 2, np.log(heights / widths))
-    return np.array(order)[first[right]].astype(np.int16)
+    return (logs[1:] + logs[:-1]) / 2, np.array(order)[first]
 
 
 def own_sizes(
@@ -63,6 +69,47 @@ def own_sizes(
     h, w = np.minimum(sides, np.maximum(1, np.floor(sides[::-1] * max_ratio)).astype(np.int64)) * step
     found, taken = np.unique(np.stack([h, w], axis=1), axis=0, return_inverse=True)
     return [(int(height), int(width)) for height, width in found], taken.reshape(-1).astype(np.int32)
+
+
+def all_own_sizes(area: int, step: int, max_ratio: float) -> list[Size]:
+    """All sizes that `own_sizes` may find, whatever the images."""
+    area_in_steps = area / step**2 * (1 + 1e-9)  # a rounding error more
+    sides = np.arange(1, max(1, math.floor(math.sqrt(area_in_steps * max_ratio) + 0.5)) + 1)
+    h, w = np.meshgrid(sides, sides, indexing="ij")
+    low_h, low_w = (np.where(side == 1, 0.0, side - 0.5) for side in (h, w))  # what is rounded to them begins here
+    least_h, least_w = np.maximum(low_h, low_w / max_ratio), np.maximum(low_w, low_h / max_ratio)
+    found = (least_h * least_w <= area_in_steps) & (least_h < h + 0.5) & (least_w < w + 0.5)
+    h, w = h[found], w[found]
+    h, w = (np.minimum(a, np.maximum(1, np.floor(b * max_ratio))).astype(int) * step for a, b in ((h, w), (w, h)))
+    return sorted({*zip(h.tolist(), w.tolist(), strict=True)})
+
+
+class Sizing:
+    """`sizing(size)` -> the size that an image of that size is fitted to, of all `sizes` that there may be.
+
+    It is image_size, or the nearest in shape of the buckets of about its area, or the image's own, up to that area. An
+    image of no known size takes what one of image_size takes. Raises ValueError for a ratio below 1.
+    """
+
+    def __init__(
+        self, image_size: Size, step: int = 1, buckets: bool | Literal["own"] = False, max_ratio: float = 1.0
+    ) -> None:
+        self.image_size, self.step, self.buckets, self.max_ratio = image_size, step, buckets, max_ratio
+        self._area = image_size[0] * image_size[1]
+        self.sizes: list[Size] = [image_size]
+        if buckets == "own":
+            self.sizes = all_own_sizes(self._area, step, max_ratio)
+        elif buckets:
+            self.sizes = bucket_sizes(*image_size, step, max_ratio)
+            self._edges, self._between = _edges(self.sizes)
+
+    def __call__(self, size: Size | None) -> Size:
+        height, width = size or self.image_size
+        if self.buckets == "own":
+            return own_sizes(np.array([height]), np.array([width]), self._area, self.step, self.max_ratio)[0][0]
+        if self.buckets:
+            return self.sizes[self._between[np.searchsorted(self._edges, np.log(height / width))]]
+        return self.image_size
 
 
 def merge_small(bucket: np.ndarray, sizes: list[Size], least: int) -> np.ndarray:

@@ -100,6 +100,16 @@ class SourceOptions:
         if self.buckets and not self.wanted.measures:  # sizes say which bucket
             object.__setattr__(self, "wanted", replace(self.wanted, sizes=True))
 
+    def check_size(self, size: Size | None) -> None:
+        """Raises `DataError` where images are to have their own size, and none says up to which area."""
+        if size is None and self.buckets == "own":
+            raise DataError('data.buckets is "own": say by data.image_size above which area images are scaled down')
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a batch holds images of several sizes."""
+        return self.mixed and bool(self.buckets)
+
     @property
     def is_plain(self) -> bool:
         """Whether nothing is asked for but images of one size with their captions."""
@@ -183,8 +193,7 @@ class FileSource:
         self._ends = np.cumsum([len(table) for table in self._tables])
         self.keys: Sequence[str] = Keys(self._tables)
         self.options = options
-        if size is None and options.buckets == "own":
-            raise DataError('data.buckets is "own": say by data.image_size above which area images are scaled down')
+        options.check_size(size)
         self.image_size = fit_size(*(size or self._common_size()), step)
         self.layout = self._layout(step, tuple(weights))
 
@@ -243,7 +252,7 @@ class FileSource:
         sizes: tuple[Size, ...] = (self.image_size,)
         if self.options.buckets:
             sizes, bucket = self._buckets(step)
-        return Layout(sizes, bucket, part, weights, block, self.options.mixed and self.options.buckets is not False)
+        return Layout(sizes, bucket, part, weights, block, self.options.mixes)
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
         """(sizes of the buckets that have images, the bucket of each image)."""

@@ -107,12 +107,15 @@ def smallest_bucket(config: TrainConfig) -> int:
 
 
 def bucket_text(source: Source) -> str:
-    """ "3 buckets: 32 x 128 (20 %), ...", or of many "120 sizes from 32 x 48 to 256 x 256"."""
+    """ "3 buckets: 32 x 128 (20 %), ...", or of many "120 sizes from 32 x 48 to 256 x 256". Of a stream all that there
+    may be, and no shares.
+    """
     layout = layout_of(source)
-    assert layout.bucket is not None
     if len(layout.sizes) > NAMED_SIZES:
         low, high = (f(layout.sizes, key=math.prod) for f in (min, max))
         return f"{len(layout.sizes)} sizes from {low[0]} x {low[1]} to {high[0]} x {high[1]}"
+    if layout.bucket is None:
+        return f"{len(layout.sizes)} buckets: {', '.join(f'{h} x {w}' for h, w in layout.sizes)}"
     shares = np.bincount(layout.bucket, minlength=len(layout.sizes)) / len(layout.bucket)
     texts = [f"{h} x {w} ({share:.1%})" for (h, w), share in zip(layout.sizes, shares, strict=True)]
     return f"{len(texts)} buckets: {', '.join(texts)}"

@@ -3,8 +3,9 @@
 There is no random access, so the order is made as the rows come: the dataset's files in an order drawn by (seed,
 epoch), and within each block of `buffer` rows a permutation drawn by (seed, epoch, block). The row at a position is
 thus a function of (seed, position), and to resume is to read on from the start of its epoch without decoding: epochs
-are of one length, which a run knows when it has seen one. Each process reads the whole stream, once, and decodes its
-own rows, in worker processes where there are some.
+are of one length, which a run knows when it has seen one. A batch is a stretch of positions, whatever the rows' sizes;
+or, with buckets that are not mixed, what `stream_batches.py` makes of them. Each process reads the whole stream, once,
+and decodes its own rows, in worker processes where there are some.
 """
 
 from __future__ import annotations
@@ -19,41 +20,49 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from mmdit.weights_io import write_aside
 from training.ahead import ahead
+from training.buckets import Sizing
 from training.captions import captions_of
 from training.data import Sample, SourceOptions, place_of, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.images import BadImage, Size, fit_size, read_size
-from training.loader import ImageBatch, make_batch, rng_for
+from training.loader import ImageBatch, make_batch, make_row, rng_for
+from training.order import Layout
 from training.remote import Patience
 from training.rows import caption_columns, image_column, key_column
 from training.share import WHOLE, Share
+from training.stream_batches import bucketfuls
 from training.workers import run
 
 STREAM = "hf-stream:"
 PLAIN = SourceOptions()
 AHEAD = 2  # batches of rows read before they are asked for
 PROBED = 100  # rows whose sizes are looked at to find the most common one
+_Batch: TypeAlias = "list[tuple[Size, Row]]"
 
 
 class Row(NamedTuple):
-    """A row with its image file; its key is the content's hash where the dataset has no column of keys."""
+    """A row with its image file; its key is the content's hash where the dataset has no column of keys. size: (height,
+    width) of the image, where sizes are wanted and its header can be read.
+    """
 
     key: str
     captions: tuple[str, ...]
     shares: tuple[float, ...]
     image: bytes
+    size: Size | None = None
 
 
 class StreamSource:
-    """The rows of a stream that are wanted, epoch after epoch. Raises `DataError` where it cannot be loaded, or its
-    first rows show no image.
+    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to.
+
+    Raises `DataError` where it cannot be loaded, or its first rows show no image.
     """
 
     def __init__(
@@ -65,8 +74,7 @@ class StreamSource:
         options: SourceOptions = PLAIN,
         buffer: int = 1000,
     ) -> None:
-        if options.buckets:
-            raise DataError(f"{spec} is a stream, of which no sizes are known before: buckets need files or hf:NAME")
+        options.check_size(size)
         self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
         data = load(spec.removeprefix(STREAM), streaming=True)
         names = data.column_names or list(next(iter(data)))
@@ -76,6 +84,12 @@ class StreamSource:
         self.keys: Sequence[str] = [spec]  # what is known of them
         self.skipped: list[tuple[str, str]] = []
         self.image_size = fit_size(*(size or self._common_size()), step)
+        self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
+        self.layout = Layout(tuple(self._sizing.sizes), mixed=options.mixes)
+
+    def size_of(self, row: Row) -> Size:
+        """What a row's image is fitted to, by its own size; of a bad one, as if it were of `image_size`."""
+        return self._sizing(row.size)
 
     def captions(self, most: int) -> Iterator[str]:
         """All captions of the first rows."""
@@ -91,10 +105,11 @@ class StreamSource:
         for values in self._taken(data):
             texts, shares = wanted.fitting(captions_of({n: values.get(n) for n in self._names}, wanted.captions))
             image = self._image(values[self.column])
-            if texts and not self._refused(image):
+            size = self._measured(image) if wanted.measures and texts else None
+            if texts and not (size and wanted.refuses(size)):
                 named = values.get(self.key_column) if self.key_column else None
                 key = hashlib.blake2b(image, digest_size=12).hexdigest() if named is None else str(named)
-                yield Row(key, texts, shares, image)
+                yield Row(key, texts, shares, image, size)
 
     def _taken(self, data: Any) -> Iterator[dict[str, Any]]:
         """Rows as dictionaries; what a reader or a server raises becomes `DataError`."""
@@ -141,27 +156,23 @@ class StreamSource:
         except OSError as error:  # the row is good, the server is not
             raise DataError(f"{self.spec}: {error}") from error
 
-    def _refused(self, image: bytes) -> bool:
-        wanted = self.options.wanted
-        try:
-            return bool(wanted.measures and wanted.refuses(read_size(image)))
-        except BadImage:
-            return False  # it will be named when it is decoded
+    @staticmethod
+    def _measured(image: bytes) -> Size | None:
+        """(height, width), by the header; None of a bad one, which will be named when it is decoded."""
+        with suppress(BadImage):
+            return read_size(image)
+        return None
 
     def _common_size(self) -> Size:
-        sizes: Counter[Size] = Counter()
-        for row in itertools.islice(self.rows(0, None), PROBED):
-            try:
-                sizes[read_size(row.image)] += 1
-            except BadImage:
-                continue
+        rows = itertools.islice(self.rows(0, None), PROBED)
+        sizes = Counter(size for row in rows if (size := row.size or self._measured(row.image)))
         if not sizes:
             raise DataError(f"no image can be read in the first {PROBED} rows of {self.spec} that have a caption")
         return sizes.most_common(1)[0][0]
 
 
 class HeldOut:
-    """The first `most` held-out rows of a stream, in memory, as a source."""
+    """The first `most` held-out rows of a stream, in memory, as a source; each in its bucket, or of its own size."""
 
     def __init__(self, stream: StreamSource, fraction: float, most: int) -> None:
         looked = int(2 * most / fraction) if fraction else 0  # rows that are read to find them
@@ -169,6 +180,10 @@ class HeldOut:
         self.rows = list(itertools.islice((row for row in rows if place_of(row.key) < fraction), most))
         self.stream, self.image_size, self.skipped = stream, stream.image_size, stream.skipped
         self.keys: Sequence[str] = [row.key for row in self.rows]
+        self.layout = Layout((self.image_size,))
+        if stream.options.buckets and self.rows:
+            found, bucket = np.unique([stream.size_of(row) for row in self.rows], axis=0, return_inverse=True)
+            self.layout = Layout(tuple((int(h), int(w)) for h, w in found), bucket.ravel(), mixed=stream.layout.mixed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,8 +193,26 @@ class HeldOut:
         return self.rows[i].captions[0]
 
     def __getitem__(self, i: int) -> Sample:
-        row = self.rows[i]
-        return read_sample(row.key, row.captions, row.shares, row.image, self.image_size, self.stream.options, None)
+        row, size = self.rows[i], self.layout.sizes[self.layout.bucket_of(i)]
+        return read_sample(row.key, row.captions, row.shares, row.image, size, self.stream.options, None)
+
+
+def epoch_from(stream: StreamSource, held_out: float, seed: int, epoch: int, start: int) -> Generator[Row, None, int]:
+    """The rows to train on in an epoch, in its order, from a place on; returns how many there are in all of it."""
+    count = 0
+    rows = (row for row in stream.rows(epoch, seed) if place_of(row.key) >= held_out)
+    for block in itertools.count():
+        some = list(itertools.islice(rows, stream.buffer))
+        if start < len(some):
+            order = np.random.default_rng([seed, epoch, block, 1]).permutation(len(some))
+            yield from (some[i] for i in order[start:])
+        count, start = count + len(some), max(0, start - len(some))
+        if len(some) < stream.buffer:
+            break
+    if not count:
+        raise DataError(f"no samples to train on in {stream.spec}: all are held out, left out or without a caption")
+    stream.note_epoch_rows(held_out, count)
+    return count
 
 
 def shuffled(stream: StreamSource, held_out: float, seed: int, start: int = 0) -> Iterator[Row]:
@@ -187,20 +220,8 @@ def shuffled(stream: StreamSource, held_out: float, seed: int, start: int = 0) -
     known = stream.epoch_rows(held_out)
     epoch, start = divmod(start, known) if known else (0, start)
     while True:
-        count = 0  # rows of this epoch
-        rows = (row for row in stream.rows(epoch, seed) if place_of(row.key) >= held_out)
-        for block in itertools.count():
-            some = list(itertools.islice(rows, stream.buffer))
-            if start < len(some):
-                order = np.random.default_rng([seed, epoch, block, 1]).permutation(len(some))
-                yield from (some[i] for i in order[start:])
-            count, start = count + len(some), max(0, start - len(some))
-            if len(some) < stream.buffer:
-                break
-        if not count:
-            raise DataError(f"no samples to train on in {stream.spec}: all are held out, left out or without a caption")
-        stream.note_epoch_rows(held_out, count)
-        passed, start = divmod(start, count)
+        count = yield from epoch_from(stream, held_out, seed, epoch, start)
+        passed, start = divmod(max(0, start - count), count)
         epoch += 1 + passed
 
 
@@ -213,21 +234,34 @@ def stream_loader(
     num_workers: int = 0,
     share: Share = WHOLE,
 ) -> Generator[ImageBatch, None, None]:
-    """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1.
+    """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1, each of its
+    own size where sizes are mixed; or, with buckets that are not mixed, that of `bucketfuls`.
 
     In place of a bad sample stands the next good one of the batch. Raises `DataError` while iterating where the stream
     breaks or no sample of a batch is good.
     """
-    rows = shuffled(stream, held_out, seed, start_step * batch_size)
+    in_buckets = stream.options.buckets and not stream.layout.mixed
+    batches = (_in_buckets if in_buckets else _in_order)(stream, held_out, batch_size, seed, start_step)
     mine = share.rows(batch_size)
 
     def asked() -> Iterator[_Asked]:
-        for step in itertools.count(start_step):
-            some = list(itertools.islice(rows, batch_size))
-            yield _Asked(step, tuple(mine), tuple(some[row] for row in mine))
+        for step, batch in enumerate(batches, start=start_step):
+            yield _Asked(step, tuple(mine), *zip(*(batch[row] for row in mine), strict=True))
 
-    make = partial(_decoded, stream.options, stream.image_size, seed)
+    make = partial(_decoded, stream.options, seed)
     return _closing(run(make, ahead(asked(), AHEAD), num_workers))
+
+
+def _in_order(stream: StreamSource, held_out: float, batch_size: int, seed: int, start_step: int) -> Iterator[_Batch]:
+    rows = shuffled(stream, held_out, seed, start_step * batch_size)
+    while True:
+        yield [(stream.size_of(row), row) for row in itertools.islice(rows, batch_size)]
+
+
+def _in_buckets(stream: StreamSource, held_out: float, batch_size: int, seed: int, start_step: int) -> Iterator[_Batch]:
+    epoch, known = partial(epoch_from, stream, held_out, seed), stream.epoch_rows(held_out)
+    for size, rows in bucketfuls(epoch, stream.size_of, batch_size, seed, start_step, known):
+        yield [(size, row) for row in rows]
 
 
 def _closing(batches: Generator[ImageBatch, None, None]) -> Generator[ImageBatch, None, None]:
@@ -239,16 +273,19 @@ def _closing(batches: Generator[ImageBatch, None, None]) -> Generator[ImageBatch
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a worker is to decode: rows of batch number `step`, and which rows of the run's batch they are."""
+    """What a worker is to decode: rows of batch number `step`, which rows of the run's batch they are, and the size of
+    each.
+    """
 
     step: int
     numbers: tuple[int, ...]
+    sizes: tuple[Size, ...]
     rows: tuple[Row, ...]
 
 
-def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> ImageBatch:
+def _decoded(options: SourceOptions, seed: int, asked: _Asked) -> ImageBatch:
     samples = []
-    for number, row in zip(asked.numbers, asked.rows, strict=True):
+    for number, size, row in zip(asked.numbers, asked.sizes, asked.rows, strict=True):
         rng = partial(rng_for, seed, asked.step, number)
         samples.append(read_sample(row.key, row.captions, row.shares, row.image, size, options, rng))
     skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
@@ -256,4 +293,5 @@ def _decoded(options: SourceOptions, size: Size, seed: int, asked: _Asked) -> Im
     if not good:
         raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
     chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
-    return make_batch(size, len(chosen), [(-1, samples[i]) for i in chosen], skipped)
+    numbered = [(-1, samples[i]) for i in chosen]
+    return make_row(numbered, skipped) if options.mixes else make_batch(asked.sizes[0], len(chosen), numbered, skipped)

@@ -62,12 +62,12 @@ def shards_of(folder: Path, counts, sizes=((8, 12),)) -> Path:
     return folder
 
 
-def parquet_of(path: Path, numbers, rows_per_group=4, struct=True, **columns) -> Path:
-    """A Parquet file of pictures, as Hugging Face writes them or as plain bytes."""
+def parquet_of(path: Path, numbers, rows_per_group=4, struct=True, sizes=((8, 12),), **columns) -> Path:
+    """A Parquet file of pictures of the sizes by turns, as Hugging Face writes them or as plain bytes."""
     import pyarrow
     import pyarrow.parquet
 
-    images = [picture(i) for i in numbers]
+    images = [picture(i, sizes[i % len(sizes)]) for i in numbers]
     cells = [{"bytes": data, "path": None} for data in images] if struct else images
     table = pyarrow.table({"image": cells, "text": [f"picture {i}" for i in numbers], **columns})
     pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import training
 from tests.training.pictures import folder_of, members, noisy, picture, shards_of
-from training.buckets import assign, bucket_sizes, merge_small
+from training.buckets import Sizing, assign, bucket_sizes, merge_small, own_sizes
 from training.config import ConfigError, load_config
 from training.data import DataError, FileSource, SourceOptions, loader, open_source, split_by_key
 from training.images import read_fitted
@@ -58,6 +58,33 @@ def test_small_buckets_join_their_neighbour():
     assert Counter(merge_small(bucket, sizes, 6).tolist()) == {2: 15, 3: 8}
     assert Counter(merge_small(bucket, sizes, 100).tolist()) == {2: 23}
     assert merge_small(bucket, sizes, 1).tolist() == bucket.tolist()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=20),
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.sampled_from([4, 8, 16]),
+    st.floats(1, 4),
+)
+def test_an_image_alone_takes_the_size_that_it_takes_among_others(images, high, wide, step, ratio):
+    size, (heights, widths) = (high * step, wide * step), np.array(images).T
+    sizes = bucket_sizes(*size, step, ratio)
+    sizing = Sizing(size, step, True, ratio)
+    assert [sizing(image) for image in images] == [sizes[b] for b in assign(heights, widths, sizes)]
+    assert sizing.sizes == sizes and sizing(None) == sizing(size)
+    found, taken = own_sizes(heights, widths, size[0] * size[1], step, ratio)
+    own = Sizing(size, step, "own", ratio)
+    assert [own(image) for image in images] == [found[k] for k in taken] and {*found} <= {*own.sizes}
+    assert {Sizing(size)(image) for image in images} == {size} and Sizing(size).sizes == [size]
+
+
+def test_all_sizes_that_images_may_have_of_their_own_are_known_before():
+    """All of small images, each as large as is tried: no size is missing, and none too many."""
+    heights, widths = (x.ravel() for x in np.meshgrid(np.arange(1, 200), np.arange(1, 200)))
+    for area, step, ratio in ((32 * 32, 8, 2.0), (24 * 40, 8, 1.5), (16 * 16, 4, 4.0), (20 * 20, 16, 1.0)):
+        size = next((h, area // h) for h in range(1, area) if area % h == 0 and h * h >= area)
+        assert Sizing(size, step, "own", ratio).sizes == own_sizes(heights, widths, area, step, ratio)[0]
 
 
 def opened(folder, **options):

@@ -264,8 +264,8 @@ def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
     for spec in (many, f"{many}=0.5,{tmp_path}=0.5"):  # of an autoencoder, a reference
         with pytest.raises(DataError, match="is a stream, which training alone reads, and by itself"):
             open_source(spec)
-    with pytest.raises(DataError, match="buckets need files or hf:NAME"):
-        StreamSource(many, options=SourceOptions(buckets=True))
+    with pytest.raises(DataError, match='data.buckets is "own": say by data.image_size'):
+        StreamSource(many, options=SourceOptions(buckets="own", mixed=True))
     with pytest.raises(ConfigError, match="set data.cache_latents=false"):
         load_config("pixels-tiny", [f"data.source={many}", "data.cache_latents=true"])
     with pytest.raises(DataError, match="no samples to train on"):
