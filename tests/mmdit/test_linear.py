@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit import linear
 from mmdit.linear import Linear, gelu, linear_gelu
@@ -16,7 +17,7 @@ def calls(monkeypatch):
     """What is asked of the kernel."""
     found = []
     inner = linear._in_one
-    monkeypatch.setattr(linear, "_in_one", lambda x, layer, then: found.append(then) or inner(x, layer, then))
+    monkeypatch.setattr(linear, "_in_one", lambda *args: found.append(args[-1]) or inner(*args))
     return found
 
 
@@ -62,14 +63,49 @@ def test_what_the_compiler_is_told_of_the_kernel_is_true(then):
     torch.library.opcheck(linear._opaque, (x, layer.weight, layer.bias, then))
 
 
-def test_what_is_learnt_or_differentiated_is_torchs_own(calls):
+LOSSES = {  # whose derivative lies in memory as one number, side by side, and with gaps
+    "sum": lambda y: y.sum(),
+    "square": lambda y: y.square().sum(),
+    "part": lambda y: y[:, ::3].sin().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_learnt_are_torchs_derivatives(calls, loss, bias):
     layer, x = layer_and_input()
-    linear_gelu(layer, x).sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.any()
+    layer.bias = layer.bias if bias else None
+    given = [x.requires_grad_(), *layer.parameters()]
+    own = torch.autograd.grad(LOSSES[loss](layer(x)), given)
+    plain = torch.autograd.grad(LOSSES[loss](F.linear(x, layer.weight, layer.bias)), given)
+    torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-4)
+    assert calls == ["none", "none"]
+    torch.autograd.grad(layer(x.detach()).sum(), layer.weight)
+    assert calls == ["none"] * 3  # nothing asked for the derivative by x
+
+
+def test_derivatives_have_derivatives():
+    layer, x = layer_and_input()
+
+    def second(f):
+        first = torch.autograd.grad(f(x.requires_grad_()).square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), [x, layer.weight])
+
+    torch.testing.assert_close(second(layer), second(nn.Linear.forward.__get__(layer)), rtol=1e-4, atol=1e-2)
+
+
+def test_what_looks_on_sees_torchs_own(calls):
+    layer, x = layer_and_input()
+    with FlopCounterMode(display=False) as counter:
+        linear_gelu(layer, x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * x.numel() * len(layer.weight)  # nothing asks for the derivative by x
     with torch.no_grad():
         _, tangent = torch.func.jvp(lambda y: linear_gelu(layer, y), (x,), (torch.ones_like(x),))
     assert tangent.any()
+    assert torch.func.vmap(layer)(x).shape == torch.func.grad(lambda y: layer(y).sum())(x).shape[:-1] + (128,)
     assert calls == []
+    many = torch.autograd.grad(layer(x), layer.weight, torch.ones(3, *x.shape[:-1], 128), is_grads_batched=True)
+    assert torch.equal(many[0][0], many[0][1]) and many[0].any()
 
 
 @torch.no_grad()
@@ -134,15 +170,22 @@ def test_compiled_gelu_is_torchs():
 
 
 @torch.no_grad()
-def test_compiled_it_is_taken_too_and_where_nothing_is_learnt_alone(calls):
+def test_compiled_it_is_taken_too(calls):
     layer, x = layer_and_input()
     compiled = torch.compile(lambda x: linear_gelu(layer, x), fullgraph=True)
     torch.testing.assert_close(compiled(x), linear_gelu(layer, x), rtol=0, atol=1e-5)
     assert calls == ["gelu", "gelu"]
-    with torch.enable_grad():
-        compiled(x).sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.any()
-    assert calls == ["gelu", "gelu"]
+
+
+def test_compiled_it_is_learnt_too():
+    layer, x = layer_and_input()
+    given = [x.requires_grad_(), *layer.parameters()]
+    compiled = torch.compile(lambda x: linear_gelu(layer, x), fullgraph=True)
+    with torch.profiler.profile() as seen:
+        own = torch.autograd.grad(compiled(x).square().sum(), given)
+    plain = torch.autograd.grad(gelu(F.linear(x, layer.weight, layer.bias)).square().sum(), given)
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-3)
+    assert sum(event.name == "mkldnn::_linear_pointwise" for event in seen.events()) == 2
 
 
 @torch.no_grad()
