@@ -281,6 +281,15 @@ def test_logits_are_never_whole():
     assert max(kept) < 1e6
 
 
+def test_where_no_token_is_to_be_predicted_all_weights_have_a_gradient_still():
+    """Processes exchange the gradients of the same weights, and of several only one may have pictures alone."""
+    data = pack([[picture()]])
+    states, head = torch.randn(len(data.ids), 6, generator=generator()).requires_grad_(), nn.Linear(6, 40, bias=False)
+    loss = next_token_loss(states, head, data)
+    loss.backward()
+    assert loss == 0 and not states.grad.any() and not head.weight.grad.any()
+
+
 def test_which_images_open_text():
     assert opens_text(pack(DOCUMENTS)).tolist() == [False, True, False]
 
