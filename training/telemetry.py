@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ class Telemetry:
         patches = [x[0].numel() // patch for x in batch.latents]
         self._batches.append((patches, batch.tokens.mask.shape, batch.tokens.mask.sum(1), text))
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is no training: its time does not count."""
+        start = self.clock()
+        yield
+        if self._began is not None:
+            self._began += self.clock() - start
 
     def add(self, loss: Loss) -> None:
         """The loss of a batch, or of a part of one."""

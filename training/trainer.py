@@ -290,7 +290,7 @@ class Trainer:
         return step == self.config.training.num_steps or bool(every and step % every == 0)
 
     def _report(self, progress: Progress, norm: torch.Tensor) -> None:
-        """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
+        """What is shown and written at this step: metrics, and then validation, pictures, a checkpoint."""
         config = self.config.training
         if self._due(config.log_every):
             values = {"loss": torch.tensor(self._mean_losses()).mean().item()} if self._losses else {}
@@ -304,6 +304,12 @@ class Trainer:
             self.run.write_metrics(self.step, **values, **told)
         else:
             progress.show(self.step)
+        with self.telemetry.paused():
+            self._pause(progress)
+
+    def _pause(self, progress: Progress) -> None:
+        """What is not training."""
+        config = self.config.training
         if self._due(config.validate_every):
             self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:

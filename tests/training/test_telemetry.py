@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import time
 
 import pytest
 import torch
@@ -198,6 +199,21 @@ def test_a_run_writes_it_all(tmp_path):
         assert 0.05 < row["memory_gib"] < 100
     later = [row["loss_t0.9375"] for row in rows(run) if "loss_t0.9375" in row]
     assert later, "no time near 1 in six steps of sixteen"
+
+
+def test_validation_between_two_lines_is_no_training(tmp_path, monkeypatch):
+    """A validation loss that takes an hour, after the second of four steps, and after the last."""
+    hours = []
+
+    def validate(trainer, progress):
+        hours.append(trainer.step)
+        trainer.telemetry.clock = lambda: time.perf_counter() + 3600 * len(hours)
+
+    monkeypatch.setattr("training.trainer.Trainer._validate", validate)
+    how = ("training.num_steps=4", "training.log_every=4", "training.validate_every=2")
+    run = training.train(config_for(tmp_path / "run", *how))
+    assert hours == [2, 4]
+    assert metrics(run, "samples_per_second")[0][1] > 32 / 3600
 
 
 def test_text_and_images_have_a_loss_each(tmp_path):
