@@ -28,6 +28,7 @@ KEPT = (
     "lora",
     "autoencoder",
     "seed",
+    "init",
     "data.num_samples",
     "data.image_size",
     "data.held_out",
@@ -126,7 +127,14 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         ranks.from_first(lambda: RunFolder.open(path))
         with only_run_in(path, ranks):
             run = _known(RunFolder.open(path), ranks)
-            return _continue(run, apply_overrides(run.config(), overrides), ranks, interrupts)
+            old = run.config()
+            config = apply_overrides(old, overrides)
+            if config.training.out != old.training.out:
+                raise ValueError(
+                    f"training.out = {config.training.out} is the folder of a new run: a resumed one stays in {path}; "
+                    "move it, and resume it there"
+                )
+            return _continue(run, config, ranks, interrupts)
 
 
 def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:

@@ -95,6 +95,7 @@ class Trainer:
         self.updates = 0  # of the weights: a step that is left out makes none
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        self._saved: int | None = None  # the step of the newest checkpoint
         self._judge: ModelJudge | None = None
         if ranks.first:
             run.board = open_board(config, run)
@@ -162,8 +163,12 @@ class Trainer:
             return
         self.ranks.wait()
         self.run.remove_leftovers()
+        at_end = self.step == self.config.training.num_steps  # no checkpoint comes any more: its weights may be missing
+        pipe, folder = self._whole_pipe() if at_end else self.pipe, self.run.path / "pipeline"
         if self.ranks.first:
-            self.pipe.save_defaults(self.run.path / "pipeline")
+            pipe.save_defaults(folder)
+            if at_end:
+                pipe.save_weights(folder)
         self.run.write_config(self.config)
         self.run.rewind_metrics(self.step)
         if self.ranks.first:
@@ -186,31 +191,31 @@ class Trainer:
         learner = self._ready()
         shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
         profiler = Profiler(config.profiled if self.ranks.first else None, run.path / "profile", run.log)
-        try:
-            with (
-                repeatable(self.device),
-                attention_backend(config.attention),
-                interrupts.deferred(),
-                naming_dead_workers(),
-                shown as progress,
-            ):
-                while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
-                    profiler.before(self.step + 1)
-                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
-                    if not self._left_out:
-                        self._losses.append(loss)
-                    self.step += 1
-                    profiler.after(self.step)
-                    self._report(progress, norm)
-        finally:
-            profiler.close()
-            batches.close()  # type: ignore[attr-defined]
-            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
-            run.close()
-        stopped = self.ranks.any(interrupts.caught)
-        if stopped:
-            self._checkpoint()
-        self.writer.wait()
+        with interrupts.deferred():
+            try:
+                with (
+                    repeatable(self.device),
+                    attention_backend(config.attention),
+                    naming_dead_workers(),
+                    shown as progress,
+                ):
+                    while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
+                        profiler.before(self.step + 1)
+                        loss, norm = self._train_step(learner, self.telemetry.next(batches))
+                        if not self._left_out:
+                            self._losses.append(loss)
+                        self.step += 1
+                        profiler.after(self.step)
+                        self._report(progress, norm)
+            finally:
+                profiler.close()
+                batches.close()  # type: ignore[attr-defined]
+                self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
+                run.close()
+            stopped = self.ranks.any(interrupts.caught)
+            if stopped and self._saved != self.step:
+                self._checkpoint()
+            self.writer.wait()
         if stopped:
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
             if self.ranks.any(interrupts.orphaned):
@@ -391,6 +396,7 @@ class Trainer:
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
         self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
+        self._saved = self.step
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
@@ -423,6 +429,11 @@ class Trainer:
         state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
         if state["seed"] != self.config.seed:
             raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {self.config.seed}")
+        if state["step"] > (steps := self.config.training.num_steps):
+            raise ValueError(
+                f"{self.run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
+                "or train afresh into another folder"
+            )
         if state.get("samples", self.samples) != self.samples:
             old, new = self.run.config().data.source, self.config.data.source
             if new != old:
@@ -436,7 +447,7 @@ class Trainer:
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
-        self.step = state["step"]
+        self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)

@@ -20,6 +20,7 @@ import training
 import training.evaluate
 import training.setup
 import training.trainer
+import training.writing
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
 from tests.training.processes import python
@@ -229,9 +230,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, monkeyp
 def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, tmp_path, monkeypatch):
     """Killed in step 6, with a checkpoint of step 2 to 4: what was written after it is forgotten and done again."""
 
-    class Killed(BaseException):
-        pass
-
     real = Trainer._train_step
 
     def train_step(self, model, batch):
@@ -275,6 +273,78 @@ def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
     config = load_config(out, [f"training.out={out}"])
     assert training.train(config, resume=True) == out
     assert [step for step, _ in metrics(out, "loss")] == list(range(1, 9))
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL: nothing catches it."""
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_pipeline_leaves_no_old_weights(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """The run is scored when it goes on, and sampled ever after, with the average of its last step."""
+    real, out = mmdit.TextToImage.save_weights, tmp_path / "run"
+
+    def save_weights(self, folder):
+        if list_checkpoints(out)[-1].name == "step-00000010":
+            raise Killed
+        real(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mmdit.TextToImage, "save_weights", save_weights)
+        training.train(config_for(out, *LONG, "training.checkpoint_every=5"))
+    assert training.resume(out) == out
+    for part in ("transformer", "text"):
+        ours, theirs = (read_weights(run / "pipeline" / part / "model.safetensors") for run in (out, uninterrupted))
+        assert [name for name, x in theirs.items() if not torch.equal(ours[name], x)] == []
+    scores, others = (json.loads((path / "scores.json").read_text()) for path in (out, uninterrupted))
+    assert scores["validation_loss"] == others["validation_loss"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_that_is_saved_is_not_saved_again(resumed, tmp_path, monkeypatch):
+    """Stopped in a step whose checkpoint is written anyway, or after none: a kill could take the only one there is."""
+    config = config_for(tmp_path / "run", *LONG, "training.checkpoint_every=4", "training.keep_checkpoints=1")
+    saved, real = [], training.writing.save_checkpoint
+
+    def save(run, state, *rest):
+        saved.append(state["step"])
+        return real(run, state, *rest)
+
+    monkeypatch.setattr(training.writing, "save_checkpoint", save)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        out = training.train(config)
+    if resumed:
+        monkeypatch.setattr(Interrupts, "caught", property(lambda self: True))
+        assert training.resume(out) == out
+    assert saved == [4]
+    assert "stopped at step 4, all saved" in (out / "log.txt").read_text().splitlines()[-1]
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch):
+    real = training.writing.save_checkpoint
+
+    def save(*all):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return real(*all)
+
+    monkeypatch.setattr(training.writing, "save_checkpoint", save)
+    out = training.train(config_for(tmp_path / "run", *LONG, "training.async_checkpoint=true"))
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000010"]
+    assert "stopped at step 10, all saved" in (out / "log.txt").read_text()
+
+
+def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"is at step 6, past training.num_steps = 5: .*train afresh"):
+        training.resume(run, ["training.num_steps=5"])
+    with pytest.raises(ValueError, match=f"was trained with another init: None, not {tmp_path}"):
+        training.resume(run, [f"init={tmp_path}"])
+    with pytest.raises(ValueError, match="training.out .* is the folder of a new run.* move it"):
+        training.resume(run, [f"training.out={tmp_path}"])
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(
