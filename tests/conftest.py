@@ -1,6 +1,7 @@
 """What all tests share: threads, hypothesis, a working directory outside the repository, and the `gpu` mark."""
 
 import os
+import tempfile
 
 # Before torch is imported anywhere: test processes side by side share the cores, or their threads wait for each other.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -28,11 +29,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory):
-    """Tests run outside the repository, so that none writes into it by a relative path."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("cwd"))
-    yield
-    os.chdir(before)
+    """Tests run outside the repository, so that none writes into it by a relative path; and what libraries leave in the
+    folder for temporary files is removed. Its path is short, for sockets lie in it.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mmdit-tests-") as temporary:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        patch.setenv("TMPDIR", temporary)
+        patch.setattr(tempfile, "tempdir", None)  # it remembers the other
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -523,3 +523,16 @@ def test_packed_is_one_by_one(positions, one_size):
     sums = [sum(x.square().mean() for x in parts) for parts in (together, alone)]
     for x, y in zip(gradients(sums[0]), gradients(sums[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_one_graph_serves_all_shapes():
+    # No size is equal to another or to a width, for the compiler takes sizes that are equal at first for one.
+    config = replace(TINY, depth=2, in_channels=4, context_dim=32, pooled_dim=16, pos_embed_max_size=64)
+    model = alive(config)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for batch, height, width, length in [(3, 12, 20, 7), (5, 64, 48, 9), (2, 100, 80, 300)]:
+        x, context = torch.randn(batch, 4, height, width), torch.randn(batch, length, 32)
+        inputs = (x, torch.rand(batch), context, torch.randn(batch, 16))
+        torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-4, atol=1e-4)

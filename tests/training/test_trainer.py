@@ -726,6 +726,7 @@ SETTINGS = {
     "training.ema_decay": ("training.ema_decay=0", "average =weights scores"),
     "training.ema": ("training.ema=power", "average =weights scores"),
     "training.ema_sigma_rel": ("training.ema=power; training.ema_sigma_rel=[0.2, 0.1]", "average =weights scores"),
+    "training.ema_every": ("training.ema_every=2", "average =weights scores"),
     "training.packing": ("training.packing=true", "weights"),
     "training.precision": ("training.precision=bf16", "loss weights =shapes"),
     "training.recompute": ("training.recompute=full", "=loss"),
