@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
         except NotShared:
             if ranks.first:  # it has just made the folder: leave the name free
                 _check_new(run.path)
-                shutil.rmtree(run.path, ignore_errors=True)
+                _freed(run.path)
             raise
         ranks.from_first(lambda: _check_new(run.path))
         try:
@@ -75,7 +76,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
         except BaseException as error:
             if list_checkpoints(run.path) or run.metrics() or not ranks.first:
                 raise
-            shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained: leave the name free
+            _freed(run.path)  # nothing was trained
             if not isinstance(error, Interrupted):
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
@@ -99,6 +100,14 @@ def _begun(folder: Path) -> bool:
         config.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # what stays is UNLINKED, or keeps the next run from beginning
     return False
+
+
+def _freed(folder: Path) -> None:
+    """Leave the name free for another run; where it is a link, the folder that it leads to stays, and is empty."""
+    with suppress(OSError):
+        for path in folder.iterdir() if folder.is_symlink() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _of_beginning(path: Path) -> bool:
@@ -138,13 +147,14 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The config of a run; any where no run is here, with which processes can connect: on another machine there may be
-    one, and they have to tell each other.
+    """The config of a run, where it is now; any where no run is here, with which processes can connect: on another
+    machine there may be one, and they have to tell each other.
     """
     try:
-        return apply_overrides(RunFolder.open(path).config(), overrides)
+        config = apply_overrides(RunFolder.open(path).config(), overrides)
     except FileNotFoundError:
-        return TrainConfig()
+        config = TrainConfig()
+    return replace(config, training=replace(config.training, out=str(path)))
 
 
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:

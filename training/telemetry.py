@@ -249,11 +249,22 @@ def _remedy(config: TrainConfig) -> str:
 
 
 class Profiler:
-    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing."""
+    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing.
 
-    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None]) -> None:
+    done: steps that were made before; where the first to be recorded is one of these, and none was, it says so.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None], done: int = 0) -> None:
         self.steps, self.folder, self.log = steps, folder, log
         self._running: Any = None
+        if steps is not None and steps[0] <= done and not self._file.exists():
+            first, last = steps
+            log(f'warning: training.profile = "{first}:{last}" takes no effect: the run goes on with step {done + 1}')
+
+    @property
+    def _file(self) -> Path:
+        first, last = self.steps or (0, 0)
+        return self.folder / f"steps-{first}-{last}.json.gz"
 
     def before(self, step: int) -> None:
         """Called before each step, with its number from 1 on."""
@@ -278,9 +289,8 @@ class Profiler:
             torch.cuda.synchronize()
         running.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps-{self.steps[0]}-{self.steps[1]}"
-        running.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        running.export_chrome_trace(str(self._file))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=by, row_limit=40)
-        (self.folder / f"{name}.txt").write_text(table)
-        self.log(f"profile: {self.folder / name}.json.gz (open it in chrome://tracing or ui.perfetto.dev)")
+        self._file.with_name(self._file.name.replace(".json.gz", ".txt")).write_text(table)
+        self.log(f"profile: {self._file} (open it in chrome://tracing or ui.perfetto.dev)")

@@ -190,7 +190,8 @@ class Trainer:
         batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
         learner = self._ready()
         shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
-        profiler = Profiler(config.profiled if self.ranks.first else None, run.path / "profile", run.log)
+        steps = config.profiled if self.ranks.first else None
+        profiler = Profiler(steps, run.path / "profile", run.log, done=self.step)
         with interrupts.deferred():
             try:
                 with (

@@ -249,6 +249,15 @@ def test_a_run_that_ends_while_it_is_profiled_writes_what_there_is(tmp_path):
     assert (run / "profile" / "steps-5-99.json.gz").exists()
 
 
+def test_a_run_that_goes_on_after_the_steps_to_profile_says_so(tmp_path):
+    run = training.train(config_for(tmp_path / "run", "training.profile=2:3", "training.num_steps=4"))
+    training.resume(run)
+    assert "takes no effect" not in (run / "log.txt").read_text(), "they are there"
+    training.resume(run, ["training.profile=4:5", "training.num_steps=5"])
+    assert 'training.profile = "4:5" takes no effect: the run goes on with step 5' in (run / "log.txt").read_text()
+    assert [path.name for path in (run / "profile").glob("*.gz")] == ["steps-2-3.json.gz"]
+
+
 @pytest.mark.parametrize("text", ["5", "3:2", "0:1", "a:b", "1:2:3", ":4", "-1:4"])
 def test_steps_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="expected steps FIRST:LAST from 1, such as 10:15"):

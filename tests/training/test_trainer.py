@@ -598,6 +598,26 @@ def test_a_set_up_that_fails_leaves_the_name_free(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_that_is_a_link_is_left_free_too(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nowhere"):
+            training.train(config_for(tmp_path / "run", "data.source=nowhere"))
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_run_that_was_moved_is_named_where_it_is(tmp_path, monkeypatch):
+    """Where another process is lost, what is said names the folder to go on in."""
+    RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    asked, real = [], training.launch.ranks_of
+    monkeypatch.setattr(training.launch, "ranks_of", lambda config: asked.append(config.run_folder) or real(config))
+    with pytest.raises(ValueError, match="moved/pipeline/text/tokenizer.json"):
+        training.resume(moved)
+    assert asked == [moved]
+
+
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
