@@ -191,3 +191,17 @@ def test_optimizer_tensors_of_another_model_are_refused():
     tensors["0.weight/exp_avg"] = torch.zeros(9)
     with pytest.raises(CorruptCheckpoint, match="0.weight/exp_avg does not fit"):
         load_optimizer_tensors(optimizer, net, tensors)
+
+
+def test_what_an_optimiser_keeps_beside_a_weight_has_a_shape_of_its_own():
+    """Of moments in 8 bits the map of their codes and the largest of each block, of any type; and whole numbers."""
+    net, optimizer = trained(1)
+    beside = {
+        "0.weight/qmap1": torch.rand(256),
+        "0.weight/absmax1": torch.rand(2, dtype=torch.float64),
+        "0.weight/step": torch.tensor(7),
+    }
+    load_optimizer_tensors(optimizer, net, beside)
+    state = optimizer.state[net[0].weight]
+    assert all(torch.equal(state[key], beside[f"0.weight/{key}"]) for key in ("qmap1", "absmax1"))
+    assert state["step"] == 7 and isinstance(state["step"], int)
