@@ -119,6 +119,15 @@ def test_scores_are_written_and_found_again(run):
     assert json.loads((run / "scores.json").read_text())["sampling"]["num_steps"] == 1
 
 
+def test_a_run_that_was_trained_on_cuda_is_scored_where_there_is_none(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = shutil.copytree(run, tmp_path / "run")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace('device = "auto"', 'device = "cuda"'))
+    scores = training.evaluate_run(out, {"prompts_per_question": 0})
+    assert scores["validation_loss"] == json.loads((run / "scores.json").read_text())["validation_loss"]
+
+
 def test_the_model_of_a_run_draws(run):
     pipe = mmdit.TextToImage.load(run, "cpu")
     pictures = pipe(["a red circle", "two blue stars"], seed=1)
