@@ -14,11 +14,12 @@ from operator import attrgetter
 from pathlib import Path
 
 from training.checkpoint import list_checkpoints
-from training.config import TrainConfig, apply_overrides
+from training.config import ConfigError, TrainConfig, apply_overrides, read_config
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
-from training.run import UNLINKED, QuietRun, RunFolder, taken
+from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
+from training.settings import keys
 from training.trainer import Trainer, other_setting
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
@@ -86,14 +87,15 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
 def _begun(folder: Path) -> bool:
     """Whether a folder has a run with a checkpoint; one that got to none is removed, since nothing of it can be used.
 
-    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints.
+    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints. So
+    does what a person has put there, in a folder that is no run's or beside one, and all with it.
     """
     if list_checkpoints(folder):
         return True
     config = folder / "config.toml"
     found = {*folder.iterdir()} if folder.is_dir() else set()
     barely = bool(found) and all(map(_of_beginning, found))
-    if barely or (config in found and folder / "scores.json" not in found):
+    if barely or (all(map(_of_run, found)) and folder / "scores.json" not in found and _written(config)):
         last = {config, folder / LOCK}  # a kill in the middle leaves what can be removed again
         for path in sorted(found - last):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -108,6 +110,18 @@ def _freed(folder: Path) -> None:
         for path in folder.iterdir() if folder.is_symlink() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_run(path: Path) -> bool:
+    """Whether it is named as what a run writes."""
+    return path.name in OWN or path.match(".*.part") or _of_beginning(path)
+
+
+def _written(config: Path) -> bool:
+    """Whether there is such a config, and a run wrote it: it says every key, as a person's hardly does."""
+    with suppress(ConfigError, FileNotFoundError):
+        return not {*keys(TrainConfig)} - {*read_config(config)[1]}
+    return False
 
 
 def _of_beginning(path: Path) -> bool:

@@ -27,7 +27,7 @@ from training.interrupts import Interrupts
 from training.lock import LOCK
 from training.parallel import ALONE, ProcessLost
 from training.precision import LossScaler
-from training.run import RunFolder
+from training.run import OWN, RunFolder
 from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
 from training.writing import Writer
@@ -406,6 +406,28 @@ def test_restart_begins_where_a_kill_left_half_a_beginning(tmp_path):
     with pytest.raises(FileExistsError):
         training.train(config_for(other), restart=True)
     assert (other / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("whose", ["config", "notes"])
+def test_a_restart_removes_nothing_that_a_person_made(whose, tmp_path):
+    """A folder with a config.toml that no run wrote, and one of a run with notes beside."""
+    config = config_for(tmp_path / "run")
+    RunFolder.create(tmp_path / "run", config).log("died at once")
+    if whose == "config":
+        (tmp_path / "run" / "config.toml").write_text('preset = "demo"\n')
+    else:
+        (tmp_path / "run" / "thesis.txt").write_text("mine")
+    before = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(FileExistsError, match="run exists"):
+        training.train(config, restart=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_writes_what_is_known_of_it(tmp_path):
+    """Or a restart would not tell its folder from a person's."""
+    how = ("training.ema=power", "training.ema_snapshot_every=1", "training.profile=1:1", "training.sample_every=1")
+    run = training.train(config_for(tmp_path / "run", "training.num_steps=1", *how))
+    assert {path.name for path in run.iterdir()} == OWN - {"wandb", "index"}
 
 
 def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
