@@ -36,7 +36,7 @@ from training.data import Source
 from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
-from training.feed import ImageFeed, LatentFeed, WithText
+from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
 from training.idle import idle_settings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
@@ -96,6 +96,7 @@ class Trainer:
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
         self._saved: int | None = None  # the step of the newest checkpoint
+        self._ordered: int | None = None  # samples that batches were made of
         self._judge: ModelJudge | None = None
         if ranks.first:
             run.board = open_board(config, run)
@@ -155,6 +156,12 @@ class Trainer:
             tokenizer: Any = words.tokenizer
             pieces, self.held_out_text = open_pieces(config, run, corpus, tokenizer, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
+        before, self._ordered = self._ordered, num_ordered(self.feed)
+        if before not in (None, self._ordered):
+            run.log(
+                f"warning: of {self._ordered} samples, not of {before} as before, batches are made: the order of "
+                "samples is another now"
+            )
 
     def _begin(self, resumed: bool) -> None:
         """Write what a run begins with; of a resumed one only now, when nothing can fail any more, replace anything."""
@@ -392,7 +399,7 @@ class Trainer:
         losses = self._mean_losses()
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         state |= {"text": self.text} if self.text else {}
-        state |= {"updates": self.updates, "skipped": self.skipped, "bad": self._bad}
+        state |= {"ordered": self._ordered, "updates": self.updates, "skipped": self.skipped, "bad": self._bad}
         state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
@@ -450,6 +457,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
         self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self._ordered = state.get("ordered")
         self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:

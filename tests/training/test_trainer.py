@@ -563,6 +563,25 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     assert (out / "samples.png").exists()
 
 
+@pytest.mark.parametrize("change", ["repaired", "read as it comes"])
+def test_samples_that_come_or_go_between_two_parts_of_a_run_are_said(change, tmp_path, monkeypatch):
+    """The keys are the same, and the order that is made of those that can be read is another."""
+    folder = make_pictures(tmp_path / "pictures", 24)
+    whole = (folder / "003.png").read_bytes()
+    (folder / "003.png").write_bytes(whole[:300])
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        out = training.train(config_for(tmp_path / "run", f"data.source={folder}", "data.held_out=0"))
+    stop_after(4, monkeypatch)
+    training.resume(out)
+    assert "the order of samples is another now" not in (out / "log.txt").read_text()
+    if change == "repaired":
+        (folder / "003.png").write_bytes(whole)
+    training.resume(out, ["data.cache_latents=false"] if change != "repaired" else [])
+    line = "warning: of 24 samples, not of 23 as before, batches are made: the order of samples is another now"
+    assert line in (out / "log.txt").read_text()
+
+
 def test_held_out_samples_that_are_all_bad_are_no_reason_to_stop(tmp_path):
     folder = make_pictures(tmp_path / "data", 12)
     source = training.open_source(str(folder))
