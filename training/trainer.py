@@ -215,6 +215,9 @@ class Trainer:
                         self.step += 1
                         profiler.after(self.step)
                         self._report(progress, norm)
+            except BaseException:
+                self.writer.tell(run.log)
+                raise
             finally:
                 profiler.close()
                 batches.close()  # type: ignore[attr-defined]

@@ -248,6 +248,25 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
 
 
+def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys):
+    """Or one would look for it: the writer beside the training says so at the next checkpoint, which does not come."""
+    real = Trainer._train_step
+
+    def train_step(self, model, batch):
+        if self.step == 2:
+            raise ValueError("something else")
+        return real(self, model, batch)
+
+    def save(*all):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr("training.writing.save_checkpoint", save)
+    with pytest.raises(ValueError, match="something else"):
+        training.train(config_for(tmp_path / "run", "training.checkpoint_every=2", "training.async_checkpoint=true"))
+    assert "warning: the last checkpoint was not written: " in capsys.readouterr().out
+
+
 # --- to begin again ---
 
 
