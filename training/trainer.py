@@ -158,10 +158,8 @@ class Trainer:
             self.feed = WithText(self.feed, pieces, config.text_documents)
         before, self._ordered = self._ordered, num_ordered(self.feed)
         if before not in (None, self._ordered):
-            run.log(
-                f"warning: of {self._ordered} samples, not of {before} as before, batches are made: the order of "
-                "samples is another now"
-            )
+            made = f"of {self._ordered} samples, not of {before} as before, batches are made"
+            run.log(f"warning: {made}: the order of samples is another now")
 
     def _begin(self, resumed: bool) -> None:
         """Write what a run begins with; of a resumed one only now, when nothing can fail any more, replace anything."""
@@ -193,36 +191,10 @@ class Trainer:
 
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
-        config, run = self.config.training, self.run
-        batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
+        run = self.run
         learner = self._ready()
-        shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
-        steps = config.profiled if self.ranks.first else None
-        profiler = Profiler(steps, run.path / "profile", run.log, done=self.step)
         with interrupts.deferred():
-            try:
-                with (
-                    repeatable(self.device),
-                    attention_backend(config.attention),
-                    naming_dead_workers(),
-                    shown as progress,
-                ):
-                    while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
-                        profiler.before(self.step + 1)
-                        loss, norm = self._train_step(learner, self.telemetry.next(batches))
-                        if not self._left_out:
-                            self._losses.append(loss)
-                        self.step += 1
-                        profiler.after(self.step)
-                        self._report(progress, norm)
-            except BaseException:
-                self.writer.tell(run.log)
-                raise
-            finally:
-                profiler.close()
-                batches.close()  # type: ignore[attr-defined]
-                self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
-                run.close()
+            self._steps(learner, interrupts)
             stopped = self.ranks.any(interrupts.caught)
             if stopped and self._saved != self.step:
                 self._checkpoint()
@@ -237,6 +209,32 @@ class Trainer:
                 self._finish()
         except Interrupted:
             run.log(f"stopped before the scores; all is trained and saved, score it with: mmdit evaluate {run.path}")
+
+    def _steps(self, learner: torch.nn.Module, interrupts: Interrupts) -> None:
+        """Train to the last step, or to the one in which an interrupt comes."""
+        config, run = self.config.training, self.run
+        batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
+        shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
+        recorded = config.profiled if self.ranks.first else None
+        profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
+        try:
+            with repeatable(self.device), attention_backend(config.attention), naming_dead_workers(), shown as progress:
+                while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
+                    profiler.before(self.step + 1)
+                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
+                    if not self._left_out:
+                        self._losses.append(loss)
+                    self.step += 1
+                    profiler.after(self.step)
+                    self._report(progress, norm)
+        except BaseException:
+            self.writer.tell(run.log)
+            raise
+        finally:
+            profiler.close()
+            batches.close()  # type: ignore[attr-defined]
+            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
+            run.close()
 
     def _ready(self) -> torch.nn.Module:
         """The learner as it is called: compiled, and with the gradients of all processes."""
