@@ -6,6 +6,7 @@ aside and renamed, so a kill at any moment leaves the one before whole. Every ra
 (seed, step), so step and seed are the whole state of RNG and data cursor. Models in parts: sharded_checkpoint.py.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +25,9 @@ class CorruptCheckpoint(ValueError):
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """Checkpoint folders of a run, oldest first; what is there by any other name is not the run's."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 def save_checkpoint(
@@ -74,7 +76,7 @@ def _remove_old(run: Path, newest: Path, keep: int) -> None:
     earlier = [path for path in list_checkpoints(run) if path.name < newest.name]
     later = [path for path in list_checkpoints(run) if path.name > newest.name]
     for path in [*later, *earlier[: max(0, len(earlier) - keep + 1)]]:
-        shutil.rmtree(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

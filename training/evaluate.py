@@ -145,7 +145,9 @@ def evaluate_run(path: str | Path, evaluation: dict[str, Any] | None = None, **s
     run = RunFolder.open(path)
     config = with_evaluation(run.config(), evaluation or {})
     check_metrics(config.evaluation)
-    pipe = TextToImage.load(path, None if config.training.device == "auto" else config.training.device)
+    pipe = TextToImage.load(
+        path, "cpu" if config.training.device == "cpu" else None
+    )  # a run on CUDA is scored anywhere
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
     feed = held_out_feed(config, pipe)

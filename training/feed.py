@@ -267,6 +267,12 @@ def size_of(feed: Any, row: int) -> tuple[int, ...]:
     return () if layout is None else layout.sizes[layout.bucket_of(row)]
 
 
+def num_ordered(feed: Any) -> int:
+    """How many samples batches are made of, on which their order hangs; 0 for a stream."""
+    pictures = getattr(feed, "feed", feed)
+    return len(pictures.indices) if isinstance(pictures, ImageFeed) else len(pictures)
+
+
 class WithText:
     """A feed of pictures in which `num_documents` of each batch are text alone."""
 

@@ -153,6 +153,13 @@ RULES = (
         lambda c: c.parallel.strategy in ("fsdp", "hsdp"),
         '"fsdp" or "hsdp"',
     ),
+    Rule(
+        ("parallel.reshard",),
+        "parallel.strategy",
+        lambda c: c.parallel.strategy in ("fsdp", "hsdp"),
+        '"fsdp" or "hsdp"',
+        True,
+    ),
     Rule(("parallel.timeout",), "parallel.strategy", lambda c: c.parallel.strategy != "none", "several processes"),
     # pictures and scores
     Rule(("evaluation.prompts_per_question",), "data.source", lambda c: _is_shapes(c.data.source), '"shapes"'),

@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
 from training.checkpoint import list_checkpoints
-from training.config import TrainConfig, apply_overrides
+from training.config import ConfigError, TrainConfig, apply_overrides, read_config
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
-from training.run import UNLINKED, QuietRun, RunFolder, taken
+from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
+from training.settings import keys
 from training.trainer import Trainer, other_setting
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
@@ -28,6 +30,7 @@ KEPT = (
     "lora",
     "autoencoder",
     "seed",
+    "init",
     "data.num_samples",
     "data.image_size",
     "data.held_out",
@@ -66,7 +69,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
         except NotShared:
             if ranks.first:  # it has just made the folder: leave the name free
                 _check_new(run.path)
-                shutil.rmtree(run.path, ignore_errors=True)
+                _freed(run.path)
             raise
         ranks.from_first(lambda: _check_new(run.path))
         try:
@@ -74,7 +77,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
         except BaseException as error:
             if list_checkpoints(run.path) or run.metrics() or not ranks.first:
                 raise
-            shutil.rmtree(run.path, ignore_errors=True)  # nothing was trained: leave the name free
+            _freed(run.path)  # nothing was trained
             if not isinstance(error, Interrupted):
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
@@ -84,19 +87,40 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
 def _begun(folder: Path) -> bool:
     """Whether a folder has a run with a checkpoint; one that got to none is removed, since nothing of it can be used.
 
-    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints.
+    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints. So
+    does what a person has put there, in a folder that is no run's or beside one, and all with it.
     """
     if list_checkpoints(folder):
         return True
     config = folder / "config.toml"
     found = {*folder.iterdir()} if folder.is_dir() else set()
     barely = bool(found) and all(map(_of_beginning, found))
-    if barely or (config in found and folder / "scores.json" not in found):
+    if barely or (all(map(_of_run, found)) and folder / "scores.json" not in found and _written(config)):
         last = {config, folder / LOCK}  # a kill in the middle leaves what can be removed again
         for path in sorted(found - last):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # what stays is UNLINKED, or keeps the next run from beginning
+    return False
+
+
+def _freed(folder: Path) -> None:
+    """Leave the name free for another run; where it is a link, the folder that it leads to stays, and is empty."""
+    with suppress(OSError):
+        for path in folder.iterdir() if folder.is_symlink() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_run(path: Path) -> bool:
+    """Whether it is named as what a run writes."""
+    return path.name in OWN or path.match(".*.part") or _of_beginning(path)
+
+
+def _written(config: Path) -> bool:
+    """Whether there is such a config, and a run wrote it: it says every key, as a person's hardly does."""
+    with suppress(ConfigError, FileNotFoundError):
+        return not {*keys(TrainConfig)} - {*read_config(config)[1]}
     return False
 
 
@@ -126,17 +150,25 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         ranks.from_first(lambda: RunFolder.open(path))
         with only_run_in(path, ranks):
             run = _known(RunFolder.open(path), ranks)
-            return _continue(run, apply_overrides(run.config(), overrides), ranks, interrupts)
+            old = run.config()
+            config = apply_overrides(old, overrides)
+            if config.training.out != old.training.out:
+                raise ValueError(
+                    f"training.out = {config.training.out} is the folder of a new run: a resumed one stays in {path}; "
+                    "move it, and resume it there"
+                )
+            return _continue(run, config, ranks, interrupts)
 
 
 def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The config of a run; any where no run is here, with which processes can connect: on another machine there may be
-    one, and they have to tell each other.
+    """The config of a run, where it is now; any where no run is here, with which processes can connect: on another
+    machine there may be one, and they have to tell each other.
     """
     try:
-        return apply_overrides(RunFolder.open(path).config(), overrides)
+        config = apply_overrides(RunFolder.open(path).config(), overrides)
     except FileNotFoundError:
-        return TrainConfig()
+        config = TrainConfig()
+    return replace(config, training=replace(config.training, out=str(path)))
 
 
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:

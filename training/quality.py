@@ -83,8 +83,10 @@ class Judge:
             self._seen["captions"].append(self._networks["clip"].read(captions).cpu())
 
     def scores(self) -> dict[str, Any]:
-        """What `evaluation.metrics` asks for, of all pictures added; then it begins anew."""
+        """What `evaluation.metrics` asks for, of all pictures added; then it begins anew. Raises DataError for none."""
         seen = {name: torch.cat(parts) for name, parts in self._seen.items() if parts}
+        if not seen:
+            raise DataError("none of the pictures can be read: there is nothing to score")
         for parts in self._seen.values():
             parts.clear()
         out: dict[str, Any] = {}

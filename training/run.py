@@ -19,6 +19,9 @@ from typing import Any, Protocol
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
 
+OWN = {"config.toml", "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
+OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
+"""All that a run writes in its folder, but for what is hidden."""
 UNLINKED = ".nfs*"
 """What NFS makes of a file that is removed while it is open (of a lock): it is gone when that is closed."""
 

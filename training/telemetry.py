@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ class Telemetry:
         patches = [x[0].numel() // patch for x in batch.latents]
         self._batches.append((patches, batch.tokens.mask.shape, batch.tokens.mask.sum(1), text))
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is no training: its time does not count."""
+        start = self.clock()
+        yield
+        if self._began is not None:
+            self._began += self.clock() - start
 
     def add(self, loss: Loss) -> None:
         """The loss of a batch, or of a part of one."""
@@ -240,11 +249,22 @@ def _remedy(config: TrainConfig) -> str:
 
 
 class Profiler:
-    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing."""
+    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing.
 
-    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None]) -> None:
+    done: steps that were made before; where the first to be recorded is one of these, and none was, it says so.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None], done: int = 0) -> None:
         self.steps, self.folder, self.log = steps, folder, log
         self._running: Any = None
+        if steps is not None and steps[0] <= done and not self._file.exists():
+            first, last = steps
+            log(f'warning: training.profile = "{first}:{last}" takes no effect: the run goes on with step {done + 1}')
+
+    @property
+    def _file(self) -> Path:
+        first, last = self.steps or (0, 0)
+        return self.folder / f"steps-{first}-{last}.json.gz"
 
     def before(self, step: int) -> None:
         """Called before each step, with its number from 1 on."""
@@ -269,9 +289,8 @@ class Profiler:
             torch.cuda.synchronize()
         running.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps-{self.steps[0]}-{self.steps[1]}"
-        running.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        running.export_chrome_trace(str(self._file))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=by, row_limit=40)
-        (self.folder / f"{name}.txt").write_text(table)
-        self.log(f"profile: {self.folder / name}.json.gz (open it in chrome://tracing or ui.perfetto.dev)")
+        self._file.with_name(self._file.name.replace(".json.gz", ".txt")).write_text(table)
+        self.log(f"profile: {self._file} (open it in chrome://tracing or ui.perfetto.dev)")

@@ -36,7 +36,7 @@ from training.data import Source
 from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
-from training.feed import ImageFeed, LatentFeed, WithText
+from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
 from training.idle import idle_settings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
@@ -95,6 +95,8 @@ class Trainer:
         self.updates = 0  # of the weights: a step that is left out makes none
         self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
         self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        self._saved: int | None = None  # the step of the newest checkpoint
+        self._ordered: int | None = None  # samples that batches were made of
         self._judge: ModelJudge | None = None
         if ranks.first:
             run.board = open_board(config, run)
@@ -154,6 +156,10 @@ class Trainer:
             tokenizer: Any = words.tokenizer
             pieces, self.held_out_text = open_pieces(config, run, corpus, tokenizer, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
+        before, self._ordered = self._ordered, num_ordered(self.feed)
+        if before not in (None, self._ordered):
+            made = f"of {self._ordered} samples, not of {before} as before, batches are made"
+            run.log(f"warning: {made}: the order of samples is another now")
 
     def _begin(self, resumed: bool) -> None:
         """Write what a run begins with; of a resumed one only now, when nothing can fail any more, replace anything."""
@@ -162,8 +168,12 @@ class Trainer:
             return
         self.ranks.wait()
         self.run.remove_leftovers()
+        at_end = self.step == self.config.training.num_steps  # no checkpoint comes any more: its weights may be missing
+        pipe, folder = self._whole_pipe() if at_end else self.pipe, self.run.path / "pipeline"
         if self.ranks.first:
-            self.pipe.save_defaults(self.run.path / "pipeline")
+            pipe.save_defaults(folder)
+            if at_end:
+                pipe.save_weights(folder)
         self.run.write_config(self.config)
         self.run.rewind_metrics(self.step)
         if self.ranks.first:
@@ -181,36 +191,14 @@ class Trainer:
 
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
-        config, run = self.config.training, self.run
-        batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
+        run = self.run
         learner = self._ready()
-        shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
-        profiler = Profiler(config.profiled if self.ranks.first else None, run.path / "profile", run.log)
-        try:
-            with (
-                repeatable(self.device),
-                attention_backend(config.attention),
-                interrupts.deferred(),
-                naming_dead_workers(),
-                shown as progress,
-            ):
-                while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
-                    profiler.before(self.step + 1)
-                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
-                    if not self._left_out:
-                        self._losses.append(loss)
-                    self.step += 1
-                    profiler.after(self.step)
-                    self._report(progress, norm)
-        finally:
-            profiler.close()
-            batches.close()  # type: ignore[attr-defined]
-            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
-            run.close()
-        stopped = self.ranks.any(interrupts.caught)
-        if stopped:
-            self._checkpoint()
-        self.writer.wait()
+        with interrupts.deferred():
+            self._steps(learner, interrupts)
+            stopped = self.ranks.any(interrupts.caught)
+            if stopped and self._saved != self.step:
+                self._checkpoint()
+            self.writer.wait()
         if stopped:
             run.log(f"stopped at step {self.step}, all saved; go on with: mmdit train --resume {run.path}")
             if self.ranks.any(interrupts.orphaned):
@@ -221,6 +209,32 @@ class Trainer:
                 self._finish()
         except Interrupted:
             run.log(f"stopped before the scores; all is trained and saved, score it with: mmdit evaluate {run.path}")
+
+    def _steps(self, learner: torch.nn.Module, interrupts: Interrupts) -> None:
+        """Train to the last step, or to the one in which an interrupt comes."""
+        config, run = self.config.training, self.run
+        batches = self.feed.batches(config.batch_size, self.config.seed, self.step, self.share)
+        shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
+        recorded = config.profiled if self.ranks.first else None
+        profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
+        try:
+            with repeatable(self.device), attention_backend(config.attention), naming_dead_workers(), shown as progress:
+                while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
+                    profiler.before(self.step + 1)
+                    loss, norm = self._train_step(learner, self.telemetry.next(batches))
+                    if not self._left_out:
+                        self._losses.append(loss)
+                    self.step += 1
+                    profiler.after(self.step)
+                    self._report(progress, norm)
+        except BaseException:
+            self.writer.tell(run.log)
+            raise
+        finally:
+            profiler.close()
+            batches.close()  # type: ignore[attr-defined]
+            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
+            run.close()
 
     def _ready(self) -> torch.nn.Module:
         """The learner as it is called: compiled, and with the gradients of all processes."""
@@ -290,7 +304,7 @@ class Trainer:
         return step == self.config.training.num_steps or bool(every and step % every == 0)
 
     def _report(self, progress: Progress, norm: torch.Tensor) -> None:
-        """What is shown and written at this step: metrics, validation, pictures, a checkpoint."""
+        """What is shown and written at this step: metrics, and then validation, pictures, a checkpoint."""
         config = self.config.training
         if self._due(config.log_every):
             values = {"loss": torch.tensor(self._mean_losses()).mean().item()} if self._losses else {}
@@ -304,6 +318,12 @@ class Trainer:
             self.run.write_metrics(self.step, **values, **told)
         else:
             progress.show(self.step)
+        with self.telemetry.paused():
+            self._pause(progress)
+
+    def _pause(self, progress: Progress) -> None:
+        """What is not training."""
+        config = self.config.training
         if self._due(config.validate_every):
             self._validate(progress)
         if config.sample_every and self.step % config.sample_every == 0:
@@ -380,11 +400,12 @@ class Trainer:
         losses = self._mean_losses()
         state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
         state |= {"text": self.text} if self.text else {}
-        state |= {"updates": self.updates, "skipped": self.skipped, "bad": self._bad}
+        state |= {"ordered": self._ordered, "updates": self.updates, "skipped": self.skipped, "bad": self._bad}
         state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
         self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
+        self._saved = self.step
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
@@ -417,6 +438,11 @@ class Trainer:
         state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
         if state["seed"] != self.config.seed:
             raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {self.config.seed}")
+        if state["step"] > (steps := self.config.training.num_steps):
+            raise ValueError(
+                f"{self.run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
+                "or train afresh into another folder"
+            )
         if state.get("samples", self.samples) != self.samples:
             old, new = self.run.config().data.source, self.config.data.source
             if new != old:
@@ -430,8 +456,9 @@ class Trainer:
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
-        self.step = state["step"]
+        self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self._ordered = state.get("ordered")
         self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -67,6 +68,13 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def tell(self, log: Callable[[str], None]) -> None:
+        """Say what went wrong, where another error ends the run and nobody will `wait`."""
+        self.join()
+        if self._error is not None:
+            with suppress(OSError):  # as of a disk that is full
+                log(f"warning: the last checkpoint was not written: {self._error}")
 
     def wait(self) -> None:
         """Until what was begun is written. Raises what went wrong with it."""

@@ -54,6 +54,21 @@ def test_the_newest_are_kept(tmp_path, keep):
     assert names(tmp_path) == [f"step-{step:08d}" for step in (5, 10, 15, 20)][-keep:]
 
 
+def test_what_somebody_else_put_there_stays(tmp_path):
+    """A copy by another name, notes, and what a link that takes a checkpoint's place leads to."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    kept = shutil.copytree(tmp_path / "checkpoints" / "step-00000001", tmp_path / "checkpoints" / "step-00000001-best")
+    notes = tmp_path / "checkpoints" / "step-notes.txt"
+    notes.write_text("mine")
+    elsewhere = (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / "step-00000001").symlink_to(elsewhere)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-00000001-best", "step-00000003", "step-notes.txt"]
+    assert all((folder / "state.json").exists() for folder in (kept, elsewhere)) and notes.read_text() == "mine"
+    assert load_latest(tmp_path, print)[0]["step"] == 3
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 3, mark="old")
     save(tmp_path, 3, mark="new")
@@ -191,3 +206,17 @@ def test_optimizer_tensors_of_another_model_are_refused():
     tensors["0.weight/exp_avg"] = torch.zeros(9)
     with pytest.raises(CorruptCheckpoint, match="0.weight/exp_avg does not fit"):
         load_optimizer_tensors(optimizer, net, tensors)
+
+
+def test_what_an_optimiser_keeps_beside_a_weight_has_a_shape_of_its_own():
+    """Of moments in 8 bits the map of their codes and the largest of each block, of any type; and whole numbers."""
+    net, optimizer = trained(1)
+    beside = {
+        "0.weight/qmap1": torch.rand(256),
+        "0.weight/absmax1": torch.rand(2, dtype=torch.float64),
+        "0.weight/step": torch.tensor(7),
+    }
+    load_optimizer_tensors(optimizer, net, beside)
+    state = optimizer.state[net[0].weight]
+    assert all(torch.equal(state[key], beside[f"0.weight/{key}"]) for key in ("qmap1", "absmax1"))
+    assert state["step"] == 7 and isinstance(state["step"], int)

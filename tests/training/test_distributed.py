@@ -54,6 +54,7 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
     models = {
         "image": (*SAME, *MUON),
         "mixed": (*SAME, *text),
+        "silent": (*SAME, *TRANSFUSION, "transfusion.caption_first=1", "objective.caption_dropout=0.9"),
         "frozen": (*SAME, f"text.encoder={root / 't5'}"),
         "half": (*SAME, "training.precision=bf16"),
         "sizes": (*SAME, "training.packing=true", "data.buckets=own", "data.image_size=32", "data.num_samples=none",
@@ -65,6 +66,8 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
         "image-hsdp": ("parallel.strategy=hsdp", "parallel.shard_size=1", "parallel.reshard=false"),
         "mixed-ddp": ("parallel.strategy=auto",),
         "mixed-fsdp": (FSDP, "training.sample_every=4", "training.async_checkpoint=true"),
+        "silent-ddp": (DDP,),
+        "silent-fsdp": (FSDP,),
         "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2", "training.packing=true"),
         "half-fsdp": (FSDP,),
         "sizes-ddp": (DDP,),
@@ -88,7 +91,8 @@ def close(run: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-5) -> Non
     assert all(torch.allclose(x, weights[1][name], rtol, atol) for name, x in weights[0].items())
 
 
-WAYS = ["image-ddp", "image-fsdp", "image-hsdp", "mixed-ddp", "mixed-fsdp", "frozen-fsdp", "sizes-ddp", "sizes-fsdp"]
+WAYS = ["image-ddp", "image-fsdp", "image-hsdp", "mixed-ddp", "mixed-fsdp", "silent-ddp", "silent-fsdp", "frozen-fsdp"]
+WAYS += ["sizes-ddp", "sizes-fsdp"]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from mmdit.text import Tokens
+from mmdit.config import TransfusionConfig
+from mmdit.text import TextConfig, Tokenizer, Tokens
+from mmdit.text_and_images import CaptionedTransfusion, Words
+from mmdit.transfusion import Transfusion
 from training.config import load_config
-from training.evaluate import fixed_times, validation_loss
-from training.objectives import Batch, noise_for
+from training.evaluate import caption_score, evaluate_run, fixed_times, validation_loss
+from training.objectives import Batch, documents, noise_for
+from training.run import RunFolder
 from training.seeds import generator_for
+from training.shapes import ShapesWorld
 from training.share import WHOLE
 
 
@@ -89,3 +94,51 @@ def test_no_gradient_is_kept():
     model.forward = lambda x_t, t, tokens, drop=None: model.calls.append(torch.is_grad_enabled()) or model.gain * x_t
     validation_loss(model, Rows(2), config())
     assert model.calls and not any(model.calls)
+
+
+def mixed(count: int):
+    """(a small model of text and images, a feed of `count` pictures with captions of one to three words)."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a red circle", "a star"], 300, 12, images=True)
+    special = dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True))
+    shape = TransfusionConfig(320, 2, patch_size=2, depth=1, num_heads=2, head_dim=16, sample_size=4, **special)
+    model = CaptionedTransfusion(Transfusion(shape), Words(TextConfig(300, 12), tokenizer))
+    feed, words = Rows(count), tokenizer((["a red circle", "star", "a star"] * count)[:count])
+    feed.at = lambda rows: Batch(feed.latents[list(rows)], Tokens(*(x[list(rows)] for x in words)))
+    return model, feed
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_words_are_asked_for_before_their_picture_and_after_it_each_word_alike(batch_size):
+    model, feed = mixed(5)
+    settings = ["transfusion.enabled=true", "model.positions=rope", f"evaluation.batch_size={batch_size}"]
+    losses = validation_loss(model, feed, load_config("pixels-tiny", settings))
+    for name, image_first in (("validation_text", False), ("validation_caption", True)):
+        batch = documents(feed.at(range(5)), torch.full((5,), image_first), pack=model.pack)
+        with torch.no_grad():
+            out = model(batch, torch.zeros(5))
+        logits, wanted = out.logits[batch.predicting], batch.ids[batch.predicting + 1]
+        assert losses[name] == pytest.approx(nn.functional.cross_entropy(logits, wanted).item(), rel=1e-5)
+    assert losses["validation_text"] != losses["validation_caption"]
+
+
+def test_captions_that_are_right_are_counted():
+    """A model that says of every other picture what is there, and of the rest nothing that is a caption."""
+    settings = load_config("pixels-tiny", ["evaluation.prompts_per_question=2", "evaluation.batch_size=5"])
+    world = ShapesWorld((64, 64), settings.evaluation.seed, split="held-out")
+    captions = iter([world[i][1] if i % 3 == 0 else "no words" for i in range(12)])
+
+    class Writer:
+        size = (64, 64)
+
+        def generate(self, prompts, **how):
+            return [SimpleNamespace(parts=[next(captions)]) for _ in prompts]
+
+    assert caption_score(Writer(), settings) == pytest.approx(4 / 12)
+
+
+def test_a_network_that_is_not_there_is_missed_before_the_model_is_read(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    monkeypatch.setattr("training.evaluate.TextToImage.load", None)
+    with pytest.raises(ValueError, match="no weights at nowhere"):
+        evaluate_run(run.path, {"metrics": ("precision-recall",), "features": "nowhere"})

@@ -27,7 +27,7 @@ from training.interrupts import Interrupts
 from training.lock import LOCK
 from training.parallel import ALONE, ProcessLost
 from training.precision import LossScaler
-from training.run import RunFolder
+from training.run import OWN, RunFolder
 from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
 from training.writing import Writer
@@ -248,6 +248,25 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
 
 
+def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys):
+    """Or one would look for it: the writer beside the training says so at the next checkpoint, which does not come."""
+    real = Trainer._train_step
+
+    def train_step(self, model, batch):
+        if self.step == 2:
+            raise ValueError("something else")
+        return real(self, model, batch)
+
+    def save(*all):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr("training.writing.save_checkpoint", save)
+    with pytest.raises(ValueError, match="something else"):
+        training.train(config_for(tmp_path / "run", "training.checkpoint_every=2", "training.async_checkpoint=true"))
+    assert "warning: the last checkpoint was not written: " in capsys.readouterr().out
+
+
 # --- to begin again ---
 
 
@@ -406,6 +425,28 @@ def test_restart_begins_where_a_kill_left_half_a_beginning(tmp_path):
     with pytest.raises(FileExistsError):
         training.train(config_for(other), restart=True)
     assert (other / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("whose", ["config", "notes"])
+def test_a_restart_removes_nothing_that_a_person_made(whose, tmp_path):
+    """A folder with a config.toml that no run wrote, and one of a run with notes beside."""
+    config = config_for(tmp_path / "run")
+    RunFolder.create(tmp_path / "run", config).log("died at once")
+    if whose == "config":
+        (tmp_path / "run" / "config.toml").write_text('preset = "demo"\n')
+    else:
+        (tmp_path / "run" / "thesis.txt").write_text("mine")
+    before = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(FileExistsError, match="run exists"):
+        training.train(config, restart=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_writes_what_is_known_of_it(tmp_path):
+    """Or a restart would not tell its folder from a person's."""
+    how = ("training.ema=power", "training.ema_snapshot_every=1", "training.profile=1:1", "training.sample_every=1")
+    run = training.train(config_for(tmp_path / "run", "training.num_steps=1", *how))
+    assert {path.name for path in run.iterdir()} == OWN - {"wandb", "index"}
 
 
 def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):

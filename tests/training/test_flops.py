@@ -135,3 +135,27 @@ def test_the_peak_is_the_one_asked_for():
     assert peak_tflops("auto", cpu, torch.float32) is None
     assert peak_tflops("measure", cpu, torch.float32) > 0
     assert measured_peak(cpu, torch.float32, 0.0) > 0
+
+
+def test_a_measured_peak_is_the_arithmetic_of_the_best_product_over_its_time(monkeypatch):
+    """Two products of 1024 x 1024 matrices, of 0.5 s and 0.25 s, within 1 s."""
+    times = iter([0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.75, 1.0])
+    monkeypatch.setattr("training.flops.time.perf_counter", lambda: next(times))
+    assert measured_peak(torch.device("cpu"), torch.float32, 1.0) == pytest.approx(2 * 1024**3 / 0.25 / 1e12)
+
+
+def test_documents_are_measured_by_their_own_lengths():
+    """Three words and 10 patches, two words alone: tokens 3 + 2 + 2 and 2; all look at all of their document."""
+    sizes = of_documents(torch.tensor([10, 0]), torch.tensor([3, 2]), lead=2)
+    assert (sizes.images, sizes.patches, sizes.text) == (1, 10, 9)
+    assert sizes.predicting == 7 - 2 + 2 - 1
+    assert sizes.joint == (10 + 7) ** 2 + 2**2
+
+
+def test_what_reads_frozen_words_has_no_gradient_to_give():
+    frozen, model, sizes = mmdit(), mmdit(), captioned(4, 16, 12)
+    frozen.conditioner.requires_grad_(False)
+    batch = Batch(torch.randn(4, 3, 8, 8), tokens(4)[1])
+    saved = step_flops(model, sizes) - step_flops(frozen, sizes)
+    objective = FlowMatching(Uniform(), caption_dropout=0.0)
+    assert saved == counted(model, objective, batch) - counted(frozen, objective, batch)

@@ -65,6 +65,7 @@ CASES = [
     ("training.profile=5:6", ["training.num_steps=4"], ["training.num_steps=5"]),
     ("training.validate_every=2", ["data.held_out=0"], []),
     ("parallel.shard_size=2", ["parallel.strategy=fsdp"], ["parallel.strategy=hsdp"]),
+    ("parallel.reshard=false", ["parallel.strategy=ddp"], ["parallel.strategy=fsdp"]),
     ("parallel.cpu_offload=true", [], ["parallel.strategy=hsdp"]),
     ("parallel.timeout=5", ["parallel.strategy=none"], []),
     ("evaluation.prompts_per_question=3", ["data.source=photos"], []),

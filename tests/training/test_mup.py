@@ -45,6 +45,14 @@ def test_embeddings_and_heads_of_text():
     assert ratios["head.weight"] == (4, 1) and "embed.weight" not in ratios
 
 
+def test_a_head_starts_smaller_by_the_whole_ratio():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, in_channels=4, depth=1, head_dim=16)
+    narrow, wide = (Transfusion(TransfusionConfig(num_heads=heads, **shape)) for heads in (2, 8))
+    scale_start(wide, 32)
+    assert wide.head.weight.std().item() == pytest.approx(narrow.head.weight.std().item() / 4, rel=0.1)
+
+
 def test_rates_and_decay_of_each_group():
     net = captioned(8)
     names = {id(p): name for name, p in net.named_parameters()}

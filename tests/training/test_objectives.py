@@ -11,7 +11,16 @@ from mmdit.sequences import pack
 from mmdit.text import Tokens
 from mmdit.transfusion import Transfusion
 from samplers import Cosine
-from training.objectives import Batch, FlowMatching, TextAndImages, documents, next_token_loss, opens_text
+from training.config import load_config
+from training.objectives import (
+    Batch,
+    FlowMatching,
+    TextAndImages,
+    documents,
+    make_objective,
+    next_token_loss,
+    opens_text,
+)
 from training.share import Share
 from training.time_density import LogitNormal, TimeDensity, Uniform
 
@@ -281,8 +290,22 @@ def test_logits_are_never_whole():
     assert max(kept) < 1e6
 
 
+def test_where_no_token_is_to_be_predicted_all_weights_have_a_gradient_still():
+    """Processes exchange the gradients of the same weights, and of several only one may have pictures alone."""
+    data = pack([[picture()]])
+    states, head = torch.randn(len(data.ids), 6, generator=generator()).requires_grad_(), nn.Linear(6, 40, bias=False)
+    loss = next_token_loss(states, head, data)
+    loss.backward()
+    assert loss == 0 and not states.grad.any() and not head.weight.grad.any()
+
+
 def test_which_images_open_text():
     assert opens_text(pack(DOCUMENTS)).tolist() == [False, True, False]
+    alone, first = [picture()], [picture(), torch.tensor([5, 1])]
+    assert opens_text(pack([alone, first], sizes=range(20, 30))).tolist() == [
+        False,
+        True,
+    ]  # after the words of its size
 
 
 @pytest.mark.parametrize("wrong", [dict(prediction="data"), dict(image_first_cap=0.0), dict(image_weight=-1.0)])
@@ -412,3 +435,9 @@ def test_the_mean_of_the_pieces_losses_is_the_loss_of_the_batch():
     torch.testing.assert_close(torch.stack(losses).mean(), whole)
     alone = [objective(model, piece(data, objective.share), generator()).total for objective, *_ in prepared]
     assert abs(torch.stack(alone).mean() - whole) > 1e-3  # what means over each piece would say
+
+
+@pytest.mark.parametrize("model", [(), ("transfusion.enabled=true", "model.positions=rope")], ids=["image", "mixed"])
+def test_a_run_learns_its_share_of_each_batch(model):
+    share = Share(1, 2, 3)
+    assert make_objective(load_config("pixels-tiny", model), share).share == share

@@ -112,3 +112,13 @@ def test_each_sample_once_an_epoch_over_ranks_and_workers_with_uneven_shards(tmp
         assert sorted(keys) == sorted(source.keys)
     alone = [batch.keys for batch in islice(loader(source, range(48), 8, 3), 12)]
     assert [sum(rows, []) for rows in zip(*ranks, strict=True)] == alone
+
+
+def test_some_of_the_samples_keep_their_buckets_parts_and_blocks():
+    numbers = np.arange(6)
+    layout = Layout(
+        ((8, 8), (8, 16)), bucket=numbers % 2, part=numbers % 3, weights=(1.0, 1.0, 1.0), block=numbers // 2
+    )
+    some = layout.of(np.array([5, 2, 0]))
+    assert (some.bucket.tolist(), some.part.tolist(), some.block.tolist()) == ([1, 0, 0], [2, 2, 0], [2, 1, 0])
+    assert Layout(((8, 8),)).of(np.array([1])).block is None

@@ -2,6 +2,8 @@
 average and optimiser.
 """
 
+import warnings
+
 import pytest
 import torch
 
@@ -91,3 +93,20 @@ def test_gradients_below_the_least_number_of_fp16_survive_by_the_scale():
         scaler.unscale([w])
         assert w.grad.dtype == torch.float32
         assert w.grad.item() == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_scale_of_two_may_be_to_blame_and_one_of_one_is_not():
+    scaler = LossScaler(2.0)
+    assert scaler.update(False) and scaler.scale == 1
+    assert not scaler.update(False) and scaler.scale == 1
+
+
+def test_in_single_precision_nothing_is_said_or_cast():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with autocast(torch.device("cpu"), torch.float32):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_where_nothing_has_a_gradient_there_is_nothing_to_unscale():
+    LossScaler.for_precision(torch.float16).unscale([torch.nn.Parameter(torch.zeros(3))])

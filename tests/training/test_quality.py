@@ -126,6 +126,14 @@ def test_pictures_without_captions_have_no_clip_score(place, tmp_path):
     assert evaluate_images(str(tmp_path / "bare"), config(place, "cmmd"))["num_images"] == 4
 
 
+@pytest.mark.parametrize("name", ["fid", "clip-score"])
+def test_pictures_of_which_none_can_be_read_have_no_scores(name, place, tmp_path):
+    for path in save_pictures(tmp_path / "cut", 3).glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="none of the pictures can be read"):
+        evaluate_images(str(tmp_path / "cut"), config(place, name))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import time
 
 import pytest
 import torch
@@ -200,6 +201,21 @@ def test_a_run_writes_it_all(tmp_path):
     assert later, "no time near 1 in six steps of sixteen"
 
 
+def test_validation_between_two_lines_is_no_training(tmp_path, monkeypatch):
+    """A validation loss that takes an hour, after the second of four steps, and after the last."""
+    hours = []
+
+    def validate(trainer, progress):
+        hours.append(trainer.step)
+        trainer.telemetry.clock = lambda: time.perf_counter() + 3600 * len(hours)
+
+    monkeypatch.setattr("training.trainer.Trainer._validate", validate)
+    how = ("training.num_steps=4", "training.log_every=4", "training.validate_every=2")
+    run = training.train(config_for(tmp_path / "run", *how))
+    assert hours == [2, 4]
+    assert metrics(run, "samples_per_second")[0][1] > 32 / 3600
+
+
 def test_text_and_images_have_a_loss_each(tmp_path):
     run = training.train(config_for(tmp_path / "run", *TRANSFUSION, ONE_BY_ONE, "training.grad_accumulation=2"))
     for row in rows(run):
@@ -231,6 +247,15 @@ def test_the_steps_that_are_named_are_profiled(tmp_path):
 def test_a_run_that_ends_while_it_is_profiled_writes_what_there_is(tmp_path):
     run = training.train(config_for(tmp_path / "run", "training.profile=5:99"))
     assert (run / "profile" / "steps-5-99.json.gz").exists()
+
+
+def test_a_run_that_goes_on_after_the_steps_to_profile_says_so(tmp_path):
+    run = training.train(config_for(tmp_path / "run", "training.profile=2:3", "training.num_steps=4"))
+    training.resume(run)
+    assert "takes no effect" not in (run / "log.txt").read_text(), "they are there"
+    training.resume(run, ["training.profile=4:5", "training.num_steps=5"])
+    assert 'training.profile = "4:5" takes no effect: the run goes on with step 5' in (run / "log.txt").read_text()
+    assert [path.name for path in (run / "profile").glob("*.gz")] == ["steps-2-3.json.gz"]
 
 
 @pytest.mark.parametrize("text", ["5", "3:2", "0:1", "a:b", "1:2:3", ":4", "-1:4"])

@@ -20,6 +20,7 @@ import training
 import training.evaluate
 import training.setup
 import training.trainer
+import training.writing
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
 from tests.training.processes import python
@@ -116,6 +117,15 @@ def test_scores_are_written_and_found_again(run):
     assert {**again, "seconds_per_image": 0} == {**scores, "seconds_per_image": 0}
     assert training.evaluate_run(run, num_steps=1, solver="heun")["sampling"]["solver"] == "heun"
     assert json.loads((run / "scores.json").read_text())["sampling"]["num_steps"] == 1
+
+
+def test_a_run_that_was_trained_on_cuda_is_scored_where_there_is_none(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = shutil.copytree(run, tmp_path / "run")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace('device = "auto"', 'device = "cuda"'))
+    scores = training.evaluate_run(out, {"prompts_per_question": 0})
+    assert scores["validation_loss"] == json.loads((run / "scores.json").read_text())["validation_loss"]
 
 
 def test_the_model_of_a_run_draws(run):
@@ -229,9 +239,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, monkeyp
 def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, tmp_path, monkeypatch):
     """Killed in step 6, with a checkpoint of step 2 to 4: what was written after it is forgotten and done again."""
 
-    class Killed(BaseException):
-        pass
-
     real = Trainer._train_step
 
     def train_step(self, model, batch):
@@ -275,6 +282,78 @@ def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
     config = load_config(out, [f"training.out={out}"])
     assert training.train(config, resume=True) == out
     assert [step for step, _ in metrics(out, "loss")] == list(range(1, 9))
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL: nothing catches it."""
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_pipeline_leaves_no_old_weights(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """The run is scored when it goes on, and sampled ever after, with the average of its last step."""
+    real, out = mmdit.TextToImage.save_weights, tmp_path / "run"
+
+    def save_weights(self, folder):
+        if list_checkpoints(out)[-1].name == "step-00000010":
+            raise Killed
+        real(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mmdit.TextToImage, "save_weights", save_weights)
+        training.train(config_for(out, *LONG, "training.checkpoint_every=5"))
+    assert training.resume(out) == out
+    for part in ("transformer", "text"):
+        ours, theirs = (read_weights(run / "pipeline" / part / "model.safetensors") for run in (out, uninterrupted))
+        assert [name for name, x in theirs.items() if not torch.equal(ours[name], x)] == []
+    scores, others = (json.loads((path / "scores.json").read_text()) for path in (out, uninterrupted))
+    assert scores["validation_loss"] == others["validation_loss"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_that_is_saved_is_not_saved_again(resumed, tmp_path, monkeypatch):
+    """Stopped in a step whose checkpoint is written anyway, or after none: a kill could take the only one there is."""
+    config = config_for(tmp_path / "run", *LONG, "training.checkpoint_every=4", "training.keep_checkpoints=1")
+    saved, real = [], training.writing.save_checkpoint
+
+    def save(run, state, *rest):
+        saved.append(state["step"])
+        return real(run, state, *rest)
+
+    monkeypatch.setattr(training.writing, "save_checkpoint", save)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        out = training.train(config)
+    if resumed:
+        monkeypatch.setattr(Interrupts, "caught", property(lambda self: True))
+        assert training.resume(out) == out
+    assert saved == [4]
+    assert "stopped at step 4, all saved" in (out / "log.txt").read_text().splitlines()[-1]
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch):
+    real = training.writing.save_checkpoint
+
+    def save(*all):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return real(*all)
+
+    monkeypatch.setattr(training.writing, "save_checkpoint", save)
+    out = training.train(config_for(tmp_path / "run", *LONG, "training.async_checkpoint=true"))
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000010"]
+    assert "stopped at step 10, all saved" in (out / "log.txt").read_text()
+
+
+def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"is at step 6, past training.num_steps = 5: .*train afresh"):
+        training.resume(run, ["training.num_steps=5"])
+    with pytest.raises(ValueError, match=f"was trained with another init: None, not {tmp_path}"):
+        training.resume(run, [f"init={tmp_path}"])
+    with pytest.raises(ValueError, match="training.out .* is the folder of a new run.* move it"):
+        training.resume(run, [f"training.out={tmp_path}"])
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(
@@ -484,6 +563,25 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     assert (out / "samples.png").exists()
 
 
+@pytest.mark.parametrize("change", ["repaired", "read as it comes"])
+def test_samples_that_come_or_go_between_two_parts_of_a_run_are_said(change, tmp_path, monkeypatch):
+    """The keys are the same, and the order that is made of those that can be read is another."""
+    folder = make_pictures(tmp_path / "pictures", 24)
+    whole = (folder / "003.png").read_bytes()
+    (folder / "003.png").write_bytes(whole[:300])
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        out = training.train(config_for(tmp_path / "run", f"data.source={folder}", "data.held_out=0"))
+    stop_after(4, monkeypatch)
+    training.resume(out)
+    assert "the order of samples is another now" not in (out / "log.txt").read_text()
+    if change == "repaired":
+        (folder / "003.png").write_bytes(whole)
+    training.resume(out, ["data.cache_latents=false"] if change != "repaired" else [])
+    line = "warning: of 24 samples, not of 23 as before, batches are made: the order of samples is another now"
+    assert line in (out / "log.txt").read_text()
+
+
 def test_held_out_samples_that_are_all_bad_are_no_reason_to_stop(tmp_path):
     folder = make_pictures(tmp_path / "data", 12)
     source = training.open_source(str(folder))
@@ -526,6 +624,26 @@ def test_a_set_up_that_fails_leaves_the_name_free(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         training.train(config_for(tmp_path / "run", "data.held_out=0", *changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_a_link_is_left_free_too(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nowhere"):
+            training.train(config_for(tmp_path / "run", "data.source=nowhere"))
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_run_that_was_moved_is_named_where_it_is(tmp_path, monkeypatch):
+    """Where another process is lost, what is said names the folder to go on in."""
+    RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    asked, real = [], training.launch.ranks_of
+    monkeypatch.setattr(training.launch, "ranks_of", lambda config: asked.append(config.run_folder) or real(config))
+    with pytest.raises(ValueError, match="moved/pipeline/text/tokenizer.json"):
+        training.resume(moved)
+    assert asked == [moved]
 
 
 # --- one step -----------------------------------------------------------------------------------------------------
