@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
+LEARNT = 2**26  # and where there is a derivative, whose way through Python costs some 50 us
 KERNEL = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -110,9 +111,10 @@ def _serves(x: Tensor, layer: nn.Linear) -> bool:
 
 def _worth(products: int) -> bool:
     """Whether there is enough to multiply; of a graph for any number of tokens yes, so that it serves them all."""
+    least = LEARNT if torch.is_grad_enabled() else WORTH
     if torch.compiler.is_compiling():
-        return not statically_known_true(products < WORTH)
-    return products >= WORTH
+        return not statically_known_true(products < least)
+    return products >= least
 
 
 def _watched() -> bool:

@@ -14,8 +14,9 @@ LARGE = (256, 64, 128)  # tokens, in, out: enough work for the kernel
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is asked of the kernel."""
+    """What is asked of the kernel, for learning too where there is as much to do as here."""
     found = []
+    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
     inner = linear._in_one
     monkeypatch.setattr(linear, "_in_one", lambda *args: found.append(args[-1]) or inner(*args))
     return found
@@ -84,7 +85,14 @@ def test_what_is_learnt_are_torchs_derivatives(calls, loss, bias):
     assert calls == ["none"] * 3  # nothing asked for the derivative by x
 
 
-def test_derivatives_have_derivatives():
+def test_small_products_are_learnt_by_torchs_own(calls, monkeypatch):
+    monkeypatch.setattr(linear, "LEARNT", 2**26)
+    layer, x = layer_and_input()
+    layer(x).sum().backward()
+    assert calls == []
+
+
+def test_derivatives_have_derivatives(calls):
     layer, x = layer_and_input()
 
     def second(f):
@@ -177,7 +185,8 @@ def test_compiled_it_is_taken_too(calls):
     assert calls == ["gelu", "gelu"]
 
 
-def test_compiled_it_is_learnt_too():
+def test_compiled_it_is_learnt_too(monkeypatch):
+    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
     layer, x = layer_and_input()
     given = [x.requires_grad_(), *layer.parameters()]
     compiled = torch.compile(lambda x: linear_gelu(layer, x), fullgraph=True)
