@@ -280,9 +280,9 @@ def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ("model.depth=3", "model"),
+        ("model.depth=3", "model.depth: 2, not 3;"),
         ("model.qk_norm=none", "model"),
-        ("text.width=64", "text"),
+        ("text.width=64", "text.width: 32, not 64"),
         ("autoencoder=shapes", "autoencoder"),
         ("seed=1", "seed"),
         ("data.num_samples=32", "data.num_samples"),
@@ -298,6 +298,12 @@ def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
     with pytest.raises(ValueError, match=f"was trained with another {part}"):
         training.train(load_config(run, [change, f"training.out={run}"]), resume=True)
     assert (run / "config.toml").read_text() == before
+
+
+def test_another_folder_for_a_resumed_run_is_refused(run):
+    with pytest.raises(ValueError, match="was trained with another training.out: .*, not elsewhere; a resumed run"):
+        training.resume(run, ["training.out=elsewhere"])
+    assert "elsewhere" not in (run / "config.toml").read_text()
 
 
 def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, monkeypatch, capsys):
