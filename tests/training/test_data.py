@@ -321,9 +321,11 @@ def test_no_images_found(tmp_path):
         open_source(str(tmp_path))
     with pytest.raises(DataError, match="no images found: there is no folder or file"):
         open_source(str(tmp_path / "none"))
+    with pytest.raises(DataError, match=f"there is no folder or file none in {os.getcwd()};"):
+        open_source("none")
     with pytest.raises(DataError, match="no shard .* matches"):
         open_source(str(tmp_path / "*.tar"))
-    with pytest.raises(DataError, match="is one file; expected a folder"):
+    with pytest.raises(DataError, match="is one file; expected a folder, .* or a table that is called metadata.jsonl"):
         open_source(str(tmp_path / "notes.md"))
     (tmp_path / "empty.tar").touch()
     with pytest.raises(DataError, match="no images found .* skipped empty.tar: cut off or corrupt"):
