@@ -467,6 +467,17 @@ def make_pictures(folder: Path, n: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("source", "autoencoder", "warned"), [("mine", "shapes", 1), ("mine", "none", 0), ("shapes:9", "shapes", 0)]
+)
+def test_a_run_warns_of_the_drawn_worlds_autoencoder_on_other_pictures(tmp_path, source, autoencoder, warned):
+    folder = make_pictures(tmp_path / "mine", 3)
+    changes = (f"autoencoder={autoencoder}", "data.num_samples=none", "data.image_size=64", "model.patch_size=2")
+    config = config_for(tmp_path / "run", f"data.source={folder if source == 'mine' else source}", *changes)
+    training.setup.open_data(config, RunFolder.create(tmp_path / "run", config), 8)
+    assert (tmp_path / "run" / "log.txt").read_text().count('the autoencoder "shapes" has seen drawn') == warned
+
+
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached):
     folder = make_pictures(tmp_path / "shapes-of-mine", 24)  # pictures of one's own, whatever the folder is called
