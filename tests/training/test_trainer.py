@@ -322,6 +322,9 @@ def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, mon
     training.resume(out, [f"data.source={moved}", "data.num_workers=1", "data.cache_latents=false"])
     assert_bit_equal(out, whole)
     assert RunFolder.open(out).config().data.source == str(moved)
+    with pytest.raises(ValueError, match=f"no folder or file {data};"):
+        training.evaluate_run(whole)
+    assert training.evaluate_run(whole, data=str(moved))["validation_loss"] == metrics(whole, "validation_loss")[-1][1]
     assert "has changed since" not in capsys.readouterr().out
     shutil.copy(moved / "000.png", moved / "more.png")
     shutil.copy(moved / "000.txt", moved / "more.txt")
