@@ -35,7 +35,7 @@ from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import DataError, Source, SourceOptions, checked_size, is_shapes, open_source, split_by_key
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
-from training.loader import layout_of
+from training.image_batches import layout_of
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
