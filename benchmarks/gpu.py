@@ -3,13 +3,15 @@
     python -m benchmarks.gpu --out benchmarks/results/gpu.md        (or: make bench-gpu)
     python -m benchmarks.gpu --only training --autotune             (some minutes more, of compiling)
 
-Both models have the shape of SD3.5 without dual attention at depth d = heads, the same weights, 333 text tokens (77 of
-CLIP, 256 of T5), bf16 by autocast over fp32 weights, blocks compiled one by one. A training step is forward,
+Both models have the shape of SD3.5 without dual attention at depth d = heads, the same weights, 333 text tokens (77
+of CLIP, 256 of T5), bf16 by autocast over fp32 weights, blocks compiled one by one. A training step is forward,
 backward, fused AdamW and the moving average. FLOPs are counted by torch's own counter over matrix products and
-attention, so MFU leaves out everything else; its peak is the datasheet's for dense bf16. Times are medians of
-seven runs, of five by turns in sampling. Rows "packed": captions of real lengths (half short and half long, log-normal
-about 12 and 90 tokens), of which ours packs what is real in one row, where diffusers attends to all 333; their FLOPs
-are those of the mean length. Rows "autotuned": torch.compile's mode "max-autotune-no-cudagraphs".
+attention, so MFU leaves out everything else; its peak is the datasheet's for dense bf16. Times are medians of seven
+runs, of five by turns in sampling. A step takes as many pictures as fit: the optimizer's part of it, which waits for
+memory and not for arithmetic, is as long for one as for all. Rows "packed": captions of real lengths (half short and
+half long, log-normal about 12 and 90 tokens), of which ours packs what is real in one row, where diffusers attends to
+all 333; their FLOPs are those of the mean length. Rows "autotuned": torch.compile's mode "max-autotune-no-
+cudagraphs".
 """
 
 import argparse
@@ -35,8 +37,7 @@ from training.flops import datasheet_peak
 DEVICE = "cuda"
 TEXT = 333
 SAMPLED = 24, 32  # depth and latent side in tokens of what is sampled: the 2 B model
-# depth, latent side in tokens, pictures a step
-SHAPES = ((14, 16, 64), (24, 16, 24), (24, 32, 12))
+SHAPES = ((14, 16), (24, 16), (24, 32))  # depth and latent side in tokens of what is trained
 
 
 def config(depth: int) -> MMDiTConfig:
@@ -108,6 +109,16 @@ def flops(depth: int, side: int, text: int = TEXT) -> int:
     return counter.get_total_flops()
 
 
+def pictures(depth: int, size: int, tokens: int, memory: float) -> int:
+    """Pictures a step, a multiple of 4, that take nine tenths of `memory`, in bytes.
+
+    By measured training: 22 bytes a parameter (weights, average, gradients and two moments in fp32, weights in bf16)
+    and 31 a block, channel and token. size: parameters; tokens: of a picture and its text.
+    """
+    each = 31 * depth * config(depth).width * tokens
+    return max(4, int((0.9 * memory - 22 * size) // each // 4 * 4))
+
+
 def measure(model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[float, float]:
     """Seconds of the forward alone and of the training step."""
 
@@ -119,15 +130,16 @@ def measure(model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, 
     return seconds({"forward": forward})["forward"], seconds({"step": step})["step"]
 
 
-def training(peak: float, autotune: bool) -> list[str]:
-    """Forward and training step of each shape."""
+def training(peak: float, memory: float, autotune: bool) -> list[str]:
+    """Forward and training step of each shape, with as many pictures as fit into `memory`, in bytes."""
     lines = [
         "| parameters | image tokens | batch | | forward, ms | step, ms | pictures/s | MFU of the step | memory, GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for depth, side, batch in SHAPES:
+    for depth, side in SHAPES:
         with torch.device("meta"):
-            size = sum(p.numel() for p in MMDiT(config(depth)).parameters()) / 1e9
+            size = sum(p.numel() for p in MMDiT(config(depth)).parameters())
+        batch = pictures(depth, size, side * side + TEXT, memory)
         given = inputs(config(depth), side, batch, TEXT, DEVICE)
         lengths = caption_lengths(torch.randn(batch, generator=torch.Generator().manual_seed(0)), TEXT)
         real = (torch.arange(TEXT) < lengths[:, None]).to(DEVICE)
@@ -135,7 +147,7 @@ def training(peak: float, autotune: bool) -> list[str]:
             packed = entry.call is call_packed
             work = batch * flops(depth, side, round(lengths.mean().item()) if packed else TEXT)
             cells = row(entry, (*given, real) if packed else given, work / peak)
-            lines.append(f"| {size:.2f} B | {side * side} | {batch} | {entry.name} | {cells} |")
+            lines.append(f"| {size / 1e9:.2f} B | {side * side} | {batch} | {entry.name} | {cells} |")
             print(lines[-1], flush=True)
     return lines
 
@@ -238,7 +250,12 @@ def main() -> None:
         f"bf16); a matrix product of 8192 reaches {matmul / 1e12:.0f}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
     )
     print(about)
-    parts = {"attention": attention, "sampling": sampling, "training": lambda: training(peak, arguments.autotune)}
+    memory = torch.cuda.get_device_properties().total_memory
+    parts = {
+        "attention": attention,
+        "sampling": sampling,
+        "training": lambda: training(peak, memory, arguments.autotune),
+    }
     text = f"# On one GPU\n\n{about}\n"
     for name, part in parts.items():
         if arguments.only in (None, name):

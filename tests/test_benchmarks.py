@@ -151,12 +151,13 @@ def test_what_commands_touch_beside_their_run_is_seen(tmp_path, monkeypatch):
 def test_what_is_measured_on_a_gpu_runs(monkeypatch):
     """On a CPU and small, all of it but torch's choice of kernels and its autotuning."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "SHAPES", ((1, 4, 2),))
+    monkeypatch.setattr(gpu, "SHAPES", ((1, 4),))
     monkeypatch.setattr(gpu, "SAMPLED", (1, 4))
     monkeypatch.setattr(gpu, "TEXT", 20)
     monkeypatch.setattr(gpu, "seconds", lambda runs, *_, **__: timing.seconds(runs, repeats=1, warm=0))
     monkeypatch.setattr(gpu, "compiled", lambda model, blocks, **how: model)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.training(1e12, autotune=True)[2:]]
+    lines = gpu.training(1e12, memory=0, autotune=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [cells[3] for cells in rows] == ["ours", "diffusers", "ours, packed", "ours, autotuned"]
     assert all(float(cell) > 0 for cells in rows for cell in cells[4:6])
     assert all("e-0" in line and float(line.split("|")[-2]) < 0.05 for line in gpu.sampling()[2:])
@@ -164,6 +165,13 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
 
 def test_packed_pictures_have_the_flops_of_what_is_real():
     assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)
+
+
+def test_a_step_takes_what_fits():
+    """Of what was measured: 2.03 B parameters with 24 pictures of 256 tokens took 59.4 GB, so 85 GB take more."""
+    assert gpu.pictures(24, 2_030_000_000, 589, 59.4e9 / 0.9) == 20
+    assert gpu.pictures(24, 2_030_000_000, 589, 85e9) == 44 > gpu.pictures(24, 2_030_000_000, 1357, 85e9)
+    assert gpu.pictures(24, 2_030_000_000, 589, 24e9) == 4  # will not fit, and says so
 
 
 def test_what_telemetry_costs_is_measured():

@@ -165,6 +165,11 @@ def _check_alone(name: str) -> None:
         raise DataError(f"{name} is a cache, which is trained on by itself: mix the data, and cache the mix")
 
 
+def is_mix(spec: str) -> bool:
+    """Whether several data sets are named, with weights."""
+    return len(_mix_in(spec)) > 1
+
+
 def is_shapes(spec: str) -> bool:
     """Whether the data is the drawn world, or a cache of it."""
     return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"

@@ -33,7 +33,16 @@ from training.cached import CachedFeed, CachedSource, latent_feed
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import DataError, Source, SourceOptions, checked_size, is_shapes, open_source, split_by_key
+from training.data import (
+    DataError,
+    Source,
+    SourceOptions,
+    checked_size,
+    is_mix,
+    is_shapes,
+    open_source,
+    split_by_key,
+)
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
 from training.image_batches import layout_of
 from training.mup import scale_start
@@ -96,7 +105,7 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     )
     least = smallest_bucket(config)
     options = SourceOptions(data.buckets, data.bucket_ratio, least, config.mixes_sizes, data.crop, data.flip, wanted)
-    if data.source.startswith(STREAM):
+    if data.source.startswith(STREAM) and not is_mix(data.source):
         size = checked_size(data.image_size)
         stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
         return stream  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -237,16 +237,16 @@ def stream_loader(
     """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1, each of its
     own size where sizes are mixed; or, with buckets that are not mixed, that of `bucketfuls`.
 
-    In place of a bad sample stands the next good one of the batch. Raises `DataError` while iterating where the stream
-    breaks or no sample of a batch is good.
+    In place of a bad sample stands the next good one of the whole batch, whoever decodes that. Raises `DataError` while
+    iterating where the stream breaks or no sample of a batch is good.
     """
     in_buckets = stream.options.buckets and not stream.layout.mixed
     batches = (_in_buckets if in_buckets else _in_order)(stream, held_out, batch_size, seed, start_step)
-    mine = share.rows(batch_size)
+    mine = tuple(share.rows(batch_size))
 
     def asked() -> Iterator[_Asked]:
         for step, batch in enumerate(batches, start=start_step):
-            yield _Asked(step, tuple(mine), *zip(*(batch[row] for row in mine), strict=True))
+            yield _Asked(step, mine, batch)
 
     make = partial(_decoded, stream.options, seed)
     return _closing(run(make, ahead(asked(), AHEAD), num_workers))
@@ -273,25 +273,31 @@ def _closing(batches: Generator[ImageBatch, None, None]) -> Generator[ImageBatch
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a worker is to decode: rows of batch number `step`, which rows of the run's batch they are, and the size of
-    each.
+    """What a worker is to decode: the rows `mine` of batch number `step`, of which it gets all, for good ones stand in
+    for bad ones.
     """
 
     step: int
-    numbers: tuple[int, ...]
-    sizes: tuple[Size, ...]
-    rows: tuple[Row, ...]
+    mine: tuple[int, ...]
+    batch: _Batch
 
 
 def _decoded(options: SourceOptions, seed: int, asked: _Asked) -> ImageBatch:
-    samples = []
-    for number, size, row in zip(asked.numbers, asked.sizes, asked.rows, strict=True):
+    @cache
+    def sample(number: int) -> Sample:
+        size, row = asked.batch[number]
         rng = partial(rng_for, seed, asked.step, number)
-        samples.append(read_sample(row.key, row.captions, row.shares, row.image, size, options, rng))
-    skipped = [(sample.key, sample.error) for sample in samples if sample.error is not None]
-    good = [i for i, sample in enumerate(samples) if sample.error is None]
-    if not good:
-        raise DataError(f"none of the {len(samples)} samples can be used; one of them is {': '.join(skipped[0])}")
-    chosen = [min((j for j in good if j >= i), default=good[0]) for i in range(len(samples))]
-    numbered = [(-1, samples[i]) for i in chosen]
-    return make_row(numbered, skipped) if options.mixes else make_batch(asked.sizes[0], len(chosen), numbered, skipped)
+        return read_sample(row.key, row.captions, row.shares, row.image, size, options, rng)
+
+    def good(first: int) -> Sample:
+        for number in (*range(first, len(asked.batch)), *range(first)):
+            if sample(number).error is None:
+                return sample(number)
+        bad = sample(first)
+        raise DataError(f"none of the {len(asked.batch)} samples can be used; one of them is {bad.key}: {bad.error}")
+
+    numbered = [(-1, good(number)) for number in asked.mine]
+    skipped = [(bad.key, bad.error) for bad in map(sample, asked.mine) if bad.error is not None]
+    if options.mixes:
+        return make_row(numbered, skipped)
+    return make_batch(asked.batch[0][0], len(numbered), numbered, skipped)

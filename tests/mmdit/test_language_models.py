@@ -169,6 +169,15 @@ def test_what_cannot_be_held_is_refused_by_name(kind_, changes, what, tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in trunk.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(attention="full"), dict(time="all"), dict(time="image", weights="shared", llama=None)]
+)
+def test_a_trunk_whose_text_sees_more_than_the_language_models_is_refused(changes, tmp_path):
+    language_model("gpt_neox", tmp_path)
+    with pytest.raises(ValueError, match="is a language model: its text sees nothing that follows"):
+        init_from(trunk_of(tmp_path, **changes), [tmp_path])
+
+
 def test_the_same_config_in_the_words_of_older_files(tmp_path):
     language_model("gpt_neox", tmp_path)
     found = needs([tmp_path])

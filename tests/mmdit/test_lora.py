@@ -101,6 +101,19 @@ def test_we_read_what_diffusers_writes_and_say_the_same(tmp_path, layers):
     torch.testing.assert_close(model(*inputs()), call(other), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_alphas_beside_the_matrices_scale_them(tmp_path):
+    """alpha / rank times B A, as kohya's scripts and diffusers' older files mean it."""
+    layer = "transformer.transformer_blocks.0.attn.to_out.0"
+    a, b = torch.randn(4, 16), torch.randn(16, 4)
+    state = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, f"{layer}.alpha": torch.tensor(2.0)}
+    save_weights(state, tmp_path / "lora.safetensors")
+    model, before = alive(), alive().blocks[0].img.attn.out.weight
+    load_lora(model, tmp_path / "lora.safetensors")
+    merge_lora(model)
+    torch.testing.assert_close(model.blocks[0].img.attn.out.weight, before + 0.5 * b @ a)
+
+
 def test_only_adapters_learn():
     model = alive()
     add_lora(model, 2)
@@ -166,6 +179,8 @@ def test_ranks_and_alphas_that_are_none_are_refused(rank, alpha, message):
         ("{", "is no table"),
         ('{"r": 0, "lora_alpha": 1}', "r = 0 and lora_alpha = 1, expected numbers above 0"),
         ('{"r": 4, "lora_alpha": null}', "lora_alpha = None, expected numbers"),
+        ('{"r": 4, "lora_alpha": 4, "use_dora": true}', "DoRA or rank-stabilised scales, which are not read"),
+        ('{"r": 4, "lora_alpha": 4, "rank_pattern": {"to_q": 2}}', "ranks or scales by layer"),
     ],
 )
 def test_a_file_that_lies_of_its_scale_is_refused(tmp_path, said, message):
@@ -173,6 +188,12 @@ def test_a_file_that_lies_of_its_scale_is_refused(tmp_path, said, message):
     state = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
     save_weights(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said})
     with pytest.raises(ValueError, match=message):
+        load_lora(alive(), tmp_path / "lora.safetensors")
+    save_weights({"weight": torch.ones(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="no LoRA file in diffusers' layout: 1 tensors are no LoRA: weight"):
+        load_lora(alive(), tmp_path / "lora.safetensors")
+    save_weights(state | {"weight": torch.ones(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are no LoRA: weight"):
         load_lora(alive(), tmp_path / "lora.safetensors")
     save_weights(state | {f"{layer}.lora_A.weight": torch.ones(0, 16)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="has no matrices of transformer_blocks.0.attn.to_q"):

@@ -310,6 +310,16 @@ def test_order_of_words_matters(text):
     assert (pooled[0] - pooled[1]).abs().max() > 1e-3
 
 
+def test_positions_turn_by_the_angles_of_rope(text):
+    """RoPE (Su et al. 2021): token i turns pair j by i / 10000^(j / half), half the width of a head."""
+    tokens, seen = text.tokenize(["a red star"]), []
+    text.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[2]))
+    text(tokens)
+    half = text.config.width // text.config.num_heads // 2
+    angle = torch.outer(torch.arange(tokens.ids.shape[1]), 10_000.0 ** -(torch.arange(half) / half))
+    torch.testing.assert_close(torch.stack(seen[0]), torch.stack([angle.cos(), angle.sin()]))
+
+
 @given(st.lists(st.booleans(), min_size=4, max_size=4))
 def test_dropped_rows_are_the_empty_caption_and_the_others_as_they_were(dropped):
     encoder, tokens = _encoder(), _encoder().tokenize(CAPTIONS)

@@ -250,11 +250,19 @@ def test_sd3s_setting_wants_one_image_a_document():
         (dict(mlp_ratio=-1.0), "mlp_ratio is -1"),
         (dict(size_tokens=-3), "size_tokens is -3"),
         (dict(pos_embed_max_size=0), "pos_embed_max_size is 0"),
+        (dict(codec="unet", patch_size=1), "patch_size is 1, a U-Net halves to patches of 2, 4, 8"),
+        (dict(codec="unet", patch_size=6), "patch_size is 6, a U-Net halves"),
+        (dict(codec="unet", codec_width=132), "above 128 of 32"),
+        (dict(positions="both", size_tokens=3, pos_embed_max_size=2), "an image that has no places"),
     ],
 )
 def test_bad_configs_are_refused(change, what):
     with pytest.raises(ValueError, match=what):
         replace(TINY, **change)
+
+
+def test_an_image_may_be_larger_than_a_table_that_is_not_there():
+    assert replace(TINY, positions="rope", size_tokens=3, pos_embed_max_size=2).size_tokens == 3
 
 
 @pytest.mark.parametrize("words", ["a red circle", ["a red circle"], torch.zeros(1, 3)])

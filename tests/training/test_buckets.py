@@ -56,6 +56,7 @@ def test_small_buckets_join_their_neighbour():
     bucket = np.repeat([0, 1, 2, 3], [2, 3, 10, 8])
     assert Counter(merge_small(bucket, sizes, 4).tolist()) == {1: 5, 2: 10, 3: 8}
     assert Counter(merge_small(bucket, sizes, 6).tolist()) == {2: 15, 3: 8}
+    assert Counter(merge_small(bucket, sizes, 8).tolist()) == {2: 15, 3: 8}  # enough is what is asked for
     assert Counter(merge_small(bucket, sizes, 100).tolist()) == {2: 23}
     assert merge_small(bucket, sizes, 1).tolist() == bucket.tolist()
 

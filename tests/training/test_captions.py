@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import training.run
 import training.setup
 from tests.training.pictures import folder_of, json_bytes, members, picture, shards_of, tar_of
-from training.captions import captions_in, captions_of, choose, parse_weights
+from training.captions import captions_in, captions_of, choose, joined, parse_weights
 from training.config import load_config
 from training.data import DataError, SourceOptions, loader, open_source
 from training.table import Entry, Table, Writer
@@ -35,6 +35,24 @@ def test_captions_of_a_row():
     assert captions_of({"synthetic": "s"}, BOTH) == (("s",), (0.5,))
     assert captions_of({"caption": "c"}, BOTH) == captions_of([1], BOTH) == ((), ())
     assert captions_in(".txt", b"t", (("txt", 1.0),)) == (("t",), (1.0,))
+
+
+def test_captions_in_files_may_begin_with_a_mark_and_hold_what_is_no_text():
+    for mark in (b"", b"\xef\xbb\xbf"):
+        assert captions_in(".txt", mark + b"a \xff b") == (("a \ufffd b",), ())
+        assert captions_in(".json", mark + b'{"caption": "a \xff b"}') == (("a \ufffd b",), ())
+
+
+def test_captions_of_two_files_of_a_sample():
+    none, first, second = ((), ()), (("a",), ()), (("b", "c"), ())
+    assert joined(first, second, ()) == first and joined(none, second, ()) == second
+    weighed = ("a",), (0.5,)
+    assert joined(weighed, (("b", "c"), (0.25, 0.25)), BOTH) == (("a", "b", "c"), (0.5, 0.25, 0.25))
+
+
+@given(st.integers(1, 9), st.floats(0, 1, exclude_max=True))
+def test_without_shares_all_captions_are_as_likely(num, u):
+    assert choose(num, (), u) == int(u * num) < num
 
 
 @given(st.lists(st.floats(0.01, 9), min_size=1, max_size=6), st.floats(0, 1, exclude_max=True))
@@ -133,6 +151,16 @@ def test_of_several_captions_those_that_fit_are_kept():
     wanted = Wanted(min_caption=2, max_caption=4)
     assert wanted.fitting((("a", "abc", "abcdef"), (0.5, 0.3, 0.2))) == (("abc",), (0.3,))
     assert wanted.fitting((("a", "abc"), ())) == (("abc",), ())
+    bounds = ("a", "ab", "abcd", "abcde"), ()
+    assert wanted.fitting(bounds) == (("ab", "abcd"), ())
+
+
+def test_bounds_of_sizes_are_allowed_themselves():
+    wanted = Wanted(min_side=8, max_aspect=2.0)
+    assert wanted.refuses((8, 16)) is None and wanted.refuses((16, 8)) is None
+    assert wanted.refuses((7, 8)) == "a side below 8 pixels"
+    assert wanted.refuses((8, 17)) == "sides that are more than 2 to 1"
+    assert not Wanted().measures and Wanted(min_side=1).measures and Wanted(max_aspect=1.0).measures
 
 
 # --- the index on disk -----------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import training
-from tests.training.pictures import parquet_of, picture, shards_of
+from tests.training.pictures import noisy, parquet_of, picture, shards_of
 from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
 from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
+from training.setup import open_run_source
 from training.share import Share
 from training.stream import HeldOut, StreamSource, shuffled, stream_loader
 from training.wanted import Wanted
@@ -235,6 +236,28 @@ def test_a_bad_image_of_a_stream_is_named_and_replaced(tmp_path):
     assert sorted(Counter(batch.captions).values()) == [1, 1, 1, 2]
 
 
+def test_a_bad_image_of_a_stream_is_replaced_by_the_same_one_whoever_decodes_it(tmp_path):
+    """Four processes with a row each, and two with two: a bad row of one takes the next good one of another."""
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [{"bytes": b"no image" if i % 3 == 1 else noisy(i, (8, 12)), "path": None} for i in range(12)]
+    table = pyarrow.table({"image": images, "text": [f"picture {i}" for i in range(12)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    stream = StreamSource(f"hf-stream:{tmp_path}", (8, 8), options=SourceOptions(crop="random"), buffer=100)
+    for world, num_workers in ((4, 0), (2, 1)):
+        alone = stream_loader(stream, 0.0, 4, 0)
+        ranks = [stream_loader(stream, 0.0, 4, 0, 0, num_workers, Share(rank, world)) for rank in range(world)]
+        for one in itertools.islice(alone, 6):
+            parts = [next(rank) for rank in ranks]
+            assert sum((part.keys for part in parts), []) == one.keys
+            assert sum((part.skipped for part in parts), []) == one.skipped
+            assert torch.equal(torch.cat([part.images for part in parts]), one.images)
+        for batches in ranks:
+            batches.close()
+
+
 def test_images_of_a_stream_may_lie_in_files_also_on_a_server(tmp_path, monkeypatch):
     """As `datasets` streams a folder of images: each cell names a file. One that is missing is a bad sample."""
     pytest.importorskip("datasets")
@@ -264,6 +287,9 @@ def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
     for spec in (many, f"{many}=0.5,{tmp_path}=0.5"):  # of an autoencoder, a reference
         with pytest.raises(DataError, match="is a stream, which training alone reads, and by itself"):
             open_source(spec)
+    mix = load_config("pixels-tiny", [f"data.source={many}=0.5,{tmp_path}=0.5", "data.cache_latents=false"])
+    with pytest.raises(DataError, match="is a stream, which training alone reads, and by itself"):
+        open_run_source(mix, 8)
     with pytest.raises(DataError, match='data.buckets is "own": say by data.image_size'):
         StreamSource(many, options=SourceOptions(buckets="own", mixed=True))
     with pytest.raises(ConfigError, match="set data.cache_latents=false"):
