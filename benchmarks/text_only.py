@@ -26,7 +26,7 @@ from training.corpus import Corpus, Pieces
 from training.data import open_source, split_by_key
 from training.devices import pick_precision, repeatable
 from training.ema import make_average
-from training.loader import Order
+from training.image_batches import Order
 from training.mup import scale_start
 from training.objectives import next_token_loss
 from training.optim import learning_rate, make_optimizer, set_rate

@@ -18,9 +18,7 @@ app = typer.Typer(no_args_is_help=True, help=HELP)
 
 @app.command()
 def train(
-    data: Annotated[
-        str, typer.Option(metavar="SPEC", help='Images: a folder, .tar shards, or "shapes" for drawn ones.')
-    ],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Images, as for `mmdit train`; captions are not needed.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; new or empty.")],
     settings: Annotated[
         list[str] | None,

@@ -1,6 +1,7 @@
 """`mmdit cache`: latents and text features computed once, to be trained on; and a look whether they are whole."""
 
 import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,10 +79,10 @@ def cache(
     from training.config import load_config
 
     options = CacheOptions(dtype.value, text_dtype.value, shard_mb, (int(numbers[1]), int(numbers[2])))
-    _report(out, options.part, write_cache(load_config(config_name, settings), out, options))
+    _report(out, options.part, write_cache(load_config(config_name, settings), out, options), words or [])
 
 
-def _report(folder: Path, part: tuple[int, int], written: "Written") -> None:
+def _report(folder: Path, part: tuple[int, int], written: "Written", words: list[str]) -> None:
     if written.samples:
         bad = f", {written.bad} of them bad" if written.bad else ""
         rate = written.samples / max(written.seconds, 1e-9)
@@ -92,7 +93,7 @@ def _report(folder: Path, part: tuple[int, int], written: "Written") -> None:
         print(f"part {part[0]}/{part[1]} is whole; {written.missing} shards of other parts are missing")
     else:
         size = sum(file.stat().st_size for file in folder.glob("shard-*"))
-        print(f"whole, {size / 1e6:.1f} MB; train with: mmdit train CONFIG --data {folder}")
+        print(f"whole, {size / 1e6:.1f} MB; train with: mmdit train {shlex.join(words)} --data {folder}")
 
 
 def _verify(folder: Path, data: str | None) -> None:

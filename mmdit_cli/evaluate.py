@@ -11,6 +11,9 @@ def evaluate(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Where the run's samples are, if they were moved.")
+    ] = None,
     images: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Score these pictures, of whatever made them, and no run.")
     ] = None,
@@ -44,6 +47,10 @@ def evaluate(
     """
     if (run is None) == (images is None):
         raise ValueError("what is to be scored? name a run (mmdit evaluate RUN), or pictures with --images FOLDER")
+    if run is None and data is not None:
+        raise ValueError(
+            "--data is for a run; pictures are named by --images, and what they are held against by --reference"
+        )
     if run is not None and out is not None:
         raise ValueError("--out is for --images: the scores of a run go into its scores.json")
     given = {
@@ -58,7 +65,7 @@ def evaluate(
     if run is not None:
         import training
 
-        show(training.evaluate_run(run, given))
+        show(training.evaluate_run(run, given, data))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images

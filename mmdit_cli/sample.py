@@ -165,7 +165,7 @@ def out_files(out: Path, count: int) -> list[Path]:
     from PIL import Image
 
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f'--out is "{out}", expected the name of a picture, such as {out.with_suffix(".png").name}')
+        raise ValueError(f'--out is "{out}", expected the name of a picture, such as {out.stem or "out"}.png')
     if count == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{i}") for i in range(count)]

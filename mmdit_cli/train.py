@@ -18,7 +18,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help='Images: a folder, .tar shards (file, folder or glob), or "shapes" for drawn ones.'
+            metavar="SPEC",
+            help="Images: a folder, .tar shards, Parquet, hf:NAME, a cache, shapes (docs/data.md).",
         ),
     ] = None,
     out: Annotated[
@@ -67,7 +68,10 @@ def train(
         settings.append(f"data.source={data}")
     if init is not None:
         settings.append(f"init={init}")
-    settings += [f"lora.{word}" for word in lora or []]
+    for word in lora or []:
+        if "=" not in word:
+            raise ValueError(f'--lora is "{word}", expected KEY=VALUE, such as rank=16')
+        settings.append(f"lora.{word}")
     if out is not None or (resume is not None and config_name is not None):
         settings.append(f"training.out={out or resume}")
 

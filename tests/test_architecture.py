@@ -1,6 +1,7 @@
 """The floors of the building: imports never run upward, pull in nothing heavy, and have no side effects."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -88,3 +89,10 @@ def test_all_that_samplers_names_as_public_is_there():
 
     assert len(set(samplers.__all__)) == len(samplers.__all__)
     assert all(hasattr(samplers, name) for name in samplers.__all__)
+
+
+@pytest.mark.parametrize("package", ["mmdit", "training"])
+def test_a_name_that_is_fetched_when_used_is_no_module_too(package):
+    """Once imported, a module of that name would stand in its place."""
+    modules = {path.stem for path in (ROOT / package).iterdir()}
+    assert not modules & {*importlib.import_module(package).__all__}

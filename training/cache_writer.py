@@ -48,8 +48,8 @@ from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
+from training.image_batches import READ_AHEAD, by_shape, layout_of
 from training.interrupts import Interrupts
-from training.loader import READ_AHEAD, by_shape, layout_of
 from training.order import Layout
 from training.progress import Progress
 from training.setup import fingerprint, open_run_source, smallest_bucket

@@ -25,8 +25,8 @@ from training.captions import choose
 from training.config import DataConfig
 from training.data import Sample, Source
 from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn, latents_from
+from training.image_batches import rng_for
 from training.images import Size, fit_size
-from training.loader import rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.share import WHOLE, Share

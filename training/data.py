@@ -24,8 +24,8 @@ from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
 from training.captions import Weights, choose, items_in, parse_weights
 from training.errors import DataError
+from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
-from training.loader import ImageBatch, loader, one_pass
 from training.order import Layout
 from training.remote import RemoteError
 from training.sources import Index

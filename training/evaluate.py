@@ -20,7 +20,7 @@ from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.cached import CachedFeed, latent_feed
-from training.config import TrainConfig
+from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes, split_by_key
 from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
@@ -136,14 +136,18 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
     return right / len(samples)
 
 
-def evaluate_run(path: str | Path, evaluation: dict[str, Any] | None = None, **sampling: Any) -> dict[str, Any]:
+def evaluate_run(
+    path: str | Path, evaluation: dict[str, Any] | None = None, data: str | None = None, **sampling: Any
+) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
 
-    `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. Raises
+    `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. data: where
+    the run's samples are now, if not where they were (of others, those held out are scored by the same rule). Raises
     FileNotFoundError where the folder is no run, ValueError where a network of evaluation.metrics is not there.
     """
     run = RunFolder.open(path)
-    config = with_evaluation(run.config(), evaluation or {})
+    config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
+    config = with_evaluation(config, evaluation or {})
     check_metrics(config.evaluation)
     pipe = TextToImage.load(
         path, "cpu" if config.training.device == "cpu" else None

@@ -26,7 +26,7 @@ from mmdit.text_encoders import TextEncoder
 from training.captions import choose
 from training.corpus import Pieces
 from training.data import DataError, ImageBatch, Source, loader, one_pass
-from training.loader import by_shape, layout_of, rng_for
+from training.image_batches import by_shape, layout_of, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.seeds import generator_for

@@ -9,9 +9,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, TrainConfig, apply_overrides, read_config
@@ -174,10 +175,18 @@ def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
     old = run.config()
     for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ())):
-        if attrgetter(key)(config) != attrgetter(key)(old):
-            raise other_setting(run, key, attrgetter(key)(old), attrgetter(key)(config))
+        _check_same(run, key, attrgetter(key)(old), attrgetter(key)(config))
     try:
         Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
     except Interrupted:
         run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
     return run.path
+
+
+def _check_same(run: RunFolder, key: str, old: Any, new: Any) -> None:
+    """Raises ValueError where a setting, or one of a section's, is another than the run's."""
+    if is_dataclass(old):
+        for part in fields(old):
+            _check_same(run, f"{key}.{part.name}", getattr(old, part.name), getattr(new, part.name))
+    elif old != new:
+        raise other_setting(run, key, old, new)

@@ -80,7 +80,10 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
     if path.is_file():
         if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
-        raise DataError(f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}) or a metadata.jsonl")
+        raise DataError(
+            f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}), or a table that is called "
+            "metadata.jsonl or metadata.csv, with the columns file_name and text"
+        )
     itself = "{" in spec and any(glob.iglob(str(path), recursive=True))  # braces that are in names
     patterns = [str(path)] if itself else expanded(str(path))
     if glob.has_magic(spec) or len(patterns) > 1:
@@ -90,7 +93,8 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
             raise DataError(f"no images found: no shard ({' '.join(suffixes)}) matches {spec}")
         root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards]))
         return root, sorted(Path(os.path.abspath(shard)).relative_to(root).as_posix() for shard in shards)
-    raise DataError(f"no images found: there is no folder or file {spec}; give a folder, shards, or 'shapes'")
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise DataError(f"no images found: there is no folder or file {spec}{where}; give a folder, shards, or 'shapes'")
 
 
 def _alone(pattern: str) -> list[str]:

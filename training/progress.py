@@ -9,6 +9,13 @@ from typing import Any
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
+def duration(seconds: float) -> str:
+    """A time in minutes, from an hour on in hours, from two days on in days."""
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
+
+
 class Progress:
     """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late.
 
@@ -52,7 +59,7 @@ class Progress:
         elif not self.quiet and (now - self._last_line >= LINE_EVERY or done == self.total):
             self._last_line = now
             left = (self.total - done) / self.rate if self.rate else 0.0
-            print(f"{self.title} {done}/{self.total}  {self._text()}  {left / 60:.1f} min left", flush=True)
+            print(f"{self.title} {done}/{self.total}  {self._text()}  {duration(left)} left", flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""

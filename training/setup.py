@@ -33,9 +33,18 @@ from training.cached import CachedFeed, CachedSource, latent_feed
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import DataError, Source, SourceOptions, checked_size, is_mix, open_source, split_by_key
+from training.data import (
+    DataError,
+    Source,
+    SourceOptions,
+    checked_size,
+    is_mix,
+    is_shapes,
+    open_source,
+    split_by_key,
+)
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
-from training.loader import layout_of
+from training.image_batches import layout_of
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
@@ -57,6 +66,11 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
+    if config.autoencoder == "shapes" and not is_shapes(config.data.source):
+        run.log(
+            'warning: the autoencoder "shapes" has seen drawn shapes alone, and loses much of other pictures: '
+            "train your own (mmdit autoencoder train) and name it by autoencoder=FOLDER"
+        )
     for reason, count, key in getattr(source, "left_out", ()):
         run.log(f"left out: {count} samples with {reason}, such as {key}")
     for key, reason in source.skipped:

@@ -18,7 +18,8 @@ from training.images import Size
 from training.remote import Listed, Patience, RemoteFile, is_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures too, which PIL does not open
 SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 MAX_HEADER = 1 << 24

@@ -43,6 +43,7 @@ from training.shards import (
     IMAGE_SUFFIXES,
     SHARD_ERRORS,
     SHARD_SUFFIXES,
+    UNREAD_SUFFIXES,
     Members,
     Place,
     images_of,
@@ -115,19 +116,24 @@ class Index:
             self._rows = HubRows(spec.removeprefix(HUB))
             self._add_rows(self._rows.rows(self.wanted), spec.removeprefix(HUB), HUB)
         elif metadata := [name for name in names if Path(name).name in METADATA_NAMES and not is_url(name)]:
+            rest = dict.fromkeys(names)
             for name in metadata:
-                self._add_metadata(root / name, name)
+                self._add_metadata(root / name, name, rest)
+            self._pass_over(rest, IMAGE_SUFFIXES, "no row in a metadata file")
         elif shards := [file for file in files if file.url.lower().endswith(SHARD_SUFFIXES) and _near(file.url)]:
             self._add_shards(root, shards)
+            self._pass_over(names, IMAGE_SUFFIXES, "files of their own beside shards")
         elif parquet := [file for file in files if file.url.lower().endswith(PARQUET)]:
             for file in parquet:
                 self._add_parquet(root, file)
+            self._pass_over(names, IMAGE_SUFFIXES, f"files of their own beside {PARQUET} files")
         elif names and is_url(names[0]):
             if any(name.endswith("/cache.json") for name in names):
                 raise DataError(f"{spec} is a cache on a server: copy it to a disk first, for its files are mapped")
             raise DataError(f"{spec} holds no shards ({' '.join(SHARD_SUFFIXES)}) and no {PARQUET} files")
         else:
             self._add_folder(root, names)
+            self._pass_over(names, UNREAD_SUFFIXES, f"a format that is not read ({' '.join(UNREAD_SUFFIXES)})")
 
     def _check(self, spec: str, num_files: int) -> None:
         why = f"; skipped {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
@@ -140,7 +146,8 @@ class Index:
             fields = f" in {', '.join(name for name, _ in self.wanted.captions)}" if self.wanted.captions else ""
             raise DataError(
                 f"no captions found{fields}: {spec} has {len(self.entries)} images, none with a caption; give each a "
-                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
+                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl; "
+                'another field is named by data.captions="prompt=1"'
             )
 
     # --- a sample ---
@@ -173,6 +180,13 @@ class Index:
     def _leave_out(self, reason: str, key: str) -> None:
         count, first = self.left_out.get(reason, (0, key))
         self.left_out[reason] = (count + 1, first)
+
+    def _pass_over(self, names: Iterable[str], suffixes: tuple[str, ...], reason: str) -> None:
+        """Count the files so named as left out, beside samples that there are."""
+        for name in names if len(self._writer) else ():
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes:
+                self._leave_out(reason, printable(stem))
 
     def _begin(self, prefix: str) -> None:
         """What follows lies in another file; prefix: what makes its keys longer."""
@@ -230,7 +244,8 @@ class Index:
 
     # --- Hugging Face metadata ---
 
-    def _add_metadata(self, path: Path, name: str) -> None:
+    def _add_metadata(self, path: Path, name: str, rest: dict[str, None]) -> None:
+        """Add the samples of its rows, and take their files out of `rest`."""
         folder = Path(name).parent
         self._begin("")
         try:
@@ -243,7 +258,8 @@ class Index:
                     if _leads_outside(file_name):
                         self.skipped.append((f"{name}:{number}", "its file_name leads out of the folder"))
                         continue
-                    key = os.path.splitext((folder / file_name).as_posix())[0]
+                    rest.pop(within := (folder / file_name).as_posix(), None)
+                    key = os.path.splitext(within)[0]
                     image, (texts, shares) = str(path.parent / file_name), captions_of(row, self.wanted.captions)
                     self._add(Entry(key, texts, image, shares=shares), self._measured(image))
         except (OSError, csv.Error) as error:

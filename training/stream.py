@@ -31,8 +31,8 @@ from training.captions import captions_of
 from training.data import Sample, SourceOptions, place_of, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
+from training.image_batches import ImageBatch, make_batch, make_row, rng_for
 from training.images import BadImage, Size, fit_size, read_size
-from training.loader import ImageBatch, make_batch, make_row, rng_for
 from training.order import Layout
 from training.remote import Patience
 from training.rows import caption_columns, image_column, key_column

@@ -62,3 +62,15 @@ def test_the_example_on_weights_runs(tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", (DOCS / "formats.md").read_text(), re.DOTALL)
     exec(block, names)
     assert names["half"].dtype == torch.bfloat16 and names["half"].config == names["model"].config
+
+
+def test_the_loop_of_ones_own_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_images").mkdir()
+    for i in range(8):
+        picture(64, 64).save(f"my_images/{i}.png")
+        Path(f"my_images/{i}.txt").write_text(f"picture {i}")
+    names: dict = {}
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
+    exec(block, names)
+    assert names["step"] == 9 and names["loss"].total.isfinite() and names["picture"].size == (64, 64)

@@ -99,6 +99,8 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["train", "demo", "demo"], '"demo" is no setting'),
         (["train", "demo", "training.num_step=1"], 'did you mean "training.num_steps"?'),
         (["train", "demo", "optimizer.lr=-1"], "optimizer.lr is -1.0, expected a number > 0"),
+        (["train", "."], ". is no run folder, it has no config.toml; pictures are named beside a config: --data ."),
+        (["train", "demo", "--lora", "16"], '--lora is "16", expected KEY=VALUE, such as rank=16'),
         (["train", "--resume", "a", "--out", "b"], "leave out --out"),
         (["train", "--resume", "a", "--restart"], "--restart goes with a config"),
         (["train", "demo", "--stpes", "3"], "No such option: --stpes"),
@@ -109,11 +111,13 @@ def test_train_resume_with_a_config_asks_for_that_config_in_that_run(calls, tmp_
         (["sample", "run", "a star", "--size", "8x"], '--size is "8x", expected HEIGHTxWIDTH'),
         (["sample", "run", "a star", "--size", "0x8"], '--size is "0x8", expected HEIGHTxWIDTH'),
         (["sample", "run", "a star", "--out", "picture"], "such as picture.png"),
+        (["sample", "run", "a star", "--out", "."], '--out is ".", expected the name of a picture, such as out.png'),
         (["sample", "no-such-run", "a star"], "no-such-run"),
         (["sample", "run", "a star", "--mask", "m.png"], "name the picture with --image"),
         (["sample", "run", "a star", "--strength", "0.5"], "name the picture with --image"),
         (["generate", "run", "a", "--max-images", "0", "--size", "8"], "--size says how pictures are drawn"),
         (["evaluate", "no-such-run"], "no-such-run"),
+        (["evaluate", "--images", "x", "--data", "y"], "--data is for a run"),
         (["ema", "no-such-run", "--sigma-rel", "0.1", "--out", "y"], "no-such-run is not a run folder"),
         (["convert", "x", "y"], "Missing option '--layout'"),
         (["convert", "x", "y", "--layout", "onnx"], "'onnx' is not one of 'mmdit', 'diffusers', 'sd3'"),
@@ -144,14 +148,14 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
     ],
 )
 def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given: (_ for _ in ()).throw(error), raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: (_ for _ in ()).throw(error), raising=False)
     result = run("evaluate", "somewhere")
     assert_one_line_error(result, "")
     assert message in result.stderr
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given: {}[run], raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: {}[run], raising=False)
     assert isinstance(run("evaluate", "somewhere").exception, KeyError)
 
 
@@ -219,13 +223,14 @@ def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_pat
 
 def test_evaluate_prints_every_number(monkeypatch):
     scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given: scores, raising=False)
-    lines = [line.split() for line in run("evaluate", "somewhere").stdout.splitlines()]
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: scores | {"data": data}, raising=False)
+    lines = [line.split() for line in run("evaluate", "somewhere", "--data", "moved").stdout.splitlines()]
     assert lines == [
         ["validation", "/", "loss", "0.2500"],
         ["validation", "/", "t=0.1", "1.0000"],
         ["counting", "0.5000"],
         ["prompts", "3"],
+        ["data", "moved"],
     ]
 
 

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import torch
+
+import samplers
 from samplers import SOLVERS, Adaptive
 
 PAGE = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
@@ -15,6 +18,11 @@ def test_the_examples_run():
     for block in blocks:
         exec(block, names)
     assert names["edited"].shape == names["filled"].shape == (2, 4)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(names["Bent"]().t_from_log_snr(names["Bent"]().log_snr(t)), t)
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs, ours = (samplers.sample(names["bent"], x, solver, 10).x for solver in (names["Thirds"](), "ralston"))
+    torch.testing.assert_close(theirs, ours)
 
 
 def test_the_table_is_complete_and_true():

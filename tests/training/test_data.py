@@ -29,13 +29,14 @@ from training.data import (
     Sample,
     ShapesSource,
     Source,
+    SourceOptions,
     loader,
     one_pass,
     open_source,
     split_by_key,
 )
 from training.shapes import ShapesWorld
-from training.sources import Index
+from training.sources import Index, Wanted
 
 COLOURS = {f"{i:03d}": (10 * i, 255 - 10 * i, 7 * i) for i in range(12)}  # key -> colour of its image
 
@@ -141,10 +142,12 @@ def test_nested_folders_links_and_hidden_files(tmp_path):
 
 def test_every_suffix(tmp_path):
     image = Image.new("RGB", (8, 8), "white")
-    for suffix in ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "JPG"):
+    suffixes = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "JPG")
+    for suffix in suffixes:
         image.save(tmp_path / f"{suffix}.{suffix}")
         (tmp_path / f"{suffix}.txt").write_text("white")
-    assert set(contents(open_source(str(tmp_path))).values()) == {((255, 255, 255), "white")}
+    found = contents(open_source(str(tmp_path)))
+    assert set(found) == {*suffixes} and set(found.values()) == {((255, 255, 255), "white")}
 
 
 @pytest.mark.parametrize("layout", ["folder", "one level down"])
@@ -213,6 +216,21 @@ def test_metadata_of_subfolders_and_bad_rows(tmp_path):
     assert source.keys == ["train/img/a", "train/img/gone"] and source[0].error is None
     assert source[1].error == "no such file or directory" and source[1].image is None
     assert [name for name, _ in source.skipped] == [f"train/metadata.jsonl:{line}" for line in (2, 3, 4)]
+
+
+def test_pictures_that_the_layout_passes_over_are_counted_and_named(tmp_path):
+    listed, shards, photos = (tmp_path / name for name in ("listed", "shards", "photos"))
+    write_folder(listed, {"b/in.png": png(), "a/beside.png": png(), "a/beside.txt": b"x", "out.JPG": png()})
+    (listed / "b" / "metadata.jsonl").write_text('{"file_name": "./in.png", "text": "in"}')
+    assert open_source(str(listed)).left_out == [("no row in a metadata file", 2, "a/beside")]
+    write_shard(shards / "0.tar", sample_files())
+    write_folder(shards, {"beside.png": png()})
+    assert open_source(str(shards)).left_out == [("files of their own beside shards", 1, "beside")]
+    write_folder(photos, {"a.png": png(), "a.txt": b"a", "IMG_1.HEIC": b"heic", "IMG_1.txt": b"b"})
+    assert open_source(str(photos)).left_out == [("a format that is not read (.heic .heif .jxl)", 1, "IMG_1")]
+    (photos / "a.png").unlink()
+    with pytest.raises(DataError, match="no images found"):
+        open_source(str(photos))
 
 
 def test_num_samples_and_pickle(tmp_path):
@@ -303,9 +321,11 @@ def test_no_images_found(tmp_path):
         open_source(str(tmp_path))
     with pytest.raises(DataError, match="no images found: there is no folder or file"):
         open_source(str(tmp_path / "none"))
+    with pytest.raises(DataError, match=f"there is no folder or file none in {os.getcwd()};"):
+        open_source("none")
     with pytest.raises(DataError, match="no shard .* matches"):
         open_source(str(tmp_path / "*.tar"))
-    with pytest.raises(DataError, match="is one file; expected a folder"):
+    with pytest.raises(DataError, match="is one file; expected a folder, .* or a table that is called metadata.jsonl"):
         open_source(str(tmp_path / "notes.md"))
     (tmp_path / "empty.tar").touch()
     with pytest.raises(DataError, match="no images found .* skipped empty.tar: cut off or corrupt"):
@@ -318,6 +338,16 @@ def test_no_captions_found(tmp_path, layout):
     write_folder(tmp_path, files) if layout == "folder" else write_shard(tmp_path / "0.tar", files)
     with pytest.raises(DataError, match="no captions found: .* has 3 images, none with a caption; give each a .txt"):
         open_source(str(tmp_path))
+
+
+def test_a_caption_under_another_name(tmp_path):
+    write_folder(tmp_path, {"a.png": png(), "metadata.jsonl": b'{"file_name": "a.png", "prompt": "a star"}'})
+    with pytest.raises(DataError, match='no captions found: .* another field is named by data.captions="prompt=1"'):
+        open_source(str(tmp_path))
+    assert (
+        open_source(str(tmp_path), options=SourceOptions(wanted=Wanted(captions=(("prompt", 1.0),))))[0].caption
+        == "a star"
+    )
 
 
 def test_no_image_can_be_read(tmp_path):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from training.progress import LINE_EVERY, Progress
+from training.progress import LINE_EVERY, Progress, duration
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def test_lines_come_now_and_then_and_at_the_end(clock, capsys):
     assert len(lines) == 100 // LINE_EVERY + 1
     assert lines[0] == "training 30/100  loss 0.03333  images/s 64  1.2 min left"
     assert lines[-1] == "training 100/100  loss 0.01  images/s 64  0.0 min left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59, "1.0 min"), (3594, "59.9 min"), (3600, "1.0 h"), (172_000, "47.8 h"), (172_800, "2.0 days")],
+)
+def test_long_times_are_in_hours_and_days(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_rate_is_that_of_the_last_steps_and_does_not_count_what_was_done_before(clock):

@@ -15,7 +15,7 @@ from tests.training.pictures import noisy, parquet_of, picture
 from tests.training.test_mixed_sizes import read
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training.data import SourceOptions, open_source
-from training.loader import layout_of
+from training.image_batches import layout_of
 from training.run import RunFolder
 from training.setup import bucket_text, open_run_source
 from training.share import Share

@@ -359,9 +359,9 @@ def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ("model.depth=3", "model"),
+        ("model.depth=3", "model.depth: 2, not 3;"),
         ("model.qk_norm=none", "model"),
-        ("text.width=64", "text"),
+        ("text.width=64", "text.width: 32, not 64"),
         ("autoencoder=shapes", "autoencoder"),
         ("seed=1", "seed"),
         ("data.num_samples=32", "data.num_samples"),
@@ -395,6 +395,9 @@ def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, mon
     training.resume(out, [f"data.source={moved}", "data.num_workers=1", "data.cache_latents=false"])
     assert_bit_equal(out, whole)
     assert RunFolder.open(out).config().data.source == str(moved)
+    with pytest.raises(ValueError, match=f"no folder or file {data};"):
+        training.evaluate_run(whole)
+    assert training.evaluate_run(whole, data=str(moved))["validation_loss"] == metrics(whole, "validation_loss")[-1][1]
     assert "has changed since" not in capsys.readouterr().out
     shutil.copy(moved / "000.png", moved / "more.png")
     shutil.copy(moved / "000.txt", moved / "more.txt")
@@ -538,6 +541,17 @@ def make_pictures(folder: Path, n: int) -> Path:
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(f"picture number {i}")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "autoencoder", "warned"), [("mine", "shapes", 1), ("mine", "none", 0), ("shapes:9", "shapes", 0)]
+)
+def test_a_run_warns_of_the_drawn_worlds_autoencoder_on_other_pictures(tmp_path, source, autoencoder, warned):
+    folder = make_pictures(tmp_path / "mine", 3)
+    changes = (f"autoencoder={autoencoder}", "data.num_samples=none", "data.image_size=64", "model.patch_size=2")
+    config = config_for(tmp_path / "run", f"data.source={folder if source == 'mine' else source}", *changes)
+    training.setup.open_data(config, RunFolder.create(tmp_path / "run", config), 8)
+    assert (tmp_path / "run" / "log.txt").read_text().count('the autoencoder "shapes" has seen drawn') == warned
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])
