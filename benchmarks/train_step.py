@@ -11,9 +11,12 @@ most 333; diffusers attends to the padding, as SD3 does, ours packs what is real
 
 Both run in turn in one process, medians. Compiled means `torch.compile` of each block. The share of the peak is the
 step's FLOPs, by torch's own counter, of the tokens that are computed, over time and what a matrix product of 2048 gets.
+The second table says by torch's profiler where the time of eager steps goes, all 333 tokens real, and what share of the
+peak each kind of kernel reaches. "The rest" is norms, modulations, GELU, copies, clipping, optimizer and average.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.beside_diffusers import caption_lengths, ours, theirs
@@ -121,11 +125,36 @@ def peak(size: int = 2048) -> float:
     return 2 * size**3 / seconds({"": lambda: a @ b}, 7)[""]
 
 
-def flops(step: Callable[[Given], None], given: list[Given]) -> float:
-    with FlopCounterMode(display=False) as counter:
+def kind_of(kernel: str) -> str:
+    """Of torch's name for it."""
+    kernel = kernel.replace(".", "::")
+    if "scaled_dot_product" in kernel or kernel == "aten::bmm":
+        return "attention"
+    products = "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"
+    return "matrix products" if kernel in products else "the rest"
+
+
+def flops(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
+    """FLOPs of a step by kind of kernel, the mean over batches; those of attention by its formula, which is counted."""
+    found: Counter[str] = Counter()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for one in given:
             step(one)
-    return counter.get_total_flops() / len(given)
+    for kernel, count in counter.get_flop_counts()["Global"].items():
+        found[kind_of(str(kernel))] += count / len(given)
+    return found
+
+
+def parts(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
+    """Seconds of a step by kind of kernel, the mean over batches; what the profiler adds is in them."""
+    found: Counter[str] = Counter()
+    step(given[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for one in given:
+            step(one)
+    for event in profile.key_averages():
+        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / len(given)
+    return found
 
 
 def table(repeats: int) -> list[str]:
@@ -138,18 +167,33 @@ def table(repeats: int) -> list[str]:
     ]
     for title, real in (("all 333 real", False), ("real lengths", True)):
         given = batches(real)
-        counted = {"ours": flops(our_step(False, real), given), "diffusers": flops(their_step(False), given)}
+        eager = {"ours": our_step(False, real), "diffusers": their_step(False)}
+        counted = {name: flops(step, given) for name, step in eager.items()}
+        if not real:
+            profiled = {name: (parts(step, given), counted[name]) for name, step in eager.items()}
         for how in ("eager", "compiled"):
             steps = {"ours": our_step(how == "compiled", real), "diffusers": their_step(how == "compiled")}
             t = seconds({name: _goes_through(step, given) for name, step in steps.items()}, repeats, warm=KINDS)
-            share = [f"{counted[name] / t[name] / best:.0%}" for name in steps]
+            share = [f"{counted[name].total() / t[name] / best:.0%}" for name in steps]
             ratio = t["diffusers"] / t["ours"]
             lines.append(
                 f"| {title} | {how} | {t['ours']:.3f} | {t['diffusers']:.3f} | {ratio:.2f} | {' | '.join(share)} |"
             )
             print(lines[-1], flush=True)
     mean = sum(int(one.real.sum()) for one in batches(True)) / (KINDS * BATCH)
-    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean."]
+    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean.\n", *where(profiled, best)]
+
+
+def where(profiled: dict[str, tuple[Counter[str], Counter[str]]], best: float) -> list[str]:
+    """Table of seconds, shares of the time and shares of the peak by kind of kernel."""
+    lines = ["| | ours, s | of the time | of the peak | diffusers, s | of the time | of the peak |", "|---" * 7 + "|"]
+    for kind in ("matrix products", "attention", "the rest"):
+        cells = []
+        for times, work in profiled.values():
+            reached = f"{work[kind] / times[kind] / best:.0%}" if work[kind] else ""
+            cells += [f"{times[kind]:.2f}", f"{times[kind] / times.total():.0%}", reached]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
 
 
 def _goes_through(step: Callable[[Given], None], given: list[Given]) -> Callable[[], None]:

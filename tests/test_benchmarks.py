@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import training
-from benchmarks import caching, gpu, telemetry, text_only, timing
+from benchmarks import caching, gpu, telemetry, text_only, timing, train_step
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults import hostile, kills, runs
 from benchmarks.faults.runs import Row
@@ -165,6 +165,21 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
 
 def test_packed_pictures_have_the_flops_of_what_is_real():
     assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)
+
+
+def test_the_time_of_a_training_step_is_told_by_kind():
+    q, w = torch.randn(1, 2, 300, 16, requires_grad=True), torch.randn(32, 32, requires_grad=True)
+
+    def step(_):
+        heads = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        torch.nn.functional.gelu(heads.transpose(1, 2).flatten(2)[0] @ w).sum().backward()
+
+    times, work = train_step.parts(step, [None] * 2), train_step.flops(step, [None] * 2)
+    assert work == {"matrix products": 3 * 2 * 300 * 32 * 32, "attention": 3 * 4 * 300**2 * 32}
+    assert all(times[kind] > 0 for kind in ("matrix products", "attention", "the rest"))
+    lines = train_step.where({"ours": (times, work), "diffusers": (times, work)}, 1e9)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["matrix products", "attention", "the rest"]
+    assert lines[2].count("%") == lines[3].count("%") == 4 and lines[4].count("%") == 2
 
 
 def test_a_step_takes_what_fits():
