@@ -190,7 +190,7 @@ def where(profiled: dict[str, tuple[Counter[str], Counter[str]]], best: float) -
     for kind in ("matrix products", "attention", "the rest"):
         cells = []
         for times, work in profiled.values():
-            reached = f"{work[kind] / times[kind] / best:.0%}" if work[kind] else ""
+            reached = f"{work[kind] / times[kind] / best:.0%}" if kind != "the rest" else ""
             cells += [f"{times[kind]:.2f}", f"{times[kind] / times.total():.0%}", reached]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
