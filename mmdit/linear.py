@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 WORTH = 2**20  # multiplications from which that kernel saves more than its own overhead
-LEARNT = 2**26  # and where there is a derivative, whose way through Python costs some 50 us
+LEARNT = 2**26  # and where there is a derivative, whose way through Python costs 50 to 80 us
 KERNEL = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -2,11 +2,14 @@
 
 import signal
 from datetime import timedelta
+from functools import partial
 from threading import Timer
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from mmdit import linear
 from tests.training.processes import free_port
 from tests.training.test_trainer import TRANSFUSION, config_for
 from training.config import ConfigError, load_config
@@ -207,3 +210,15 @@ def test_a_process_that_is_gone_is_one_line_and_other_errors_stay_as_they_are(st
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), ranks_of(config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert lost(gone) and lost(torch.distributed.DistBackendError("NCCL")) and not lost(RuntimeError("socket"))
+
+
+def test_compiled_selective_recompute_keeps_onednns_products(monkeypatch):
+    """Two products and two derivatives by what went into them; computed again, the first would be a fifth."""
+    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
+    first, second = linear.Linear(64, 128), linear.Linear(128, 64)
+    x = torch.randn(2, 256, 64, requires_grad=True)
+    kept = partial(create_selective_checkpoint_contexts, list(kept_ops()))
+    run = torch.compile(lambda x: checkpoint(lambda x: second(first(x).sin()), x, use_reentrant=False, context_fn=kept))
+    with torch.profiler.profile() as seen:
+        run(x).square().sum().backward()
+    assert sum(event.name == "mkldnn::_linear_pointwise" for event in seen.events()) == 4
