@@ -46,6 +46,7 @@ from samplers.names import lookup
 from samplers.noise import Diffusion, Noise, decay, make_diffusion
 from samplers.schedules import Schedule, Time
 from samplers.solver import Solver, Step
+from samplers.views import plus
 
 VARIABLES = {
     "log-snr": (lambda x: x, lambda p: p),
@@ -77,8 +78,8 @@ class Linear(NamedTuple):
         out = x * self.a if self.a != 0 else torch.zeros_like(x)
         for b, m in zip(self.b, ms, strict=False):
             if b != 0:
-                out = out.add_(m, alpha=b)
-        return out if z is None else out.add_(z, alpha=self.noise)
+                out = plus(out, m, b, owned=True)
+        return out if z is None else plus(out, z, self.noise, owned=True)
 
 
 def points(schedule: Schedule, ts: Sequence[float]) -> list[Point]:

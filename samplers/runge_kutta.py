@@ -20,6 +20,7 @@ from samplers.field import Field, Prediction
 from samplers.noise import Noise
 from samplers.schedules import Time, check_positive, expand
 from samplers.solver import Solver, Step
+from samplers.views import plus
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def advance(x: Tensor, dt: Time, weights: Sequence[float], slopes: Sequence[Tens
         if isinstance(dt, Tensor):
             x = x + expand(weight * dt, x) * slope
         else:
-            x = x.add_(slope, alpha=weight * dt) if owned else torch.add(x, slope, alpha=weight * dt)
+            x = plus(x, slope, weight * dt, owned)
             owned = True
     return x
 

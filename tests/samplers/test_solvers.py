@@ -132,6 +132,15 @@ def test_a_step_compiles_without_a_break():
     torch.testing.assert_close(compiled(X, t, t_next), step(field, X, 0.8, 0.7).x)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "prediction"), [("euler", "velocity"), ("ddim", "data")])
+def test_a_compiled_step_keeps_its_size_where_the_network_ends_in_a_matrix_product(name, prediction):
+    field = Field(lambda x_t, t: x_t @ MIXTURE.means[:2], RectifiedFlow(), prediction)
+    solver = SOLVERS[name].bind(field, [0.8, 0.6])
+    compiled = torch.compile(lambda x: solver.step(field, x, 0.8, 0.6).x)
+    torch.testing.assert_close(compiled(X), solver.step(field, X, 0.8, 0.6).x)
+
+
 @pytest.mark.parametrize("name", ["heun", "rk4"])
 @pytest.mark.parametrize("prediction", ["data", "score"])
 def test_where_the_velocity_cannot_be_seen_the_order_stays(name, prediction):
