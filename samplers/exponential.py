@@ -219,8 +219,9 @@ class Multistep(Exponential):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start is not None and self.start.stochastic:
-            raise ValueError(f"start = {self.start.name!r} draws noise: give a one-step solver of the ODE")
+        if self.start is not None and (self.start.stochastic or self.start.steps_in_place):
+            why = "draws noise" if self.start.stochastic else "steps in place"
+            raise ValueError(f"start = {self.start.name!r} {why}: give a one-step solver of the ODE that does not")
 
     @property
     def takes_diffusion(self) -> bool:

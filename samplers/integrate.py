@@ -100,7 +100,7 @@ def integrate(
         raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
     if isinstance(noise, BrownianTree) and not solver.draws_once:
         raise ValueError(f"{solver.name!r} draws more in a step than a BrownianTree has for it: give a generator")
-    if getattr(solver, "in_place", False) and (callback is not None or trajectory):
+    if solver.steps_in_place and (callback is not None or trajectory):
         raise ValueError(f"{solver.name!r} steps in place: it has no states left for a callback or a trajectory")
     times, num_evals = ts.tolist(), 0
     solver = solver.bind(field, times)
