@@ -219,6 +219,10 @@ class Multistep(Exponential):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_nodes < 1 or self.corrector < 0 or self.corrector == 1:
+            raise ValueError(
+                f"num_nodes = {self.num_nodes}, corrector = {self.corrector}: give 1 or more nodes, and 0 or 2 or more"
+            )
         if self.start is not None and (self.start.stochastic or self.start.steps_in_place):
             why = "draws noise" if self.start.stochastic else "steps in place"
             raise ValueError(f"start = {self.start.name!r} {why}: give a one-step solver of the ODE that does not")

@@ -210,5 +210,8 @@ def test_what_cannot_be_solved_is_refused_before_the_loop():
         Multistep("mine", 1, 1, "", variable="time")
     with pytest.raises(ValueError, match="start = 'ddpm' draws noise"):
         replace(SOLVERS["dpmpp-2m"], start=SOLVERS["ddpm"])
+    for options in ({"num_nodes": 0}, {"corrector": 1}):
+        with pytest.raises(ValueError, match="give 1 or more nodes, and 0 or 2 or more"):
+            replace(SOLVERS["unipc"], **options)
     with pytest.raises(ValueError, match="unknown rule"):
         Multistep("mine", 1, 1, "", rule="exakt")

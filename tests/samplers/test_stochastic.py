@@ -181,6 +181,8 @@ def test_refusals_of_the_tree():
         BrownianTree(X, 1, depth=4).unit(0.5, 0.501)
     with pytest.raises(ValueError, match="give a torch.Generator"):
         Brownian(X, 3)
+    with pytest.raises(ValueError, match=r"noise is for \(1, 2\), x is \(8, 2\)"):
+        sample(MIXTURE.field(RectifiedFlow()), X, "ddpm", generator=BrownianTree(X[:1], 1))
 
 
 def test_seeds_are_whole_numbers_of_any_kind():
