@@ -100,6 +100,17 @@ def test_a_noise_network_leaves_pure_noise_exactly_where_the_data_have_no_mean(n
     assert shortfall(0.0) < 1e-9 < 1e-3 < shortfall(0.5) < shortfall(1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "prediction", "order"),
+    [("dpmpp-3s", "velocity", 2), ("unipc-3", "velocity", 2), ("abm4", "velocity", 4), ("rk4", "noise", 1)],
+)
+def test_order_from_pure_noise_to_pure_data(name, prediction, order):
+    """At an infinite log-SNR a step is DDIM's; and of a mean that is not 0 a noise network says nothing at t = 1."""
+    exact, field = sample(MIXTURE.field(FLOW), X, "rk4", 500).x, MIXTURE.field(FLOW, prediction)
+    measured = measured_order(lambda n: (sample(field, X, started(SOLVERS[name]), n).x - exact).norm().item(), 96)
+    assert measured == pytest.approx(order, abs=0.3)
+
+
 def test_ddim_is_euler_in_the_right_variable():
     """x / sigma over alpha / sigma, x / alpha over sigma / alpha, x / (alpha + sigma) over sigma / (alpha + sigma)."""
     vp = VPLinear()
