@@ -92,7 +92,7 @@ class Inpaint(Solver):
     ) -> Step:
         if state is None:
             if x_t.shape != self.known.shape:
-                raise ValueError(f"x is {tuple(x_t.shape)}, the known data {tuple(self.known.shape)}: give equal shapes")
+                raise ValueError(f"x is {tuple(x_t.shape)}, the known data {tuple(self.known.shape)}: give one shape")
             x_t = self._with_known(x_t, field.schedule, t)
         x, prediction, inner = self.inner.step(field, x_t, t, t_next, state and state[0], noise)
         return Step(self._with_known(x, field.schedule, t_next), prediction, (inner,))

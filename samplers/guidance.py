@@ -224,7 +224,8 @@ def _guided(
         value, values = on.view(view), [prediction.view(view) for prediction in rest]
         wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in (value, *values)]
         out = (combine(*wide, t) if timed else combine(*wide)).to(value.dtype)
-        return Prediction(_chosen((lo, hi), t, out, value), view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
+        out = _chosen((lo, hi), t, out, value)
+        return Prediction(out, view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
 
     def determined(t: Time) -> bool:
         return all(field.determined(t) for field in (cond, *others))

@@ -42,9 +42,10 @@ def log_likelihood(
     x_0 (B, ...): data at the last time of the grid, which is walked from there to its first. solver: an ODE solver of
     the velocity ("dopri5", "rk4", "ab2", one's own). divergence: "exact", from as many derivatives as a sample has
     numbers, or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of
-    them, drawn from `generator`. For x_0 in half precision the network alone is of it. At the noise end x is taken as N(0, sigma^2 + alpha^2) per number, which is exact where alpha = 0
-    and for unit data. Raises ValueError where the velocity at an end is not determined: keep the grid away from it; and
-    where the network gives no derivative, as under torch.no_grad.
+    them, drawn from `generator`. Of x_0 in half precision the sum is float32. At the noise end x is taken as N(0,
+    sigma^2 + alpha^2) per number, which is exact where alpha = 0 and for unit data. Raises ValueError where the
+    velocity at an end is not determined: keep the grid away from it; and where the network gives no derivative, as
+    under torch.no_grad.
     """
     check_states(x_0, field)
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))

@@ -54,7 +54,8 @@ class StochasticHeun(SDESolver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert self.diffusion is not None and noise is not None
-        w, dt = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next), torch.as_tensor(t_next - t, dtype=torch.float64)
+        w = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next)
+        dt = torch.as_tensor(t_next - t, dtype=torch.float64)
         first = field.predict(x_t, t)
         kick = expand(w.sqrt(), x_t) * noise(t, t_next)
 

@@ -216,7 +216,9 @@ def test_a_large_picture_in_half_precision(guide, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("guide", [lambda on, off: cfg(on, off, 4.0, rescale=0.7), lambda on, off: cfg_zero(on, off, 4.0)])
+@pytest.mark.parametrize(
+    "guide", [lambda on, off: cfg(on, off, 4.0, rescale=0.7), lambda on, off: cfg_zero(on, off, 4.0)]
+)
 def test_a_network_that_gives_zeros_is_guided_to_zeros(guide, dtype):
     """As one does whose last layer begins at zero."""
     zeros = Field(lambda x, t: 0 * x, FLOW)

@@ -150,7 +150,7 @@ def test_every_solver_of_the_velocity_will_do(solver):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("divergence", ["exact", "rademacher"])
 def test_a_network_in_half_precision(dtype, tolerance, divergence):
-    """Of data of many numbers, whose squared length overflows float16, and whose sum wants more digits than bfloat16's."""
+    """Of many numbers, whose squared length overflows float16, and whose sum wants more digits than bfloat16's."""
     scale = 2.0
     seen, x_0 = set(), (scale * torch.randn(2, 400, generator=torch.Generator().manual_seed(0))).to(dtype)
 
