@@ -22,6 +22,7 @@ from torch import Tensor
 import samplers
 from mmdit.cache import NOTHING, Cache
 from mmdit.drawing import each_seed
+from mmdit.memory import keeping_memory
 from mmdit.sampling import check_finite, check_solver, pair_of_numbers
 from mmdit.sequences import MixedBatch, Part, check_parts
 from mmdit.transfusion import Transfusion
@@ -133,11 +134,12 @@ def generate(
     _check(model, prompts, image, begin, max_tokens, max_images)
     writer = _Writer(model, each_seed(seed, len(prompts)), max_tokens, max_images, text, image, told)
     writer.begin(prompts, begin == "image")
-    while writer.writing or writer.drawing:
-        if writer.writing:
-            writer.write()
-        else:
-            writer.draw()
+    with keeping_memory(model.device):
+        while writer.writing or writer.drawing:
+            if writer.writing:
+                writer.write()
+            else:
+                writer.draw()
     return writer.out
 
 

@@ -19,6 +19,7 @@ from mmdit.autoencoder import Autoencoder
 from mmdit.drawing import Drawing, each_seed, progress_bar
 from mmdit.edit import Edit, known_latents
 from mmdit.features import Features, KnownText
+from mmdit.memory import keeping_memory
 from mmdit.model import MMDiT
 from mmdit.pipeline_files import (
     load_captioned,
@@ -152,7 +153,8 @@ class TextToImage:
         check_solver(how.solver, ts, how.diffusion)
         pictures: list[Image] = []
         firsts = range(0, len(prompts), batch_size)
-        with progress_bar(len(firsts), callback) if progress else nullcontext(callback) as told:
+        shown = progress_bar(len(firsts), callback) if progress else nullcontext(callback)
+        with keeping_memory(self.device), shown as told:
             for first in firsts:
                 rows = slice(first, first + batch_size)
                 field = self._field(prompts[rows], negatives[rows], how, ts)

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
+from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
 from training.interrupts import Interrupts
 from training.seeds import generator_for
@@ -190,7 +191,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     optimizer = _optimizer(model, config)
     out.mkdir(parents=True, exist_ok=True)
     done, scores = 0, []
-    with Interrupts() as interrupts, interrupts.deferred():
+    with Interrupts() as interrupts, interrupts.deferred(), keeping_memory(device):
         for step in range(config.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * group["share"] * _schedule(step, config)

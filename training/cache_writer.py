@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmdit.autoencoder import open_autoencoder
 from mmdit.features import Features
+from mmdit.memory import keeping_memory
 from mmdit.text_encoders import open_text_encoder
 from training.cache import (
     DTYPES,
@@ -179,7 +180,8 @@ class _Writer:
         start, done = time.perf_counter(), 0
         read_job: Any = partial(_read, self.source)
         reads: Any = run(read_job, [job.places for job in jobs], self.workers)
-        with interrupts.deferred(), Progress("caching", total, total - left) as progress, closing(reads):
+        shown = Progress("caching", total, total - left)
+        with interrupts.deferred(), keeping_memory(self.device), shown as progress, closing(reads):
             for job, read in zip(jobs, reads, strict=True):
                 known = self._known(read)
                 write_shard(self._chunk(job.shard, job.chunk), read.samples, as_tensors(known, self.empty))

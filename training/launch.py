@@ -14,8 +14,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from mmdit.memory import keeping_memory
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, TrainConfig, apply_overrides, read_config
+from training.devices import pick_device
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
@@ -59,6 +61,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
     """
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with Interrupts() as interrupts, ranks_of(config) as ranks, ExitStack() as held:
+        held.enter_context(keeping_memory(pick_device(config.training.device)))
         if resume or restart:
             held.enter_context(only_run_in(config.run_folder, ranks))
         if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
