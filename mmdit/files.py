@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.formats import config_from_diffusers, config_from_sd3, config_to_diffusers, metadata_for_sd3
 from mmdit.layouts import DIFFUSERS, SD3, Layout
+from mmdit.lora import plain_state
 from mmdit.mapped import PICKLES, Weights, read_metadata, read_weights, refuse_pickle
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
@@ -197,13 +198,13 @@ def read_part(path: str | Path, prefix: str) -> dict[str, Tensor]:
 
 def save(model: MMDiT | Transfusion, path: str | Path, layout: LayoutName = "mmdit") -> None:
     """Write a trunk: a folder in our layout, or as diffusers' `SD3Transformer2DModel.from_pretrained` reads it; or one
-    .safetensors file in the original SD3 layout ("sd3").
+    .safetensors file in the original SD3 layout ("sd3"). Adapters (`mmdit.lora`) are added to the weights.
 
     Raises ValueError for what the layout cannot express. A failure leaves nothing partial, and what was there before.
     """
     if not isinstance(model, MMDiT | Transfusion):
         raise ValueError(f"got a {type(model).__name__}, expected an MMDiT or a Transfusion; a pipeline has `save`")
-    root, state = Path(path), model.state_dict()
+    root, state = Path(path), plain_state(model)
     if layout not in get_args(LayoutName):
         raise ValueError(f"layout is {layout!r}, expected 'mmdit', 'diffusers' or 'sd3'")
     if (root.suffix == ".safetensors") != (layout == "sd3"):
