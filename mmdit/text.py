@@ -145,10 +145,10 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Captions to ids (B, max_length); one that is too long is cut, and keeps its end token."""
-        ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64)
+        ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64, device="cpu")
         for row, found in zip(ids, self.encode(captions), strict=True):
             tokens = [*found[: self.max_length - 1], self.eos]
-            row[: len(tokens)] = torch.tensor(tokens)
+            row[: len(tokens)] = torch.tensor(tokens, device="cpu")
         return Tokens(ids, ids != self.pad)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -288,8 +288,7 @@ class LearnedText(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(TextLayer(config.width, config.num_heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=EPS)
-        self.empty: Tensor
-        self.register_buffer("empty", tokenizer([""]).ids, persistent=False)
+        self._empty: list[int] = tokenizer([""]).ids[0].tolist()  # no buffer, which to_empty() would lose
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -335,7 +334,7 @@ class LearnedText(nn.Module):
         """Tokens to a `Condition`; where `drop` (B, num_encoders) is True the caption counts as empty."""
         ids, mask = tokens
         if drop is not None:
-            empty = self.empty[:, : ids.shape[1]]
+            empty = torch.tensor(self._empty[: ids.shape[1]], device=ids.device)
             ids = torch.where(drop[:, :1], empty, ids)
             mask = torch.where(drop[:, :1], empty != self.tokenizer.pad, mask)
         x = self.embed(ids)

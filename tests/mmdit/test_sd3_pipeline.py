@@ -192,6 +192,9 @@ def test_a_size_that_is_no_square_is_kept_beside_and_diffusers_is_told(ours, tmp
     pipe.set_progress_bar_config(disable=True)
     assert pipe.default_sample_size == 14  # 15.5, rounded, and a patch has 2
     inputs = diffusers_inputs(wide, PROMPTS)
+    assert len(diffusers_inputs(wide, PROMPTS[0], "a star")["prompt_embeds"]) == 1
+    with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
+        diffusers_inputs(wide, PROMPTS, ["a star"])
     assert (inputs["height"], inputs["width"]) == (24, 40)
     theirs = pipe(**inputs, num_inference_steps=2, generator=generators(0, 1)).images
     again = TextToImage.load(tmp_path, "cpu")
