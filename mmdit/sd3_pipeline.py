@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mmdit.autoencoder import Autoencoder, KLAutoencoder, PixelSpace, open_autoencoder
 from mmdit.files import load, save
 from mmdit.model import MMDiT
-from mmdit.sampling import DIFFUSERS
+from mmdit.sampling import DIFFUSERS, is_number
 from mmdit.sd3_text import ENCODERS, SD3Text, open_sd3_text
 from mmdit.text import LearnedText
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_negatives
@@ -116,6 +116,7 @@ def _autoencoder(folder: Path) -> Autoencoder:
 def _shift(path: Path) -> float:
     """The shift of the scheduler in a file; ValueError for one whose times are others than `DIFFUSERS`'."""
     config = read_json(path)
+    config = config if isinstance(config, dict) else {}
     kind = config.get("_class_name")
     other = [name for name in _OTHER_TIMES if config.get(name)]
     if kind != SCHEDULER or other:
@@ -123,7 +124,10 @@ def _shift(path: Path) -> float:
             f"{path} is of {kind or 'no known scheduler'}{' with ' if other else ''}{', '.join(other)}, "
             f"expected a {SCHEDULER} with a shift alone"
         )
-    return float(config.get("shift", 1.0))
+    shift = config.get("shift", 1.0)
+    if not is_number(shift) or shift <= 0:
+        raise ValueError(f"{path} says a shift of {shift!r}, expected a number above 0")
+    return float(shift)
 
 
 def write_sd3(pipe: TextToImage, folder: Path) -> None:

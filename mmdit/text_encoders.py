@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.features import Encoded, Features, TextShape, joined
+from mmdit.files import variant_of
 from mmdit.text import Condition, Tokens
 from mmdit.weights_io import read_json, write_json
 
@@ -252,7 +253,12 @@ def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
         network, info = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            variant=variant_of(folder, "model") or None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error

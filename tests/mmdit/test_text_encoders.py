@@ -309,6 +309,9 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(singles, folder, tmp_pat
         open_text_encoder(tmp_path)
     (tmp_path / "none").mkdir()
     shutil.copy(folder / "model_index.json", tmp_path / "none")
+    with pytest.raises(ValueError, match="none has no text_encoder, which its model_index.json names"):
+        open_text_encoder(tmp_path / "none")
+    (tmp_path / "none" / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="no text encoder in .*none: the pipeline has none of"):
         open_text_encoder(tmp_path / "none")
     with pytest.raises(ValueError, match="features of no encoder"):
