@@ -255,9 +255,7 @@ def test_folders_of_another_architecture_are_refused(theirs, folder, tmp_path, n
 def test_an_encoder_that_is_lost_is_not_left_out_unasked(folder, tmp_path):
     edited(folder, tmp_path, "model_index.json")
     shutil.rmtree(tmp_path / "text_encoder_3")
-    with pytest.raises(
-        ValueError, match=r"no text_encoder_3, which its .* names.*\(without=\['t5'\], or null there\)"
-    ):
+    with pytest.raises(ValueError, match=r"no text_encoder_3, which its .* names.*\(without=\['t5'\], or null there\)"):
         TextToImage.load(tmp_path, "cpu")
     assert TextToImage.load(tmp_path, "cpu", without=["t5"]).model.conditioner.t5 is None
     edited(folder, tmp_path, "model_index.json", text_encoder_3=[None, None])
