@@ -436,6 +436,14 @@ def test_shapes_alone_of_samples_in_one_row(mask):
     assert [x.shape for x in out] == [(4, 8, 8), (4, 4, 8)] and out[0].is_meta
 
 
+def test_a_picture_beyond_the_table_is_not_exported():
+    """And does not spoil what follows."""
+    model, given = alive(TINY), inputs(TINY, 2, 40, 8)
+    with pytest.raises(ValueError, match="a picture of 20 tokens is beyond .* cannot be exported"):
+        torch.export.export(model, given)
+    assert model(*given).isfinite().all()
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -447,7 +455,9 @@ def test_shapes_alone_of_samples_in_one_row(mask):
         (dict(x_t=torch.zeros(2, 4, 8, 7)), "both sides must divide by the patch"),
         (dict(t=torch.zeros(2, 1)), r"t has shape \(2, 1\), expected \(2,\)"),
         (dict(x_t=torch.zeros(2, 4, 8, 0)), "both sides must divide by the patch"),
+        (dict(x_t=torch.zeros(2, 4, 0, 8)), "both sides must divide by the patch"),
         (dict(t=torch.tensor(0.5)), "t has shape"),
+        (dict(context=torch.zeros(2, 24)), "context has shape"),
         (dict(t=0.5), "t is a float, expected a tensor"),
         (dict(context=None), "context is a NoneType, expected a tensor"),
         (dict(x_t=None), "x_t is a NoneType, expected a tensor"),
