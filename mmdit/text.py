@@ -10,7 +10,7 @@ Shape letters: B batch, L tokens, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -288,7 +288,8 @@ class LearnedText(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(TextLayer(config.width, config.num_heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=EPS)
-        self._empty: list[int] = tokenizer([""]).ids[0].tolist()  # no buffer, which to_empty() would lose
+        self.empty: Tensor
+        self.register_buffer("empty", tokenizer([""]).ids, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -298,6 +299,11 @@ class LearnedText(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedText:
+        super()._apply(fn, recurse)
+        self.empty = self.tokenizer([""]).ids.to(self.embed.weight.device)  # on the way from meta it would be lost
+        return self
 
     @property
     def context_dim(self) -> int:
@@ -334,7 +340,7 @@ class LearnedText(nn.Module):
         """Tokens to a `Condition`; where `drop` (B, num_encoders) is True the caption counts as empty."""
         ids, mask = tokens
         if drop is not None:
-            empty = torch.tensor(self._empty[: ids.shape[1]], device=ids.device)
+            empty = self.empty[:, : ids.shape[1]]
             ids = torch.where(drop[:, :1], empty, ids)
             mask = torch.where(drop[:, :1], empty != self.tokenizer.pad, mask)
         x = self.embed(ids)
