@@ -113,7 +113,7 @@ class FlowMatching:
         if t is None:
             t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))  # type: ignore[arg-type]
             t = t if isinstance(batch.latents, Tensor) else _shifted_by_size(t, x_0, model)
-        t = torch.as_tensor(t, dtype=x_0[0].dtype).expand(len(x_0)).to(device)
+        t = torch.as_tensor(t, dtype=torch.promote_types(x_0[0].dtype, torch.float32)).expand(len(x_0)).to(device)
         eps = noise_for(num, x_0, generator, self.share)
         encoders: int = model.conditioner.num_encoders  # type: ignore[union-attr, assignment]
         chance = torch.ones(num, encoders) if fixed else torch.rand(num, encoders, generator=generator)  # type: ignore[arg-type]

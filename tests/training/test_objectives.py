@@ -138,6 +138,13 @@ def test_times_are_those_of_the_density():
     assert len(set((spy.calls[1][1] * 64).int().tolist())) < 60
 
 
+def test_times_are_not_rounded_to_the_precision_of_the_latents():
+    spy, whole = Spy(), batch()
+    for latents in (whole.latents, whole.latents.bfloat16()):
+        FlowMatching(Uniform())(spy, whole._replace(latents=latents), generator())
+    assert torch.equal(spy.calls[0][1], spy.calls[1][1])
+
+
 @pytest.mark.parametrize("encoders", [1, 3])
 def test_captions_are_dropped_one_by_one_for_each_encoder(encoders):
     spy, objective, n = Spy(encoders), FlowMatching(Uniform(), caption_dropout=0.3), 64
