@@ -114,6 +114,7 @@ def _knows() -> bool:
 
 
 @lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone too
+@torch.inference_mode(False)  # what is kept serves training too
 def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """The places of a row sample after sample (S,), where each sample ends (B + 1,), tokens of the longest."""
     n = len(pairs.images)
@@ -124,6 +125,7 @@ def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _side_by_side(pairs: Pairs) -> Packed:
     """The samples of a row on the CPU as padded rows."""
     order, ends, longest = _by_sample(pairs, torch.device("cpu"))
@@ -143,6 +145,8 @@ class Blocks:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, S, d) to (B, S, H*d)."""
+        if why := why_not("flex", q.device):
+            raise ValueError(why)
         return _flex(q.device.type)(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit.pictures import as_rgb, upright
+from mmdit.pictures import as_shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +40,7 @@ class Edit:
         for name in ("image",) if self.mask is None else ("image", "mask"):
             given = getattr(self, name)
             many = isinstance(given, list | tuple)
-            object.__setattr__(self, name, [_shown(one) for one in given] if many else _shown(given))
+            object.__setattr__(self, name, [as_shown(one) for one in given] if many else as_shown(given))
         sizes = {(image.height, image.width) for image in _listed(self.image)}
         if len(sizes) != 1:
             raise ValueError(f"the pictures to edit are of sizes {sorted(sizes)}, expected all of one size")
@@ -89,15 +89,6 @@ class Edit:
 def known_latents(drawn: Tensor, factor: int) -> Tensor:
     """Mask (B, 1, h, w) of the latent pixels that are known: those that no drawn pixel (B, 1, H, W) falls on."""
     return 1 - F.max_pool2d(drawn, factor)
-
-
-def _shown(image: Image) -> Image:
-    """As a viewer shows it."""
-    from PIL.Image import Image
-
-    if not isinstance(image, Image):
-        raise ValueError(f"got a {type(image).__name__} for a picture: open it with PIL.Image.open")
-    return as_rgb(upright(image))
 
 
 def _listed(images: Image | Sequence[Image] | None) -> list[Image]:

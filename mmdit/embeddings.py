@@ -63,6 +63,11 @@ def extended_positions(table: Tensor, side: int, trained_size: int) -> Tensor:
     longer = own + 2 * math.ceil((side - own) / 2)  # the centre stays
     if table.is_meta:
         return table.new_empty(1, longer**2, table.shape[2])
+    if torch.compiler.is_exporting():  # where the table has no numbers that could be looked at
+        raise ValueError(
+            f"a picture of {side} tokens is beyond the position table of {own} x {own} and cannot be exported: "
+            "build the model with a larger pos_embed_max_size"
+        )
     out = _position_table(table.shape[2], longer, max(1, trained_size)).to(table)
     if not torch.allclose(crop_positions(out, own, own), table, atol=1e-2 if table.dtype != torch.float32 else 1e-3):
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.formats import config_from_diffusers, config_from_sd3, config_to_diffusers, metadata_for_sd3
 from mmdit.layouts import DIFFUSERS, SD3, Layout
+from mmdit.lora import plain_state
 from mmdit.mapped import PICKLES, Weights, read_metadata, read_weights, refuse_pickle
 from mmdit.model import MMDiT
 from mmdit.transfusion import Transfusion
@@ -134,17 +135,27 @@ def read_folder(folder: Path, stem: str) -> Weights:
 
     Raises as `read_weights` does, and for a folder that has pickles alone.
     """
-    variants = [path.name.split(".")[1] for path in sorted(folder.glob(f"{stem}.*.safetensors"))]
-    variants += [path.name.split(".")[-2] for path in sorted(folder.glob(f"{stem}.safetensors.index.*.json"))]
-    for variant in ("", *(f".{name}" for name in sorted({*variants}))):
-        if (folder / f"{stem}{variant}.safetensors").is_file():
-            return read_weights(folder / f"{stem}{variant}.safetensors")
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return _read_shards(index)
-    for path in sorted(folder.iterdir()):
-        refuse_pickle(path)
-    raise FileNotFoundError(f"no weights at {folder / stem}.safetensors")
+    variant = variant_of(folder, stem)
+    if variant is None:
+        for path in sorted(folder.iterdir()):
+            refuse_pickle(path)
+        raise FileNotFoundError(f"no weights at {folder / stem}.safetensors")
+    whole, index = _places(folder, stem, variant)
+    return read_weights(whole) if whole.is_file() else _read_shards(index)
+
+
+def variant_of(folder: Path, stem: str) -> str | None:
+    """Which of such a model's weights are read: "" those without a variant, or its name; None where there are none."""
+    found = [path.name.split(".")[1] for path in folder.glob(f"{stem}.*.safetensors")]
+    found += [path.name.split(".")[-2] for path in folder.glob(f"{stem}.safetensors.index.*.json")]
+    there = (name for name in ("", *sorted({*found})) if any(path.is_file() for path in _places(folder, stem, name)))
+    return next(there, None)
+
+
+def _places(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:
+    """Where such weights lie whole, and where their index."""
+    end = f".{variant}" if variant else ""
+    return folder / f"{stem}{end}.safetensors", folder / f"{stem}.safetensors.index{end}.json"
 
 
 def _read_shards(index: Path) -> Weights:
@@ -197,13 +208,13 @@ def read_part(path: str | Path, prefix: str) -> dict[str, Tensor]:
 
 def save(model: MMDiT | Transfusion, path: str | Path, layout: LayoutName = "mmdit") -> None:
     """Write a trunk: a folder in our layout, or as diffusers' `SD3Transformer2DModel.from_pretrained` reads it; or one
-    .safetensors file in the original SD3 layout ("sd3").
+    .safetensors file in the original SD3 layout ("sd3"). Adapters (`mmdit.lora`) are added to the weights.
 
     Raises ValueError for what the layout cannot express. A failure leaves nothing partial, and what was there before.
     """
     if not isinstance(model, MMDiT | Transfusion):
         raise ValueError(f"got a {type(model).__name__}, expected an MMDiT or a Transfusion; a pipeline has `save`")
-    root, state = Path(path), model.state_dict()
+    root, state = Path(path), plain_state(model)
     if layout not in get_args(LayoutName):
         raise ValueError(f"layout is {layout!r}, expected 'mmdit', 'diffusers' or 'sd3'")
     if (root.suffix == ".safetensors") != (layout == "sd3"):

@@ -301,10 +301,10 @@ def _check(
         raise ValueError("no prompt given: pass at least one, an empty list for an image from nothing")
     if begin not in ("text", "image"):
         raise ValueError(f"begin is {begin!r}, expected 'text' or 'image'")
+    if any(not isinstance(number, Integral) or number < 0 for number in (tokens, images)):
+        raise ValueError(f"max_tokens = {tokens!r} and max_images = {images!r}: give whole numbers of at least 0")
     if not images and (begin == "image" or not all(prompts)):
         raise ValueError("max_images is 0, but an image is to begin: give at least 1, and prompts that are not empty")
-    if tokens < 0 or images < 0:
-        raise ValueError(f"max_tokens = {tokens} and max_images = {images}: give numbers of at least 0")
     if model.config.attention == "full":
         raise ValueError("a model whose text sees what follows cannot write: attention must be causal over the text")
     if image.size is None:

@@ -84,7 +84,8 @@ class MMDiT(nn.Module):
         context_mask = None if context_mask is None else context_mask.bool()
         silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
         if not isinstance(x_t, Tensor):
-            return self._packed(list(x_t), silu_c, context, context_mask, skip_layers)
+            mask = None if context_mask is None or context_mask.is_meta else context_mask  # a shape alone hides nothing
+            return self._packed(list(x_t), silu_c, context, mask, skip_layers)
         (img, rotary), mask = self._read(x_t), key_mask(self._num_tokens(x_t), context_mask)
         img = self._through([img, self.context_in(context)], [silu_c] * 2, mask, [rotary, None], skip_layers)
         return self._write(img, silu_c, x_t.shape[-2:])
@@ -158,7 +159,10 @@ class MMDiT(nn.Module):
     def _check(
         self, x_t: Tensor | Sequence[Tensor], t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None
     ) -> None:
-        named = {"t": t, "context": context, "pooled": pooled}
+        named: dict[str, Any] = {"t": t, "context": context, "pooled": pooled}
+        named |= {f"x_t[{i}]": x for i, x in enumerate(x_t)} if isinstance(x_t, list | tuple) else {"x_t": x_t}
+        if context_mask is not None:
+            named["context_mask"] = context_mask
         if wrong := [f"{name} is a {type(x).__name__}" for name, x in named.items() if not isinstance(x, Tensor)]:
             raise ValueError(f"{wrong[0]}, expected a tensor")
         c, batch, dense = self.config, len(x_t), isinstance(x_t, Tensor)
@@ -196,5 +200,6 @@ class MMDiT(nn.Module):
 
 def _per_token(silu_c: Tensor, counts: list[int]) -> PerToken:
     """Conditioning (B, D) of tokens that stand in one row, so many of each sample."""
-    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    numbers, repeats = torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu")
+    rows = torch.repeat_interleave(numbers, repeats)
     return PerToken(silu_c, rows.to(silu_c.device))

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def as_shown(image: Image) -> Image:
+    """The image as a viewer shows it: upright, in RGB. Raises ValueError for what is no image of Pillow."""
+    from PIL.Image import Image
+
+    if not isinstance(image, Image):
+        raise ValueError(f"got a {type(image).__name__} for a picture: open it with PIL.Image.open")
+    return as_rgb(upright(image))
+
+
 def upright(image: Image) -> Image:
     """The image turned as its EXIF orientation says."""
     from PIL import ImageOps

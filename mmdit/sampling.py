@@ -125,20 +125,21 @@ def _takes_diffusion(solver: object) -> bool:
     return not isinstance(known, samplers.Solver) or known.takes_diffusion
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_finite(config: object, names: Sequence[str]) -> None:
     """Raises ValueError for a field of these that is no finite number."""
     for name in names:
-        if not _is_number(getattr(config, name)):
+        if not is_number(getattr(config, name)):
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number")
 
 
 def pair_of_numbers(name: str, value: object) -> tuple[float, float]:
     """Two finite numbers; ValueError for anything else."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or not all(map(_is_number, value)):
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or not all(map(is_number, value)):
         raise ValueError(f"{name} is {value!r}, expected two finite numbers")
     return value[0], value[1]
 

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from mmdit.autoencoder import Autoencoder, KLAutoencoder, PixelSpace, open_autoencoder
 from mmdit.files import load, save
 from mmdit.model import MMDiT
-from mmdit.sampling import DIFFUSERS
+from mmdit.sampling import DIFFUSERS, is_number
 from mmdit.sd3_text import ENCODERS, SD3Text, open_sd3_text
 from mmdit.text import LearnedText
-from mmdit.text_to_image import CaptionedMMDiT, TextToImage
+from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_negatives
 from mmdit.weights_io import read_json, write_json
 
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
@@ -116,6 +116,7 @@ def _autoencoder(folder: Path) -> Autoencoder:
 def _shift(path: Path) -> float:
     """The shift of the scheduler in a file; ValueError for one whose times are others than `DIFFUSERS`'."""
     config = read_json(path)
+    config = config if isinstance(config, dict) else {}
     kind = config.get("_class_name")
     other = [name for name in _OTHER_TIMES if config.get(name)]
     if kind != SCHEDULER or other:
@@ -123,7 +124,10 @@ def _shift(path: Path) -> float:
             f"{path} is of {kind or 'no known scheduler'}{' with ' if other else ''}{', '.join(other)}, "
             f"expected a {SCHEDULER} with a shift alone"
         )
-    return float(config.get("shift", 1.0))
+    shift = config.get("shift", 1.0)
+    if not is_number(shift) or shift <= 0:
+        raise ValueError(f"{path} says a shift of {shift!r}, expected a number above 0")
+    return float(shift)
 
 
 def write_sd3(pipe: TextToImage, folder: Path) -> None:
@@ -167,16 +171,17 @@ def absent(folder: str | Path) -> dict[str, None]:
 
 @torch.no_grad()
 def diffusers_inputs(
-    pipe: TextToImage, prompts: Sequence[str], negative_prompts: Sequence[str | None] | None = None
+    pipe: TextToImage, prompts: str | Sequence[str], negative_prompts: str | Sequence[str | None] | None = None
 ) -> dict[str, Any]:
     """Arguments of StableDiffusion3Pipeline that stand for prompts: their embeddings by our text encoder, and height
     and width of the model's own size, which diffusers takes to be square.
 
     An encoder that hides padding from the trunk gives a mask besides, which diffusers heeds once its transformer has
-    been given `MaskedAttention`: `theirs.transformer.set_attn_processor(MaskedAttention())`.
+    been given `MaskedAttention`: `theirs.transformer.set_attn_processor(MaskedAttention())`. Prompts are as a
+    pipeline's call takes them, and it raises as that does.
     """
-    negatives = [None] * len(prompts) if negative_prompts is None else list(negative_prompts)
-    both, n = pipe.conditions([*negatives, *prompts]), len(prompts)
+    prompts = as_captions(prompts)
+    both, n = pipe.conditions([*as_negatives(negative_prompts, len(prompts)), *prompts]), len(prompts)
     factor = pipe.autoencoder.factor
     theirs = factor if isinstance(pipe.autoencoder, KLAutoencoder) else 8  # what it takes where it has no autoencoder
     inputs: dict[str, Any] = {

@@ -178,11 +178,12 @@ def open_sd3_text(
     dropped: Literal["zeros", "empty"] = "zeros",
     without: Sequence[str] = (),
 ) -> SD3Text:
-    """The encoders of a diffusers SD3 pipeline folder, on the CPU; one that is not there, or named in `without`
-    ("clip_l", "clip_g", "t5"), is left out. Raises ValueError for another name and where one cannot be read.
+    """The encoders of a diffusers SD3 pipeline folder, on the CPU; one that the pipeline has not, or named in `without`
+    ("clip_l", "clip_g", "t5"), is left out. Raises ValueError for another name and where one is lost or cannot be read.
     """
     folder = Path(folder).expanduser().resolve()
     check_names(without)
+    _check_there(folder, without)
     encoders: list[TextEncoder | None] = []
     for name in ENCODERS:
         network, tokenizer = (folder / part for part in FOLDERS[name])
@@ -197,6 +198,19 @@ def check_names(without: Sequence[str]) -> None:
     """Raises ValueError for encoders to leave out that SD3 has not."""
     if unknown := sorted({*([without] if isinstance(without, str) else without)} - {*ENCODERS}):
         raise ValueError(f"without names {', '.join(unknown)}, expected a list of some of {', '.join(ENCODERS)}")
+
+
+def _check_there(folder: Path, without: Sequence[str]) -> None:
+    """Raises ValueError for an encoder that the folder's model_index.json names and that is not there."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = index if isinstance(index, dict) else {}
+    named = [name for name in ENCODERS if name not in without and any(index.get(FOLDERS[name][0]) or [])]
+    lost = [name for name in named if not (folder / FOLDERS[name][0] / "config.json").is_file()]
+    if lost:
+        raise ValueError(
+            f"{folder} has no {FOLDERS[lost[0]][0]}, which its model_index.json names: fetch it, or leave it out "
+            f"(without={lost}, or null there)"
+        )
 
 
 def _dims(folder: Path, encoders: Sequence[TextEncoder | None]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ Shape letters: B batch, L tokens, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,10 +145,10 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Captions to ids (B, max_length); one that is too long is cut, and keeps its end token."""
-        ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64)
+        ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64, device="cpu")
         for row, found in zip(ids, self.encode(captions), strict=True):
             tokens = [*found[: self.max_length - 1], self.eos]
-            row[: len(tokens)] = torch.tensor(tokens)
+            row[: len(tokens)] = torch.tensor(tokens, device="cpu")
         return Tokens(ids, ids != self.pad)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -299,6 +299,11 @@ class LearnedText(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedText:
+        super()._apply(fn, recurse)
+        self.empty = self.tokenizer([""]).ids.to(self.embed.weight.device)  # on the way from meta it would be lost
+        return self
 
     @property
     def context_dim(self) -> int:

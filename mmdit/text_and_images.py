@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import samplers
 from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
-from mmdit.pictures import as_rgb, upright
+from mmdit.pictures import as_shown
 from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
@@ -106,8 +106,10 @@ class TransfusionPipeline(TextToImage):
         of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
         max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
         """
-        if wrong := [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]:
-            raise ValueError(f"prompt {wrong[0]} is a string, expected a list of strings and pictures")
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+                found = type(prompt).__name__
+                raise ValueError(f"prompt {i} is a {found}, expected a list of strings and pictures")
         how.setdefault("image", self.image_sampling(free=all(prompts)))
         streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 
@@ -152,7 +154,7 @@ class TransfusionPipeline(TextToImage):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
                 parts.append(ids.to(trunk.device))  # without an end: there is more to come
             else:
-                pixels = torch.tensor(np.asarray(as_rgb(upright(part)))).permute(2, 0, 1)[None].to(trunk.device)
+                pixels = torch.tensor(np.asarray(as_shown(part))).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 
@@ -175,8 +177,8 @@ class TransfusionPipeline(TextToImage):
                 "rule, rescale and skip_layers"
             )
         trunk: Transfusion = self.model.transformer
-        cache, rows = trunk.cache(len(prompts)), [i for i, prompt in enumerate(prompts) if prompt]
-        parts = [self._parts([prompt]) for prompt in prompts]
+        cache, parts = trunk.cache(len(prompts)), [self._parts([prompt]) for prompt in prompts]
+        rows = [i for i, (ids,) in enumerate(parts) if len(ids)]  # of some texts a tokenizer leaves nothing
         if rows:
             reading = cache.reading(rows)
             trunk(trunk.pack([parts[i] for i in rows]), None, reading)

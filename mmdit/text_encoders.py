@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.features import Encoded, Features, TextShape, joined
+from mmdit.files import variant_of
 from mmdit.text import Condition, Tokens
 from mmdit.weights_io import read_json, write_json
 
@@ -54,7 +55,13 @@ class TextEncoder(nn.Module, ABC):
         return self._held[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
-        self.network._apply(fn, recurse)
+        kept = {id(x) for x in _kept_in_float32(self.network)}
+
+        def change(x: Tensor) -> Tensor:
+            new = fn(x)
+            return x.to(new.device, torch.float32) if id(x) in kept and new.dtype == torch.float16 else new
+
+        self.network._apply(change, recurse)
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: object) -> TextEncoder:
@@ -106,6 +113,14 @@ class TextEncoder(nn.Module, ABC):
 
     def save_weights(self, folder: str | Path) -> None:
         """Nothing: what is frozen does not change."""
+
+
+def _kept_in_float32(network: nn.Module) -> Iterator[Tensor]:
+    """Weights that transformers keeps in float32 where the others are in float16: T5's numbers are too large for it."""
+    names = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in network.named_parameters():
+        if not set(names).isdisjoint(name.split(".")):
+            yield parameter
 
 
 class HubEncoder(TextEncoder):
@@ -238,7 +253,12 @@ def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
         network, info = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            variant=variant_of(folder, "model") or None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error

@@ -139,8 +139,8 @@ class TextToImage:
         `preview(progress)` shows it. progress: show a bar of the steps. Raises ValueError for unknown options, for
         sizes that do not divide by `step`, and for lists of other lengths than the prompts'.
         """
-        prompts = _captions(prompts)
-        seeds, negatives = each_seed(seed, len(prompts)), _negatives(negative_prompts, len(prompts))
+        prompts = as_captions(prompts)
+        seeds, negatives = each_seed(seed, len(prompts)), as_negatives(negative_prompts, len(prompts))
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected a whole number of at least 1")
         if edit is not None:
@@ -302,7 +302,7 @@ class TextToImage:
         return load_captioned(folder)
 
 
-def _captions(prompts: str | Sequence[str]) -> list[str]:
+def as_captions(prompts: str | Sequence[str]) -> list[str]:
     """Prompts as a list. Raises ValueError where there is none, and for what is no text."""
     listed = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
     if not listed:
@@ -312,7 +312,7 @@ def _captions(prompts: str | Sequence[str]) -> list[str]:
     return listed
 
 
-def _negatives(negatives: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+def as_negatives(negatives: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     """Negative prompts, one a prompt; None where there is none."""
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count

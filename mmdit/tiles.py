@@ -45,7 +45,7 @@ def _elsewhere(module: nn.Module, side: int, x: Tensor, *args: object, **kwargs:
 
 
 def _silu(module: nn.SiLU, side: int, x: Tensor) -> Tensor:
-    return F.silu(x, inplace=not x.requires_grad)  # it follows a norm, whose result nothing else reads
+    return F.silu(x, inplace=True)  # it follows a norm, whose result nothing else reads
 
 
 def _spans(length: int, side: int) -> list[tuple[int, int]]:

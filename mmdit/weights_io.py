@@ -63,7 +63,11 @@ def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    tensors, places = {}, set[int]()
+    for name, tensor in state.items():
+        tensor = tensor.detach().contiguous().cpu()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # a file has no tied weights
+        places.add(tensor.data_ptr())
 
     def write(path: Path) -> None:
         try:

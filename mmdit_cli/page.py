@@ -15,7 +15,7 @@ from PIL import ImageOps
 import samplers
 from mmdit.edit import Edit
 from mmdit.generate import TextSampling, Written
-from mmdit.pictures import as_rgb, upright
+from mmdit.pictures import as_shown
 from mmdit.sampling import Sampling
 from mmdit.text_and_images import TransfusionPipeline
 
@@ -166,7 +166,7 @@ def _writing(pipe: TransfusionPipeline) -> None:
 
 def _fit(picture: Image, height: int, width: int) -> Image:
     """A picture cut and scaled to a size."""
-    return ImageOps.fit(as_rgb(upright(picture)), (width, height))
+    return ImageOps.fit(as_shown(picture), (width, height))
 
 
 class _Stopped(Exception):

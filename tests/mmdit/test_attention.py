@@ -97,6 +97,12 @@ def test_a_kernel_that_cannot_run_says_why_and_what_can(name, why):
     assert current_backend() == "sdpa"
 
 
+def test_flex_says_the_same_of_packed_documents():
+    model = Transfusion(TransfusionConfig(vocab_size=40, in_channels=3, depth=1, num_heads=2, head_dim=16))
+    with attention_backend("flex"), pytest.raises(ValueError, match="no backward.*here there are sdpa"):
+        model(pack([[torch.tensor([5, 6])]]))
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "width", "name", "serves"),
     [
@@ -226,3 +232,14 @@ def test_samples_in_one_row_are_attended_alone(monkeypatch, images, texts, padde
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     asked = sum(images)
     torch.testing.assert_close(pairs.attend(q[:, :, :asked], k, v), expected[:, :asked], rtol=0, atol=1e-12)
+
+
+def test_what_is_kept_of_a_row_in_inference_serves_training():
+    pairs = Pairs((3, 5), (2, 1))
+    q, k, v = (torch.randn(1, 2, 11, 8, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        expected = pairs.attend(q, k, v)
+    out = pairs.attend(q, k, v)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert q.grad is not None

@@ -65,6 +65,15 @@ def test_edits_go_one_by_one_with_their_prompts(pipe):
         assert abs(alone[0] - together[i]).max() <= 1
 
 
+def test_one_picture_and_mask_are_for_all_prompts(pipe):
+    old, mask = picture(*pipe.size), Image.new("L", (pipe.size[1], pipe.size[0]), 0)
+    mask.paste(255, (0, 0, 4, 4))
+    one, each = Edit(old, 1.0, mask), Edit((old, old), 1.0, (mask, mask))
+    assert [len(part) for edit in (one, each) for part in (edit.images(2), edit.drawn(2))] == [2] * 4
+    a, b = (pipe(PROMPTS[:2], edit=edit, num_steps=2, seed=3) for edit in (one, each))
+    assert [x.tobytes() for x in a] == [x.tobytes() for x in b] and len(a) == 2
+
+
 def test_a_latent_pixel_is_known_where_no_pixel_of_it_is_drawn():
     drawn = torch.zeros(1, 1, 8, 16)
     drawn[0, 0, 7, 8], drawn[0, 0, 0, 0] = 0.25, 1

@@ -297,6 +297,8 @@ def test_temperature_sharpens():
         (dict(prompts=[]), "no prompt given"),
         (dict(begin="sound"), "begin is 'sound'"),
         (dict(max_tokens=-1), "max_tokens = -1"),
+        (dict(max_tokens=2.5), "max_tokens = 2.5 .* give whole numbers of at least 0"),
+        (dict(max_images=None), "max_images = None: give whole numbers"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
         (dict(image=ImageSampling(size=(3, 4))), "both sides must divide by 2"),
         (dict(prompts=[[text(5, 99)]]), "beyond the vocabulary"),

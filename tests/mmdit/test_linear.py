@@ -161,6 +161,41 @@ def test_a_bias_that_lies_scattered_is_torchs_own(calls):
     assert calls == []
 
 
+class Eighths(torch.Tensor):
+    """Weights as libraries of quantisation have them: a few bits, which the product with them alone can read."""
+
+    @staticmethod
+    def __new__(cls, eighths):
+        return torch.Tensor._make_wrapper_subclass(cls, eighths.shape, dtype=torch.float32)
+
+    def __init__(self, eighths):
+        self.eighths = eighths
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, bias = args
+            return F.linear(x, weight.eighths / 8, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default
+        return cls(args[0].eighths)
+
+
+@torch.no_grad()
+def test_quantised_weights_are_multiplied_by_their_own(calls):
+    layer, x = layer_and_input()
+    eighths = torch.randint(-4, 5, layer.weight.shape).to(torch.int8)
+    expected = F.linear(x, eighths / 8, layer.bias)
+    layer.weight = nn.Parameter(Eighths(eighths), requires_grad=False)
+    assert torch.equal(layer(x), expected)
+    torch.testing.assert_close(linear_gelu(layer, x), gelu(expected))
+    assert calls == []
+
+
 @torch.no_grad()
 def test_a_traced_layer_names_torchs_own_alone(calls):
     layer, x = layer_and_input()

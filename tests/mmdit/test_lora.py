@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("peft")
 
+import mmdit
 from mmdit.config import MMDiTConfig
 from mmdit.formats import config_to_diffusers
 from mmdit.layouts import DIFFUSERS
@@ -84,6 +85,18 @@ def test_diffusers_reads_what_we_write_and_says_the_same(tmp_path):
     again = alive()
     load_lora(again, tmp_path / "lora.safetensors")
     torch.testing.assert_close(again(*inputs()), model(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "name"), [("mmdit", "x"), ("diffusers", "x"), ("sd3", "x.safetensors")])
+def test_a_model_is_saved_with_its_adapters(tmp_path, layout, name):
+    model = alive()
+    add_lora(model, 3, 6.0, "all")
+    shaken(model)
+    mmdit.save(model, tmp_path / name, layout)
+    again = mmdit.load(tmp_path / name)
+    torch.testing.assert_close(again(*inputs()), model(*inputs()), rtol=1e-4, atol=1e-5)
+    assert lora_pairs(model)  # they stay as they were
 
 
 @torch.no_grad()

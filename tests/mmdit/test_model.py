@@ -444,6 +444,22 @@ def test_shapes_alone_on_the_meta_device(side):
     assert alive(TINY)(x_t, t, context, pooled).isfinite().all()
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 7, dtype=torch.bool)])
+def test_shapes_alone_of_samples_in_one_row(mask):
+    x_t, t, context, pooled = (x.to("meta") for x in inputs(TINY, 2, 8, 8))
+    with torch.device("meta"):
+        out = MMDiT(TINY)([x_t[0], x_t[1, :, :4]], t, context, pooled, None if mask is None else mask.to("meta"))
+    assert [x.shape for x in out] == [(4, 8, 8), (4, 4, 8)] and out[0].is_meta
+
+
+def test_a_picture_beyond_the_table_is_not_exported():
+    """And does not spoil what follows."""
+    model, given = alive(TINY), inputs(TINY, 2, 40, 8)
+    with pytest.raises(ValueError, match="a picture of 20 tokens is beyond .* cannot be exported"):
+        torch.export.export(model, given)
+    assert model(*given).isfinite().all()
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -455,9 +471,14 @@ def test_shapes_alone_on_the_meta_device(side):
         (dict(x_t=torch.zeros(2, 4, 8, 7)), "both sides must divide by the patch"),
         (dict(t=torch.zeros(2, 1)), r"t has shape \(2, 1\), expected \(2,\)"),
         (dict(x_t=torch.zeros(2, 4, 8, 0)), "both sides must divide by the patch"),
+        (dict(x_t=torch.zeros(2, 4, 0, 8)), "both sides must divide by the patch"),
         (dict(t=torch.tensor(0.5)), "t has shape"),
+        (dict(context=torch.zeros(2, 24)), "context has shape"),
         (dict(t=0.5), "t is a float, expected a tensor"),
         (dict(context=None), "context is a NoneType, expected a tensor"),
+        (dict(x_t=None), "x_t is a NoneType, expected a tensor"),
+        (dict(x_t=[torch.zeros(4, 8, 8), None]), r"x_t\[1\] is a NoneType, expected a tensor"),
+        (dict(context_mask=[[1] * 7] * 2), "context_mask is a list, expected a tensor"),
         (dict(skip_layers=(1, 3)), r"skip_layers names blocks \[3\], but there are blocks 0 to 2"),
         (dict(skip_layers=(-1,)), r"skip_layers names blocks \[-1\]"),
         (dict(context=torch.zeros(2, 7, 25)), r"context has shape .* expected \(2, L, 24\)"),

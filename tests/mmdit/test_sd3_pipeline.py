@@ -192,6 +192,9 @@ def test_a_size_that_is_no_square_is_kept_beside_and_diffusers_is_told(ours, tmp
     pipe.set_progress_bar_config(disable=True)
     assert pipe.default_sample_size == 14  # 15.5, rounded, and a patch has 2
     inputs = diffusers_inputs(wide, PROMPTS)
+    assert len(diffusers_inputs(wide, PROMPTS[0], "a star")["prompt_embeds"]) == 1
+    with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
+        diffusers_inputs(wide, PROMPTS, ["a star"])
     assert (inputs["height"], inputs["width"]) == (24, 40)
     theirs = pipe(**inputs, num_inference_steps=2, generator=generators(0, 1)).images
     again = TextToImage.load(tmp_path, "cpu")
@@ -237,6 +240,7 @@ def edited(folder, out, name, **changes):
         ("model_index.json", dict(_class_name="FluxPipeline"), "holds FluxPipeline, expected a StableDiffusion3Pipel"),
         ("scheduler/scheduler_config.json", dict(_class_name="DDIMScheduler"), "is of DDIMScheduler, expected a Flow"),
         ("scheduler/scheduler_config.json", dict(use_dynamic_shifting=True), "with use_dynamic_shifting, expected"),
+        ("scheduler/scheduler_config.json", dict(shift=-1), "shift of -1, expected a number above 0"),
         ("text_encoder_3/config.json", dict(model_type="vit", architectures=["ViTModel"]), "text_encoder_3"),
         ("vae/config.json", dict(_class_name="VQModel"), "VQModel"),
     ],
@@ -246,6 +250,31 @@ def test_folders_of_another_architecture_are_refused(theirs, folder, tmp_path, n
     with pytest.raises(ValueError, match=message) as error:
         TextToImage.load(edited(folder, tmp_path, name, **changes), "cpu")
     assert "\n" not in str(error.value)
+
+
+def test_an_encoder_that_is_lost_is_not_left_out_unasked(folder, tmp_path):
+    edited(folder, tmp_path, "model_index.json")
+    shutil.rmtree(tmp_path / "text_encoder_3")
+    with pytest.raises(ValueError, match=r"no text_encoder_3, which its .* names.*\(without=\['t5'\], or null there\)"):
+        TextToImage.load(tmp_path, "cpu")
+    assert TextToImage.load(tmp_path, "cpu", without=["t5"]).model.conditioner.t5 is None
+    edited(folder, tmp_path, "model_index.json", text_encoder_3=[None, None])
+    shutil.rmtree(tmp_path / "text_encoder_3")
+    assert TextToImage.load(tmp_path, "cpu").model.conditioner.t5 is None
+
+
+def test_a_scheduler_that_is_no_table_is_refused(folder, tmp_path):
+    edited(folder, tmp_path, "model_index.json")
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is of no known scheduler"):
+        TextToImage.load(tmp_path, "cpu")
+
+
+def test_a_variant_is_read_where_there_is_nothing_else(ours, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert list(tmp_path.glob("*/*.fp16-*")) and not list(tmp_path.glob("*/*model.safetensors"))
+    a, b = (pipe(PROMPTS, num_steps=2, seed=0) for pipe in (ours, TextToImage.load(tmp_path, "cpu")))
+    assert [x.tobytes() for x in a] == [x.tobytes() for x in b]
 
 
 def test_parts_of_two_models_are_refused(theirs, folder, tmp_path):

@@ -338,6 +338,17 @@ def _encoder():
     return LearnedText(SMALL, Tokenizer.train(CAPTIONS, 300, 12))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_made_without_memory_it_knows_the_empty_caption(text, tokenizer, assign):
+    with torch.device("meta"):
+        again = LearnedText(text.config, tokenizer)
+    again = again if assign else again.to_empty(device="cpu")
+    again.load_state_dict(text.state_dict(), assign=assign)
+    tokens, drop = tokenizer(["a red circle", "a blue star"]), torch.tensor([[True], [False]])
+    for ours, theirs in zip(again(tokens, drop), text(tokens, drop), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_drop_works_on_shortened_tokens(text):
     tokens = text.tokenize(["a star", "a red star"])
     short = Tokens(tokens.ids[:, :6], tokens.mask[:, :6])

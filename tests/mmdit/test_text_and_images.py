@@ -188,6 +188,8 @@ def test_tokens_stand_where_the_tokenizer_has_them(tmp_path):
     picture, [written] = Image.new("RGB", (8, 8)), pipe.generate([["red circle"]], max_tokens=5, max_images=0)
     assert set(" ".join(written.parts).split()) <= {"red", "circle"}
     assert pipe.generate([[picture, "red"]], max_tokens=0)[0].parts == []
+    nothing, empty = (pixels(pipe([prompt, "red"], num_steps=2, seed=1)) for prompt in (" ", ""))
+    assert np.array_equal(nothing, empty)
     pipe.save(tmp_path / "saved")
     again = TextToImage.load(tmp_path / "saved", "cpu")
     assert again.generate([["red circle"]], max_tokens=5, max_images=0) == [written]
@@ -209,8 +211,12 @@ def test_a_saved_model_with_another_tokenizer_is_refused(pipe, tmp_path):
 
 
 def test_a_prompt_that_is_a_string_is_no_list_of_its_letters(pipe):
-    with pytest.raises(ValueError, match="prompt 1 is a string, expected a list of strings and pictures"):
+    with pytest.raises(ValueError, match="prompt 1 is a str, expected a list of strings and pictures"):
         pipe.generate([["a"], "a red circle"])
+    with pytest.raises(ValueError, match="prompt 0 is a NoneType, expected a list of strings and pictures"):
+        pipe.generate([None])
+    with pytest.raises(ValueError, match="got a ndarray for a picture"):
+        pipe.generate([["a", np.zeros((8, 12, 3), np.uint8)]])
 
 
 def test_image_tokens_are_reserved():

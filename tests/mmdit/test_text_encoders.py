@@ -252,6 +252,18 @@ def test_what_is_frozen_is_no_part_of_parameters_state_or_copies_and_moves_along
     assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 0.2
 
 
+def test_in_float16_t5_keeps_in_float32_what_transformers_does(singles):
+    """Its numbers are beyond float16 there."""
+    text, half = open_text_encoder(singles / "t5", 16), open_text_encoder(singles / "t5", 16, torch.float16)
+    for encoder in (text, half):
+        state = encoder.to(torch.float16).network.state_dict()
+        assert {x.dtype for name, x in state.items() if ".wo." in name} == {torch.float32}
+        assert {x.dtype for name, x in state.items() if ".wo." not in name} == {torch.float16}
+    assert all(torch.equal(x, half.network.state_dict()[name]) for name, x in text.network.state_dict().items())
+    assert {x.dtype for x in half.to(torch.bfloat16).network.state_dict().values()} == {torch.bfloat16}
+    assert half.to(torch.float16).network.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["t5", "clip", "sd3"])
 def test_an_encoder_is_found_again_and_another_is_refused(singles, folder, tmp_path, name):
     source = folder if name == "sd3" else singles / name
@@ -297,6 +309,9 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(singles, folder, tmp_pat
         open_text_encoder(tmp_path)
     (tmp_path / "none").mkdir()
     shutil.copy(folder / "model_index.json", tmp_path / "none")
+    with pytest.raises(ValueError, match="none has no text_encoder, which its model_index.json names"):
+        open_text_encoder(tmp_path / "none")
+    (tmp_path / "none" / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="no text encoder in .*none: the pipeline has none of"):
         open_text_encoder(tmp_path / "none")
     with pytest.raises(ValueError, match="features of no encoder"):

@@ -30,6 +30,14 @@ def test_a_convolution_in_tiles_is_the_convolution(kernel, stride, padding, dila
     assert torch.equal(conv(x), whole)  # as before
 
 
+@pytest.mark.parametrize("how", [dict(padding="same"), dict(padding=1, padding_mode="reflect")])
+def test_other_kinds_of_padding_go_in_one_piece(how):
+    conv, x = nn.Conv2d(2, 4, 3, **how).requires_grad_(False), torch.randn(1, 2, 24, 24)
+    whole = conv(x)
+    with in_tiles(conv, 8):
+        assert torch.equal(conv(x), whole)
+
+
 @given(
     height=st.integers(1, 40), width=st.integers(1, 40), side=st.integers(4, 20), offset=st.sampled_from([0.0, 50.0])
 )
@@ -95,3 +103,12 @@ def test_on_a_gpu_the_picture_comes_and_goes_and_is_the_same():
     decoded = model.cuda().decode(z.cuda(), tile=32)
     assert decoded.device.type == "cuda"
     torch.testing.assert_close(decoded.cpu(), expected, atol=5e-3, rtol=0)
+
+
+def test_derivatives_in_tiles_are_those_of_one_piece():
+    model, latents = random_vae(), torch.randn(1, 4, 12, 12, requires_grad=True)
+    weight = torch.randn(1, 3, 48, 48)
+    whole, tiled = (
+        torch.autograd.grad((model.decode(latents, tile=tile) * weight).sum(), latents)[0] for tile in (None, 16)
+    )
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())

@@ -13,6 +13,7 @@ from mmdit.weights_io import (
     json_writer,
     load_weights,
     read_json,
+    read_weights,
     save_weights,
     write_all_aside,
     write_aside,
@@ -144,3 +145,10 @@ def test_json_that_is_none_or_a_bomb_names_its_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json is not JSON"):
         read_json(tmp_path / "config.json")
+
+
+def test_tied_weights_are_written_under_each_name(tmp_path):
+    table = torch.randn(5, 3)
+    save_weights({"embed": table, "head": table}, tmp_path / "x.safetensors")
+    found = read_weights(tmp_path / "x.safetensors")
+    assert torch.equal(found["embed"], table) and torch.equal(found["head"], table)
