@@ -68,15 +68,19 @@ class Pairs:
 
     @torch.compiler.disable  # the lengths are others in each batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (1, H, S, d) to (1, S, H*d)."""
+        """q, k, v (1, H, S, d) to (1, S, H*d); of queries there may be those of the images alone."""
+        asked = self if q.shape[2] == k.shape[2] else self.without_text()
         if _serves(q.device.type, q.dtype, q.shape[-1]):
-            return self._varlen(q, k, v)
+            return self._varlen(q, k, v, asked)
         if q.device.type == "cpu" and self._is_short:
-            return _side_by_side(self).attend(q, k, v)
-        sizes, n = [*self.images, *self.texts], len(self.images)
-        parts = [x.split(sizes, dim=2) for x in (q, k, v)]
+            rows, keys = _side_by_side(asked), _side_by_side(self)
+            return rows.together(attention(rows.apart(q), keys.apart(k), keys.apart(v), keys.mask))
+        n = len(self.images)
+        sizes = [[*pairs.images, *pairs.texts] for pairs in (asked, self, self)]
+        parts = [x.split(size, dim=2) for x, size in zip((q, k, v), sizes, strict=True)]
         both = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
-        halves = [x.split(pair, dim=1) for x, pair in zip(both, zip(self.images, self.texts, strict=True), strict=True)]
+        pairs = zip(asked.images, asked.texts, strict=True)
+        halves = [x.split(pair, dim=1) for x, pair in zip(both, pairs, strict=True)]
         return torch.cat([image for image, _ in halves] + [text for _, text in halves], dim=1)
 
     @property
@@ -85,15 +89,15 @@ class Pairs:
         lengths = [image + text for image, text in zip(self.images, self.texts, strict=True)]
         return max(lengths) <= SHORT and len(lengths) * max(lengths) ** 2 <= 2 * sum(n * n for n in lengths)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, asked: Pairs) -> Tensor:
         """Sample after sample in one kernel."""
         from torch.nn.attention.varlen import varlen_attn
 
-        order, ends, longest = _by_sample(self, q.device)
-        q, k, v = (x[0].transpose(0, 1)[order] for x in (q, k, v))
-        out = varlen_attn(q, k, v, ends, ends, longest, longest)
+        (rows, q_ends, most), (order, ends, longest) = (_by_sample(pairs, q.device) for pairs in (asked, self))
+        q, k, v = (x[0].transpose(0, 1)[own] for x, own in ((q, rows), (k, order), (v, order)))
+        out = varlen_attn(q, k, v, q_ends, ends, most, longest)
         assert isinstance(out, Tensor)
-        return torch.empty_like(out).index_copy(0, order, out).flatten(1)[None]
+        return torch.empty_like(out).index_copy(0, rows, out).flatten(1)[None]
 
 
 def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
@@ -109,7 +113,7 @@ def _knows() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-@lru_cache(maxsize=2)  # all blocks of a step ask for the same
+@lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone too
 def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """The places of a row sample after sample (S,), where each sample ends (B + 1,), tokens of the longest."""
     n = len(pairs.images)
@@ -119,7 +123,7 @@ def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]
     return sample.argsort(stable=True).to(device), ends.to(device), int(lengths.max())
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _side_by_side(pairs: Pairs) -> Packed:
     """The samples of a row on the CPU as padded rows."""
     order, ends, longest = _by_sample(pairs, torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 Every stream is modulated by the conditioning vector c (adaLN: shift, scale and gate of each residual branch).
 SD3.5-medium adds a second attention of the image stream over itself; the last block's text stream only offers keys
-and values ("pre-only").
+and values ("pre-only"), and asks nothing.
 
 Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
 """
@@ -192,7 +192,12 @@ class JointBlock(nn.ModuleDict):
         qkv: list[tuple[Tensor, ...]] = [
             s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)
         ]
+        # A stream that ends here asks nothing: of its queries there are none.
+        qkv = [(q[:, :, :0] if s.pre_only else q, k, v) for s, (q, k, v) in zip(streams, qkv, strict=True)]
         one_row = not (mask is None or isinstance(mask, Tensor))
+        if isinstance(mask, Tensor) and mask.shape[-2] > 1:
+            rows = mask.split([x.shape[1] for x in xs], dim=-2)
+            mask = torch.cat([own for own, s in zip(rows, streams, strict=True) if not s.pre_only], dim=-2)
         if one_row:
             qkv = [tuple(rearrange(part, "b h s d -> 1 h (b s) d") for part in parts) for parts in qkv]
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))

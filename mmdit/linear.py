@@ -98,6 +98,7 @@ def _serves(x: Tensor, layer: nn.Linear) -> bool:
         x.device.type == w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and type(x) is Tensor
+        and w.is_contiguous()  # columns of a wider matrix take it a thousand times as long
         and (b is None or (b.dtype == torch.float32 and b.is_contiguous()))  # it reads what lies there, as float32
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()

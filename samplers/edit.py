@@ -91,6 +91,8 @@ class Inpaint(Solver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         if state is None:
+            if x_t.shape != self.known.shape:
+                raise ValueError(f"x is {tuple(x_t.shape)}, the known data {tuple(self.known.shape)}: give one shape")
             x_t = self._with_known(x_t, field.schedule, t)
         x, prediction, inner = self.inner.step(field, x_t, t, t_next, state and state[0], noise)
         return Step(self._with_known(x, field.schedule, t_next), prediction, (inner,))

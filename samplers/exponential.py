@@ -46,6 +46,7 @@ from samplers.names import lookup
 from samplers.noise import Diffusion, Noise, decay, make_diffusion
 from samplers.schedules import Schedule, Time
 from samplers.solver import Solver, Step
+from samplers.views import plus
 
 VARIABLES = {
     "log-snr": (lambda x: x, lambda p: p),
@@ -77,8 +78,8 @@ class Linear(NamedTuple):
         out = x * self.a if self.a != 0 else torch.zeros_like(x)
         for b, m in zip(self.b, ms, strict=False):
             if b != 0:
-                out = out.add_(m, alpha=b)
-        return out if z is None else out.add_(z, alpha=self.noise)
+                out = plus(out, m, b, owned=True)
+        return out if z is None else plus(out, z, self.noise, owned=True)
 
 
 def points(schedule: Schedule, ts: Sequence[float]) -> list[Point]:
@@ -218,8 +219,13 @@ class Multistep(Exponential):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start is not None and self.start.stochastic:
-            raise ValueError(f"start = {self.start.name!r} draws noise: give a one-step solver of the ODE")
+        if self.num_nodes < 1 or self.corrector < 0 or self.corrector == 1:
+            raise ValueError(
+                f"num_nodes = {self.num_nodes}, corrector = {self.corrector}: give 1 or more nodes, and 0 or 2 or more"
+            )
+        if self.start is not None and (self.start.stochastic or self.start.steps_in_place):
+            why = "draws noise" if self.start.stochastic else "steps in place"
+            raise ValueError(f"start = {self.start.name!r} {why}: give a one-step solver of the ODE that does not")
 
     @property
     def takes_diffusion(self) -> bool:

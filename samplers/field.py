@@ -72,8 +72,7 @@ class Field:
             lookup("prediction", prediction, ROWS)
         if not callable(network):
             raise ValueError(f"network is {network!r}: give a function of (x_t, t)")
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule is {schedule!r}: give a samplers.Schedule, such as samplers.RectifiedFlow()")
+        _check_schedule(schedule)
         self.network, self.schedule, self.prediction = network, schedule, prediction
 
     def predict(self, x_t: Tensor, t: Time) -> Prediction:
@@ -125,6 +124,7 @@ class Field:
         that x_0 and eps are the same. Beyond the log-SNR range of its own schedule the model is asked at the nearer
         end, and what it says there that x_t does not is kept: x_0 where noise prevails, eps where data does.
         """
+        _check_schedule(schedule)
         if schedule == self.schedule:
             return self
 
@@ -146,6 +146,11 @@ class Field:
             return Prediction(value, "ddpm_v", x_t, t, schedule, inner.num_evals)
 
         return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(there(t)[0]))
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is {schedule!r}: give a samplers.Schedule, such as samplers.RectifiedFlow()")
 
 
 class DerivedField(Field):

@@ -12,6 +12,7 @@ model with the same condition, which is autoguidance (Karras et al. 2024).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def cfg(cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHER
     rescale: phi in [0, 1], the part taken of a prediction that is brought back to the standard deviation of cond's, per
     sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4).
     """
+    _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
     return _guided([cond, uncond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1)
 
@@ -40,6 +42,7 @@ def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVE
 
     `cond` answers where guidance is off. A call of the pair counts as two evaluations per sample.
     """
+    _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
     both = _halves(pair.on(cond.schedule))
     return _guided([cond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1, predict=both)
@@ -70,6 +73,7 @@ def push_away(
     pair as for `cfg_batched`, whose field this is outside of `weak_interval`; weak: with the same condition as cond. A
     model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium.
     """
+    _check_numbers(scale=scale, weak_scale=weak_scale)
     both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
     interval, (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
 
@@ -102,20 +106,25 @@ def apg(
 
     x_0 = cond + (scale - 1) u: of cond - uncond, u keeps the part orthogonal to cond, and `parallel` times the rest
     (1 is classifier-free guidance). norm: the difference is shortened to this length per sample. momentum: so much of
-    the difference at the evaluation before is added, below 0 to push away from it; it starts anew when time rises.
+    the difference at the time before is added, below 0 to push away from it; it starts anew when time rises.
     """
-    before: dict[str, Tensor | float] = {}
+    _check_numbers(scale=scale, parallel=parallel, momentum=momentum)
+    at: float = math.inf
+    before: Tensor | None = None  # the difference at the time before `at`
+    newest: Tensor | None = None  # that at `at`
     if norm is not None and not norm > 0:
         raise ValueError(f"norm = {norm}: give a positive length, or None for none")
 
     def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
+        nonlocal at, before, newest
         difference = on - off
         if momentum:
             now = float(t.max()) if isinstance(t, Tensor) else t
-            last = before.get("difference")
-            if isinstance(last, Tensor) and now <= before["t"] and last.shape == on.shape:
-                difference = difference + momentum * last
-            before.update(difference=difference, t=now)
+            if now != at:
+                at, before = now, newest if now < at else None
+            if before is not None and before.shape == on.shape:
+                difference = difference + momentum * before
+            newest = difference
         dims = tuple(range(1, on.ndim))
         if norm is not None:
             difference = difference * (norm / _norm(difference, dims)).clamp(max=1)
@@ -133,6 +142,8 @@ def cfg_zero(
     s = <cond, uncond> / |uncond|^2 per sample, in the velocity. At times t >= zero_from the guided velocity is 0, which
     skips the first step where it is 1; None for never.
     """
+
+    _check_numbers(scale=scale)
 
     def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
         dims = tuple(range(1, on.ndim))
@@ -162,6 +173,7 @@ def cfg_text_image(
     channels, dimension 1 ("channel"), or so for v_text alone ("text-channel"); "none" for not at all.
     A scale of 1 costs no evaluation of its field.
     """
+    _check_numbers(text_scale=text_scale, image_scale=image_scale)
     lookup("renorm", renorm, dict.fromkeys(("global", "channel", "text-channel", "none")))
     _check_unit("renorm_min", renorm_min)
     scales = [(field, s) for field, s in ((without_text, text_scale), (without_image, image_scale)) if s != 1]
@@ -193,7 +205,8 @@ def _guided(
     """The field that `combine`s the fields' values in the view `kind` (the first one's own) where `interval` says so.
 
     off: guidance changes nothing. timed: `combine` is given the time too. A time per sample is decided per sample, at
-    the price of all evaluations. `predict` gives all predictions at once, the first field's first.
+    the price of all evaluations. `predict` gives all predictions at once, the first field's first. In half precision
+    the combination is made in float32, where the length of a large picture does not overflow.
     """
     lo, hi = _checked(interval)
     if wrong := [field for field in fields if not isinstance(field, Field)]:
@@ -209,7 +222,9 @@ def _guided(
         on, *rest = predict(x_t, t) if predict else [cond.predict(x_t, t), *(other.predict(x_t, t) for other in others)]
         view = on.kind if kind is None else kind
         value, values = on.view(view), [prediction.view(view) for prediction in rest]
-        out = _chosen((lo, hi), t, combine(value, *values, t) if timed else combine(value, *values), value)
+        wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in (value, *values)]
+        out = (combine(*wide, t) if timed else combine(*wide)).to(value.dtype)
+        out = _chosen((lo, hi), t, out, value)
         return Prediction(out, view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
 
     def determined(t: Time) -> bool:
@@ -241,7 +256,7 @@ def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
     if rescale == 0 or guided[0].numel() == 1:  # one number has no deviation
         return guided
     dims = tuple(range(1, guided.ndim))
-    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=1e-12)
     return guided * (1 + rescale * (ratio - 1))
 
 
@@ -252,6 +267,13 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _sum(x.square(), dims).sqrt().clamp(min=1e-12)
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        scalar = number.ndim == 0 if isinstance(number, Tensor) else isinstance(number, Real) and math.isfinite(number)
+        if not scalar:
+            raise ValueError(f"{name} = {number!r}: give a finite number, the same for all samples")
 
 
 def _check_unit(name: str, value: float) -> None:

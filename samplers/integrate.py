@@ -95,12 +95,19 @@ def integrate(
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Solution:
-    """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not."""
+    """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not.
+
+    noise: of x's shape. Not for `torch.func.vmap`, under which nothing can be looked at for NaN: batch x itself.
+    """
+    if not isinstance(solver, Solver) or not isinstance(ts, Tensor):
+        raise ValueError(f"solver is {solver!r}, ts a {type(ts).__name__}: give a Solver, by make_solver, and a tensor")
+    if getattr(noise, "shape", x.shape) != x.shape:
+        raise ValueError(f"noise is for {tuple(noise.shape)}, x is {tuple(x.shape)}: make it for this x")  # type: ignore
     if solver.stochastic and noise is None:
         raise ValueError(f"{solver.name!r} draws noise: give noise=Brownian(x, generator)")
     if isinstance(noise, BrownianTree) and not solver.draws_once:
         raise ValueError(f"{solver.name!r} draws more in a step than a BrownianTree has for it: give a generator")
-    if getattr(solver, "in_place", False) and (callback is not None or trajectory):
+    if solver.steps_in_place and (callback is not None or trajectory):
         raise ValueError(f"{solver.name!r} steps in place: it has no states left for a callback or a trajectory")
     times, num_evals = ts.tolist(), 0
     solver = solver.bind(field, times)

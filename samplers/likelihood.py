@@ -20,7 +20,6 @@ from samplers.grids import time_grid
 from samplers.integrate import Solution, check_states, integrate
 from samplers.names import lookup
 from samplers.noise import Generators, randn, seeded
-from samplers.runge_kutta import Adaptive, RungeKutta
 from samplers.schedules import Time
 from samplers.solver import Solver
 from samplers.solvers import make_solver
@@ -41,18 +40,19 @@ def log_likelihood(
     """log p_0(x_0) of each sample in nats, (B,).
 
     x_0 (B, ...): data at the last time of the grid, which is walked from there to its first. solver: an ODE solver of
-    the velocity ("dopri5", "rk4", "heun", ...). divergence: "exact", from as many derivatives as a sample has numbers,
-    or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of them, drawn
-    from `generator`. At the noise end x is taken as N(0, sigma^2 + alpha^2) per number, which is exact where alpha = 0
-    and for unit data. Raises ValueError where the velocity at an end is not determined: keep the grid away from it; and
-    where the network gives no derivative, as under torch.no_grad.
+    the velocity ("dopri5", "rk4", "ab2", one's own). divergence: "exact", from as many derivatives as a sample has
+    numbers, or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of
+    them, drawn from `generator`. Of x_0 in half precision the sum is float32. At the noise end x is taken as N(0,
+    sigma^2 + alpha^2) per number, which is exact where alpha = 0 and for unit data. Raises ValueError where the
+    velocity at an end is not determined: keep the grid away from it; and where the network gives no derivative, as
+    under torch.no_grad.
     """
     check_states(x_0, field)
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
     method, ts = _upwards(field, solver, num_steps, grid)
-    if not isinstance(method, (RungeKutta, Adaptive)):
+    if method.stochastic or not _of_velocity(method):
         raise ValueError(f"{method.name!r} does not integrate the velocity: take 'dopri5' or a Runge-Kutta method")
     _must_determine(field.determines_velocity, ts[0], ts[-1])
     with torch.inference_mode(False), torch.no_grad():  # in inference mode there would be no derivatives
@@ -61,8 +61,9 @@ def log_likelihood(
             own = seeded(generator, len(x_0))
             z = torch.stack([randn(x_0.shape, own, x_0.dtype, x_0.device) for _ in range(num_probes)])
             probes = z.sign() if divergence == "rademacher" else z
-        start = torch.cat((x_0.reshape(len(x_0), -1), x_0.new_zeros(len(x_0), 1)), 1)
-        end = integrate(_augmented(field, x_0.shape, probes), start, method, ts).x
+        wide = torch.promote_types(x_0.dtype, torch.float32)
+        start = torch.cat((x_0.reshape(len(x_0), -1), x_0.new_zeros(len(x_0), 1)), 1).to(wide)
+        end = integrate(_augmented(field, x_0, probes), start, method, ts).x
     c = field.schedule(float(ts[-1]))
     variance, x_1 = float(c.sigma**2 + c.alpha**2), end[:, :-1]
     prior = -x_1.square().sum(1) / (2 * variance) - x_1.shape[1] / 2 * math.log(2 * math.pi * variance)
@@ -97,8 +98,7 @@ def invert(
     method, ts = _upwards(field, solver, num_steps, grid)
     if method.stochastic:
         raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
-    of_velocity = not isinstance(method, Exponential) or method.view == "velocity"
-    _must_determine(field.determines_velocity if of_velocity else field.determined, ts[0])
+    _must_determine(field.determines_velocity if _of_velocity(method) else field.determined, ts[0])
     with torch.no_grad():
         return integrate(field, x_0, method, ts)
 
@@ -110,6 +110,10 @@ def _upwards(
     return make_solver(solver, field.schedule), time_grid(grid, num_steps, schedule=field.schedule).flip(0)
 
 
+def _of_velocity(solver: Solver) -> bool:
+    return not isinstance(solver, Exponential) or solver.view == "velocity"
+
+
 def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
     for t in map(float, ts):
         if not determined(t):
@@ -118,11 +122,13 @@ def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
             )
 
 
-def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:
-    """The field of (x, log-density): (B, D + 1), whose last velocity is the divergence."""
+def _augmented(field: Field, like: Tensor, probes: Tensor | None) -> Field:
+    """The field of (x, log-density): (B, D + 1), whose last velocity is the divergence; its network is given x `like`
+    the data.
+    """
 
     def predict(state: Tensor, t: Time) -> Prediction:
-        x = state[:, :-1].reshape(shape).detach()
+        x = state[:, :-1].reshape(like.shape).to(like.dtype).detach()
         with torch.enable_grad():
             x.requires_grad_()
             v = field.predict(x, t)
@@ -130,16 +136,15 @@ def _augmented(field: Field, shape: torch.Size, probes: Tensor | None) -> Field:
             if not v.value.requires_grad:
                 raise ValueError("the network gives no derivative: let it run without torch.no_grad and detach")
             divergence = _exact(flat, x) if probes is None else _hutchinson(flat, x, probes)
-        return Prediction(
-            torch.cat((flat.detach(), divergence[:, None]), 1), "velocity", state, t, field.schedule, evals
-        )
+        value = torch.cat((flat.detach().to(state), divergence[:, None].to(state)), 1)
+        return Prediction(value, "velocity", state, t, field.schedule, evals)
 
     return DerivedField(predict, field.schedule, "velocity", field.determined)
 
 
 def _exact(v: Tensor, x: Tensor) -> Tensor:
     """sum_d dv_d / dx_d, by one backward pass per number."""
-    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    total = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for d in range(v.shape[1]):
         (row,) = torch.autograd.grad(v[:, d].sum(), x, retain_graph=d + 1 < v.shape[1])
         total += row.reshape(v.shape)[:, d]
@@ -148,8 +153,8 @@ def _exact(v: Tensor, x: Tensor) -> Tensor:
 
 def _hutchinson(v: Tensor, x: Tensor, probes: Tensor) -> Tensor:
     """The mean over probes e of e . (dv/dx) e."""
-    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    total = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for i, e in enumerate(probes):
         (row,) = torch.autograd.grad((v * e.reshape(v.shape)).sum(), x, retain_graph=i + 1 < len(probes))
-        total += (row * e).reshape(v.shape).sum(1)
+        total += (row * e).reshape(v.shape).sum(1, dtype=total.dtype)
     return total / len(probes)

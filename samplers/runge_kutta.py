@@ -4,9 +4,9 @@ A method is data, its Butcher tableau:  k_i = v(x + dt sum_j a_ij k_j, t + c_i d
 
 **The end that cannot be seen.** A network that predicts the data says nothing of the velocity at t = 0, and some
 schedules have a pole there (`Field.determines_velocity`). A method with a stage at c = 1, such as Heun's, would look
-just there in its last step. That step is then made by a method of one order less without such a stage: its local error
-is of the order that the global error has, so that the order of convergence stays. For Heun it is Euler's, as in
-Karras et al. (2022), alg. 1.
+just there in its last step. That step is then made by a method of one order less (of 3 at most) without such a stage:
+its local error is of the order that the global error has, so that the order of convergence stays, up to 4. For Heun it
+is Euler's, as in Karras et al. (2022), alg. 1.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from samplers.field import Field, Prediction
 from samplers.noise import Noise
 from samplers.schedules import Time, check_positive, expand
 from samplers.solver import Solver, Step
+from samplers.views import plus
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class RungeKutta(Solver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         if self.blind and t_next in self.blind:
-            return OPEN[self.order - 1].step(field, x_t, t, t_next)  # a step of its own: never in place
+            lower = OPEN[min(max(self.order - 1, 1), len(OPEN))]
+            return lower.step(field, x_t, t, t_next)  # a step of its own: never in place
         stages = self.stages(field, x_t, t, t_next)
         owned = self.in_place and state is not None  # the first x_t is the caller's
         return Step(advance(x_t, t_next - t, self.b, [stage.v for stage in stages], owned), stages[0], self.in_place)
@@ -67,7 +69,7 @@ def advance(x: Tensor, dt: Time, weights: Sequence[float], slopes: Sequence[Tens
         if isinstance(dt, Tensor):
             x = x + expand(weight * dt, x) * slope
         else:
-            x = x.add_(slope, alpha=weight * dt) if owned else torch.add(x, slope, alpha=weight * dt)
+            x = plus(x, slope, weight * dt, owned)
             owned = True
     return x
 

@@ -44,6 +44,12 @@ class Solver(ABC):
         return getattr(self, "diffusion", None) is not None
 
     @property
+    def steps_in_place(self) -> bool:
+        """Whether a step may write into the x that it is given, itself or by the solver within it."""
+        inner = getattr(self, "inner", None)
+        return getattr(self, "in_place", False) or (isinstance(inner, Solver) and inner.steps_in_place)
+
+    @property
     def draws_once(self) -> bool:
         """Whether a step draws no more than its own increment, which is all that a `BrownianTree` has for it."""
         return True

@@ -19,6 +19,7 @@ from samplers.noise import Diffusion, Noise
 from samplers.runge_kutta import advance
 from samplers.schedules import Time, check_positive, expand
 from samplers.solver import NoisySolver, SDESolver, Solver, Step, with_diffusion
+from samplers.views import plus
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class StochasticHeun(SDESolver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert self.diffusion is not None and noise is not None
-        w, dt = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next), torch.as_tensor(t_next - t)
+        w = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next)
+        dt = torch.as_tensor(t_next - t, dtype=torch.float64)
         first = field.predict(x_t, t)
         kick = expand(w.sqrt(), x_t) * noise(t, t_next)
 
@@ -169,7 +171,7 @@ class Langevin(NoisySolver):
             if float(field.schedule.sigma(t_next)) == 0:
                 break
             score, size = field.predict(x, t_next).score, 2 * (self.snr * float(field.schedule.sigma(t_next))) ** 2
-            x = torch.add(x, score, alpha=size).add_(noise.unit(t, t_next), alpha=math.sqrt(2 * size))
+            x = plus(plus(x, score, size), noise.unit(t, t_next), math.sqrt(2 * size), owned=True)
         return Step(x, first, state)
 
 

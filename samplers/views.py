@@ -118,7 +118,14 @@ def combine(x: Tensor, y: Tensor, a: float, b: float) -> Tensor:
     """a x + b y in as few passes over memory as it takes."""
     if a == 0 or b == 0:
         return y * b if a == 0 else x * a
-    return torch.add(x, y, alpha=b) if a == 1 else (x * a).add_(y, alpha=b)
+    return plus(x, y, b) if a == 1 else plus(x * a, y, b, owned=True)
+
+
+def plus(x: Tensor, y: Tensor, b: float, owned: bool = False) -> Tensor:
+    """x + b y in one pass over memory; in x itself where it is owned."""
+    if torch.compiler.is_compiling():
+        return x + b * y  # torch 2.14 compiles `add` of a matrix product into one without its alpha
+    return x.add_(y, alpha=b) if owned else torch.add(x, y, alpha=b)
 
 
 def _solve(row: Row, c: Coefficients) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

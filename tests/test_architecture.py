@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def run(code, folder):
 
 def test_every_package_stands_on_a_floor():
     assert {path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_type_checker_sees_the_types_of_an_installed_package(package):
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert (ROOT / package / "py.typed").is_file() and "py.typed" in data["*"]
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -54,8 +54,8 @@ class CachedSource:
         if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
             size = " x ".join(map(str, wrong[0]))
             raise CacheError(
-                f"{folder} has images of {size}, the model needs multiples of {step}: it was made for {about.step}, "
-                f"with the {about.its_autoencoder}"
+                f"{folder} has images of {size}, the model needs multiples of {step}: it was made for {about.step}"
+                + (f', with autoencoder = "{about.autoencoder_name}"' if about.autoencoder_name else "")
             )
         if image_size is not None and fit_size(*image_size, step) != self.image_size:
             size = " x ".join(map(str, self.image_size))

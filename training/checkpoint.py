@@ -62,21 +62,26 @@ def put_in_place(run: Path, aside: Path, keep: int) -> Path:
     """Make a sealed folder a checkpoint, and remove all but the newest `keep`."""
     folder = aside.with_name(aside.name.removeprefix(".").removesuffix(".part"))
     if folder.exists():
-        folder.rename(folder.with_name(f".{folder.name}.old.part"))
+        _set_aside(folder)
     aside.rename(folder)
     fsync(folder.parent)
+    for old in _outdated(run, folder, keep):
+        old.unlink() if old.is_symlink() else _set_aside(old)
     for old in folder.parent.glob(".step-*.part"):
         shutil.rmtree(old)
-    _remove_old(run, folder, keep)
     return folder
 
 
-def _remove_old(run: Path, newest: Path, keep: int) -> None:
-    """Leave `newest` and the keep - 1 before it; later ones are of a future that the run fell back from."""
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint that will be removed, so that a kill meanwhile leaves no part of it under its name."""
+    folder.rename(folder.with_name(f".{folder.name}.old.part"))
+
+
+def _outdated(run: Path, newest: Path, keep: int) -> list[Path]:
+    """All but `newest` and the keep - 1 before it; later ones are of a future that the run fell back from."""
     earlier = [path for path in list_checkpoints(run) if path.name < newest.name]
     later = [path for path in list_checkpoints(run) if path.name > newest.name]
-    for path in [*later, *earlier[: max(0, len(earlier) - keep + 1)]]:
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    return [*later, *earlier[: max(0, len(earlier) - keep + 1)]]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -24,7 +24,7 @@ from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes, split_by_key
 from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
-from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss
+from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder
@@ -45,8 +45,8 @@ def fixed_times(n: int) -> list[float]:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
-    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples with fixed noise;
-    where there are several sizes of images, but no more than MOST_SIZES, also of each.
+    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples, each with noise of
+    its own; where there are several sizes of images, but no more than MOST_SIZES, also of each.
 
     A model of text and images is also asked for the captions: nats a token of captions alone ("validation_text"), and
     of captions after their clean image ("validation_caption").
@@ -56,10 +56,11 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
     sums = dict.fromkeys(times, 0.0)
     nats: dict[str, list[tuple[float, int]]] = {"validation_text": [], "validation_caption": []}
     by_size: dict[str, list[tuple[float, int]]] = {}
+    seeds = seeds_for(len(feed), generator_for(config.evaluation.seed))
     for rows in chunks_of(feed, size):
-        first, batch = rows[0], feed.at(rows)
+        batch, own_seeds = feed.at(rows), seeds[rows.start : rows.stop]
         for t in times:  # the same noise at every time: the curve over t is then smooth
-            loss = objective(model, batch, generator_for(config.evaluation.seed, first), t)
+            loss = objective(model, batch, own_seeds, t)
             error = loss.parts.get("image", loss.total).item()
             sums[t] += error * len(batch.latents)
             for row, own in zip(rows, loss.errors.tolist(), strict=True):
@@ -68,7 +69,7 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
                 first_of = torch.full((len(batch.latents),), image_first)
                 found = documents(batch, first_of, pack=model.pack)  # type: ignore[arg-type]
-                loss = TextAndImages(Uniform())(model, found, generator_for(config.evaluation.seed, first), 0.0)
+                loss = TextAndImages(Uniform())(model, found, own_seeds, 0.0)
                 nats[name].append((loss.parts["text"].item(), len(found.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
     text = {name: _mean(rows) for name, rows in nats.items() if rows}

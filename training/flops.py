@@ -82,8 +82,9 @@ def peak_tflops(asked: float | str, device: torch.device, precision: torch.dtype
 @dataclass(frozen=True)
 class Sizes:
     """What passes through a model: so many images, patches, text tokens and places that predict the next one, and the
-    sums over sequences of their squared lengths, together, of patches alone, and of text alone. read: the text tokens
-    that the text encoder sees, where the trunk sees fewer.
+    sums over sequences of their squared lengths, together, of patches alone, and of text alone. asked: that of patches
+    times all tokens, of the block in which text ends. read: the text tokens that the text encoder sees, where the trunk
+    sees fewer.
     """
 
     images: float
@@ -93,13 +94,15 @@ class Sizes:
     joint: float = 0
     image: float = 0
     words: float = 0
+    asked: float = 0
     read: float | None = None
 
 
 def captioned(images: int, patches: int, text: int) -> Sizes:
     """Sizes of an MMDiT's batch: images of so many patches each, with so many places for text, padding counted."""
-    both = images * (patches + text) ** 2
-    return Sizes(images, images * patches, images * text, 0, both, images * patches**2, images * text**2)
+    both = patches + text
+    squares = [images * n for n in (both**2, patches**2, text**2, patches * both)]
+    return Sizes(images, images * patches, images * text, 0, *squares)
 
 
 def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
@@ -107,9 +110,9 @@ def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
     tokens that the text encoder has for each, its padding counted.
     """
     images, patches, text = len(text), patches.double(), text.double()
-    rows = [patches, text, (patches + text).square(), patches.square()]
-    num_patches, real, joint, image = (x.sum().item() for x in rows)
-    return Sizes(images, num_patches, real, 0, joint, image, images * longest**2, read=images * longest)
+    rows = [patches, text, (patches + text).square(), patches.square(), patches * (patches + text)]
+    num_patches, real, joint, image, asked = (x.sum().item() for x in rows)
+    return Sizes(images, num_patches, real, 0, joint, image, images * longest**2, asked, images * longest)
 
 
 def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
@@ -149,7 +152,8 @@ def step_flops(model: Any, sizes: Sizes) -> float:
             passes = 1 + module.weight.requires_grad + (not _reads_data(name, learned))
             total += passes * 2 * module.weight.numel() * _rows(name, module, model.transformer, sizes)
         elif isinstance(module, JointBlock):
-            total += 3 * 4 * width * sizes.joint
+            ends = any(stream.pre_only for stream in module.values())
+            total += 3 * 4 * width * (sizes.asked if ends else sizes.joint)
         elif name.endswith(".attn2"):
             total += 3 * 4 * width * sizes.image
         elif isinstance(module, TextLayer):

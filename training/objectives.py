@@ -30,6 +30,9 @@ from training.config import TrainConfig
 from training.share import WHOLE, Share
 from training.time_density import Shifted, TimeDensity, make_time_density
 
+Draws = torch.Generator | Sequence[int]
+"""What a loss draws from; where nothing but noise is to be drawn, a seed for each image's."""
+
 
 class Batch(NamedTuple):
     """Scaled latents (B, C, h, w) of the images, or of several sizes a list of (C, h, w); the tokens (B, L) of their
@@ -66,13 +69,18 @@ class Loss(NamedTuple):
     errors: Tensor | None = None
 
 
-def noise_for(num: int, like: Sequence[Tensor], generator: torch.Generator, share: Share) -> list[Tensor]:
+def seeds_for(num: int, generator: torch.Generator) -> list[int]:
+    """A seed for each of `num` samples; the first of more samples have the same ones."""
+    return torch.randint(2**63 - 1, (num,), generator=generator).tolist()  # type: ignore[no-any-return]
+
+
+def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> list[Tensor]:
     """Noise of this share's samples, shaped like the tensors given, each from a seed of its own: no process draws
     another's.
 
     num: samples of all processes.
     """
-    seeds = share.of(torch.randint(2**63 - 1, (num,), generator=generator).tolist())
+    seeds = share.of(seeds_for(num, draws)) if isinstance(draws, torch.Generator) else draws
     return [randn(x.shape, torch.Generator().manual_seed(s), x.dtype).to(x) for x, s in zip(like, seeds, strict=True)]
 
 
@@ -93,24 +101,23 @@ class FlowMatching:
         """The batch, and no counts: every sample weighs the same."""
         return batch, None
 
-    def __call__(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator, t: Tensor | float | None = None
-    ) -> Loss:
+    def __call__(self, model: nn.Module, batch: Batch, generator: Draws, t: Tensor | float | None = None) -> Loss:
         """Loss of `model(x_t, t, tokens, drop)` on a batch.
 
         Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped
-        captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped.
+        captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped: the noise is all
+        that is drawn, and seeds may be given for it.
         """
         x_0, device = list(batch.latents), batch.latents[0].device
         fixed, num = t is not None, len(x_0) * self.share.world
         if t is None:
-            t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))
+            t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))  # type: ignore[arg-type]
             t = t if isinstance(batch.latents, Tensor) else _shifted_by_size(t, x_0, model)
-        t = torch.as_tensor(t, dtype=x_0[0].dtype).expand(len(x_0)).to(device)
+        t = torch.as_tensor(t, dtype=torch.promote_types(x_0[0].dtype, torch.float32)).expand(len(x_0)).to(device)
         eps = noise_for(num, x_0, generator, self.share)
         encoders: int = model.conditioner.num_encoders  # type: ignore[union-attr, assignment]
-        dropped = self.share.of(torch.rand(num, encoders, generator=generator)) < (0 if fixed else self.caption_dropout)
-        errors = self._errors(model, batch, eps, t, dropped.to(device))
+        chance = torch.ones(num, encoders) if fixed else torch.rand(num, encoders, generator=generator)  # type: ignore[arg-type]
+        errors = self._errors(model, batch, eps, t, self.share.of(chance < self.caption_dropout).to(device))
         loss = errors.mean()
         return Loss(loss, {"loss": loss.detach()}, t, errors.detach())
 
@@ -185,14 +192,15 @@ class TextAndImages:
         self,
         model: nn.Module,
         batch: MixedBatch | Batch,
-        generator: torch.Generator,
+        generator: Draws,
         t: Tensor | float | None = None,
         counts: Tensor | None = None,
     ) -> Loss:
         """Loss of `model(batch, t)` on clean documents; parts "text" (nats a token) and "image" (per number).
 
         Captioned images become documents first (see `prepared`). Draws from `generator`, on the CPU: these, times, then
-        noise image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before.
+        noise image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before: the
+        noise is all that is drawn, and seeds may be given for it.
         counts (2,): tokens and images that the means are taken over, in place of the batch's own; with their mean over
         the pieces of a larger batch, the mean of the pieces' losses is the loss of that batch.
         """
@@ -202,7 +210,7 @@ class TextAndImages:
         num_tokens, num_images = (len(batch.predicting), images) if counts is None else counts.tolist()
         num = images * self.share.world
         if t is None:
-            t = self.density.sample(num, generator, stratified=self.stratified) if images else torch.zeros(0)
+            t = self.density.sample(num, generator, stratified=self.stratified) if images else torch.zeros(0)  # type: ignore[arg-type]
             t = self.share.of(t)
             t = torch.where(opens_text(batch).cpu(), t * self.image_first_cap, t)
         t = torch.as_tensor(t, dtype=torch.float32).expand(images).to(device)

@@ -450,7 +450,7 @@ class EvaluationConfig(Settings):
     prompts_per_question: CountOrZero = 50
     """Prompts of each of ShapesEval's six questions; 0 does not score. Used when the source is "shapes"."""
     batch_size: Count = 64
-    """Pictures sampled at a time, and of a validation loss: its noise, and so its last digits, hang on it."""
+    """Pictures sampled at a time, and of a validation loss."""
     seed: CountOrZero = 0
     """Seed of the prompts and of the noise."""
     metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()

@@ -146,11 +146,12 @@ class Index:
                 raise DataError(f"no images left of {spec}: {count} have {reason}, such as {key}; widen the filter")
             raise DataError(f"no images found in {spec}: looked through {num_files} files for {_LOOKED_FOR}{why}")
         if self.need_captions and all(entry.caption is None for entry in self.entries):
-            fields = f" in {', '.join(name for name, _ in self.wanted.captions)}" if self.wanted.captions else ""
+            asked = ", ".join(name for name, _ in self.wanted.captions)
+            fields, other = (f" in {asked}", "") if asked else ("", "; another field is named by data.captions=prompt")
             raise DataError(
                 f"no captions found{fields}: {spec} has {len(self.entries)} images, none with a caption; give each a "
-                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl; "
-                "another field is named by data.captions=prompt"
+                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
+                + other
             )
 
     # --- a sample ---

@@ -183,10 +183,10 @@ def server(folder: Path) -> Iterator[Row]:
     ]
     (data / "pictures.tar").write_bytes(tar(pairs))
     words = ("train", *TINY, "training.num_steps=12", "training.checkpoint_every=3", "data.cache_latents=false")
-    words += ("data.timeout=0.5", "data.retries=3")
+    impatient = ("data.timeout=0.5", "data.retries=3")
     assert run(folder / "log", *words, "--data", data / "pictures.tar", "--out", folder / "whole").status == 0
     with _served(data, late_every=15, late=1.0) as url:
-        ended = run(folder / "log", *words, "--data", url, "--out", folder / "late")
+        ended = run(folder / "log", *words, *impatient, "--data", url, "--out", folder / "late")
     different = difference(folder / "whole", folder / "late") if ended.status == 0 else float("inf")
     yield Row(
         "a server of shards that answers every 15th time after 1 s, where 0.5 s are allowed",
@@ -196,7 +196,7 @@ def server(folder: Path) -> Iterator[Row]:
         different == 0,
     )
     with _served(data, answers=60) as url:
-        ended = run(folder / "log", *words, "--data", url, "--out", folder / "never")
+        ended = run(folder / "log", *words, *impatient, "--data", url, "--out", folder / "never")
         line = ended.errors[-1].replace(url, "http://.../pictures.tar") if ended.errors else ""
     saved = newest(folder / "never")
     with _served(data) as url:

@@ -152,7 +152,9 @@ def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
     pairs = Pairs((4, 6, 3), (2, 0, 5))
     q, k, v = (x[:1] for x in qkv(20, dtype=torch.float64))
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5])
-    torch.testing.assert_close(pairs.attend(q, k, v), attention(q, k, v, (sample[:, None] == sample)[None, None]))
+    expected = attention(q, k, v, (sample[:, None] == sample)[None, None])
+    torch.testing.assert_close(pairs.attend(q, k, v), expected)
+    torch.testing.assert_close(pairs.attend(q[:, :, :13], k, v), expected[:, :13])  # of images alone
 
 
 @pytest.mark.parametrize("absent", ["xformers", "torch.nn.attention.varlen"])
@@ -222,3 +224,5 @@ def test_samples_in_one_row_are_attended_alone(monkeypatch, images, texts, padde
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    asked = sum(images)
+    torch.testing.assert_close(pairs.attend(q[:, :, :asked], k, v), expected[:, :asked], rtol=0, atol=1e-12)

@@ -142,6 +142,18 @@ def test_hooks_of_a_layer_see_its_product(calls):
 
 
 @torch.no_grad()
+def test_a_weight_that_is_part_of_a_wider_one_is_torchs_own(calls):
+    """The kernel takes columns of a matrix a thousand times as long."""
+    layer, x = layer_and_input()
+    plain = layer(x)
+    wide = torch.zeros(128, 100)
+    wide[:, :64] = layer.weight
+    layer.weight = nn.Parameter(wide[:, :64])
+    torch.testing.assert_close(layer(x), plain, rtol=0, atol=1e-5)
+    assert calls == ["none"]
+
+
+@torch.no_grad()
 def test_a_bias_that_lies_scattered_is_torchs_own(calls):
     layer, x = layer_and_input()
     layer.bias = nn.Parameter(torch.randn(2 * len(layer.bias))[::2])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdit.attention import attention
 from mmdit.config import MMDiTConfig, preset, preset_names
 from mmdit.embeddings import (
     crop_positions,
@@ -381,6 +382,21 @@ def test_bfloat16_is_near_float32_and_warns_of_nothing(how, recwarn):
 
 
 # --- padding ------------------------------------------------------------------------------------------------------
+
+
+def test_text_asks_nothing_in_the_last_block(monkeypatch):
+    """What its queries would bring is read by nobody; of a mask only the rows of the image count."""
+    asked = []
+    monkeypatch.setattr("mmdit.blocks.attention", lambda q, *rest: asked.append(q.shape[2]) or attention(q, *rest))
+    torch.manual_seed(0)
+    model, (x_t, t, context, pooled) = alive(VARIANTS["qk-norm"]), inputs(TINY)
+    model(x_t, t, context, pooled).sum().backward()
+    assert asked == [47, 47, 40]
+    assert all(p.grad is not None for p in model.parameters())  # processes exchange the gradients of all
+    xs, c, keys = [torch.randn(2, n, 32) for n in (5, 3)], torch.randn(2, 32), torch.rand(2, 1, 1, 8) > 0.3
+    of_each = keys.repeat(1, 1, 8, 1)
+    of_each[:, :, 5:] = False
+    torch.testing.assert_close(model.blocks[-1](xs, c, of_each), model.blocks[-1](xs, c, keys))
 
 
 @pytest.mark.parametrize("change", [{}, dict(positions="rope", qk_norm="rms_norm", dual_attention_layers=(0, 2))])

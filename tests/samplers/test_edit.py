@@ -81,3 +81,5 @@ def test_what_cannot_be_done_is_refused():
         Inpaint.of("huen", KNOWN, MASK)
     with pytest.raises(ValueError, match=r"x is torch.int64 \(4, 2\): give a floating tensor"):
         start_from(KNOWN.long(), FLOW, 0.5)
+    with pytest.raises(ValueError, match=r"x is \(1, 2\), the known data \(4, 2\)"):
+        sample(MIXTURE.field(FLOW), X[:1], Inpaint.of("heun", KNOWN, MASK))

@@ -100,6 +100,17 @@ def test_a_noise_network_leaves_pure_noise_exactly_where_the_data_have_no_mean(n
     assert shortfall(0.0) < 1e-9 < 1e-3 < shortfall(0.5) < shortfall(1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "prediction", "order"),
+    [("dpmpp-3s", "velocity", 2), ("unipc-3", "velocity", 2), ("abm4", "velocity", 4), ("rk4", "noise", 1)],
+)
+def test_order_from_pure_noise_to_pure_data(name, prediction, order):
+    """At an infinite log-SNR a step is DDIM's; and of a mean that is not 0 a noise network says nothing at t = 1."""
+    exact, field = sample(MIXTURE.field(FLOW), X, "rk4", 500).x, MIXTURE.field(FLOW, prediction)
+    measured = measured_order(lambda n: (sample(field, X, started(SOLVERS[name]), n).x - exact).norm().item(), 96)
+    assert measured == pytest.approx(order, abs=0.3)
+
+
 def test_ddim_is_euler_in_the_right_variable():
     """x / sigma over alpha / sigma, x / alpha over sigma / alpha, x / (alpha + sigma) over sigma / (alpha + sigma)."""
     vp = VPLinear()
@@ -210,5 +221,8 @@ def test_what_cannot_be_solved_is_refused_before_the_loop():
         Multistep("mine", 1, 1, "", variable="time")
     with pytest.raises(ValueError, match="start = 'ddpm' draws noise"):
         replace(SOLVERS["dpmpp-2m"], start=SOLVERS["ddpm"])
+    for options in ({"num_nodes": 0}, {"corrector": 1}):
+        with pytest.raises(ValueError, match="give 1 or more nodes, and 0 or 2 or more"):
+            replace(SOLVERS["unipc"], **options)
     with pytest.raises(ValueError, match="unknown rule"):
         Multistep("mine", 1, 1, "", rule="exakt")

@@ -130,6 +130,8 @@ def test_bad_fields_are_refused():
         Field(lambda x, t: x, RectifiedFlow(), "nois")
     with pytest.raises(ValueError, match="give a samplers.Schedule"):
         Field(lambda x, t: x, "rectified-flow", "noise")
+    with pytest.raises(ValueError, match="give a samplers.Schedule"):
+        Field(lambda x, t: x, RectifiedFlow()).on("cosine")
     with pytest.raises(ValueError, match=r"the network gave \(6, 1\) for x_t \(6, 2\)"):
         Field(lambda x, t: x[:, :1], RectifiedFlow()).v(X, 0.5)
     with pytest.raises(ValueError, match="t holds 3 times for a batch of 6"):

@@ -117,6 +117,23 @@ def test_a_batched_pair_is_the_two_fields(t):
     torch.testing.assert_close(sample(pair, X, "heun", 5).x, sample(apart, X, "heun", 5).x)
 
 
+@pytest.mark.parametrize("scale", [torch.ones(5), float("nan"), "4", None])
+def test_a_scale_is_one_number(scale):
+    for guide in (cfg, cfg_batched, apg, cfg_zero):
+        with pytest.raises(ValueError, match="scale = .*: give a finite number"):
+            guide(COND, UNCOND, scale)
+    with pytest.raises(ValueError, match="image_scale = .*: give a finite number"):
+        cfg_text_image(COND, UNCOND, UNCOND, 2.0, scale)
+    with pytest.raises(ValueError, match="weak_scale = .*: give a finite number"):
+        push_away(COND, COND, UNCOND, 2.0, scale)
+
+
+def test_a_scale_may_be_learned():
+    scale = torch.tensor(3.0, requires_grad=True)
+    cfg(COND, UNCOND, scale).v(X, 0.4).sum().backward()
+    torch.testing.assert_close(scale.grad, (COND.v(X, 0.4) - UNCOND.v(X, 0.4)).sum().float())
+
+
 @pytest.mark.parametrize("options", [{"interval": (0.7, 0.3)}, {"interval": (-1, 1)}, {"rescale": 1.5}])
 def test_settings_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} = "):
@@ -164,6 +181,48 @@ def test_apg_remembers_the_difference_until_time_rises():
     before = A.x_0(Z, 0.8) - B.x_0(Z, 0.8)
     torch.testing.assert_close(second, plain.x_0(Z, 0.6) - 0.5 * before)
     torch.testing.assert_close(field.x_0(Z, 1.0), plain.x_0(Z, 1.0))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_apg_is_the_same_in_every_run_of_one_step(solver):
+    field = apg(A, B, 2.0, momentum=-0.5)
+    first = sample(field, Z, solver, 1).x
+    torch.testing.assert_close(sample(field, Z, solver, 1).x, first, rtol=0, atol=0)
+
+
+def test_apg_asked_twice_at_one_time_answers_the_same():
+    field = apg(A, B, 2.0, momentum=-0.5)
+    field.x_0(Z, 0.8)
+    torch.testing.assert_close(field.x_0(Z, 0.6), field.x_0(Z, 0.6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        lambda on, off: cfg(on, off, 4.0, rescale=0.7),
+        lambda on, off: apg(on, off, 4.0, norm=15.0),
+        lambda on, off: cfg_zero(on, off, 4.0),
+        lambda on, off: cfg_text_image(on, off, on, 4.0, 1.5),
+    ],
+)
+def test_a_large_picture_in_half_precision(guide, dtype):
+    """Its 65536 numbers have a squared length beyond the largest number of float16."""
+    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    guided = guide(Field(lambda x, t: 2 * x, FLOW), Field(lambda x, t: 0.5 * x.abs(), FLOW))
+    got, expected = guided.v(x, 0.5), guided.v(x.float(), 0.5)
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "guide", [lambda on, off: cfg(on, off, 4.0, rescale=0.7), lambda on, off: cfg_zero(on, off, 4.0)]
+)
+def test_a_network_that_gives_zeros_is_guided_to_zeros(guide, dtype):
+    """As one does whose last layer begins at zero."""
+    zeros = Field(lambda x, t: 0 * x, FLOW)
+    assert not guide(zeros, zeros).v(Z.to(dtype), 0.5).any()
 
 
 def test_cfg_zero_fits_the_unconditional_velocity():

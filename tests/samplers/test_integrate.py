@@ -16,6 +16,7 @@ from samplers import (
     integrate,
     randn,
     sample,
+    uniform,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import FLOW, normal
@@ -168,6 +169,9 @@ def test_what_is_no_field_or_network_is_refused():
         Field(3, FLOW)
     with pytest.raises(ValueError, match="the network gave a tuple for x_t"):
         sample(Field(lambda x_t, t: (x_t,), FLOW), X)
+    for solver, ts in (("heun", uniform(4)), (SOLVERS["heun"], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="give a Solver"):
+            integrate(MIXTURE.field(FLOW), X, solver, ts)
 
 
 def test_too_few_generators_are_refused_before_the_first_evaluation():

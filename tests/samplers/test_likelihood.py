@@ -1,7 +1,7 @@
 """Likelihood against the closed form, bits per dimension, inversion and the round trip."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from samplers import (
     VE,
     Cosine,
     Field,
+    Solver,
     VPLinear,
     bits_per_dim,
     invert,
@@ -132,6 +133,37 @@ def test_there_and_back_again(solver):
     torch.testing.assert_close(back, X_0, rtol=0, atol=2e-3 if solver == "heun" else 1e-4)
     again = invert(field, back, solver, 60).x
     torch.testing.assert_close(again, noise.x, rtol=0, atol=1e-2 if solver == "heun" else 1e-3)
+
+
+@dataclass(frozen=True)
+class OfOnesOwn(Solver):
+    def step(self, field, x_t, t, t_next, state=None, noise=None):
+        return SOLVERS["rk4"].step(field, x_t, t, t_next)
+
+
+@pytest.mark.parametrize("solver", ["abm4", OfOnesOwn("own", 4, 4, "tests")])
+def test_every_solver_of_the_velocity_will_do(solver):
+    got = log_likelihood(MIXTURE.field(FLOW), X_0, solver, 50)
+    torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("divergence", ["exact", "rademacher"])
+def test_a_network_in_half_precision(dtype, tolerance, divergence):
+    """Of many numbers, whose squared length overflows float16, and whose sum wants more digits than bfloat16's."""
+    scale = 2.0
+    seen, x_0 = set(), (scale * torch.randn(2, 400, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+    def network(x_t, t):
+        seen.add(x_t.dtype)
+        variance = ((1 - t) ** 2 * scale**2 + t**2)[:, None]
+        return ((t[:, None] - (1 - t[:, None]) * scale**2) / variance).to(dtype) * x_t
+
+    field, seeds = Field(network, FLOW), [0, 1]
+    got = log_likelihood(field, x_0, "rk4", 20, divergence=divergence, generator=seeds)
+    expected = torch.distributions.Normal(0.0, scale).log_prob(x_0.float()).sum(1)
+    assert seen == {dtype} and got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
 def test_what_cannot_be_done_is_refused():

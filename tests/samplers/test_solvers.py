@@ -13,6 +13,7 @@ from samplers import (
     Cosine,
     DerivedField,
     Field,
+    Inpaint,
     RectifiedFlow,
     RungeKutta,
     Solver,
@@ -106,6 +107,15 @@ def test_in_place_is_the_same_in_less_memory(name):
             sample(inner, X, solver, **options)
 
 
+def test_a_solver_within_another_steps_in_place_too():
+    euler = replace(SOLVERS["euler"], in_place=True)
+    for solver in (Inpaint.of(euler, X, 0 * X), replace(SOLVERS["langevin"], inner=euler)):
+        with pytest.raises(ValueError, match="steps in place"):
+            sample(MIXTURE.field(Cosine()), X, solver, trajectory=True)
+    with pytest.raises(ValueError, match="start = 'euler' steps in place"):
+        replace(SOLVERS["ab3"], start=euler)
+
+
 class AdamsBashforth2(Solver):
     """A multistep method as a user would add it: the state is the velocity of the step before."""
 
@@ -132,6 +142,18 @@ def test_a_step_compiles_without_a_break():
     torch.testing.assert_close(compiled(X, t, t_next), step(field, X, 0.8, 0.7).x)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "prediction"), [("euler", "velocity"), ("ddim", "data")])
+def test_a_compiled_step_keeps_its_size_where_the_network_ends_in_a_matrix_product(name, prediction):
+    field = Field(lambda x_t, t: x_t @ MIXTURE.means[:2], RectifiedFlow(), prediction)
+    solver = SOLVERS[name].bind(field, [0.8, 0.6])
+    compiled = torch.compile(lambda x: solver.step(field, x, 0.8, 0.6).x)
+    torch.testing.assert_close(compiled(X), solver.step(field, X, 0.8, 0.6).x)
+
+
+OFFSET = RungeKutta("offset", 1, 2, "of no use", c=(0.0, 1.0), a=((), (1.0,)), b=(0.75, 0.25))
+
+
 @pytest.mark.parametrize("name", ["heun", "rk4"])
 @pytest.mark.parametrize("prediction", ["data", "score"])
 def test_where_the_velocity_cannot_be_seen_the_order_stays(name, prediction):
@@ -152,6 +174,14 @@ def test_where_the_velocity_cannot_be_seen_the_order_stays(name, prediction):
         assert measured_order(error, 32) == pytest.approx(SOLVERS[name].order, abs=0.2)
     out = sample(field, X, name, 8)
     assert min(asked) > 0 and out.num_evals == 8 * SOLVERS[name].evals_per_step - 1
+
+
+@pytest.mark.parametrize(("solver", "order"), [(replace(SOLVERS["dopri5"].tableau, order=5), 4), (OFFSET, 1)])
+def test_a_tableau_of_any_order_keeps_off_the_end_that_cannot_be_seen(solver, order):
+    """Up to order 4, since the method that it ends with has order 3 at most."""
+    flow = RectifiedFlow()
+    field, exact = MIXTURE.field(flow, "data"), mixture_solution(flow)
+    assert measured_order(lambda n: (sample(field, X, solver, n).x - exact).norm().item(), 16) > order - 0.2
 
 
 def test_the_naive_last_stage_would_spoil_heun():

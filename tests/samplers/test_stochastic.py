@@ -54,7 +54,7 @@ def test_zero_diffusion_is_the_ode(name):
         ode = replace(SOLVERS["sa-solver"], diffusion=None)
     for zero in (0.0, lambda t: 0.0):
         out = sample(field, X, name, 10, diffusion=zero).x
-        torch.testing.assert_close(out, sample(field, X, ode, 10).x)
+        torch.testing.assert_close(out, sample(field, X, ode, 10).x, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("diffusion", "num_steps"), [("constant", 80), ("constant", 200), (2.0, 80)])
@@ -181,6 +181,8 @@ def test_refusals_of_the_tree():
         BrownianTree(X, 1, depth=4).unit(0.5, 0.501)
     with pytest.raises(ValueError, match="give a torch.Generator"):
         Brownian(X, 3)
+    with pytest.raises(ValueError, match=r"noise is for \(1, 2\), x is \(8, 2\)"):
+        sample(MIXTURE.field(RectifiedFlow()), X, "ddpm", generator=BrownianTree(X[:1], 1))
 
 
 def test_seeds_are_whole_numbers_of_any_kind():

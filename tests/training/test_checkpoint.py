@@ -134,6 +134,26 @@ def test_none_left_is_an_error_that_says_what_to_do(tmp_path):
     assert len(said) == 2
 
 
+@pytest.mark.parametrize("step", [3, 2])
+def test_a_kill_while_old_ones_are_removed_leaves_whole_ones_alone(tmp_path, monkeypatch, step):
+    """Also of one that is written again."""
+    for old in (1, 2):
+        save(tmp_path, old)
+
+    def killed(path):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, step, keep=1)
+    monkeypatch.undo()
+    [left] = list_checkpoints(tmp_path)
+    assert load_checkpoint(left)[0]["step"] == step
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step-00000004"]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_after_a_fall_back_the_new_checkpoint_stays_and_the_bad_one_goes(tmp_path, keep):
     """The bad one has the higher number: it must not count as the newest."""

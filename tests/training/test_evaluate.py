@@ -58,15 +58,13 @@ def test_times_are_the_middles_of_equal_parts():
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 64])
 def test_loss_is_the_mean_over_all_samples_at_each_time(batch_size):
-    """A model that predicts 2 has the loss mean (eps - x_0 - 2)^2; the last batch is smaller and counts by its size."""
+    """A model that predicts 2 has the loss mean (eps - x_0 - 2)^2, each sample with noise of its own whatever the size
+    of the batches; the last one is smaller and counts by its size.
+    """
     model, feed = Constant(2.0), Rows(5)
     losses = validation_loss(model, feed, config(batch_size=batch_size, validation_times=4))
-    squares = []
-    for first in range(0, 5, batch_size):
-        x_0 = feed.latents[first : first + batch_size]
-        eps = torch.stack(noise_for(len(x_0), x_0, generator_for(0, first), WHOLE))
-        squares += (eps - x_0 - 2).square().mean(dim=(1, 2, 3)).tolist()
-    expected = sum(squares) / 5
+    eps = torch.stack(noise_for(5, feed.latents, generator_for(0), WHOLE))
+    expected = (eps - feed.latents - 2).square().mean().item()
     assert list(losses) == ["validation_loss", *(f"validation_loss_t{t:.4f}" for t in (0.125, 0.375, 0.625, 0.875))]
     assert list(losses.values()) == pytest.approx([expected] * 5, rel=1e-5)
 
@@ -120,6 +118,8 @@ def test_words_are_asked_for_before_their_picture_and_after_it_each_word_alike(b
         logits, wanted = out.logits[batch.predicting], batch.ids[batch.predicting + 1]
         assert losses[name] == pytest.approx(nn.functional.cross_entropy(logits, wanted).item(), rel=1e-5)
     assert losses["validation_text"] != losses["validation_caption"]
+    whole = validation_loss(model, feed, load_config("pixels-tiny", [*settings[:2], "evaluation.batch_size=5"]))
+    assert losses["validation_loss"] == pytest.approx(whole["validation_loss"], rel=1e-5)
 
 
 def test_captions_that_are_right_are_counted():

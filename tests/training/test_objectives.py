@@ -20,6 +20,7 @@ from training.objectives import (
     make_objective,
     next_token_loss,
     opens_text,
+    seeds_for,
 )
 from training.share import Share
 from training.time_density import LogitNormal, TimeDensity, Uniform
@@ -137,6 +138,13 @@ def test_times_are_those_of_the_density():
     assert len(set((spy.calls[1][1] * 64).int().tolist())) < 60
 
 
+def test_times_are_not_rounded_to_the_precision_of_the_latents():
+    spy, whole = Spy(), batch()
+    for latents in (whole.latents, whole.latents.bfloat16()):
+        FlowMatching(Uniform())(spy, whole._replace(latents=latents), generator())
+    assert torch.equal(spy.calls[0][1], spy.calls[1][1])
+
+
 @pytest.mark.parametrize("encoders", [1, 3])
 def test_captions_are_dropped_one_by_one_for_each_encoder(encoders):
     spy, objective, n = Spy(encoders), FlowMatching(Uniform(), caption_dropout=0.3), 64
@@ -168,6 +176,17 @@ def test_fixed_times_drop_no_caption_and_keep_the_noise():
     noise = [(x_t - (1 - t[0]) * data.latents) / t[0] for x_t, t, _, _ in spy.calls]
     torch.testing.assert_close(noise[0], noise[1], atol=1e-5, rtol=1e-5)
     assert not any(drop.any() for *_, drop in spy.calls)
+
+
+def test_seeds_of_noise_stand_for_the_generator_at_fixed_times():
+    """And those of some rows give these rows' losses: a sample's noise does not hang on the others."""
+    objective, model, data = FlowMatching(Uniform()), Spy(), batch()
+    seeds = seeds_for(9, generator())
+    assert seeds[:6] == seeds_for(6, generator())
+    whole, with_seeds = objective(model, data, generator(), 0.5).errors, objective(model, data, seeds[:6], 0.5).errors
+    torch.testing.assert_close(whole, with_seeds, rtol=0, atol=0)
+    some = Batch(data.latents[2:5], type(data.tokens)(*(x[2:5] for x in data.tokens)))
+    torch.testing.assert_close(objective(model, some, seeds[2:5], 0.5).errors, whole[2:5])
 
 
 def test_half_precision_models_are_scored_in_float():
