@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's <malloc.h>
-KEEPS = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
-GIVES_BACK = ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26))  # glibc's own, at their most
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+KEEPS = ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, -1))  # pieces of up to 32 MB, the most that can be asked for
+GIVES_BACK = ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26))  # what glibc comes to itself with such pieces
 _lock, _depth = threading.Lock(), 0
 
 
@@ -23,8 +23,8 @@ _lock, _depth = threading.Lock(), 0
 def keeping_memory(device: torch.device) -> Iterator[None]:
     """On a CPU, what is freed stays with the process for the next step to take, and goes back to the kernel at the end.
 
-    Nothing is done where another C library than glibc serves, nor where the environment says how (MALLOC_TRIM_THRESHOLD_
-    and the like, mallopt(3)).
+    Nothing is done where another C library than glibc serves, nor where the environment says how it is to be
+    (MALLOC_TRIM_THRESHOLD_ and the like, mallopt(3)).
     """
     glibc = _glibc() if device.type == "cpu" else None
     if glibc is None:

@@ -92,6 +92,8 @@ def _report(folder: Path, part: tuple[int, int], written: "Written", words: list
     elif written.missing:
         print(f"part {part[0]}/{part[1]} is whole; {written.missing} shards of other parts are missing")
     else:
+        if not written.samples:
+            print(f"nothing was missing; is the data what it was? mmdit cache --verify {folder} --data SPEC")
         size = sum(file.stat().st_size for file in folder.glob("shard-*"))
         print(f"whole, {size / 1e6:.1f} MB; train with: mmdit train {shlex.join(words)} --data {folder}")
 

@@ -28,7 +28,10 @@ def convert(
         Path, typer.Argument(metavar="IN", help="Run folder, model folder, or .safetensors file.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; for sd3 a .safetensors file.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Folder to write, new or empty; for sd3 a .safetensors file.", show_default=False
+        ),
     ],
     layout: Annotated[Layout, typer.Option(help="diffusers' transformer folder, SD3's single file, or our folder.")],
     dtype: Annotated[DType | None, typer.Option(help="Type of the numbers; as they are if not given.")] = None,
@@ -43,6 +46,8 @@ def convert(
 
       mmdit convert my_pipeline/ fine_tuned.safetensors --layout sd3
     """
+    check_new(out)
+
     import torch
 
     import mmdit
@@ -51,3 +56,9 @@ def convert(
     mmdit.save(model, out, layout=layout.value)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}  {layout.value}, {millions:.1f} M parameters, {str(next(model.parameters()).dtype).split('.')[-1]}")
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError where something is that would be written over: weights are dear, and runs hold more."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: name another place to write, or remove it")

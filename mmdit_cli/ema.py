@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mmdit_cli.convert import check_new
+
 
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)],
@@ -22,8 +24,7 @@ def ema(
 
       mmdit sample wider/ "a red circle"
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already: name another folder with --out")
+    check_new(out)
 
     import mmdit
     from mmdit_cli.sample import load_state_into

@@ -64,9 +64,7 @@ def web(
     print(f"{url}  draws with {run}; Ctrl-C ends it", flush=True)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    with suppress(KeyboardInterrupt):  # a second one
-        page.close(verbose=False)
-    end_at_once(0)  # what is being drawn would hold it up, or abort
+    end_at_once(0)  # a browser that waits for a picture would hold it up for seconds, and what draws it abort
 
 
 def check_gradio() -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from mmdit.weights_io import write_aside
 from training.config import TrainConfig, to_dict
 from training.run import Board, RunFolder
 
 
 def open_board(config: TrainConfig, run: RunFolder) -> Board | None:
-    """What `training.wandb` asks for, None where that is nothing. Raises ValueError where wandb is not installed."""
+    """What `training.wandb` asks for, None where that is nothing. Raises ValueError where wandb is not installed, or
+    nobody is logged in.
+    """
     if config.training.wandb is None:
         return None
     if find_spec("wandb") is None:
         raise ValueError(
             "training.wandb needs Weights & Biases: pip install 'mmdit[wandb]', or set training.wandb=none"
         )
+    import wandb
+
+    with _said():
+        if wandb.setup().settings.mode == "online":
+            wandb.login(verify=False)
     return Wandb(config, run)
 
 
@@ -30,18 +40,21 @@ class Wandb:
         self._run: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers of a step; those of a step that was there before are drawn over it."""
+        """Send numbers of a step; those of a step that was there before are drawn over it. Raises ValueError where no
+        run can begin there.
+        """
         if self._run is None:
             import wandb
 
-            self._run = wandb.init(
-                project=self.config.training.wandb,
-                name=self.config.name,
-                id=hashlib.sha256(str(self.folder).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=self.folder,
-                config=to_dict(self.config),
-            )
+            with _said():
+                self._run = wandb.init(
+                    project=self.config.training.wandb,
+                    name=self.config.name,
+                    id=_identity(self.folder),
+                    resume="allow",
+                    dir=self.folder,
+                    config=to_dict(self.config),
+                )
             self._run.define_metric("*", step_metric="step")  # a resumed run may go back some steps
         self._run.log({"step": step, **values})
 
@@ -50,3 +63,37 @@ class Wandb:
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _identity(folder: Path) -> str:
+    """The id of a folder's run, which moves with it; a copy has one of its own while the other lies where it was."""
+    own, place = _noted(folder)
+    if own and place == folder:
+        return own
+    if not own or _noted(place)[0] == own:
+        own = uuid.uuid4().hex[:16]
+    (folder / "wandb").mkdir(exist_ok=True)
+    write_aside(folder / "wandb" / "id", lambda aside: aside.write_text(f"{own}\n{folder}\n", encoding="utf-8"))
+    return own
+
+
+def _noted(folder: Path) -> tuple[str, Path]:
+    """(the id that is noted in a folder, where that was), "" where none is."""
+    try:
+        own, place = (folder / "wandb" / "id").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return "", folder
+    return own, Path(place)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What wandb refuses is an error of one line."""
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise ValueError(
+            f"training.wandb: {str(error).rstrip('.')}; or keep the metrics here, by WANDB_MODE=offline"
+        ) from error

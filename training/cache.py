@@ -102,12 +102,20 @@ class About:
     """SHA-256 of the image size and the samples' keys in order."""
     shard_samples: int
     """Samples a shard."""
+    autoencoder_name: str = ""
+    """What the autoencoder was named by; not said of a cache by an earlier version."""
 
     def differences(self, other: About) -> list[str]:
         """What is another there, in words. Where data and text encoders are kept does not count."""
         found = [name for name in _WORDS if self._of(name) != other._of(name)]
         follow = {"sizes": "size" in found, "shard_samples": len(found) > 1}  # from what else is another
-        return [_WORDS[name] for name in found if not follow.get(name)]
+        words = _WORDS | {"autoencoder": self.its_autoencoder}
+        return [words[name] for name in found if not follow.get(name)]
+
+    @property
+    def its_autoencoder(self) -> str:
+        """In words, with its name."""
+        return f'autoencoder ("{self.autoencoder_name}")' if self.autoencoder_name else "autoencoder"
 
     def _of(self, name: str) -> Any:
         value = getattr(self, name)

@@ -53,7 +53,7 @@ from training.image_batches import READ_AHEAD, by_shape, layout_of
 from training.interrupts import Interrupts
 from training.order import Layout
 from training.progress import Progress
-from training.setup import fingerprint, open_run_source, smallest_bucket
+from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws
 from training.stream import STREAM
 from training.workers import run
 
@@ -115,10 +115,11 @@ class _Writer:
     def __init__(self, config: TrainConfig, folder: Path, options: CacheOptions, log: Callable[[str], None]) -> None:
         if folder.exists() and not is_cache(folder) and (not folder.is_dir() or _others(folder)):
             raise CacheError(f"{folder} exists and is no cache: name a new folder with --out")
-        self.folder, self.options, self.log, self.bad = folder, options, log, 0
+        self.folder, self.options, self.log, self.bad, self.named = folder, options, log, 0, 0
         self.workers, self.device = config.data.num_workers, pick_device(config.training.device)
         self.autoencoder = open_autoencoder(config.autoencoder).to(self.device)
         self.source = _source(config, self.autoencoder.factor)
+        tell_flaws(self.source, log, self._skipped)
         self.text = None
         if config.text.encoder != "learned":
             self.text = open_text_encoder(config.text.encoder, config.text.max_length).to(self.device)
@@ -140,6 +141,7 @@ class _Writer:
             size += sum(length * width * per_token for length, width, _ in self.text.shape.present)
         about = About(
             autoencoder=self.autoencoder.fingerprint(),
+            autoencoder_name=config.autoencoder,
             text=None if self.text is None else self.text.about(),
             text_shape=None if self.text is None else self.text.shape,
             size=(height, width),
@@ -262,8 +264,12 @@ class _Writer:
     def _tell(self, sample: CachedSample) -> None:
         if sample.error is not None:
             self.bad += 1
-            if self.bad <= NAMED:
-                self.log(f"skipped: {sample.key}: {sample.error}" + " (no more are named)" * (self.bad == NAMED))
+            self._skipped(sample.key, sample.error)
+
+    def _skipped(self, key: str, reason: str) -> None:
+        self.named += 1
+        if self.named <= NAMED:
+            self.log(f"skipped: {key}: {reason}" + " (no more are named)" * (self.named == NAMED))
 
 
 class _Job(NamedTuple):

@@ -51,12 +51,15 @@ class CachedSource:
         self.cache = Cache(folder)
         about = self.cache.about
         self.image_size = about.size
+        if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
+            size = " x ".join(map(str, wrong[0]))
+            raise CacheError(
+                f"{folder} has images of {size}, the model needs multiples of {step}: it was made for {about.step}"
+                + (f', with autoencoder = "{about.autoencoder_name}"' if about.autoencoder_name else "")
+            )
         if image_size is not None and fit_size(*image_size, step) != self.image_size:
             size = " x ".join(map(str, self.image_size))
             raise CacheError(f"{folder} has images of {size}: leave out data.image_size, or make another cache")
-        if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
-            size = " x ".join(map(str, wrong[0]))
-            raise CacheError(f"{folder} has images of {size}, the model needs multiples of {step}")
         if about.options["buckets"] == "own" and not mixed:
             raise CacheError(f"{folder} has images in sizes of their own: set training.packing=true")
         self.mixed = mixed and bool(about.options["buckets"])
@@ -122,7 +125,8 @@ class CachedSource:
         """Raises CacheError for another autoencoder than the cache was made with."""
         if autoencoder.fingerprint() != self.cache.about.autoencoder:
             raise CacheError(
-                f"{self.cache.folder} was made with another autoencoder: name that one, or make another cache"
+                f"{self.cache.folder} was made with another {self.cache.about.its_autoencoder}: name that one, or make "
+                "another cache"
             )
 
     def text(self, encoder: str, max_length: int, written: Path | None) -> KnownText:

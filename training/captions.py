@@ -20,6 +20,8 @@ MAX_TEXT = 8 * MAX_CAPTION
 """Bytes of a .txt file that are read."""
 MAX_JSON = 16_000_000
 """A JSON file of more bytes than this is none that holds captions."""
+REPLACED = "\ufffd"
+"""What stands in a caption for bytes that are no UTF-8."""
 
 Weights = tuple[tuple[str, float], ...]
 Captions = tuple[tuple[str, ...], tuple[float, ...]]
@@ -29,12 +31,12 @@ NONE: Captions = ((), ())
 
 
 def parse_weights(text: str, what: str) -> Weights:
-    """ "a=0.7,b=0.3" as pairs. Raises `DataError` unless each has a name and a number above 0."""
+    """ "a=0.7,b=0.3" as pairs; a name alone has weight 1. Raises `DataError` for no name, and no number above 0."""
     pairs = []
     for part in items_in(text):
-        name, equals, number = part.rpartition("=")
+        name, _, number = part.rpartition("=") if "=" in part else (part, "", "1")
         try:
-            weight = float(number) if equals else 0.0
+            weight = float(number)
         except ValueError:
             weight = 0.0
         if not name.strip() or not 0 < weight < float("inf"):

@@ -96,11 +96,11 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
     return {"validation_corpus": total / count}
 
 
-def held_out_feed(
-    config: TrainConfig, pipe: TextToImage, skipped: Any = lambda key, reason: None
-) -> LatentFeed | CachedFeed | None:
-    """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read."""
-    source: Any = open_run_source(config, pipe.step)
+def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> LatentFeed | CachedFeed | None:
+    """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read. index:
+    the folder where the run keeps a slow index.
+    """
+    source: Any = open_run_source(config, pipe.step, index)
     if isinstance(source, StreamSource):
         source = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
         indices = np.arange(len(source))
@@ -110,7 +110,7 @@ def held_out_feed(
         return None
     device = pipe.model.transformer.device
     try:
-        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, skipped)
+        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
     except NothingUsable:
         return None
 
@@ -155,7 +155,7 @@ def evaluate_run(
     )  # a run on CUDA is scored anywhere
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
-    feed = held_out_feed(config, pipe)
+    feed = held_out_feed(config, pipe, run.index)
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
     if config.transfusion.text is not None:
@@ -181,7 +181,7 @@ def evaluate_run(
         images = pipe(prompts, seed=config.sampling.seed, callback=count)
     scores["network_evaluations"] = counted[-1]
     if config.evaluation.metrics:
-        scores["quality"] = ModelJudge(config, pipe, run.log)(pipe)
+        scores["quality"] = ModelJudge(config, pipe, run)(pipe)
     caption_grid(images, prompts).save(run.path / "samples.png")
     loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)

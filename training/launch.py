@@ -16,7 +16,7 @@ from typing import Any
 
 from mmdit.memory import keeping_memory
 from training.checkpoint import list_checkpoints
-from training.config import ConfigError, TrainConfig, apply_overrides, read_config
+from training.config import ConfigError, TrainConfig, apply_overrides, load_config, read_config
 from training.devices import pick_device
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
@@ -50,8 +50,10 @@ KEPT_IN_BUCKETS = ("training.batch_size", "training.packing")
 """Which images are too few for a bucket of their own, and whose turn it is, hangs on it too."""
 
 
-def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> Path:
+def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool = False) -> Path:
     """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
+
+    config: a config, or what `load_config` takes: a preset's name, a file.
 
     restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
     again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
@@ -59,6 +61,7 @@ def train(config: TrainConfig, resume: bool = False, restart: bool = False) -> P
     FileExistsError where the run folder is taken, RunTaken where another run still writes in it, NotShared where a
     process on another machine does not see it, Diverged, and ProcessLost where another process of the run ends.
     """
+    config = config if isinstance(config, TrainConfig) else load_config(config)
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with Interrupts() as interrupts, ranks_of(config) as ranks, ExitStack() as held:
         held.enter_context(keeping_memory(pick_device(config.training.device)))

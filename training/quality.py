@@ -26,6 +26,7 @@ from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
 from training.reference import Log, cache_folder, reference_features
+from training.run import RunFolder
 from training.sections import BY_CLIP, BY_FEATURES
 from training.setup import check_reference, open_run_source
 from training.stream import HeldOut, StreamSource
@@ -126,16 +127,17 @@ class Judge:
 class ModelJudge:
     """Scores a run's model on pictures of captions, again and again as it learns."""
 
-    def __init__(self, config: TrainConfig, pipe: TextToImage, log: Log = lambda text: None) -> None:
-        self.config = config.evaluation
+    def __init__(self, config: TrainConfig, pipe: TextToImage, run: RunFolder | None = None) -> None:
+        """run: what is said goes into its log, and its index of the data is taken."""
+        self.config, index = config.evaluation, run.index if run is not None else None
         check_reference(config)
         if self.config.reference is None:
             data = replace(config.data, image_size=pipe.size, buckets=False)  # at the size that is drawn
-            reference = open_run_source(replace(config, data=data), pipe.step, need_captions=False)
+            reference = open_run_source(replace(config, data=data), pipe.step, index, need_captions=False)
         else:
             reference = open_source(self.config.reference, pipe.size, pipe.step, need_captions=False)
-        self.captions = captions_to_draw(config, reference, pipe)
-        self.judge = Judge(self.config, reference, pipe.device, log)
+        self.captions = captions_to_draw(config, reference, pipe, index)
+        self.judge = Judge(self.config, reference, pipe.device, run.log if run else lambda text: None)
 
     def __call__(self, pipe: TextToImage, **sampling: Any) -> dict[str, Any]:
         """Draw `evaluation.num_images` pictures and score them; picture i starts from the noise of seed + i."""
@@ -147,14 +149,14 @@ class ModelJudge:
         return self.judge.scores()
 
 
-def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage) -> list[str]:
+def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage, index: Path | None = None) -> list[str]:
     """The captions of a reference that is named; of the run's own data, those that were held out from training."""
     if config.evaluation.reference:
         own = [caption for i in range(len(reference)) if (caption := reference.caption(i))]
         if own:
             return own
     data = config.data
-    source: Any = open_run_source(config, pipe.step)
+    source: Any = open_run_source(config, pipe.step, index)
     if isinstance(source, StreamSource):
         source = HeldOut(source, data.held_out, config.evaluation.validation_samples)
         indices = np.arange(len(source))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,11 @@ class RunFolder:
         self.board: Board | None = None  # gets the metrics too
         self._board: Any = None
         self._purge: int | None = None  # the first step that tensorboard must forget
+
+    @property
+    def index(self) -> Path:
+        """Folder where indexes of the data are kept that are slow to make."""
+        return self.path / "index"
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
@@ -120,9 +125,10 @@ class RunFolder:
                 continue
         return rows
 
-    def rewind_metrics(self, step: int) -> None:
-        """Forget the lines past `step`: a resumed run writes them again."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
+    def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
+        """Forget the lines past `step`, and those of it that have one of `names`: a resumed run writes them again."""
+        again = {*names}
+        rows = [row for row in self.metrics() if row["step"] < step + (not again & row.keys())]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
         self._purge = step + 1
@@ -180,7 +186,7 @@ class QuietRun(RunFolder):
     def write_metrics(self, step: int, **values: float) -> None:
         """Nothing."""
 
-    def rewind_metrics(self, step: int) -> None:
+    def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
         """Nothing."""
 
     def remove_leftovers(self) -> None:

@@ -86,7 +86,10 @@ class DataConfig(Settings):
             raise ConfigError("data.source is a stream, which is read as it comes: set data.cache_latents=false")
         if self.cache_latents and (self.crop == "random" or self.flip):
             what = 'data.crop = "random"' if self.crop == "random" else "data.flip"
-            raise ConfigError(f"{what} draws anew each time: set data.cache_latents=false, which encodes each time")
+            raise ConfigError(
+                f"{what} draws anew each time, kept latents are of one draw: leave it out, or train on images with "
+                "data.cache_latents=false"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -61,7 +61,7 @@ NAMED_SIZES = 20  # buckets that a log names one by one
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
     check_reference(config)
-    source = open_run_source(config, factor * config.model.patch_size, run.path / "index")
+    source = open_run_source(config, factor * config.model.patch_size, run.index)
     sizes, (height, width) = layout_of(source).sizes, source.image_size
     number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
@@ -71,11 +71,18 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
             'warning: the autoencoder "shapes" has seen drawn shapes alone, and loses much of other pictures: '
             "train your own (mmdit autoencoder train) and name it by autoencoder=FOLDER"
         )
-    for reason, count, key in getattr(source, "left_out", ()):
-        run.log(f"left out: {count} samples with {reason}, such as {key}")
-    for key, reason in source.skipped:
-        run.log_skipped(key, reason)
+    tell_flaws(source, run.log, run.log_skipped)
     return source
+
+
+def tell_flaws(source: Source, log: Callable[[str], None], skipped: Callable[[str, str], None]) -> None:
+    """Say what of the data is left out, skipped, or not as it was meant."""
+    for reason, count, key in getattr(source, "left_out", ()):
+        log(f"left out: {count} samples with {reason}, such as {key}")
+    for count, key in getattr(source, "garbled", ()):
+        log(f"warning: {count} samples have captions that are no UTF-8, such as {key}: save these as UTF-8")
+    for key, reason in source.skipped:
+        skipped(key, reason)
 
 
 def check_reference(config: TrainConfig) -> None:

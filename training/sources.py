@@ -30,6 +30,7 @@ from training.captions import (
     MAX_JSON,
     MAX_TEXT,
     NONE,
+    REPLACED,
     Captions,
     captions_in,
     captions_of,
@@ -70,12 +71,13 @@ HEAD = 1 << 16
 _LOOKED_FOR = (
     f"images ({' '.join(IMAGE_SUFFIXES)}), metadata.jsonl, shards ({' '.join(SHARD_SUFFIXES)}) or {PARQUET} files"
 )
-_FORMAT = 1  # of a kept index
+_FORMAT = 2  # of a kept index
 
 
 class Index:
     """The samples of a data set in their fixed order; in `skipped` what could not be indexed: (name, reason); and in
-    `left_out` how many samples were for a reason that `Wanted` gives, with the key of the first.
+    `left_out` how many samples were for a reason that `Wanted` gives, with the key of the first; and in `garbled` how
+    many have captions that are no UTF-8, likewise.
 
     `spec` is a folder, a shard, a metadata or Parquet file, a glob of shards or Parquet files, a URL of those, or
     "hf:NAME". Raises `DataError` if nothing can be trained on.
@@ -85,6 +87,7 @@ class Index:
         self.need_captions, self.wanted = need_captions, wanted
         self.skipped: list[tuple[str, str]] = []
         self.left_out: dict[str, tuple[int, str]] = {}
+        self.garbled: tuple[int, str] = (0, "")
         self._spool: BinaryIO | None = None
         self._lock = threading.Lock()
         self._blocks = 0
@@ -99,7 +102,7 @@ class Index:
             self.entries: Table = self._writer.table(self._longer_key)
             del self._writer
             if name is not None and wanted.cache is not None and len(self.entries):
-                self.entries.keep(wanted.cache, name, {"skipped": self.skipped, "left_out": self.left_out})
+                self.entries.keep(wanted.cache, name, self._told())
         if self._spool is not None:
             self._spool.close()
             self._spool = None  # its path is in the entries
@@ -143,11 +146,12 @@ class Index:
                 raise DataError(f"no images left of {spec}: {count} have {reason}, such as {key}; widen the filter")
             raise DataError(f"no images found in {spec}: looked through {num_files} files for {_LOOKED_FOR}{why}")
         if self.need_captions and all(entry.caption is None for entry in self.entries):
-            fields = f" in {', '.join(name for name, _ in self.wanted.captions)}" if self.wanted.captions else ""
+            asked = ", ".join(name for name, _ in self.wanted.captions)
+            fields, other = (f" in {asked}", "") if asked else ("", "; another field is named by data.captions=prompt")
             raise DataError(
                 f"no captions found{fields}: {spec} has {len(self.entries)} images, none with a caption; give each a "
-                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl; "
-                'another field is named by data.captions="prompt=1"'
+                ".txt file (or a .json file with a 'caption') of the same name, or list them in a metadata.jsonl"
+                + other
             )
 
     # --- a sample ---
@@ -172,10 +176,16 @@ class Index:
         elif size is not None and (reason := self.wanted.refuses(size)):
             self._leave_out(reason, key)
         else:
+            if any(REPLACED in text for text in texts):
+                self.garbled = self.garbled[0] + 1, self.garbled[1] or key
             try:
                 self._writer.add(replace(entry, key=key, captions=texts, shares=shares, image_size=size), shared, block)
             except OSError as error:
                 raise _no_room("the index", error) from error
+
+    def _told(self) -> dict[str, Any]:
+        """What is said of the data besides its samples."""
+        return {"skipped": self.skipped, "left_out": self.left_out, "garbled": self.garbled}
 
     def _leave_out(self, reason: str, key: str) -> None:
         count, first = self.left_out.get(reason, (0, key))
@@ -392,6 +402,7 @@ class Index:
         self.entries, about = found
         self.skipped = [(key, reason) for key, reason in about["skipped"]]
         self.left_out = {reason: (count, key) for reason, (count, key) in about["left_out"].items()}
+        self.garbled = tuple(about["garbled"])
         if any(path.lower().endswith(PARQUET) for path in self.entries.files):
             from training.parquet import ParquetRows
 

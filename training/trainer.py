@@ -368,7 +368,7 @@ class Trainer:
         if not (self.ranks.first or self.in_parts):
             return
         with gathering(self.ema):
-            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run.log)
+            self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run)
             self._write_quality(self._judge(self.pipe))
 
     def _write_quality(self, scores: dict[str, Any]) -> None:
@@ -380,6 +380,7 @@ class Trainer:
         run = self.run
         scores = evaluate_run(run.path)
         if "quality" in scores:
+            run.rewind_metrics(self.step, scores["quality"])  # of a run that had ended already
             self._write_quality(scores["quality"])
             run.close()
         if "validation_loss" in scores:

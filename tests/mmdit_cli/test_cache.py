@@ -21,6 +21,9 @@ def test_it_writes_goes_on_and_verifies(tmp_path):
     rest = run(*TINY, "data.num_samples=130", "--shard-mb", "0.4", "--out", out)
     assert rest.exit_code == 0 and "66 samples, " in rest.output
     assert f"train with: mmdit train pixels-tiny training.device=cpu data.num_samples=130 --data {out}" in rest.output
+    again = run(*TINY, "data.num_samples=130", "--shard-mb", "0.4", "--out", out)
+    assert f"nothing was missing; is the data what it was? mmdit cache --verify {out} --data SPEC" in again.output
+    assert "nothing was missing" not in rest.output
     assert (Cache(out).about.dtype, len(Cache(out).samples)) == ("fp16", 130)
     seen = run("cache", "--verify", out, "--data", "shapes")
     assert seen.exit_code == 0 and "130 samples in 3 shards, all as they were written" in seen.output

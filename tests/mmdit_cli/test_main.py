@@ -291,6 +291,10 @@ def test_convert_writes_the_layout_and_type_that_are_asked_for(tmp_path):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert_one_line_error(run("convert", tmp_path / "ours", tmp_path / "y", "--layout", "sd3"), "ends in .safetensors")
     assert not (tmp_path / "y").exists()
+    for place, layout in ((tmp_path / "theirs", "mmdit"), (tmp_path / "x.safetensors", "sd3")):
+        before = (place / "config.json" if place.is_dir() else place).read_bytes()
+        assert_one_line_error(run("convert", tmp_path / "ours", place, "--layout", layout), "exists already")
+        assert before == (place / "config.json" if place.is_dir() else place).read_bytes()
 
 
 def test_a_picture_that_cannot_be_read_is_named(pipe, tmp_path):

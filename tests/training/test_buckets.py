@@ -192,7 +192,10 @@ def test_both_feeds_give_the_same_batches(mixed, tmp_path):
 
 
 def test_what_cannot_work_is_refused(mixed, tmp_path):
-    with pytest.raises(ConfigError, match="data.flip draws anew each time: set data.cache_latents=false"):
+    with pytest.raises(
+        ConfigError,
+        match="data.flip draws anew each time, .*: leave it out, or train on images with data.cache_latents=false",
+    ):
         config_for(tmp_path, mixed, "data.flip=true")
     with pytest.raises(DataError, match="shapes are drawn at one size"):
         open_source("shapes:5", options=SourceOptions(buckets=True, wanted=Wanted(sizes=True)))

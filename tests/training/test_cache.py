@@ -273,7 +273,7 @@ def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["autoencoder=PARTS/patches"], "made with another autoencoder: name another folder"),
+        (["autoencoder=PARTS/patches"], 'made with another autoencoder \\("none"\\): name another folder'),
         (["text.max_length=31"], "made with another text encoder:"),
         (["text.encoder=learned"], "made with another text encoder:"),
         (["data.image_size=40"], "made with another image size, data:"),
@@ -330,9 +330,14 @@ def test_training_with_another_encoder_is_refused(parts, written, tmp_path):
         ("was made with another text encoder: it differs in max_length", ["text.max_length=20"], written),
         ("no text encoder in nowhere", ["text.encoder=nowhere"], written),
         ("has no text features: make a cache with text.encoder", [], learned),
-        ("was made with another autoencoder", [f"autoencoder={parts / 'patches'}", "model.patch_size=1"], written),
+        (
+            'was made with another autoencoder \\("none"\\): name that one',
+            [f"autoencoder={parts / 'patches'}", "model.patch_size=1"],
+            written,
+        ),
         ("has images of 32 x 32: leave out data.image_size", ["data.image_size=40"], written),
-        ("the model needs multiples of 24", ["data.image_size=none", "model.patch_size=24"], written),
+        ('multiples of 24: it was made for 8, with autoencoder = "none"', ["model.patch_size=24"], written),
+        ('multiples of 64: it was made for 8, with autoencoder = "none"', ["autoencoder=shapes"], written),
     ]:
         with pytest.raises(ValueError, match=message):
             train(*overrides, source=source)

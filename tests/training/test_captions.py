@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 import training.run
 import training.setup
 from tests.training.pictures import folder_of, json_bytes, members, picture, shards_of, tar_of
+from training.cache_writer import write_cache
 from training.captions import captions_in, captions_of, choose, joined, parse_weights
 from training.config import load_config
 from training.data import DataError, SourceOptions, loader, open_source
+from training.setup import open_run_source, tell_flaws
 from training.table import Entry, Table, Writer
 from training.wanted import Wanted
 
@@ -23,7 +25,8 @@ BOTH = (("original", 0.5), ("synthetic", 0.5))
 
 def test_weights_are_parsed():
     assert parse_weights("a=0.7, b=3", "x") == (("a", 0.7), ("b", 3.0))
-    for wrong in ("a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,a=2", "a=1,"):
+    assert parse_weights("a", "x") == (("a", 1.0),) and parse_weights("a,b", "x") == (("a", 1.0), ("b", 1.0))
+    for wrong in ("", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,a=2", "a=1,"):
         with pytest.raises(DataError, match="^data.captions is "):
             parse_weights(wrong, "data.captions")
 
@@ -131,6 +134,29 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, layout):
     assert left(max_aspect=2) == ([0, 2, 3, 5, 6, 8], [("sides that are more than 2 to 1", 3, "00001")])
     with pytest.raises(DataError, match="no images left of .*: 9 have a caption of another length than asked for"):
         left(max_caption=8)
+
+
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "tar"])
+def test_captions_that_are_no_utf8_are_counted_and_named(tmp_path, layout):
+    data = tmp_path / "data"
+    data.mkdir()
+    latin = ["égaré".encode("latin-1") if i in (3, 5) else "égaré".encode() for i in range(16)]
+    pictures = {f"{i:02d}.png": picture(i) for i in range(16)}
+    files = pictures | {f"{i:02d}.txt": text for i, text in enumerate(latin)}
+    if layout == "jsonl":
+        rows = [b'{"file_name": "%02d.png", "text": "%s"}' % (i, text) for i, text in enumerate(latin)]
+        files = pictures | {"metadata.jsonl": b"\n".join(rows)}
+    for name, content in {"0.tar": tar_of(files)}.items() if layout == "tar" else files.items():
+        (data / name).write_bytes(content)
+    config = load_config("pixels-tiny", [f"data.source={data}", "data.image_size=8", "data.num_samples=none"])
+    line = "warning: 2 samples have captions that are no UTF-8, such as 03: save these as UTF-8"
+    for _ in range(2):  # the second time from the index that is kept of shards
+        said: list[str] = []
+        tell_flaws(open_run_source(config, 8, tmp_path / "index"), said.append, lambda *told: None)
+        assert said == [line]
+    said = []
+    write_cache(config, tmp_path / "cache", log=said.append)
+    assert said == [line]
 
 
 def test_a_run_names_what_is_left_out(tmp_path):

@@ -342,8 +342,10 @@ def test_no_captions_found(tmp_path, layout):
 
 def test_a_caption_under_another_name(tmp_path):
     write_folder(tmp_path, {"a.png": png(), "metadata.jsonl": b'{"file_name": "a.png", "prompt": "a star"}'})
-    with pytest.raises(DataError, match='no captions found: .* another field is named by data.captions="prompt=1"'):
+    with pytest.raises(DataError, match="no captions found: .* another field is named by data.captions=prompt"):
         open_source(str(tmp_path))
+    with pytest.raises(DataError, match="no captions found in title: .* in a metadata.jsonl$"):
+        open_source(str(tmp_path), options=SourceOptions(wanted=Wanted(captions=(("title", 1.0),))))
     assert (
         open_source(str(tmp_path), options=SourceOptions(wanted=Wanted(captions=(("prompt", 1.0),))))[0].caption
         == "a star"

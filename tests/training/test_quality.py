@@ -1,6 +1,7 @@
 """Scores of pictures from folder or model to number: the same as the libraries by hand on the same pictures."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import mmdit
 import training
 from mmdit_cli.main import app
+from tests.training.pictures import shards_of
 from tests.training.test_rows import parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from tests.training.tiny_networks import pictures, save_clip, save_dino, save_pictures
@@ -174,6 +176,24 @@ def test_a_run_scores_itself_on_the_way_and_at_the_end(run):
     assert scores["num_images"] == 8 and scores["num_reference"] == 64
     assert dict(metrics(run, "fid"))[6] == scores["fid"] != dict(metrics(run, "fid"))[3]
     assert "step 6: fid " in (run / "log.txt").read_text()
+
+
+def test_a_run_that_had_ended_is_scored_again_in_the_place_of_its_scores(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    training.resume(copy, ["evaluation.num_images=6"])
+    found = [row for row in RunFolder(copy).metrics() if "fid" in row]
+    assert [row["step"] for row in found] == [3, 6]
+    assert found[1]["fid"] == json.loads((copy / "scores.json").read_text())["quality"]["fid"]
+    without = [[row for row in RunFolder(path).metrics() if "fid" not in row] for path in (run, copy)]
+    assert without[0] == without[1]
+
+
+def test_a_runs_index_of_its_data_is_not_made_again_to_score_it(place, tmp_path, monkeypatch):
+    shards_of(tmp_path / "data", (12, 12), ((16, 16),))
+    data = (f"data.source={tmp_path / 'data'}", "data.image_size=16", "data.num_samples=none", "data.held_out=0.4")
+    run = training.train(config_for(tmp_path / "run", *data, *scored(place, "fid"), "training.num_steps=1"))
+    monkeypatch.setattr("training.sources.Index._read", None)
+    assert "fid" in training.evaluate_run(run)["quality"]
 
 
 def test_the_scores_are_of_the_models_pictures_of_held_out_captions(run, place):

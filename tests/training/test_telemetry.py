@@ -3,7 +3,9 @@
 import gzip
 import importlib.util
 import json
+import shutil
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import training
 from tests.training.test_flops import mmdit, tokens
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, stop_after
+from training.boards import Wandb
 from training.config import load_config
 from training.flops import captioned, in_one_row, step_flops
 from training.objectives import Batch, Loss
@@ -287,6 +290,44 @@ def test_wandb_gets_the_metrics_offline(tmp_path, monkeypatch):
     assert sent == RunFolder(run).metrics()
     assert len(ids) == 2 and len(set(ids)) == 1
     assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+def test_a_run_of_wandb_moves_with_its_folder_and_a_copy_has_its_own(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", lambda **how: ids.append(how["id"]) or Mock())
+    ids: list[str] = []
+
+    def written(path):
+        Wandb(config_for(path, "training.wandb=tests"), RunFolder(path)).write(1, {"loss": 1.0})
+        return path
+
+    (tmp_path / "run").mkdir()
+    moved = written(tmp_path / "run").rename(tmp_path / "moved")
+    written(moved)
+    copy = shutil.copytree(moved, tmp_path / "copy")
+    for folder in (copy, moved, copy):
+        written(folder)
+    (tmp_path / "run").mkdir()
+    written(tmp_path / "run")
+    first, second, third = ids[0], ids[2], ids[5]
+    assert len({first, second, third}) == 3, "a new run in the old place is another"
+    assert ids == [first, first, second, first, second, third]
+
+
+def test_what_wandb_refuses_is_said_in_one_line_before_a_run_begins(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "setup", lambda: Mock(settings=Mock(mode="online")))
+    monkeypatch.setattr(wandb, "login", refuse)
+    with pytest.raises(ValueError, match="training.wandb: No API key configured; .*WANDB_MODE=offline"):
+        training.train(config_for(tmp_path / "run", "training.wandb=tests"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match="training.wandb: No API key configured."):
+        Wandb(config_for(tmp_path, "training.wandb=tests"), RunFolder(tmp_path)).write(1, {"loss": 1.0})
 
 
 def test_without_wandb_it_is_said_how_to_have_it(tmp_path, monkeypatch):

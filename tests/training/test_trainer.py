@@ -68,6 +68,16 @@ def run(tmp_path_factory) -> Path:
     return out
 
 
+def test_a_preset_is_trained_by_its_name_or_a_file(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text((run / "config.toml").read_text().replace(str(run), "mine"))
+    for config, folder in (("pixels-tiny", "runs/pixels-tiny"), (tmp_path / "my.toml", "mine")):
+        assert training.train(config) == Path(folder)
+        assert_bit_equal(run, tmp_path / folder)
+    with pytest.raises(ValueError, match='did you mean the preset "demo"'):
+        training.train("dmeo")
+
+
 def test_the_run_folder_holds_all_that_is_promised(run):
     assert {path.name for path in run.iterdir()} == {
         "config.toml",
