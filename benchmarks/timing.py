@@ -13,7 +13,7 @@ def seconds(
     runs: Mapping[str, Callable[[], object]], repeats: int = 7, warm: int = 3, cuda: bool = False
 ) -> dict[str, float]:
     """Median seconds of each, run in turn; of a CUDA device's work if `cuda`."""
-    clock = _on_gpu if cuda else _on_cpu
+    clock = _on_gpu if cuda else on_cpu
     for run in runs.values():
         for _ in range(warm):
             run()
@@ -33,7 +33,7 @@ def _on_gpu(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _on_cpu(run: Callable[[], object]) -> float:
+def on_cpu(run: Callable[[], object]) -> float:
     """On one thread the processor's time, in which other work on the machine does not count."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()

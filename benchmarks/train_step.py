@@ -9,17 +9,23 @@ trainer runs. Rows "all 333 real": every text token counts, so that neither has 
 of the captions are short and half long (log-normal about 12 and 90 tokens, as original and synthetic captions are), at
 most 333; diffusers attends to the padding, as SD3 does, ours packs what is real in one row.
 
-Both run in turn in one process, medians. Compiled means `torch.compile` of each block. The share of the peak is the
-step's FLOPs, by torch's own counter, of the tokens that are computed, over time and what a matrix product of 2048 gets.
+Each runs in a process of its own, step by step in turn, medians. The trainer keeps on a CPU the memory that a step has
+freed (`mmdit.memory`); "memory kept" is diffusers' loop with that too. Compiled means `torch.compile` of each block.
+The share of the peak is the step's FLOPs, by torch's own counter, of the tokens that are computed, over time and what a
+matrix product of 2048 gets.
 The second table says by torch's profiler where the time of eager steps goes, all 333 tokens real, and what share of the
 peak each kind of kernel reaches. "The rest" is norms, modulations, GELU, copies, clipping, optimizer and average.
 """
 
 import argparse
+import multiprocessing
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.beside_diffusers import caption_lengths, ours, theirs
 from benchmarks.forward import CONFIG
-from benchmarks.timing import hardware, seconds
+from benchmarks.timing import hardware, on_cpu, seconds
+from mmdit.memory import keeping_memory
 from training.config import OptimizerConfig
 from training.ema import update_ema
 from training.optim import make_optimizer
@@ -157,40 +164,84 @@ def parts(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
     return found
 
 
-def table(repeats: int) -> list[str]:
+LOOPS = ("ours", "diffusers", "memory kept")
+
+
+@contextmanager
+def loop(name: str, compiled: bool, real_lengths: bool) -> Iterator[Connection]:
+    """A training loop in a process of its own; it answers what it is asked for, "step" or "parts"."""
+    ours_end, theirs_end = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_answer, args=(theirs_end, name, compiled, real_lengths), daemon=True)
+    process.start()
+    theirs_end.close()
+    try:
+        yield ours_end
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _answer(asked: Connection, name: str, compiled: bool, real_lengths: bool) -> None:
     torch._dynamo.config.recompile_limit = 64  # all blocks are one function to it, asked for in many shapes
+    given = batches(real_lengths)
+    step = our_step(compiled, real_lengths) if name == "ours" else their_step(compiled)
+    with nullcontext() if name == "diffusers" else keeping_memory(torch.device("cpu")):
+        run = _goes_through(step, given)
+        while True:
+            asked.send(on_cpu(run) if asked.recv() == "step" else parts(step, given))
+
+
+def timed(compiled: bool, real_lengths: bool, repeats: int) -> dict[str, float]:
+    """Median seconds of a step of each loop, in turn."""
+    with ExitStack() as stack:
+        asked = {name: stack.enter_context(loop(name, compiled, real_lengths)) for name in LOOPS}
+        times: dict[str, list[float]] = {name: [] for name in LOOPS}
+        for _ in range(KINDS + repeats):
+            for name, end in asked.items():
+                end.send("step")
+                times[name].append(end.recv())
+    return {name: statistics.median(each[KINDS:]) for name, each in times.items()}
+
+
+def profiled() -> dict[str, Counter[str]]:
+    """Seconds by kind of kernel of eager steps, ours and diffusers'."""
+    found = {}
+    for name in LOOPS[:2]:
+        with loop(name, False, False) as end:
+            end.send("parts")
+            found[name] = end.recv()
+    return found
+
+
+def table(repeats: int) -> list[str]:
     best = peak()
     lines = [
         f"A matrix product reaches {best / 1e9:.0f} GFLOP/s.\n",
-        "| text | | ours, s | diffusers, s | ratio | share of the peak: ours | diffusers |",
-        "|---" * 7 + "|",
+        "| text | | ours, s | diffusers, s | ratio | memory kept, s | ratio | share of the peak: ours | diffusers |",
+        "|---" * 9 + "|",
     ]
+    work: dict[bool, dict[str, Counter[str]]] = {}
     for title, real in (("all 333 real", False), ("real lengths", True)):
-        given = batches(real)
         eager = {"ours": our_step(False, real), "diffusers": their_step(False)}
-        counted = {name: flops(step, given) for name, step in eager.items()}
-        if not real:
-            profiled = {name: (parts(step, given), counted[name]) for name, step in eager.items()}
+        work[real] = {name: flops(step, batches(real)) for name, step in eager.items()}
         for how in ("eager", "compiled"):
-            steps = {"ours": our_step(how == "compiled", real), "diffusers": their_step(how == "compiled")}
-            t = seconds({name: _goes_through(step, given) for name, step in steps.items()}, repeats, warm=KINDS)
-            share = [f"{counted[name].total() / t[name] / best:.0%}" for name in steps]
-            ratio = t["diffusers"] / t["ours"]
-            lines.append(
-                f"| {title} | {how} | {t['ours']:.3f} | {t['diffusers']:.3f} | {ratio:.2f} | {' | '.join(share)} |"
-            )
+            t = timed(how == "compiled", real, repeats)
+            seconds_and_ratios = " | ".join(f"{t[name]:.3f} | {t[name] / t['ours']:.2f}" for name in LOOPS[1:])
+            share = [f"{counted.total() / t[name] / best:.0%}" for name, counted in work[real].items()]
+            lines.append(f"| {title} | {how} | {t['ours']:.3f} | {seconds_and_ratios} | {' | '.join(share)} |")
             print(lines[-1], flush=True)
     mean = sum(int(one.real.sum()) for one in batches(True)) / (KINDS * BATCH)
-    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean.\n", *where(profiled, best)]
+    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean.\n", *where(profiled(), work[False], best)]
 
 
-def where(profiled: dict[str, tuple[Counter[str], Counter[str]]], best: float) -> list[str]:
+def where(took: dict[str, Counter[str]], counted: dict[str, Counter[str]], best: float) -> list[str]:
     """Table of seconds, shares of the time and shares of the peak by kind of kernel."""
     lines = ["| | ours, s | of the time | of the peak | diffusers, s | of the time | of the peak |", "|---" * 7 + "|"]
     for kind in ("matrix products", "attention", "the rest"):
         cells = []
-        for times, work in profiled.values():
-            reached = f"{work[kind] / times[kind] / best:.0%}" if kind != "the rest" else ""
+        for name, times in took.items():
+            reached = f"{counted[name][kind] / times[kind] / best:.0%}" if kind != "the rest" else ""
             cells += [f"{times[kind]:.2f}", f"{times[kind] / times.total():.0%}", reached]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
