@@ -197,11 +197,12 @@ def timed(compiled: bool, real_lengths: bool, repeats: int) -> dict[str, float]:
     with ExitStack() as stack:
         asked = {name: stack.enter_context(loop(name, compiled, real_lengths)) for name in LOOPS}
         times: dict[str, list[float]] = {name: [] for name in LOOPS}
-        for _ in range(KINDS + repeats):
+        warm = KINDS if compiled else 2
+        for _ in range(warm + repeats):
             for name, end in asked.items():
                 end.send("step")
                 times[name].append(end.recv())
-    return {name: statistics.median(each[KINDS:]) for name, each in times.items()}
+    return {name: statistics.median(each[warm:]) for name, each in times.items()}
 
 
 def profiled() -> dict[str, Counter[str]]:
