@@ -77,7 +77,7 @@ def model(name: str, image: int, text: int) -> Model:
             trunk(x, torch.empty(1), context, torch.empty(1, config.pooled_dim))
     params = sum(p.numel() for p in trunk.parameters())
     inner = hidden_matrices(trunk)
-    rounds = [2 * ROUNDS * part.cost for w in inner for part in matrices(0, *w.shape)]
+    rounds = [2 * len(ROUNDS) * part.cost for w in inner for part in matrices(0, *w.shape)]
     muon = (sum(w.numel() for w in inner), sum(rounds), max(rounds))
     return Model(params, counter.get_total_flops(), config.depth * config.width, *muon)
 
@@ -117,8 +117,8 @@ def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
 
 
 def orthogonal(m: Model, gpus: int, a: Assumptions) -> float:
-    """Seconds of Newton-Schulz rounds on each GPU, of which it has 1 / n, one matrix at least: in 5 rounds of an
-    m x n matrix, m <= n, 10 m^2 (2 n + m) FLOPs.
+    """Seconds of Newton-Schulz rounds on each GPU, of which it has 1 / n, one matrix at least: in 4 rounds of an
+    m x n matrix, m <= n, 8 m^2 (2 n + m) FLOPs.
     """
     return max(m.rounds / gpus, m.dearest) / (a.peak * a.utilisation)
 
