@@ -31,6 +31,7 @@ from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_neg
 from mmdit.weights_io import read_json, write_json
 
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
+TRAIN_TIMESTEPS = 1000
 DEFAULTS = "mmdit.json"
 """The file that keeps a size that is not square, which diffusers has no place for."""
 SAMPLING = {"solver": "euler", "num_steps": 28, "guidance": 7.0, "grid": DIFFUSERS}
@@ -124,6 +125,11 @@ def _shift(path: Path) -> float:
             f"{path} is of {kind or 'no known scheduler'}{' with ' if other else ''}{', '.join(other)}, "
             f"expected a {SCHEDULER} with a shift alone"
         )
+    if (steps := config.get("num_train_timesteps", TRAIN_TIMESTEPS)) != TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{path} says num_train_timesteps of {steps!r}, expected {TRAIN_TIMESTEPS}, by which the transformer's "
+            "times are multiplied"
+        )
     shift = config.get("shift", 1.0)
     if not is_number(shift) or shift <= 0:
         raise ValueError(f"{path} says a shift of {shift!r}, expected a number above 0")
@@ -155,7 +161,7 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
     about["vae"] = ["diffusers", "AutoencoderKL"] if kl else [None, None]
     pipe.autoencoder.save(folder / ("vae" if kl else "autoencoder"))
     about["scheduler"] = ["diffusers", SCHEDULER]
-    times = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": pipe.shift}
+    times = {"_class_name": SCHEDULER, "num_train_timesteps": TRAIN_TIMESTEPS, "shift": pipe.shift}
     write_json(folder / "scheduler" / "scheduler_config.json", times)
     write_json(folder / DEFAULTS, {"size": list(pipe.size)})
     write_json(folder / "model_index.json", about)

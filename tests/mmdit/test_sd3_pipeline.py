@@ -241,6 +241,7 @@ def edited(folder, out, name, **changes):
         ("scheduler/scheduler_config.json", dict(_class_name="DDIMScheduler"), "is of DDIMScheduler, expected a Flow"),
         ("scheduler/scheduler_config.json", dict(use_dynamic_shifting=True), "with use_dynamic_shifting, expected"),
         ("scheduler/scheduler_config.json", dict(shift=-1), "shift of -1, expected a number above 0"),
+        ("scheduler/scheduler_config.json", dict(num_train_timesteps=500), "num_train_timesteps of 500, expected 1000"),
         ("text_encoder_3/config.json", dict(model_type="vit", architectures=["ViTModel"]), "text_encoder_3"),
         ("vae/config.json", dict(_class_name="VQModel"), "VQModel"),
     ],
