@@ -204,7 +204,8 @@ def _check_there(folder: Path, without: Sequence[str]) -> None:
     """Raises ValueError for an encoder that the folder's model_index.json names and that is not there."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     index = index if isinstance(index, dict) else {}
-    named = [name for name in ENCODERS if name not in without and any(index.get(FOLDERS[name][0]) or [])]
+    parts = {name: index.get(FOLDERS[name][0]) for name in ENCODERS if name not in without}
+    named = [name for name, part in parts.items() if part and part != [None, None]]
     lost = [name for name in named if not (folder / FOLDERS[name][0] / "config.json").is_file()]
     if lost:
         raise ValueError(

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import samplers
-from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
 from mmdit.pictures import as_shown
+from mmdit.pipeline_files import load_trunk
 from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
 from mmdit.text_to_image import TextToImage
 from mmdit.transfusion import MixedOutput, Transfusion
-from mmdit.weights_io import load_weights, read_config, write_json
+from mmdit.weights_io import read_config, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -189,9 +189,7 @@ class TransfusionPipeline(TextToImage):
     def load_model(folder: Path) -> nn.Module:
         config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", config.max_length)
-        transformer = Transfusion(read_config(TransfusionConfig, folder / "transformer" / "config.json"))
-        load_weights(transformer, folder / "transformer" / "model.safetensors")
-        return CaptionedTransfusion(transformer, Words(config, tokenizer))
+        return CaptionedTransfusion(load_trunk(folder, Transfusion), Words(config, tokenizer))
 
 
 class _Stream:

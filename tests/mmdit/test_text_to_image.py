@@ -344,6 +344,13 @@ def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
     [
         ("pipeline.json", lambda about: about.pop("size"), "pipeline.json lacks size"),
         ("pipeline.json", None, "pipeline.json is not JSON"),
+        ("pipeline.json", lambda about: about.update(size=[8]), r"says size = \[8\], expected two numbers"),
+        ("pipeline.json", lambda about: about.update(shift=0), "says shift = 0, expected a number above 0"),
+        ("pipeline.json", lambda about: about.update(sampling="x"), "says sampling = 'x', expected a table"),
+        ("pipeline.json", lambda about: about.update(autoencoder=None), "says autoencoder = None, expected a folder"),
+        ("transformer/config.json", lambda config: config.update(depth=10**9), "too few for 1000000000 blocks"),
+        ("transformer/config.json", lambda config: config.update(head_dim=10**6), "do not fit the model"),
+        ("text/config.json", 3, "text/config.json does not fit"),
         ("text/config.json", lambda config: config.update(widht=3), "text/config.json does not fit: .*widht"),
         ("text/config.json", lambda config: config.update(width=32), "do not fit the model"),
         ("text/tokenizer.json", None, "not a tokenizer file"),
@@ -355,8 +362,8 @@ def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
 def test_files_that_do_not_fit_are_named(pipe, tmp_path, file, change, message):
     pipe.save(tmp_path)
     path = tmp_path / file
-    if change is None:
-        path.write_text("{")
+    if not callable(change):
+        path.write_text("{" if change is None else json.dumps(change))
     else:
         content = json.loads(path.read_text())
         change(content)
