@@ -262,6 +262,8 @@ def test_an_encoder_that_is_lost_is_not_left_out_unasked(folder, tmp_path):
     edited(folder, tmp_path, "model_index.json", text_encoder_3=[None, None])
     shutil.rmtree(tmp_path / "text_encoder_3")
     assert TextToImage.load(tmp_path, "cpu").model.conditioner.t5 is None
+    edited(folder, tmp_path, "model_index.json", text_encoder=3)  # no pair of names, but the encoder is there
+    assert TextToImage.load(tmp_path, "cpu").model.conditioner.clip_l is not None
 
 
 def test_a_scheduler_that_is_no_table_is_refused(folder, tmp_path):
