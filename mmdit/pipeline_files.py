@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmdit.text_encoders import TextEncoder
     from mmdit.text_to_image import TextToImage
 
-T = TypeVar("T")
+T = TypeVar("T", bound=nn.Module)
 
 
 def save_pipeline(pipe: TextToImage, folder: Path, layout: Literal["mmdit", "diffusers"]) -> None:
@@ -163,10 +163,12 @@ def load_captioned(folder: Path) -> nn.Module:
 
 
 def load_trunk(folder: Path, kind: type[T]) -> T:
-    """The trunk in a folder of ours, in float32. Raises ValueError where it is of another kind."""
+    """The trunk in a folder of ours, in float32, read into memory. Raises ValueError where it is of another kind."""
     trunk = load(folder / "transformer", torch.float32)
     if not isinstance(trunk, kind):
         raise ValueError(
             f"{folder / 'transformer'} holds a {type(trunk).__name__}, and its pipeline.json wants a {kind.__name__}"
         )
+    for tensor in (*trunk.parameters(), *trunk.buffers()):
+        tensor.data = tensor.data.clone()  # mapped no longer: a run replaces its files while others draw with them
     return trunk

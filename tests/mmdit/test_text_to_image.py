@@ -333,6 +333,17 @@ def test_save_weights_replaces_only_the_weights(pipe, tmp_path):
     assert all(torch.equal(v, other.model.state_dict()[k]) for k, v in again.model.state_dict().items())
 
 
+def test_a_pipeline_is_held_by_no_file(pipe, tmp_path):
+    """Where its files are written over, it stays as it is."""
+    pipe.save(tmp_path)
+    again = TextToImage.load(tmp_path, "cpu")
+    path = tmp_path / "transformer" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x55" * (path.stat().st_size // 2))
+    assert np.array_equal(pixels(again(PROMPTS)), pixels(pipe(PROMPTS)))
+
+
 def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
     pipe.save(tmp_path / "pipeline")
     model = mmdit.load(tmp_path)
