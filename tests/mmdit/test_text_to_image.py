@@ -217,6 +217,12 @@ def test_offloaded_parts_work_and_come_back(pipe, monkeypatch):
     assert moves == [("text", "cpu:0"), ("text", "cpu"), ("trunk", "cpu:0"), ("trunk", "cpu")]
 
 
+def test_a_type_that_is_none_is_refused(pipe):
+    for given, message in (((torch.bfloat16,), "a type goes after it"), (("cpu", torch.int8), "dtype is torch.int8")):
+        with pytest.raises(ValueError, match=message):
+            pipe.to(*given)
+
+
 def test_half_precision_is_near_and_states_stay_in_full(pipe):
     expected, seen = pixels(pipe(PROMPTS)), []
     half = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size, sampling=pipe.sampling)
