@@ -55,7 +55,7 @@ def open_autoencoder(spec: str | Path) -> Autoencoder:
         )
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise ValueError(
             f"{folder / 'config.json'} describes {name or 'no known model'}, expected one of {', '.join(_KINDS)}"
         )

@@ -84,6 +84,8 @@ class ImageSampling:
     diffusion: str | float | None = None
     """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
     shift_of: tuple[int, int] | None = None
+    grid: str = "uniform"
+    """Times by name, of `samplers.GRIDS`, before the shift."""
 
     def __post_init__(self) -> None:
         check_finite(self, ("guidance", "shift"))
@@ -94,7 +96,9 @@ class ImageSampling:
                 raise ValueError(f"size is {self.size}, expected two whole numbers")
         if self.guidance < 0 or self.shift <= 0:
             raise ValueError(f"guidance is {self.guidance} and shift {self.shift}, expected >= 0 and > 0")
-        check_solver(self.solver, samplers.time_grid("uniform", self.num_steps, self.shift), self.diffusion)
+        if self.shift_of is not None and min(pair_of_numbers("shift_of", self.shift_of)) <= 0:
+            raise ValueError(f"shift_of is {self.shift_of}, expected the sides of a latent")
+        check_solver(self.solver, samplers.time_grid(self.grid, self.num_steps, self.shift), self.diffusion)
 
 
 @dataclass
@@ -128,7 +132,10 @@ def generate(
     with its seed gives the same alone and in any batch, to rounding. told(i, part) is called with each token and image
     of prompt i as it comes. Raises ValueError for prompts that are none, and for a size the patch does not divide.
     """
-    text, image = text or TextSampling(), image or ImageSampling()
+    text, image = (TextSampling() if text is None else text), (ImageSampling() if image is None else image)
+    for name, given, kind in (("text", text, TextSampling), ("image", image, ImageSampling)):
+        if not isinstance(given, kind):
+            raise ValueError(f"{name} is a {type(given).__name__}, expected a {kind.__name__}")
     check_parts(prompts, "prompt")
     prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # of no tokens is none
     _check(model, prompts, image, begin, max_tokens, max_images)
@@ -263,7 +270,7 @@ class _Writer:
         field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
         old = how.shift_of or size
         shift = how.shift * samplers.resolution_shift(size[0] * size[1], old[0] * old[1])
-        grid = samplers.shift_time(samplers.uniform(how.num_steps), shift)
+        grid = samplers.time_grid(how.grid, how.num_steps, shift)
         out = samplers.sample(field, x, how.solver, grid=grid, diffusion=how.diffusion, generator=generators)
         return list(out.x)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from mmdit.files import DIFFUSERS_WEIGHTS, read_folder
 from mmdit.latents import Autoencoder, Generators
 from mmdit.mapped import read_weights
+from mmdit.sampling import is_number
+from mmdit.text_encoders import first_line
 from mmdit.weights_io import check_fit, json_writer, read_json, weights_writer, write_all_aside
 
 if TYPE_CHECKING:
@@ -115,11 +117,14 @@ class KLAutoencoder(Autoencoder):
         path = Path(path)
         try:
             config, tensors = _from_folder(path) if path.is_dir() else _from_file(path, kind)
+            scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
+            if not is_number(scale) or scale <= 0 or not is_number(shift):
+                raise ValueError(f"scaling_factor is {scale!r} and shift_factor {shift!r}, expected numbers")
             with torch.device("meta"):
                 vae = AutoencoderKL.from_config(config)
             check_fit(vae.state_dict(), tensors, str(path))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"cannot read the autoencoder in {path}: {error}") from error
+        except Exception as error:  # diffusers checks no config, and fails as it may
+            raise ValueError(f"cannot read the autoencoder in {path}: {first_line(error)}") from error
         vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         model = cls(vae)
         model.read_preview(path if path.is_dir() else path.parent)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmdit.blocks import Modulation
 from mmdit.layouts import DIFFUSERS
 from mmdit.mapped import read_metadata, read_weights
 from mmdit.model import MMDiT
@@ -179,6 +180,11 @@ def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:
         layer = layers.get(ours)
         if not isinstance(layer, nn.Linear):
             break
+        if isinstance(layer, Modulation):
+            raise ValueError(
+                f"{source} adapts {parts[0]}, a modulation, which takes no adapter here: add it to the weights with "
+                "diffusers (fuse_lora), and load those"
+            )
         out = layer.out_features // len(parts)
         empty = (torch.zeros(0, layer.in_features), torch.zeros(out, 0))
         found = [theirs.pop(part, empty) for part in parts]

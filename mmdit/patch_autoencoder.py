@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.latents import Autoencoder
+from mmdit.sampling import is_number
 from mmdit.weights_io import json_writer, load_weights, read_json, weights_writer, write_all_aside
 
 SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
@@ -42,6 +43,11 @@ class PatchAutoencoderConfig:
             )
         if len(self.widths) != 2 or any(width < 8 or width % 8 for width in self.widths):
             raise ValueError(f"widths must be two multiples of 8, got {self.widths}")
+        if not is_number(self.scaling_factor) or self.scaling_factor <= 0 or not is_number(self.shift_factor):
+            raise ValueError(
+                f"scaling_factor is {self.scaling_factor!r} and shift_factor {self.shift_factor!r}, expected a number "
+                "above 0 and a number"
+            )
 
 
 class ResidualBlock(nn.Module):

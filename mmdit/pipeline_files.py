@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from mmdit.autoencoder import PixelSpace, open_autoencoder
-from mmdit.config import MMDiTConfig
+from mmdit.files import load
 from mmdit.mapped import PICKLES
 from mmdit.model import MMDiT
+from mmdit.sampling import is_number
 from mmdit.text import LearnedText
 from mmdit.weights_io import (
     check_dtype,
-    load_weights,
     read_config,
     read_json,
     save_weights,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mmdit.sd3_text import SD3Text
     from mmdit.text_encoders import TextEncoder
     from mmdit.text_to_image import TextToImage
+
+T = TypeVar("T", bound=nn.Module)
 
 
 def save_pipeline(pipe: TextToImage, folder: Path, layout: Literal["mmdit", "diffusers"]) -> None:
@@ -111,15 +113,31 @@ def _load_own(root: Path, folder: Path) -> TextToImage:
             f"{root} holds no trained model: expected a run folder of `mmdit train`, a diffusers SD3 pipeline, or a "
             ".safetensors file in the original SD3 layout"
         )
-    about: dict[str, Any] = read_config(dict, folder / "pipeline.json")
-    missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
-    if missing:
-        raise ValueError(f"{folder / 'pipeline.json'} lacks {', '.join(missing)}")
+    about = _defaults(folder / "pipeline.json")
     kind = _kind(about.get("format"))
     model = kind.load_model(folder)
     spec = about["autoencoder"]
     autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
     return kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
+
+
+def _defaults(path: Path) -> dict[str, Any]:
+    """What `save_defaults` wrote. Raises ValueError that names what is missing or is none of it."""
+    about: dict[str, Any] = read_config(dict, path)
+    missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    size, shift = about["size"], about["shift"]
+    expected = {
+        "size": ("two numbers of pixels", isinstance(size, list) and [type(n) for n in size] == [int, int]),
+        "shift": ("a number above 0", is_number(shift) and shift > 0),
+        "sampling": ("a table", isinstance(about["sampling"], dict)),
+        "autoencoder": ("a folder's name", isinstance(about["autoencoder"], str)),
+    }
+    for name, (what, right) in expected.items():
+        if not right:
+            raise ValueError(f"{path} says {name} = {about[name]!r}, expected {what}")
+    return about
 
 
 def _kind(said: Any) -> type[TextToImage]:
@@ -134,12 +152,23 @@ def load_captioned(folder: Path) -> nn.Module:
     from mmdit.text_to_image import CaptionedMMDiT
 
     text: LearnedText | TextEncoder | SD3Text
-    if "encoder" in read_json(folder / "text" / "config.json"):
+    about = read_json(folder / "text" / "config.json")
+    if isinstance(about, dict) and "encoder" in about:
         from mmdit.text_encoders import load_encoder
 
         text = load_encoder(folder / "text")
     else:
         text = LearnedText.load(folder / "text")
-    transformer = MMDiT(read_config(MMDiTConfig, folder / "transformer" / "config.json"))
-    load_weights(transformer, folder / "transformer" / "model.safetensors")
-    return CaptionedMMDiT(transformer, text)
+    return CaptionedMMDiT(load_trunk(folder, MMDiT), text)
+
+
+def load_trunk(folder: Path, kind: type[T]) -> T:
+    """The trunk in a folder of ours, in float32, read into memory. Raises ValueError where it is of another kind."""
+    trunk = load(folder / "transformer", torch.float32)
+    if not isinstance(trunk, kind):
+        raise ValueError(
+            f"{folder / 'transformer'} holds a {type(trunk).__name__}, and its pipeline.json wants a {kind.__name__}"
+        )
+    for tensor in (*trunk.parameters(), *trunk.buffers()):
+        tensor.data = tensor.data.clone()  # mapped no longer: a run replaces its files while others draw with them
+    return trunk

@@ -25,14 +25,15 @@ from mmdit.autoencoder import Autoencoder, KLAutoencoder, PixelSpace, open_autoe
 from mmdit.files import load, save
 from mmdit.model import MMDiT
 from mmdit.sampling import DIFFUSERS, is_number
-from mmdit.sd3_text import ENCODERS, SD3Text, open_sd3_text
+from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, names, open_sd3_text
 from mmdit.text import LearnedText
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_negatives
 from mmdit.weights_io import read_json, write_json
 
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
+TRAIN_TIMESTEPS = 1000
 DEFAULTS = "mmdit.json"
-"""The file that keeps a size that is not square, which diffusers has no place for."""
+"""The file that keeps what diffusers has no place for: a size that is not square, and that latents are pixels."""
 SAMPLING = {"solver": "euler", "num_steps": 28, "guidance": 7.0, "grid": DIFFUSERS}
 _MODELS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizer", "T5TokenizerFast")
@@ -59,7 +60,7 @@ def read_sd3(folder: Path, dtype: torch.dtype = torch.float32, without: Sequence
     transformer = load(folder / "transformer", dtype)
     if not isinstance(transformer, MMDiT):
         raise ValueError(f"{folder / 'transformer'} holds a {type(transformer).__name__}, expected an MMDiT")
-    pipe = assembled(transformer, _text(folder, dtype, without), _autoencoder(folder), shift, folder)
+    pipe = assembled(transformer, _text(folder, index, dtype, without), _autoencoder(folder, index), shift, folder)
     if (folder / DEFAULTS).is_file():
         pipe.size = _size(folder / DEFAULTS, pipe.step)
     return pipe
@@ -98,18 +99,23 @@ def _size(path: Path, step: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _text(folder: Path, dtype: torch.dtype, without: Sequence[str]) -> LearnedText | SD3Text:
-    if not (folder / "text" / "config.json").exists():
+def _text(folder: Path, index: dict[str, Any], dtype: torch.dtype, without: Sequence[str]) -> LearnedText | SD3Text:
+    frozen = any(names(index, network, unsaid=False) for network, _ in FOLDERS.values())
+    if frozen or not (folder / "text" / "config.json").exists():
         return open_sd3_text(folder, dtype=dtype, dropped="empty", without=without)
     if without:
         raise ValueError(f"{folder} has a text encoder of its own: nothing can be left out")
     return LearnedText.load(folder / "text")
 
 
-def _autoencoder(folder: Path) -> Autoencoder:
-    for name in ("vae", "autoencoder"):
-        if (folder / name / "config.json").exists():
-            return open_autoencoder(folder / name)
+def _autoencoder(folder: Path, index: dict[str, Any]) -> Autoencoder:
+    """As the index says, and then `DEFAULTS`: a folder that was written before may hold what is no part of it now."""
+    if names(index, "vae") and (folder / "vae" / "config.json").exists():
+        return open_autoencoder(folder / "vae")
+    about = read_json(folder / DEFAULTS) if (folder / DEFAULTS).is_file() else {}
+    pixels = isinstance(about, dict) and about.get("autoencoder") == "none"
+    if not pixels and (folder / "autoencoder" / "config.json").exists():
+        return open_autoencoder(folder / "autoencoder")
     return PixelSpace()
 
 
@@ -123,6 +129,11 @@ def _shift(path: Path) -> float:
         raise ValueError(
             f"{path} is of {kind or 'no known scheduler'}{' with ' if other else ''}{', '.join(other)}, "
             f"expected a {SCHEDULER} with a shift alone"
+        )
+    if (steps := config.get("num_train_timesteps", TRAIN_TIMESTEPS)) != TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{path} says num_train_timesteps of {steps!r}, expected {TRAIN_TIMESTEPS}, by which the transformer's "
+            "times are multiplied"
         )
     shift = config.get("shift", 1.0)
     if not is_number(shift) or shift <= 0:
@@ -155,9 +166,10 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
     about["vae"] = ["diffusers", "AutoencoderKL"] if kl else [None, None]
     pipe.autoencoder.save(folder / ("vae" if kl else "autoencoder"))
     about["scheduler"] = ["diffusers", SCHEDULER]
-    times = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": pipe.shift}
+    times = {"_class_name": SCHEDULER, "num_train_timesteps": TRAIN_TIMESTEPS, "shift": pipe.shift}
     write_json(folder / "scheduler" / "scheduler_config.json", times)
-    write_json(folder / DEFAULTS, {"size": list(pipe.size)})
+    pixels = {"autoencoder": "none"} if isinstance(pipe.autoencoder, PixelSpace) else {}
+    write_json(folder / DEFAULTS, {"size": list(pipe.size)} | pixels)
     write_json(folder / "model_index.json", about)
 
 

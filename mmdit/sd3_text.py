@@ -8,7 +8,7 @@ Padding is seen by T5 and by the trunk. An encoder that is left out gives zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -183,11 +183,12 @@ def open_sd3_text(
     """
     folder = Path(folder).expanduser().resolve()
     check_names(without)
-    _check_there(folder, without)
+    index = read_index(folder)
+    _check_there(folder, index, without)
     encoders: list[TextEncoder | None] = []
     for name in ENCODERS:
         network, tokenizer = (folder / part for part in FOLDERS[name])
-        there = name not in without and (network / "config.json").is_file()
+        there = name not in without and names(index, network.name) and (network / "config.json").is_file()
         tokens = max_length if name == "t5" else CLIP_TOKENS
         encoders.append(open_hub(network, tokenizer, tokens, dtype) if there else None)
     context_dim, pooled_dim = _dims(folder, encoders)
@@ -200,11 +201,22 @@ def check_names(without: Sequence[str]) -> None:
         raise ValueError(f"without names {', '.join(unknown)}, expected a list of some of {', '.join(ENCODERS)}")
 
 
-def _check_there(folder: Path, without: Sequence[str]) -> None:
-    """Raises ValueError for an encoder that the folder's model_index.json names and that is not there."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's model_index.json says; empty where there is none."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    index = index if isinstance(index, dict) else {}
-    named = [name for name in ENCODERS if name not in without and any(index.get(FOLDERS[name][0]) or [])]
+    return index if isinstance(index, dict) else {}
+
+
+def names(index: Mapping[str, Any], part: str, unsaid: bool = True) -> bool:
+    """Whether a model_index.json says that the pipeline has a part, whatever lies in its folder; unsaid: where it says
+    nothing of it.
+    """
+    return index[part] not in (None, [None, None]) if part in index else unsaid
+
+
+def _check_there(folder: Path, index: Mapping[str, Any], without: Sequence[str]) -> None:
+    """Raises ValueError for an encoder that the folder's model_index.json names and that is not there."""
+    named = [name for name in ENCODERS if name not in without and names(index, FOLDERS[name][0], unsaid=False)]
     lost = [name for name in named if not (folder / FOLDERS[name][0] / "config.json").is_file()]
     if lost:
         raise ValueError(

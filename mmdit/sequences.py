@@ -247,6 +247,8 @@ def pack(
 
 def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:
     """Raises ValueError for documents that are no lists of tensors: words or pictures, say."""
+    if not isinstance(documents, Sequence | Tensor):
+        raise ValueError(f"{what}s are a {type(documents).__name__}, expected a list of lists")
     for i, document in enumerate(documents):
         parts = [document] if isinstance(document, Tensor | str) else document
         wrong = next((part for part in parts if not isinstance(part, Tensor)), None)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import samplers
-from mmdit.config import TransfusionConfig
 from mmdit.generate import ImageSampling, Written, generate, velocity
 from mmdit.pictures import as_shown
+from mmdit.pipeline_files import load_trunk
 from mmdit.sampling import Sampling
 from mmdit.sequences import MixedBatch
 from mmdit.text import TextConfig, Tokenizer, Tokens
 from mmdit.text_to_image import TextToImage
 from mmdit.transfusion import MixedOutput, Transfusion
-from mmdit.weights_io import load_weights, read_config, write_json
+from mmdit.weights_io import read_config, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,11 +106,14 @@ class TransfusionPipeline(TextToImage):
         of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
         max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
         """
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts is a {type(prompts).__name__}, expected a list of prompts, each a list")
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str) or not isinstance(prompt, Sequence):
                 found = type(prompt).__name__
                 raise ValueError(f"prompt {i} is a {found}, expected a list of strings and pictures")
-        how.setdefault("image", self.image_sampling(free=all(prompts)))
+        parts = [self._parts(p) for p in prompts]
+        how.setdefault("image", self.image_sampling(free=all(any(len(part) for part in prompt) for prompt in parts)))
         streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
 
         def tell(i: int, part: Tensor) -> None:
@@ -118,7 +121,6 @@ class TransfusionPipeline(TextToImage):
             if told is not None and new != "":
                 told(i, new)
 
-        parts = [self._parts(p) for p in prompts]
         written = generate(self.model.transformer, parts, seed=seed, told=tell if told else None, **how)
         return [Written([self._shown(part) for part in one.parts], one.stopped) for one in written]
 
@@ -136,16 +138,17 @@ class TransfusionPipeline(TextToImage):
 
         free: a model with tokens for sizes chooses the size where none is given.
         """
-        given = {"solver": solver, "num_steps": num_steps, "guidance": guidance}
-        how: dict[str, Any] = self.sampling | {name: value for name, value in given.items() if value is not None}
+        given = {"solver": solver, "num_steps": num_steps, "guidance": guidance, "diffusion": diffusion}
+        how = Sampling.of(self.sampling, given)
+        _check_guidance(how)
         factor, size = self.autoencoder.factor, None
         if not (free and height is None and width is None and self.model.transformer.config.size_tokens):
             height, width = self._fitting(height, width)
             size = (height // factor, width // factor)
         trained = (self.size[0] // factor, self.size[1] // factor)
-        names = ("solver", "num_steps", "guidance")
-        own = {name: how[name] for name in names} | {"interval": tuple(how["interval"])}
-        return ImageSampling(size, **own, shift=self.shift, diffusion=diffusion, shift_of=trained)
+        names = ("solver", "num_steps", "guidance", "interval", "grid", "diffusion")
+        own = {name: getattr(how, name) for name in names}
+        return ImageSampling(size, **own, shift=self.shift, shift_of=trained)
 
     def _parts(self, prompt: Sequence[str | Image]) -> list[Tensor]:
         trunk, parts = self.model.transformer, []
@@ -171,11 +174,7 @@ class TransfusionPipeline(TextToImage):
         self, prompts: Sequence[str], negatives: Sequence[str | None], how: Sampling, ts: Tensor
     ) -> samplers.Field:
         """The velocity of a picture after each prompt, guided over that of a picture alone."""
-        if any(negatives) or how.skip_layers or how.rescale or how.rule != "cfg":
-            raise ValueError(
-                "a model of text and images is guided away from no prompt, by rule 'cfg': leave out negative prompts, "
-                "rule, rescale and skip_layers"
-            )
+        _check_guidance(how, negatives)
         trunk: Transfusion = self.model.transformer
         cache, parts = trunk.cache(len(prompts)), [self._parts([prompt]) for prompt in prompts]
         rows = [i for i, (ids,) in enumerate(parts) if len(ids)]  # of some texts a tokenizer leaves nothing
@@ -189,9 +188,16 @@ class TransfusionPipeline(TextToImage):
     def load_model(folder: Path) -> nn.Module:
         config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", config.max_length)
-        transformer = Transfusion(read_config(TransfusionConfig, folder / "transformer" / "config.json"))
-        load_weights(transformer, folder / "transformer" / "model.safetensors")
-        return CaptionedTransfusion(transformer, Words(config, tokenizer))
+        return CaptionedTransfusion(load_trunk(folder, Transfusion), Words(config, tokenizer))
+
+
+def _check_guidance(how: Sampling, negatives: Sequence[str | None] = ()) -> None:
+    """Raises ValueError for what a model of both cannot do."""
+    if any(negatives) or how.skip_layers or how.rescale or how.rule != "cfg":
+        raise ValueError(
+            "a model of text and images is guided away from no prompt, by rule 'cfg': leave out negative prompts, "
+            "rule, rescale and skip_layers"
+        )
 
 
 class _Stream:

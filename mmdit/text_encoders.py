@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,12 @@ def _kept_in_float32(network: nn.Module) -> Iterator[Tensor]:
             yield parameter
 
 
+def _never_in_float16(device: str) -> AbstractContextManager:
+    """Within, autocast to float16 is off: the states of T5 and of language models may be too large for it."""
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return torch.autocast(device, enabled=False) if half else nullcontext()
+
+
 class HubEncoder(TextEncoder):
     """An encoder of transformers with its tokenizer."""
 
@@ -170,7 +177,8 @@ class HiddenStates(HubEncoder):
         self.context_dim = self.pooled_dim = network.config.hidden_size
 
     def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.network(ids, attention_mask=mask).last_hidden_state
+        with _never_in_float16(ids.device.type):
+            x = self.network(ids, attention_mask=mask).last_hidden_state
         real = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
         return x, (x * real).sum(1) / real.sum(1)
 

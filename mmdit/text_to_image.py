@@ -30,6 +30,7 @@ from mmdit.pipeline_files import (
 )
 from mmdit.sampling import Sampling, check_solver
 from mmdit.text import Condition, LearnedText, Tokens
+from mmdit.weights_io import check_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,13 @@ class TextToImage:
         return self._visiting or self.model.transformer.device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextToImage:
-        """Move all parts; dtype is that of trunk and text encoders. The autoencoder and the states stay in float32."""
+        """Move all parts; dtype is that of trunk and text encoders. The autoencoder and the states stay in float32.
+
+        Raises ValueError for a dtype that is none, or stands in the device's place.
+        """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"the device is {device}: a type goes after it, pipe.to(pipe.device, {device})")
+        check_dtype(dtype)
         self._visiting = None
         self.model.to(device, dtype)
         self.autoencoder.to(device)

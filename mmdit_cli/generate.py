@@ -1,5 +1,6 @@
 """`mmdit generate`: text and pictures that go on from text and pictures, from a run of a model of both."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,8 +109,12 @@ class _Told:
 
 
 def _part(part: str) -> "str | Image":
-    """A picture where the part names one's file, else the text itself."""
-    path = Path(part)
-    if len(part) > 255 or not path.suffix or not path.is_file():
-        return part
-    return read_picture(path)
+    """A picture where the part names one's file, else the text itself. ValueError for one word that would be a file."""
+    from PIL import Image
+
+    suffix = Path(part).suffix.lower()
+    if suffix and os.path.isfile(part):  # which a text of any length may be asked
+        return read_picture(Path(part))
+    if suffix in Image.registered_extensions() and len(part.split()) == 1:
+        raise ValueError(f"there is no picture {part}")
+    return part

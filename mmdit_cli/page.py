@@ -152,9 +152,10 @@ def _writing(pipe: TransfusionPipeline) -> None:
         for new in while_made(work):
             if isinstance(new, Written):
                 parts, line = new.parts, "" if new.stopped == "end" else "Stopped at a limit, not at an end."
+                text = " ".join(part for part in parts if isinstance(part, str))  # each without the space it began with
             else:
                 parts += new
-            text = "".join(part for part in parts if isinstance(part, str))
+                text = "".join(part for part in parts if isinstance(part, str))
             yield text, [part for part in parts if not isinstance(part, str)], line
 
     given = [picture, text, temperature, words, images, seed]

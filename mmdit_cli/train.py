@@ -1,5 +1,6 @@
 """`mmdit train`: a new run from a preset or a TOML file, or an old one continued."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -87,7 +88,7 @@ def train(
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """The config's name (or None) and the key=value settings. Raises ValueError for a second name."""
-    settings = [word for word in words if "=" in word and not Path(word).is_file()]
+    settings = [word for word in words if "=" in word and not os.path.isfile(word)]
     names = [word for word in words if word not in settings]
     if len(names) > 1:
         raise ValueError(f'"{names[1]}" is no setting; expected key=value after the config "{names[0]}"')

@@ -153,7 +153,11 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
             log(f"skipped {len(bad)} {name} images: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
         images = [batch.images for batch in batches if len(batch.images)]
         if not images:
-            raise ValueError(f"no {name} image in {config.data} (held_out = {config.held_out}): give more images")
+            or_else = "lower" if name == "training" else "raise"
+            raise ValueError(
+                f"no {name} image in {config.data} (held_out = {config.held_out}): give more images, or {or_else} "
+                "held_out"
+            )
         parts.append(torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy())
     return parts[0], parts[1]
 
@@ -255,6 +259,10 @@ def _report(
     """Measure the statistics, save, and score what was saved."""
     out, model = Path(config.out), copy.deepcopy(model)
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
+    if not mean.isfinite().all():
+        raise ValueError(
+            f"training has diverged before step {step}: lower lr, which is {config.lr:g}; what {out} has is of before"
+        )
     shift = mean.mean()
     scale = (std.square() + (mean - shift).square()).mean().sqrt().clamp(min=LEAST_SCALE)
     model.set_scale(1 / scale.item(), shift.item())

@@ -17,6 +17,7 @@ tokens, D width of a text state, P width of the pooled vector, T all tokens of a
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -151,7 +152,7 @@ class About:
 
 def is_cache(folder: str | Path) -> bool:
     """Whether `mmdit cache` has begun to write there."""
-    return (Path(folder) / "cache.json").is_file()
+    return os.path.isfile(Path(folder) / "cache.json")  # also of a spec that is too long for a name
 
 
 def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:

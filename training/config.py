@@ -9,6 +9,7 @@ A file may begin with `preset = "demo"` and then say only what differs.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -180,12 +181,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 
     if str(source) in preset_names():  # a folder of the same name is written ./demo
         return apply_overrides(preset(str(source)), overrides)
-    path = Path(source) / WRITTEN if Path(source).is_dir() else Path(source)
-    if Path(source).is_dir() and not path.exists():
+    path = Path(source) / WRITTEN if os.path.isdir(source) else Path(source)
+    if os.path.isdir(source) and not path.exists():
         raise ConfigError(
             f"{source} is no run folder, it has no {WRITTEN}; pictures are named beside a config: --data {source}"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = get_close_matches(str(source), preset_names(), n=1)
         hint = f'; did you mean the preset "{near[0]}"?' if near else f"; the presets are {', '.join(preset_names())}"
         raise ConfigError(f'there is no config file "{path}"{hint}')

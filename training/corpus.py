@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
@@ -123,9 +124,9 @@ class Pieces:
 
 def _files(spec: str) -> list[Path]:
     path = Path(spec).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         files = [path / name for name in sorted(walk(path)) if name.lower().endswith(TEXT_SUFFIXES)]
     elif glob.has_magic(spec):
         files = [found for found in map(Path, sorted(glob.glob(str(path), recursive=True))) if found.is_file()]

@@ -11,6 +11,7 @@ the model's step.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -398,7 +399,7 @@ def _mix_in(spec: str) -> Weights:
     parts = items_in(spec)
     if (
         len(parts) < 2
-        or Path(spec).exists()
+        or os.path.exists(spec)
         or not all(re.fullmatch(r".+=[0-9.]+(e-?[0-9]+)?", part) for part in parts)
     ):
         return ((spec, 1.0),)

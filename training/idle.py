@@ -175,9 +175,7 @@ RULES = (
 def _is_cache(source: str) -> bool:
     from training.cache import is_cache
 
-    with suppress(OSError, ValueError):  # no name of a file
-        return is_cache(source)
-    return False
+    return is_cache(source)
 
 
 def _is_shapes(source: str) -> bool:

@@ -75,9 +75,9 @@ def _listed(root: Path, name: str) -> Listed:
 def _local_files(spec: str) -> tuple[Path, list[str]]:
     path = Path(spec).expanduser()
     suffixes = (*SHARD_SUFFIXES, PARQUET)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path, sorted(walk(path))
-    if path.is_file():
+    if os.path.isfile(path):
         if path.name.lower().endswith(suffixes) or path.name in METADATA_NAMES:
             return path.parent, [path.name]
         raise DataError(

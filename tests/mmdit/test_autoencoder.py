@@ -218,10 +218,12 @@ def test_latents_of_another_channel_count_are_refused():
 
 
 @pytest.mark.parametrize(
-    "config", [{"channels": 0}, {"channels": 193}, {"depth": -1}, {"widths": (8,)}, {"widths": (8, 12)}]
+    "config",
+    [{"channels": 0}, {"channels": 193}, {"depth": -1}, {"widths": (8,)}, {"widths": (8, 12)}]
+    + [{"scaling_factor": 0}, {"scaling_factor": "x"}, {"shift_factor": None}],
 )
 def test_a_config_out_of_range_is_refused(config):
-    with pytest.raises(ValueError, match="channels|widths"):
+    with pytest.raises(ValueError, match="channels|widths|scaling_factor"):
         PatchAutoencoderConfig(**config)
 
 

@@ -244,7 +244,9 @@ def test_parts_are_told_as_they_come():
 
 
 @pytest.mark.parametrize(
-    "option", [dict(guidance=5.0), dict(solver="heun"), dict(num_steps=5), dict(interval=(0.0, 0.5)), dict(shift=3.0)]
+    "option",
+    [dict(guidance=5.0), dict(solver="heun"), dict(num_steps=5), dict(interval=(0.0, 0.5)), dict(shift=3.0)]
+    + [dict(grid="cosine")],
 )
 def test_every_option_of_an_image_changes_it(option):
     model = alive(TINY)
@@ -305,6 +307,9 @@ def test_temperature_sharpens():
         (dict(prompts=[[text(5, BOI)]]), "image token"),
         (dict(prompts=[["a star"]]), "prompt 0 holds a str"),
         (dict(prompts=[text(5)]), "prompt 0 holds a Tensor, expected a list"),
+        (dict(prompts=5), "prompts are a int, expected a list of lists"),
+        (dict(text={"top_k": 5}), "text is a dict, expected a TextSampling"),
+        (dict(image={"num_steps": 4}), "image is a dict, expected a ImageSampling"),
     ],
 )
 def test_bad_input_is_refused(change, what):
@@ -325,6 +330,9 @@ def test_bad_input_is_refused(change, what):
         (dict(size=8), "size is 8"),
         (dict(size=(8.5, 8)), "size is .*, expected two whole numbers"),
         (dict(solver="euler", diffusion="kl"), "solves the ODE"),
+        (dict(shift_of=8), "shift_of is 8"),
+        (dict(shift_of=(0, 8)), "shift_of is .*, expected the sides"),
+        (dict(grid="diffusers"), "diffusers"),
     ],
 )
 def test_how_an_image_is_drawn_is_checked_before_anything_is_written(change, what):

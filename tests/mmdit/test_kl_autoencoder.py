@@ -1,5 +1,6 @@
 """diffusers' AutoencoderKL behind our calls: its convention, its folders, and single files that have no config."""
 
+import json
 import re
 
 import pytest
@@ -183,6 +184,21 @@ def test_what_a_file_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="no autoencoder is known as 'vq'"):
         save_file(state, path)
         KLAutoencoder.load(path, "vq")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(act_fn=None), dict(block_out_channels=[]), dict(in_channels=-1), dict(norm_num_groups=0)]
+    + [dict(scaling_factor=None), dict(scaling_factor=0), dict(shift_factor="x"), dict(_class_name=["AutoencoderKL"])],
+    ids=str,
+)
+def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, wrong):
+    KLAutoencoder(tiny_kl()).save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match="cannot read the autoencoder in|describes") as error:
+        open_autoencoder(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

@@ -114,6 +114,20 @@ def test_we_read_what_diffusers_writes_and_say_the_same(tmp_path, layers):
     torch.testing.assert_close(model(*inputs()), call(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", ["norm1.linear", "norm_out.linear"])
+def test_adapters_of_modulations_are_refused(tmp_path, layer):
+    """They give a tuple here, the last ones in another order than diffusers'."""
+    from peft import LoraConfig
+
+    model = alive()
+    other = theirs(model)
+    other.add_adapter(LoraConfig(r=2, target_modules=[layer]))
+    other.save_lora_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"adapts .*{layer}, a modulation"):
+        load_lora(model, tmp_path / "pytorch_lora_weights.safetensors")
+    assert not lora_pairs(model)
+
+
 @torch.no_grad()
 def test_alphas_beside_the_matrices_scale_them(tmp_path):
     """alpha / rank times B A, as kohya's scripts and diffusers' older files mean it."""

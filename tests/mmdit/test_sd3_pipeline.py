@@ -182,6 +182,19 @@ def test_a_learnt_text_encoder_and_autoencoder_go_along(tmp_path, kind, guidance
     assert (pixels(again(prompts, **how)) == pixels(expected)).all()
 
 
+def test_what_a_folder_held_before_is_no_part_of_what_is_saved_over_it(ours, folder, tmp_path):
+    """Parts that diffusers' index does not name count for nothing, as there."""
+    autoencoder = PatchAutoencoder(PatchAutoencoderConfig(channels=4, widths=(8, 8), depth=1))
+    learnt = TextToImage(make_model(4, 2), autoencoder, (32, 48)), TextToImage(make_model(3, 4), PixelSpace(), (8, 12))
+    bare = TextToImage.load(folder, "cpu", without=["t5"])
+    how = dict(num_steps=2, solver="euler", grid="uniform", guidance=2.0)
+    for pipe in (ours, *learnt, bare, ours, learnt[1]):
+        pipe.save(tmp_path, layout="diffusers")
+        again = TextToImage.load(tmp_path, "cpu")
+        assert type(again.autoencoder) is type(pipe.autoencoder)
+        assert abs(pixels(again(PROMPTS, **how)) - pixels(pipe(PROMPTS, **how))).max() <= 2  # ours are stored in half
+
+
 def test_a_size_that_is_no_square_is_kept_beside_and_diffusers_is_told(ours, tmp_path):
     """Its own default is the square of as many latent pixels, of whole patches."""
     wide = TextToImage(copy.deepcopy(ours.model), ours.autoencoder, (24, 40), 3.0, ours.sampling)
@@ -241,6 +254,7 @@ def edited(folder, out, name, **changes):
         ("scheduler/scheduler_config.json", dict(_class_name="DDIMScheduler"), "is of DDIMScheduler, expected a Flow"),
         ("scheduler/scheduler_config.json", dict(use_dynamic_shifting=True), "with use_dynamic_shifting, expected"),
         ("scheduler/scheduler_config.json", dict(shift=-1), "shift of -1, expected a number above 0"),
+        ("scheduler/scheduler_config.json", dict(num_train_timesteps=500), "num_train_timesteps of 500, expected 1000"),
         ("text_encoder_3/config.json", dict(model_type="vit", architectures=["ViTModel"]), "text_encoder_3"),
         ("vae/config.json", dict(_class_name="VQModel"), "VQModel"),
     ],
@@ -261,6 +275,8 @@ def test_an_encoder_that_is_lost_is_not_left_out_unasked(folder, tmp_path):
     edited(folder, tmp_path, "model_index.json", text_encoder_3=[None, None])
     shutil.rmtree(tmp_path / "text_encoder_3")
     assert TextToImage.load(tmp_path, "cpu").model.conditioner.t5 is None
+    edited(folder, tmp_path, "model_index.json", text_encoder=3)  # no pair of names, but the encoder is there
+    assert TextToImage.load(tmp_path, "cpu").model.conditioner.clip_l is not None
 
 
 def test_a_scheduler_that_is_no_table_is_refused(folder, tmp_path):

@@ -131,8 +131,21 @@ def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
     assert again.image_sampling(free=True).size is None and again.image_sampling().size == (8, 12)
     assert again.image_sampling(height=16, free=True).size[0] == 16
     assert again.image_sampling(width=16, free=True).size[1] == 16
+    assert again.generate([[""]], max_tokens=0)[0].parts[0].size == (12, 8)  # nothing before it says a size
     with pytest.raises(ValueError, match="they are not of one model"):
         CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
+
+
+def test_it_writes_with_the_models_own_noise_and_times():
+    """As it draws."""
+    pipe = pipeline(TINY, Tokenizer.train(PROMPTS, 280, 8, images=True))
+    pipe.sampling |= {"solver": "euler-maruyama", "diffusion": "kl", "grid": "cosine"}
+    [drawn], [written] = pipe(["two"], seed=3), pipe.generate([["two"]], 3, begin="image", max_tokens=0)
+    assert np.abs(pixels([drawn]) - pixels(written.parts)).max() <= 1
+    assert pipe.image_sampling(solver="heun").diffusion is None
+    pipe.sampling |= {"rescale": 0.5}
+    with pytest.raises(ValueError, match="by rule 'cfg'"):
+        pipe.generate([["two"]])
 
 
 @pytest.mark.slow
@@ -213,6 +226,8 @@ def test_a_saved_model_with_another_tokenizer_is_refused(pipe, tmp_path):
 def test_a_prompt_that_is_a_string_is_no_list_of_its_letters(pipe):
     with pytest.raises(ValueError, match="prompt 1 is a str, expected a list of strings and pictures"):
         pipe.generate([["a"], "a red circle"])
+    with pytest.raises(ValueError, match="prompts is a NoneType, expected a list of prompts"):
+        pipe.generate(None)
     with pytest.raises(ValueError, match="prompt 0 is a NoneType, expected a list of strings and pictures"):
         pipe.generate([None])
     with pytest.raises(ValueError, match="got a ndarray for a picture"):

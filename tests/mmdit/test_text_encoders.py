@@ -264,6 +264,22 @@ def test_in_float16_t5_keeps_in_float32_what_transformers_does(singles):
     assert half.to(torch.float16).network.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
 
 
+def test_states_that_are_too_large_for_float16_survive_its_autocast(tmp_path):
+    words = t5_tokenizer()
+    network = t5(words, 32)
+    with torch.no_grad():
+        network.encoder.block[0].layer[1].DenseReluDense.wo.weight.mul_(3e5)
+    network.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    text = open_text_encoder(tmp_path, 16)
+    tokens = text.tokenize(["a red star"])
+    known = text(tokens)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(text(tokens).context, known.context)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(text(tokens).context, known.context)
+
+
 @pytest.mark.parametrize("name", ["t5", "clip", "sd3"])
 def test_an_encoder_is_found_again_and_another_is_refused(singles, folder, tmp_path, name):
     source = folder if name == "sd3" else singles / name

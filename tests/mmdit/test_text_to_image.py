@@ -217,6 +217,12 @@ def test_offloaded_parts_work_and_come_back(pipe, monkeypatch):
     assert moves == [("text", "cpu:0"), ("text", "cpu"), ("trunk", "cpu:0"), ("trunk", "cpu")]
 
 
+def test_a_type_that_is_none_is_refused(pipe):
+    for given, message in (((torch.bfloat16,), "a type goes after it"), (("cpu", torch.int8), "dtype is torch.int8")):
+        with pytest.raises(ValueError, match=message):
+            pipe.to(*given)
+
+
 def test_half_precision_is_near_and_states_stay_in_full(pipe):
     expected, seen = pixels(pipe(PROMPTS)), []
     half = TextToImage(copy.deepcopy(pipe.model), pipe.autoencoder, pipe.size, sampling=pipe.sampling)
@@ -333,6 +339,17 @@ def test_save_weights_replaces_only_the_weights(pipe, tmp_path):
     assert all(torch.equal(v, other.model.state_dict()[k]) for k, v in again.model.state_dict().items())
 
 
+def test_a_pipeline_is_held_by_no_file(pipe, tmp_path):
+    """Where its files are written over, it stays as it is."""
+    pipe.save(tmp_path)
+    again = TextToImage.load(tmp_path, "cpu")
+    path = tmp_path / "transformer" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x55" * (path.stat().st_size // 2))
+    assert np.array_equal(pixels(again(PROMPTS)), pixels(pipe(PROMPTS)))
+
+
 def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
     pipe.save(tmp_path / "pipeline")
     model = mmdit.load(tmp_path)
@@ -344,6 +361,13 @@ def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
     [
         ("pipeline.json", lambda about: about.pop("size"), "pipeline.json lacks size"),
         ("pipeline.json", None, "pipeline.json is not JSON"),
+        ("pipeline.json", lambda about: about.update(size=[8]), r"says size = \[8\], expected two numbers"),
+        ("pipeline.json", lambda about: about.update(shift=0), "says shift = 0, expected a number above 0"),
+        ("pipeline.json", lambda about: about.update(sampling="x"), "says sampling = 'x', expected a table"),
+        ("pipeline.json", lambda about: about.update(autoencoder=None), "says autoencoder = None, expected a folder"),
+        ("transformer/config.json", lambda config: config.update(depth=10**9), "too few for 1000000000 blocks"),
+        ("transformer/config.json", lambda config: config.update(head_dim=10**6), "do not fit the model"),
+        ("text/config.json", 3, "text/config.json does not fit"),
         ("text/config.json", lambda config: config.update(widht=3), "text/config.json does not fit: .*widht"),
         ("text/config.json", lambda config: config.update(width=32), "do not fit the model"),
         ("text/tokenizer.json", None, "not a tokenizer file"),
@@ -355,8 +379,8 @@ def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):
 def test_files_that_do_not_fit_are_named(pipe, tmp_path, file, change, message):
     pipe.save(tmp_path)
     path = tmp_path / file
-    if change is None:
-        path.write_text("{")
+    if not callable(change):
+        path.write_text("{" if change is None else json.dumps(change))
     else:
         content = json.loads(path.read_text())
         change(content)

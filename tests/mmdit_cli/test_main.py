@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import mmdit
 import training
 from mmdit_cli import errors
+from mmdit_cli.generate import _part
 from mmdit_cli.main import app
 from mmdit_cli.train import split_words
 from training.presets import preset_names
@@ -172,6 +173,8 @@ def test_split_words_keeps_a_file_with_an_equals_sign(tmp_path):
     path.touch()
     assert split_words([str(path), "seed=1"]) == (str(path), ["seed=1"])
     assert split_words(["seed=1"]) == (None, ["seed=1"])
+    many = f'sampling.prompts=["{"a red circle" * 30}"]'  # no file can have that name
+    assert split_words(["demo", many]) == ("demo", [many])
 
 
 # --- sample and evaluate ---------------------------------------------------------------------------
@@ -302,6 +305,16 @@ def test_a_picture_that_cannot_be_read_is_named(pipe, tmp_path):
     for name in ("none.png", "text.png"):
         assert_one_line_error(run("sample", "r", "one", "--image", tmp_path / name, "--out", tmp_path / "a.png"), name)
     assert_one_line_error(run("generate", "r", tmp_path / "text.png"), "text.png")
+    assert_one_line_error(run("generate", "r", tmp_path / "none.png"), "there is no picture")
+
+
+def test_a_text_of_any_length_is_no_picture(tmp_path):
+    for text in ("Красный круг. " * 15, "one. " * 99, "drawn as none.png is", "a. b", "v1.5"):
+        assert _part(text) == text
+    deep = tmp_path.joinpath(*["folder" * 30] * 2)
+    deep.mkdir(parents=True)
+    Image.new("RGB", (3, 2)).save(deep / "a.png")
+    assert _part(str(deep / "a.png")).size == (3, 2)
 
 
 def test_diffusion_is_a_name_or_a_number(pipe, tmp_path):

@@ -17,6 +17,7 @@ import gradio as gr
 from gradio_client import Client, handle_file
 
 from mmdit.autoencoder import PixelSpace
+from mmdit.generate import Written
 from mmdit.text import Tokenizer
 from mmdit.text_to_image import TextToImage
 from mmdit_cli.page import make_page, while_made
@@ -144,8 +145,14 @@ def test_a_model_of_both_writes_what_it_writes_alone(writer, both, tmp_path):
     assert text == words(own)
 
 
+def test_words_around_a_picture_stay_apart(writer, both, monkeypatch):
+    parts = ["a red", Image.new("RGB", (12, 8)), "circle"]
+    monkeypatch.setattr(both, "generate", lambda *asked, **how: [Written(parts, "end")])
+    assert writer.predict(None, "a", 1.0, 6, 1, 3, api_name="/write")[0] == "a red circle"
+
+
 def words(parts) -> str:
-    return "".join(part for part in parts if isinstance(part, str))
+    return " ".join(part for part in parts if isinstance(part, str))
 
 
 def test_parts_come_while_the_work_goes_on_and_closing_ends_it():

@@ -87,6 +87,13 @@ def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
     assert psnr_under_noise(1.0) > psnr_under_noise(0.0) + 0.1
 
 
+def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(tmp_path):
+    """What was saved while it had not stays."""
+    with pytest.raises(ValueError, match="diverged before step 8: lower lr, which is 1e\\+30"):
+        train_autoencoder(config(tmp_path / "ae", lr=1e30, num_steps=8, warmup_steps=0), quiet)
+    assert not (tmp_path / "ae" / "config.json").exists()
+
+
 @pytest.mark.parametrize("colours", [(255,), (0, 255)], ids=["all white", "black or white"])
 def test_pictures_of_one_colour_give_finite_latents(tmp_path, colours):
     data = tmp_path / "data"
@@ -213,5 +220,5 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 
 def test_data_without_a_held_out_image_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no held-out image"):
+    with pytest.raises(ValueError, match=r"no held-out image .*give more images, or raise held_out"):
         read_images(config(tmp_path, data="shapes:3", held_out=0.0001), quiet)

@@ -242,6 +242,8 @@ def test_a_config_that_is_not_there_suggests_the_preset(tmp_path):
         load_config("dmeo")
     with pytest.raises(ConfigError, match=r"config.toml"):
         load_config(tmp_path)
+    with pytest.raises(ConfigError, match='there is no config file "xxx'):
+        load_config("x" * 999)
 
 
 @given(st.sampled_from(settings.keys(TrainConfig)), st.integers(0, 50))

@@ -97,6 +97,8 @@ def test_parquet_without_pyarrow_names_what_to_install(tmp_path, monkeypatch):
 
 
 def test_places_without_text_are_named(tmp_path):
+    with pytest.raises(DataError, match="no text found: there is no file or folder xxx"):
+        Corpus("x" * 999)
     with pytest.raises(DataError, match="no text found: there is no file or folder nowhere"):
         Corpus("nowhere")
     with pytest.raises(DataError, match="has no .txt, .jsonl, .parquet file"):

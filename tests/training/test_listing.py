@@ -40,6 +40,8 @@ def test_shards_in_braces(tmp_path):
         open_source(f"{tmp_path}/{{000..004}}.tar")
     mixed = open_source(f"{tmp_path}/{{000,001}}.tar=0.5,{tmp_path}/002.tar=0.5")
     assert len(mixed) == 4 and mixed.layout.weights == (0.5, 0.5)
+    many = f"{tmp_path}/{{{','.join(['000', '001'] * 50)}}}.tar"  # longer than a file's name can be
+    assert len(open_source(many)) == 3 and len(open_source(f"{many}=0.5,{tmp_path}/002.tar=0.5")) == 4
     (tmp_path / "{a,b}").mkdir()
     shards_of(tmp_path / "{a,b}", (1,))
     assert len(open_source(f"{tmp_path}/{{a,b}}")) == 1  # a folder of that very name
