@@ -203,6 +203,11 @@ def idle_settings(config: TrainConfig, keys: Iterable[str] | None = None) -> dic
     return found
 
 
+def idle_warnings(config: TrainConfig) -> list[str]:
+    """What a run says of its config. Nothing of `num_workers`: the config that made a cache trains from it as it is."""
+    return [line for key, line in idle_settings(config).items() if key != "data.num_workers"]
+
+
 def refuse_idle(config: TrainConfig, keys: Iterable[str], where: str = "") -> None:
     """Raises ConfigError for a key that somebody has set, and that takes no effect."""
     for line in idle_settings(config, keys).values():
