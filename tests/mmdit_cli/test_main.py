@@ -148,14 +148,16 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
     ],
 )
 def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: (_ for _ in ()).throw(error), raising=False)
+    monkeypatch.setattr(
+        training, "evaluate_run", lambda run, given, data, **_: (_ for _ in ()).throw(error), raising=False
+    )
     result = run("evaluate", "somewhere")
     assert_one_line_error(result, "")
     assert message in result.stderr
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: {}[run], raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data, **_: {}[run], raising=False)
     assert isinstance(run("evaluate", "somewhere").exception, KeyError)
 
 
@@ -223,7 +225,7 @@ def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_pat
 
 def test_evaluate_prints_every_number(monkeypatch):
     scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: scores | {"data": data}, raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data, **_: scores | {"data": data}, raising=False)
     lines = [line.split() for line in run("evaluate", "somewhere", "--data", "moved").stdout.splitlines()]
     assert lines == [
         ["validation", "/", "loss", "0.2500"],
