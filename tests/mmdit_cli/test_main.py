@@ -270,6 +270,20 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     assert options["image"] == ((None, None, None, 16, 8, None), True)
 
 
+def test_generate_says_that_nothing_was_written(monkeypatch):
+    from mmdit.generate import Written
+    from mmdit.text_and_images import TransfusionPipeline
+
+    pipe = TransfusionPipeline.__new__(TransfusionPipeline)
+    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
+    pipe.generate, pipe.image_sampling = lambda *_, **how: [Written([], "end")], lambda *how, free: how
+    result = run("generate", "r", "a star")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "",
+    ) and result.stderr == "the model wrote nothing: it ended at once\n"
+
+
 def test_generate_wants_a_model_of_both(pipe):
     result = run("generate", "r", "a star")
     assert result.exit_code == 2 and "writes no text: draw with" in result.stderr
