@@ -24,8 +24,9 @@ SHARDINGS = ("ddp", "fsdp", "hsdp")
 NOTE = """Pictures at once are those of one pass; more are accumulated, and gradients are sent once a step. A step takes
 at least the longer of work and network (full overlap) and at most their sum. The last column is what a GPU sends out of
 its node in the shortest step. fsdp shards over all GPUs, hsdp within each node of 8."""
-MUON = """What Muon adds to a step of AdamW: the seconds of its Newton-Schulz rounds, where each GPU computes them
-all and where training/muon.py shares them out; and for each sharding what a GPU sends for this, and the seconds of that."""
+MUON = """What Muon adds to a step of AdamW: the seconds of its Newton-Schulz rounds, where each GPU computes all of
+them and where training/muon.py shares them out; and for each sharding what a GPU sends for this, and the seconds of
+that."""
 
 
 @dataclass(frozen=True)
