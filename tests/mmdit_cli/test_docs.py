@@ -1,5 +1,6 @@
-"""Commands that the pages and the help show parse, with settings that there are; the examples of README run."""
+"""Commands that pages, help and modules show parse, with settings that there are; the examples of README run."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -20,6 +21,7 @@ from training.settings import overridden
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = sorted(path for folder in ("benchmarks", "training") for path in (ROOT / folder).rglob("*.py"))
 PROGRAM = typer.main.get_command(app)
 
 
@@ -30,11 +32,16 @@ def helps(command, name=""):
         yield from helps(one, f"{name} {below}".strip())
 
 
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
 def commands(pattern):
-    """The words after what matches in code of the pages, in blocks and `inline`, and in the help; continued lines
-    joined.
+    """The words after what matches in code, in blocks and `inline`, of the pages, the help and the modules' docstrings;
+    continued lines joined.
     """
     texts = {path.name: path.read_text() for path in PAGES} | dict(helps(PROGRAM))
+    texts |= {f"{path.parent.name}/{path.name}": doc for path in MODULES if (doc := docstring(path))}
     for where, text in texts.items():
         text = text.replace("\\\n", " ")
         lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
