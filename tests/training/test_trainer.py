@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from training.config import load_config
 from training.data import place_of
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import Loss
+from training.progress import Progress
 from training.run import RunFolder
 from training.settings import field_docs
 from training.trainer import Trainer, compiled
@@ -108,6 +110,25 @@ def test_metrics_have_every_step(run):
     assert all(norm > 0 for _, norm in metrics(run, "grad_norm"))
     speeds = metrics(run, "images_per_second")
     assert [step for step, _ in speeds] == [2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)  # 1: not known
+
+
+def test_validation_is_left_out_of_the_rate(tmp_path, monkeypatch):
+    pausing, seen = [], []
+
+    class Watched(Progress):
+        @contextmanager
+        def paused(self):
+            with super().paused():
+                pausing.append(True)
+                yield
+                pausing.clear()
+
+    monkeypatch.setattr("training.trainer.Progress", Watched)
+    monkeypatch.setattr(
+        "training.trainer.validation_loss", lambda *_: seen.append(bool(pausing)) or {"validation_loss": 1.0}
+    )
+    training.train(config_for(tmp_path / "run", "training.validate_every=3"))
+    assert seen == [True, True]
 
 
 def test_what_happens_before_the_first_step_is_said(run):
