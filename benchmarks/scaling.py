@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling --out docs/scaling.md
 
-A calculation, not a measurement: every input is in `Assumptions`, every formula in a function of a few lines. FLOPs are
-counted by torch on the real models without memory (meta device); how much of the peak a step reaches, and the bytes of
-activations a token, are those measured on one H100 (benchmarks/results/gpu.md).
+A calculation, not a measurement: every input is in `Assumptions`, every formula in a function of a few lines. torch
+counts the FLOPs on the real models without memory (meta device); the share of the peak that a step reaches, and the
+bytes of activations per token, are measured on one H100 (benchmarks/results/gpu.md).
 """
 
 import argparse
@@ -21,11 +21,12 @@ from training.optim import hidden_matrices
 
 PRESETS = {"2 B": "sd3-medium", "8 B": "sd3.5-large"}
 SHARDINGS = ("ddp", "fsdp", "hsdp")
-NOTE = """At once: pictures in one pass; more are accumulated, and gradients move once a step. A step takes between its
-longer part, where work and network overlap wholly, and their sum. The last column is what a GPU sends out of its node
-at the faster of these. fsdp shards over all GPUs, hsdp within each node of 8."""
-MUON = """What Muon adds to a step of AdamW: its Newton-Schulz rounds, shared out by training/muon.py, beside what they
-take where each GPU does all of them; and for each sharding what a GPU sends for it, and the seconds of that."""
+NOTE = """Pictures at once are those of one pass; more are accumulated, and gradients are sent once a step. A step takes
+at least the longer of work and network (full overlap) and at most their sum. The last column is what a GPU sends out of
+its node in the shortest step. fsdp shards over all GPUs, hsdp within each node of 8."""
+MUON = """What Muon adds to a step of AdamW: the seconds of its Newton-Schulz rounds, where each GPU computes all of
+them and where training/muon.py shares them out; and for each sharding what a GPU sends for this, and the seconds of
+that."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ def model(name: str, image: int, text: int) -> Model:
 
 
 def compute(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
-    """Seconds of a GPU's own work: backward is two forward passes, and recomputing a third."""
+    """Seconds of a GPU's own work: a forward pass, two for the backward pass, and one more where it recomputes."""
     return pictures * m.flops * (4 if recompute else 3) / (a.peak * a.utilisation)
 
 
 def state(m: Model, gpus: int, sharding: str) -> float:
-    """Bytes of weights, gradients, Adam's two moments and the average, 4 each; sharded over all, or a node's 8."""
+    """Bytes of weights, gradients, Adam's two moments and the average, 4 each; sharded over all GPUs, or a node's 8."""
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(8, gpus)}[sharding]
     gathered = 0 if sharding == "ddp" else 2 * 2 * m.params / (m.depth_width**0.5)  # two blocks in bf16, about
     return 20 * m.params / shards + gathered
 
 
 def activations(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
-    """Bytes that the backward pass needs: all, or each block's input (two bytes) and one block's own."""
+    """Bytes kept for the backward pass: all, or with recomputing each block's input (two bytes) and one block's own."""
     tokens = pictures * (a.image + a.text)
     return tokens * (2 * m.depth_width + a.activation * 3000 if recompute else a.activation * m.depth_width)
 
@@ -117,16 +118,16 @@ def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
 
 
 def orthogonal(m: Model, gpus: int, a: Assumptions) -> float:
-    """Seconds of Newton-Schulz rounds on each GPU, of which it has 1 / n, one matrix at least: in 4 rounds of an
-    m x n matrix, m <= n, 8 m^2 (2 n + m) FLOPs.
+    """Seconds of Newton-Schulz rounds on each GPU, which does 1 / n of them, one matrix at least: 4 rounds of an m x n
+    matrix, m <= n, take 8 m^2 (2 n + m) FLOPs.
     """
     return max(m.rounds / gpus, m.dearest) / (a.peak * a.utilisation)
 
 
 def muon_traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
-    """Bytes that one GPU sends for them (within its node, to other nodes), of M numbers in bf16: ddp gathers all that
-    others made, in a ring; fsdp sends its M / n to the owners, and back; hsdp does so within a node with what the node
-    owns, then gathers its eighth from the other nodes.
+    """Bytes that one GPU sends for these rounds (within its node, to other nodes), of M numbers in bf16: ddp gathers
+    all results in a ring; fsdp sends its M / n to the owners, and back; hsdp does so within a node for the matrices
+    that the node owns, then gathers its eighth of the others from the other nodes.
     """
     size, n = 2 * m.inner, gpus
     node, nodes = min(8, n), max(1, n // 8)
@@ -179,8 +180,8 @@ def page(a: Assumptions) -> str:
             f"\n{name}: {m.params / 1e9:.3f} B parameters; {m.flops / 1e12:.2f} TFLOP a picture and forward pass."
         )
     formulas = (compute, state, activations, traffic, orthogonal, muon_traffic)
-    said = "; ".join(f"**{f.__name__}**: {' '.join(str(f.__doc__).split())}" for f in formulas)
-    lines += ["", f"Formulas: {said}", ""]
+    said = [f"- **{f.__name__.replace('_', ' ')}**: {' '.join(str(f.__doc__).split())}" for f in formulas]
+    lines += ["", "Formulas:", "", *said, ""]
     columns = "model, GPUs, sharding, state in GB, pictures at once, memory in GB, work in s, network in s, step in s"
     head = [*columns.split(", "), "out of the node, GB/s"]
     lines += [f"## A step of {a.batch} pictures", "", NOTE, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

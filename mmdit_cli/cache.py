@@ -112,5 +112,7 @@ def _verify(folder: Path, data: str | None) -> None:
     for problem in problems[:20]:
         print(problem)
     if problems:
-        raise CacheError(f"{folder} is not as it was written: {len(problems)} problems, the first: {problems[0]}")
-    print(f"{folder}: {len(found.samples)} samples in {len(found.shards)} shards, all as they were written")
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise CacheError(f"{folder} does not verify: {count}, the first: {problems[0]}")
+    shards = f"{len(found.shards)} shards" if len(found.shards) > 1 else "1 shard"
+    print(f"{folder}: {len(found.samples)} samples in {shards}, all as they were written")

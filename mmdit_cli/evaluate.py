@@ -65,7 +65,7 @@ def evaluate(
     if run is not None:
         import training
 
-        show(training.evaluate_run(run, given, data))
+        show(training.evaluate_run(run, given, data, progress=True))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images

@@ -1,6 +1,7 @@
 """`mmdit generate`: text and pictures that go on from text and pictures, from a run of a model of both."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,7 +83,9 @@ def generate(
     begin = "image" if draw else "text"
     [written] = pipe.generate([prompt], seed, told, text=text, image=image, begin=begin, **limits)
     told.end_line()
-    if written.stopped == "length" and max_tokens:
+    if not any(written.parts):
+        print("the model wrote nothing: it ended at once", file=sys.stderr)
+    elif written.stopped == "length" and max_tokens:
         print(f"stopped at a limit, not at an end: {max_tokens} tokens (--max-tokens), or the longest the model takes")
 
 

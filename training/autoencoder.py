@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderCon
 from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
 from training.interrupts import Interrupts
+from training.progress import Progress
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
@@ -195,7 +197,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     optimizer = _optimizer(model, config)
     out.mkdir(parents=True, exist_ok=True)
     done, scores = 0, []
-    with Interrupts() as interrupts, interrupts.deferred(), keeping_memory(device):
+    shown = Progress("training", config.num_steps, images=config.batch_size, quiet=log is not print)
+    with Interrupts() as interrupts, interrupts.deferred(), keeping_memory(device), shown as progress:
         for step in range(config.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * group["share"] * _schedule(step, config)
@@ -206,12 +209,16 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
             optimizer.step()
             scores.append(score)
             done = step + 1
+            progress.show(done)
             if interrupts.caught:
                 log(f"stopped at step {done}; saving")
                 break
             if done % config.evaluate_every == 0 and done < config.num_steps:
-                _report(model, train, held_out, config, done, scores, started, log)
+                with progress.paused():
+                    _report(model, train, held_out, config, done, scores, started, log)
     _report(model, train, held_out, config, done, scores, started, log)
+    log(f"done. Pictures beside the originals: {out}/reconstructions.png")
+    log(f"Try: mmdit train latent --data {shlex.quote(config.data)} autoencoder={shlex.quote(str(out))}")
     return out
 
 

@@ -359,7 +359,9 @@ def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = l
     found = []
     for i, known in enumerate(cache.samples):
         if _one(source, i)[0].content != known.content:
-            found.append(f"{known.key} is another in {config.data.source} than when {cache.folder} was made")
+            found.append(
+                f"{known.key}: picture or caption has changed in {config.data.source} since {cache.folder} was made"
+            )
         told(i + 1)
     return found
 

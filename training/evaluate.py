@@ -26,6 +26,7 @@ from training.data import is_shapes, split_by_key
 from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
+from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder
 from training.seeds import generator_for
@@ -138,13 +139,18 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
 
 
 def evaluate_run(
-    path: str | Path, evaluation: dict[str, Any] | None = None, data: str | None = None, **sampling: Any
+    path: str | Path,
+    evaluation: dict[str, Any] | None = None,
+    data: str | None = None,
+    progress: bool = False,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
 
     `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. data: where
-    the run's samples are now, if not where they were (of others, those held out are scored by the same rule). Raises
-    FileNotFoundError where the folder is no run, ValueError where a network of evaluation.metrics is not there.
+    the run's samples are now, if not where they were (of others, those held out are scored by the same rule). progress:
+    show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is no run, ValueError
+    where a network of evaluation.metrics is not there.
     """
     run = RunFolder.open(path)
     config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
@@ -165,12 +171,13 @@ def evaluate_run(
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
     counted: list[int] = []  # network evaluations a picture; a guided one is two
 
-    def count(progress: samplers.Progress) -> None:
-        counted.append(progress.num_evals)
+    def count(step: samplers.Progress) -> None:
+        counted.append(step.num_evals)
 
     if is_shapes(config.data.source) and config.evaluation.prompts_per_question:
         start = time.perf_counter()
-        scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=count)
+        with drawing(6 * config.evaluation.prompts_per_question, progress, count) as told:
+            scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=told)
         scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
         if isinstance(pipe, TransfusionPipeline):
             scores["captions_right"] = caption_score(pipe, config)
@@ -178,10 +185,11 @@ def evaluate_run(
         images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
     else:
         prompts = (prompts * 32)[:32]
-        images = pipe(prompts, seed=config.sampling.seed, callback=count)
+        with drawing(len(prompts), progress, count) as told:
+            images = pipe(prompts, seed=config.sampling.seed, callback=told)
     scores["network_evaluations"] = counted[-1]
     if config.evaluation.metrics:
-        scores["quality"] = ModelJudge(config, pipe, run)(pipe)
+        scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)
     caption_grid(images, prompts).save(run.path / "samples.png")
     loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)

@@ -35,6 +35,7 @@ def _keys(section: str, names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names.split())
 
 
+OF_THE_DATA = ("data.num_workers", "evaluation.prompts_per_question")
 MIXED = _keys(
     "transfusion",
     "weights time attention codec codec_width size_tokens max_tokens image_weight caption_first image_first_cap z_loss "
@@ -199,6 +200,11 @@ def idle_settings(config: TrainConfig, keys: Iterable[str] | None = None) -> dic
                 by = f"{rule.by} = {shown(attrgetter(rule.by)(config))}"
                 found[key] = f"{key} = {shown(value)} takes no effect with {by}: it is for {rule.wants}"
     return found
+
+
+def idle_warnings(config: TrainConfig) -> list[str]:
+    """What a run says of its config; nothing of what is idle on other data alone, to which one config is often put."""
+    return [line for key, line in idle_settings(config).items() if key not in OF_THE_DATA]
 
 
 def refuse_idle(config: TrainConfig, keys: Iterable[str], where: str = "") -> None:

@@ -86,7 +86,7 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
         )
     itself = "{" in spec and any(glob.iglob(str(path), recursive=True))  # braces that are in names
     patterns = [str(path)] if itself else expanded(str(path))
-    if glob.has_magic(spec) or len(patterns) > 1:
+    if glob.has_magic(spec) or patterns != [str(path)]:
         found = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) or _alone(pattern)}
         shards = [name for name in found if name.lower().endswith(suffixes)]
         if not shards:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def duration(seconds: float) -> str:
-    """A time in minutes, from an hour on in hours, from two days on in days."""
+    """A time in seconds, from a minute on in minutes, from an hour on in hours, from two days on in days."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
@@ -19,29 +23,40 @@ def duration(seconds: float) -> str:
 class Progress:
     """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late.
 
-    quiet: show nothing, and count alone.
+    The rate leaves the first step out, which may hold compiling or the start of workers; until the second it is 0, and
+    not shown. quiet: show nothing, and count alone. stream: where to show; None: standard output.
     """
 
-    def __init__(self, title: str, total: int, start: int = 0, images: int = 1, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        start: int = 0,
+        images: int = 1,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
         self.title, self.total, self.done, self.images, self.quiet = title, total, start, images, quiet
+        self.stream = sys.stdout if stream is None else stream
         self.rate = 0.0
         self._values: dict[str, float] = {}
-        self._marks = [(time.perf_counter(), start)]
+        self._marks: list[tuple[float, int]] = []
         self._last_line = time.perf_counter()
         self._bar: Any = None
 
     @property
     def images_per_second(self) -> float:
-        """Images a second of late; 0 before the first `show`."""
+        """Images a second of late; 0 before the second `show`."""
         return self.rate * self.images
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty() and not self.quiet:
+        if self.stream.isatty() and not self.quiet:
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[values]}"))
+            self._bar = Bar(*columns, TextColumn("{task.fields[values]}"), console=Console(file=self.stream))
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, values="")
         return self
@@ -52,25 +67,56 @@ class Progress:
         self.done = done
         self._values |= values
         self._marks = [*self._marks, (now, done)][-20:]
-        (then, before) = self._marks[0]
+        then, before = self._marks[0]
         self.rate = (done - before) / max(1e-9, now - then)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, values=self._text())
         elif not self.quiet and (now - self._last_line >= LINE_EVERY or done == self.total):
             self._last_line = now
             left = (self.total - done) / self.rate if self.rate else 0.0
-            print(f"{self.title} {done}/{self.total}  {self._text()}  {duration(left)} left", flush=True)
+            words = [f"{self.title} {done}/{self.total}", self._text(), f"{duration(left)} left" if left else ""]
+            print("  ".join(filter(None, words)), file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self.quiet:
             return
-        (self._bar.console.print if self._bar is not None else print)(text)
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            print(text, file=self.stream)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is no step: its time does not count."""
+        start = time.perf_counter()
+        yield
+        paused = time.perf_counter() - start
+        self._marks = [(when + paused, done) for when, done in self._marks]
 
     def _text(self) -> str:
-        values = self._values | {"images/s": self.images_per_second}
+        values = self._values | ({"images/s": self.images_per_second} if self.rate else {})
         return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
     def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def drawing(count: int, shown: bool, callback: Any = None) -> Iterator[Callable[[Any], None]]:
+    """A callback of solver steps that shows on standard error how many of `count` pictures are drawn.
+
+    Each step counts as its part of the pictures of its batch. shown: False shows nothing. callback: is told too.
+    """
+    parts = 0  # pictures times their steps
+    with Progress("drawing pictures", count, quiet=not shown, stream=sys.stderr) as progress:
+
+        def told(step: Any) -> None:
+            nonlocal parts
+            parts += len(step.x_t)
+            progress.show(min(count, parts // step.num_steps))
+            if callback is not None:
+                callback(step)
+
+        yield told

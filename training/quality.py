@@ -25,6 +25,7 @@ from training.data import DataError, Source, one_pass, open_source, split_by_key
 from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
+from training.progress import drawing
 from training.reference import Log, cache_folder, reference_features
 from training.run import RunFolder
 from training.sections import BY_CLIP, BY_FEATURES
@@ -139,13 +140,16 @@ class ModelJudge:
         self.captions = captions_to_draw(config, reference, pipe, index)
         self.judge = Judge(self.config, reference, pipe.device, run.log if run else lambda text: None)
 
-    def __call__(self, pipe: TextToImage, **sampling: Any) -> dict[str, Any]:
-        """Draw `evaluation.num_images` pictures and score them; picture i starts from the noise of seed + i."""
+    def __call__(self, pipe: TextToImage, progress: bool = False, **sampling: Any) -> dict[str, Any]:
+        """Draw `evaluation.num_images` pictures and score them; picture i starts from the noise of seed + i. progress:
+        show on standard error how many are drawn.
+        """
         config, prompts = self.config, list(islice(cycle(self.captions), self.config.num_images))
-        for first in range(0, len(prompts), config.batch_size):
-            some = prompts[first : first + config.batch_size]
-            pictures = pipe(some, seed=config.seed + first, batch_size=config.batch_size, **sampling)
-            self.judge.add(as_tensor(pictures), some)
+        with drawing(len(prompts), progress, sampling.pop("callback", None)) as told:
+            for first in range(0, len(prompts), config.batch_size):
+                some = prompts[first : first + config.batch_size]
+                how: dict[str, Any] = dict(seed=config.seed + first, batch_size=config.batch_size, callback=told)
+                self.judge.add(as_tensor(pipe(some, **how, **sampling)), some)
         return self.judge.scores()
 
 

@@ -55,27 +55,28 @@ class DataConfig(Settings):
     posterior: Literal["mode", "sample"] = "mode"
     """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
     buckets: bool | Literal["own"] = False
-    """Train at several aspect ratios: sizes of about the area of image_size, an image takes the nearest in shape. Each
-    batch is of one, with training.packing of any. "own", with packing: each near its own size, if not of more area."""
+    """Train at several aspect ratios: sizes of about the area of image_size, of which an image takes the nearest in
+    shape. A batch has one size, with training.packing any. "own", with packing: each near its own size, up to that
+    area."""
     bucket_ratio: Annotated[float, Range(1)] = 2.0
     """Longest side of a bucket over its shortest."""
     crop: Literal["center", "random"] = "center"
-    """Where an image is cut that is not of its size's shape."""
+    """Where an image is cropped whose shape differs from the size it is fitted to."""
     flip: bool = False
-    """Mirror half of the images, each time drawn anew; not for captions that say left and right."""
+    """Mirror each image with probability 1/2, drawn anew each time; not for captions that say left and right."""
     captions: str | None = None
-    """Fields of captions to draw among and their weights, such as "original=0.5,synthetic=0.5"; a list's share equally.
-    "none" takes the first caption that is found."""
+    """Fields of captions to draw from and their weights, such as "original=0.5,synthetic=0.5"; the captions of a list
+    share its weight equally. "none" takes the first caption that is found."""
     min_side: CountOrZero = 0
     """Leave out images with a side below so many pixels."""
     max_aspect: Annotated[float, Range(0)] = 0.0
-    """Leave out images whose longer side is over so many times the shorter; 0 takes any."""
+    """Leave out images whose longer side is more than so many times the shorter; 0 takes any."""
     min_caption: CountOrZero = 0
     """Leave out captions of fewer characters, and samples that have no other."""
     max_caption: CountOrZero = 0
     """Leave out captions of more characters, and samples that have no other; 0 takes any, cut at 10,000."""
     shuffle_buffer: Count = 1000
-    """Rows of a stream ("hf-stream:NAME") that are shuffled among each other."""
+    """Rows of a stream ("hf-stream:NAME") that are shuffled at a time."""
     timeout: Positive = 30.0
     """Seconds that a server may take for an answer."""
     retries: CountOrZero = 5
@@ -94,7 +95,7 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """The MMDiT trunk; what follows from the data (channels, sizes) and the text encoder, the trainer fills in."""
+    """The MMDiT trunk; the trainer fills in what follows from the data (channels, sizes) and from the text encoder."""
 
     section: ClassVar[str] = "model"
 
@@ -141,11 +142,12 @@ class TextConfig(Settings):
     which all three are taken. Of this section a frozen one takes max_length alone (CLIP at most 77, SD3's three: T5's).
     """
     vocab_size: Annotated[int, Range(258)] = 4096
-    """Most tokens of the tokenizer; one that is trained has 256 bytes and two special tokens, four beside images."""
+    """Most tokens of the tokenizer. A trained one includes 256 bytes and two special tokens, four in models of text and
+    images."""
     tokenizer: str = "train"
     """How text becomes numbers: "train" learns it from captions and transfusion.text; or a tokenizer's folder."""
     max_length: Annotated[int, Range(2)] = 64
-    """Tokens a caption, the end token counted; longer captions are cut."""
+    """Tokens per caption, including the end token; longer captions are cut."""
     width: Count = 256
     """Width of a text token, and of the pooled text vector."""
     depth: CountOrZero = 2
@@ -175,7 +177,7 @@ class ObjectiveConfig(Settings):
     s: float = 1.0
     """Scale of the logit-normal density (> 0), or of the mode density (in [-1, 1.75], 0 is uniform)."""
     stratified: bool = True
-    """Draw a batch's times one from each of batch_size equal slices of probability: the same density, less variance."""
+    """Draw one of a batch's times from each of batch_size equal slices of probability: same density, less variance."""
     shift: Positive = 1.0
     """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): over 1 is more noise."""
     caption_dropout: Fraction = 0.1
@@ -190,7 +192,7 @@ class ObjectiveConfig(Settings):
 
 @dataclass(frozen=True)
 class TransfusionConfig(Settings):
-    """One trunk that reads and writes text and images (Transfusion), in the place of the MMDiT and its text encoder."""
+    """One trunk that reads and writes text and images (Transfusion), instead of the MMDiT and its text encoder."""
 
     section: ClassVar[str] = "transfusion"
 
@@ -203,19 +205,19 @@ class TransfusionConfig(Settings):
     attention: Literal["transfusion", "causal"] = "transfusion"
     """Whether patches of an image see each other, or only those before them."""
     codec: Literal["linear", "unet"] = "linear"
-    """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
+    """How patches become tokens, and tokens velocities: by one matrix each, or by the halves of a U-Net, with skips."""
     codec_width: Annotated[int, Range(4)] = 64
-    """Channels of the U-Net at the latent's own size, a multiple of 4; twice as many at each half."""
+    """Channels of the U-Net at the latent's own size, a multiple of 4; doubled at each halving of the size."""
     size_tokens: CountOrZero = 0
-    """Tokens for sizes up to so many rows or columns of patches, with which the model chooses an image's size."""
+    """Add tokens for sizes of up to so many rows or columns of patches, by which the model chooses an image's size."""
     max_tokens: Count = 4096
-    """Most tokens of a document, patches counted, in training and in writing."""
+    """Most tokens of a document, patches included, in training and in generation."""
     image_weight: NotNegative = 5.0
     """Weight of the image loss beside the loss of the next token."""
     caption_first: Fraction = 0.8
-    """Chance that a sample's caption stands before its picture, to draw from, and not after it, to describe it."""
+    """Chance that a sample's caption comes before its picture (to draw it) and not after it (to describe it)."""
     image_first_cap: Annotated[float, Range(0, 1, open_low=True)] = 0.5
-    """What the times of pictures before their captions are scaled by: such a picture is there to be seen."""
+    """Factor on the times of pictures before their captions, since such a picture has to be recognisable."""
     z_loss: NotNegative = 0.0
     """Weight of log^2 Z of the logits, which keeps them from drifting."""
     text: str | None = None
@@ -223,7 +225,7 @@ class TransfusionConfig(Settings):
     text_fraction: BelowOne = 0.0
     """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
     text_length: Annotated[int, Range(2, 4096)] = 256
-    """Tokens of such a document, the end counted; longer ones are cut into pieces."""
+    """Tokens of such a document, including the end; longer ones are cut into pieces."""
     freeze_text: bool = False
     """Leave the text's weights as `init` (at the top) gave them: its stream, embedding and head (LMFusion)."""
 
@@ -243,16 +245,16 @@ class TransfusionConfig(Settings):
 
 @dataclass(frozen=True)
 class LoraConfig(Settings):
-    """Fine-tuning by low-rank adapters, in the place of all weights."""
+    """Fine-tuning by low-rank adapters instead of all weights."""
 
     section: ClassVar[str] = "lora"
 
     rank: CountOrZero = 0
-    """Rank of the adapters beside the matrices of the blocks, which alone are trained; 0: none, all is trained."""
+    """Rank of the adapters on the blocks' matrices, which alone are trained; 0: no adapters, all weights train."""
     alpha: Positive | None = None
-    """The adapters' scale, over their rank; "none" is as rank."""
+    """The adapters are scaled by alpha / rank; "none" is alpha = rank."""
     targets: Literal["attention", "all"] = "attention"
-    """Matrices that get one: those of the attention, or those of the MLPs too."""
+    """Matrices that get an adapter: those of the attention, or those of the MLPs too."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,8 @@ class OptimizerConfig(Settings):
     section: ClassVar[str] = "optimizer"
 
     name: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
-    """What makes the steps. Muon orthogonalises those of the blocks' matrices: each costs more and teaches more.
-    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with its moments in a byte each."""
+    """The optimiser. Muon orthogonalises the updates of the blocks' matrices: a step costs more and teaches more.
+    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with moments of one byte a number."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
@@ -279,13 +281,13 @@ class OptimizerConfig(Settings):
     warmup_steps: CountOrZero = 100
     """Steps in which the learning rate rises from 0 to lr."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """Course of the learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
+    """The learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
     decay_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.1
     """Last part of the run in which a "wsd" schedule falls."""
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the end of a schedule that falls, as a fraction of lr."""
     base_width: Count | None = None
-    """Width of the trunk at which lr was found, for muP: a wider one has lower rates, and other first weights."""
+    """Width of the trunk at which lr was found, for muP: a wider one gets lower rates and other initial weights."""
 
     def check(self) -> None:
         if self.name != "schedule-free":
@@ -298,26 +300,26 @@ class OptimizerConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """The loop: how long, how much at a time, what is written when."""
+    """The loop: its length, its batches, and what is written when."""
 
     section: ClassVar[str] = "training"
 
     num_steps: Count = 100_000
     """Optimizer steps of the whole run."""
     batch_size: Count = 64
-    """Samples a step."""
+    """Samples per step."""
     grad_accumulation: Count = 1
-    """Parts in which a batch is computed, to save memory; the batch stays batch_size samples."""
+    """Parts in which a batch is computed, to save memory; the whole batch stays batch_size samples."""
     ema: Literal["exponential", "power"] = "exponential"
-    """How the weights are averaged that are sampled and scored: with a fixed decay, or by a power of the step."""
+    """Average of the weights that is sampled and scored: with a fixed decay, or by a power of the step."""
     ema_decay: BelowOne = 0.999
     """Decay per step of an "exponential" average; 0 keeps no average."""
     ema_every: Count = 1
-    """Steps that an average takes in at once, less work for large models; widths and decay stay those per step."""
+    """Update the average once every so many steps, less work for large models; widths and decay still count steps."""
     ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
     """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
     ema_snapshot_every: CountOrZero = 1000
-    """Steps from one snapshot of both to the next, from which `mmdit ema` makes any other width; 0 keeps none."""
+    """Steps from one snapshot of both averages to the next; `mmdit ema` makes any other width of them. 0 keeps none."""
     ema_snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Type of the numbers in snapshots."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -325,38 +327,38 @@ class TrainingConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes CUDA if present."""
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
-    """Kernel of the attention; all but "sdpa" want CUDA."""
+    """Kernel of the attention; all but "sdpa" need CUDA."""
     packing: bool = False
-    """Put a batch's samples in one row, without the padding of their captions: the same numbers for less work. With
-    data.buckets a batch then holds images of several sizes."""
+    """Put a batch's samples in one row, without padding of captions: the same results for less work. With data.buckets
+    a batch then holds images of several sizes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block but its
-    matrix products and attention (of training.attention "flex" and "xformers" that too)."""
+    """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block except its
+    matrix products and attention (with training.attention "flex" or "xformers" the attention too)."""
     recompute_every: Count = 1
-    """Of the blocks every how many-th is recomputed."""
+    """Recompute only every so many-th block."""
     max_bad_steps: CountOrZero = 10
-    """Steps in a row without a finite gradient that end the run; each such step is left out and counted. 0: no look."""
+    """Steps in a row without a finite gradient that end the run; each is left out and counted. 0 does not check."""
     log_every: Count = 10
     """Steps from one line in metrics.jsonl to the next."""
     validate_every: CountOrZero = 1000
-    """Steps from one validation loss to the next; 0 validates at the end alone."""
+    """Steps from one validation loss to the next; 0 validates only at the end."""
     sample_every: CountOrZero = 1000
-    """Steps from one sample grid to the next; 0 samples at the end alone."""
+    """Steps from one sample grid to the next; 0 samples only at the end."""
     checkpoint_every: CountOrZero = 1000
-    """Steps from one checkpoint to the next; 0 writes one at the end (and when stopped) alone."""
+    """Steps from one checkpoint to the next; 0 writes one only at the end, and when stopped."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
     async_checkpoint: bool = False
-    """Write checkpoints beside the training, from a copy in the CPU's memory."""
+    """Write checkpoints while training goes on, from a copy in the CPU's memory."""
     peak_tflops: Positive | Literal["auto", "measure"] = "auto"
-    """What MFU is held against, in TFLOPS a device: a number, the datasheet's of a known GPU ("auto"; elsewhere none),
-    or what a large matrix product reaches here ("measure")."""
+    """Peak for MFU, in TFLOPS per device: a number, the datasheet's of a known GPU ("auto"; none for other devices), or
+    what a large matrix product reaches here ("measure")."""
     profile: str | None = None
-    """Steps to record, FIRST:LAST from 1, both among them: their trace for chrome://tracing goes into profile/."""
+    """Steps to profile, FIRST:LAST from 1, both included: a trace for chrome://tracing goes into profile/."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics too; WANDB_MODE=offline keeps them in the run's folder."""
+    """Project of Weights & Biases to send the metrics to; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 
@@ -400,9 +402,10 @@ class ParallelConfig(Settings):
     reshard: bool = True
     """After a block's forward pass drop its gathered weights, and gather them again for the backward pass."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimiser of "fsdp" and "hsdp" in the CPU's memory; the device holds what works."""
+    """Keep weights, gradients and optimiser of "fsdp" and "hsdp" in the CPU's memory; the device holds the average and
+    the block being computed."""
     timeout: Count = 1800
-    """Seconds that the processes wait for one that does not answer."""
+    """Seconds that processes wait for one that does not respond."""
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,14 @@ def build_model(
         model.transformer = start_mmdit(config, run, model, resumed)
     if config.optimizer.base_width is not None and not config.init_paths:
         scale_start(model.transformer, config.optimizer.base_width)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
+    count, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False)
+    )
+    some = f" ({trained:.2f} M of them trained)" if trained < count else ""
     run.log(
-        f"model: {count:.1f} M parameters, {config.model.depth} blocks of width {model.transformer.config.width}, "
-        f"{height * width // config.model.patch_size**2} image tokens, up to {config.text.max_length} text tokens"
+        f"model: {count:.1f} M parameters{some}, {config.model.depth} blocks "
+        f"of width {model.transformer.config.width}, {height * width // config.model.patch_size**2} image tokens, "
+        f"up to {config.text.max_length} text tokens"
     )
     return model
 

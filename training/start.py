@@ -54,7 +54,7 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
         text = _text_folder(config.init_paths[0])
         if text is not None and isinstance(model.conditioner, LearnedText):
             load_weights(model.conditioner, text / "model.safetensors")
-            run.log("weights of the text encoder and its tokenizer: from there too")
+            run.log(f"text encoder and tokenizer from {config.init_paths[0]}")
     if config.lora.rank:
         add_lora(trunk, config.lora.rank, config.lora.alpha, config.lora.targets)
         model.conditioner.requires_grad_(False)
@@ -95,7 +95,8 @@ def _started(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
         or (name.startswith(TEXT_IN) and given[name].shape != tensor.shape)
     ]
     trunk.load_state_dict({name: own[name] if name in afresh else given[name] for name in own})
-    run.log(f"weights from {path}: {len(own) - len(afresh)} tensors; afresh: {', '.join(afresh[:4]) or 'none'}")
+    rest = f"; new: {', '.join(afresh[:4])}{', ...' if len(afresh) > 4 else ''}" if afresh else ", none new"
+    run.log(f"weights from {path}: {len(own) - len(afresh)} tensors{rest}")
     return trunk
 
 

@@ -37,7 +37,7 @@ from training.devices import pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
-from training.idle import idle_settings
+from training.idle import idle_warnings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
 from training.optim import learning_rate, make_optimizer, set_rate
@@ -124,7 +124,7 @@ class Trainer:
         self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
         self.share.check("the number of documents of text in a batch", documents)
         check_metrics(self.config.evaluation)
-        for line in idle_settings(self.config).values():
+        for line in idle_warnings(self.config):
             self.run.log(f"warning: {line}")
 
     def _equip(self, image_size: tuple[int, int]) -> None:
@@ -311,14 +311,15 @@ class Trainer:
             values |= {} if self._left_out else {"grad_norm": float(norm)}
             self._losses.clear()
             progress.show(self.step, **values)
-            values |= {"lr": self.rate(self.step - 1), "images_per_second": progress.images_per_second}
+            values |= {"lr": self.rate(self.step - 1)}
+            values |= {"images_per_second": progress.images_per_second} if progress.rate else {}
             values |= {"loss_scale": self.scaler.scale} if self.scaler.enabled else {}
             values |= {"skipped_steps": self.skipped} if self.skipped else {}
             told = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
             self.run.write_metrics(self.step, **values, **told)
         else:
             progress.show(self.step)
-        with self.telemetry.paused():
+        with self.telemetry.paused(), progress.paused():
             self._pause(progress)
 
     def _pause(self, progress: Progress) -> None:
@@ -377,8 +378,7 @@ class Trainer:
         self.run.log(f"step {self.step}: {shown} ({scores['num_images']} pictures)")
 
     def _finish(self) -> None:
-        run = self.run
-        scores = evaluate_run(run.path)
+        run, scores = self.run, evaluate_run(self.run.path, progress=True)
         if "quality" in scores:
             run.rewind_metrics(self.step, scores["quality"])  # of a run that had ended already
             self._write_quality(scores["quality"])
@@ -482,7 +482,7 @@ def compiled(
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
-    log("compiling the model (under a minute)")
+    log("compiling the model in the first step, which takes a minute or two")
     in_rows = config.transfusion.enabled or asked.packing
     if in_rows or blocks_alone:
         for block in model.transformer.blocks:  # packed batches are of any length, and what packs them is no graph

@@ -56,6 +56,13 @@ def test_the_examples_of_the_pipeline_run(tmp_path, monkeypatch):
     assert {path.name for path in Path("for-diffusers").iterdir()} >= {"model_index.json", "transformer", "text"}
 
 
+def test_the_example_of_the_model_runs():
+    names: dict = {}
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "model.md").read_text(), re.DOTALL)
+    exec(block, names)
+    assert names["x_0"].shape == (2, 16, 8, 8)
+
+
 def test_the_example_on_weights_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

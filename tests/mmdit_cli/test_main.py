@@ -149,14 +149,16 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
     ],
 )
 def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: (_ for _ in ()).throw(error), raising=False)
+    monkeypatch.setattr(
+        training, "evaluate_run", lambda run, given, data, **_: (_ for _ in ()).throw(error), raising=False
+    )
     result = run("evaluate", "somewhere")
     assert_one_line_error(result, "")
     assert message in result.stderr
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: {}[run], raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data, **_: {}[run], raising=False)
     assert isinstance(run("evaluate", "somewhere").exception, KeyError)
 
 
@@ -226,7 +228,7 @@ def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_pat
 
 def test_evaluate_prints_every_number(monkeypatch):
     scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
-    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data: scores | {"data": data}, raising=False)
+    monkeypatch.setattr(training, "evaluate_run", lambda run, given, data, **_: scores | {"data": data}, raising=False)
     lines = [line.split() for line in run("evaluate", "somewhere", "--data", "moved").stdout.splitlines()]
     assert lines == [
         ["validation", "/", "loss", "0.2500"],
@@ -269,6 +271,20 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
     assert options["max_images"] == 2 and options["max_tokens"] == 64
     assert options["image"] == ((None, None, None, 16, 8, None), True)
+
+
+def test_generate_says_that_nothing_was_written(monkeypatch):
+    from mmdit.generate import Written
+    from mmdit.text_and_images import TransfusionPipeline
+
+    pipe = TransfusionPipeline.__new__(TransfusionPipeline)
+    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
+    pipe.generate, pipe.image_sampling = lambda *_, **how: [Written([], "end")], lambda *how, free: how
+    result = run("generate", "r", "a star")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "",
+    ) and result.stderr == "the model wrote nothing: it ended at once\n"
 
 
 def test_generate_wants_a_model_of_both(pipe):

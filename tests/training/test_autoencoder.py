@@ -49,6 +49,12 @@ def test_training_improves_on_the_principal_components(tmp_path):
     )
     start = float(next(line for line in lines if "principal components" in line).split("PSNR ")[1].split()[0])
     assert psnr_of(out) > start + 0.2
+    assert lines[-1] == f"Try: mmdit train latent --data shapes:200 autoencoder={out}"
+
+
+def test_how_far_training_is_can_be_seen(tmp_path, capsys):
+    train_autoencoder(config(tmp_path / "ae", num_steps=3))
+    assert "training 3/3  images/s" in capsys.readouterr().out
 
 
 def test_the_folder_holds_what_was_measured(tmp_path):

@@ -378,7 +378,7 @@ def test_changed_data_is_found_by_content(written, tmp_path):
     assert changed(cache, data_of(cache, str(tmp_path))) == []
     Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "1.png")
     (tmp_path / "2.txt").write_text("another")
-    assert [line.partition(" ")[0] for line in changed(cache, data_of(cache, str(tmp_path)))] == ["1", "2"]
+    assert [line.partition(":")[0] for line in changed(cache, data_of(cache, str(tmp_path)))] == ["1", "2"]
     (tmp_path / "3.png").unlink()
     with pytest.raises(CacheError, match="has other samples than"):
         changed(cache, data_of(cache, str(tmp_path)))

@@ -6,7 +6,7 @@ import pytest
 
 import training
 from training.config import ConfigError, load_config
-from training.idle import RULES, idle_settings
+from training.idle import RULES, idle_settings, idle_warnings
 from training.presets import preset, preset_names
 from training.run import RunFolder
 from training.settings import overridden
@@ -129,6 +129,14 @@ def test_what_a_file_or_a_preset_says_may_be_spoken_over(tmp_path):
     assert list(idle_settings(load_config("demo", ["training.ema=power"]))) == ["training.ema_decay"]
     with pytest.raises(ConfigError, match="training.ema_decay = 0.25 takes no effect"):
         load_config("demo", ["training.ema=power", "training.ema_decay=0.25"])
+
+
+def test_a_config_is_put_to_other_data_without_a_warning(tmp_path):
+    (tmp_path / "cache.json").write_text("{}")
+    config = load_config("latent", [f"data.source={tmp_path}"])
+    assert list(idle_settings(config)) == ["data.num_workers"] and idle_warnings(config) == []
+    config = load_config("demo", ["data.source=photos"])
+    assert "evaluation.prompts_per_question" in idle_settings(config) and idle_warnings(config) == []
 
 
 def test_a_run_says_what_is_idle_and_reads_its_own_config(tmp_path, capsys):

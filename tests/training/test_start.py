@@ -180,7 +180,9 @@ def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path, caps
     how = ("data.num_samples=40", "seed=5", "model.pos_embed_max_size=16")
     config = images_config(tmp_path / "on", f"init={base}", *how)
     trainer = Trainer(config, RunFolder.create(config.run_folder, config))
-    assert "warning: model.pos_embed_max_size = 16 takes no effect with init" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: model.pos_embed_max_size = 16 takes no effect with init" in said
+    assert f"tensors, none new\ntext encoder and tokenizer from {base}\n" in said
     old = mmdit.TextToImage.load(base, "cpu").model
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name]), name
@@ -205,6 +207,8 @@ def adapters(base, out, *overrides):
 
 def test_adapters_alone_are_trained_saved_and_resumed(base, tmp_path):
     out = training.train(adapters(base, tmp_path / "lora", "training.num_steps=4"))
+    learnt = sum(x.numel() for x in read_weights(out / "pipeline" / "transformer" / "lora.safetensors").values())
+    assert f" M parameters ({learnt / 1e6:.2f} M of them trained), " in (out / "log.txt").read_text()
     part = training.train(adapters(base, tmp_path / "part", "training.num_steps=2"))
     before, after = mmdit.load(base), mmdit.load(out)  # merged
     changed = {n for n, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[n])}

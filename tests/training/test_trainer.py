@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from training.config import load_config
 from training.data import place_of
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import Loss
+from training.progress import Progress
 from training.run import RunFolder
 from training.settings import field_docs
 from training.trainer import Trainer, compiled
@@ -107,7 +109,26 @@ def test_metrics_have_every_step(run):
     assert [step for step, _ in metrics(run, "validation_loss")] == [3, 6]
     assert all(norm > 0 for _, norm in metrics(run, "grad_norm"))
     speeds = metrics(run, "images_per_second")
-    assert [step for step, _ in speeds] == [1, 2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)
+    assert [step for step, _ in speeds] == [2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)  # 1: not known
+
+
+def test_validation_is_left_out_of_the_rate(tmp_path, monkeypatch):
+    pausing, seen = [], []
+
+    class Watched(Progress):
+        @contextmanager
+        def paused(self):
+            with super().paused():
+                pausing.append(True)
+                yield
+                pausing.clear()
+
+    monkeypatch.setattr("training.trainer.Progress", Watched)
+    monkeypatch.setattr(
+        "training.trainer.validation_loss", lambda *_: seen.append(bool(pausing)) or {"validation_loss": 1.0}
+    )
+    training.train(config_for(tmp_path / "run", "training.validate_every=3"))
+    assert seen == [True, True]
 
 
 def test_what_happens_before_the_first_step_is_said(run):
@@ -117,13 +138,14 @@ def test_what_happens_before_the_first_step_is_said(run):
     assert log[done - 1] == f"encoding {count} images, once: their latents stay in memory"
 
 
-def test_scores_are_written_and_found_again(run):
+def test_scores_are_written_and_found_again(run, capsys):
     scores = json.loads((run / "scores.json").read_text())
     assert set(scores["shapes_eval"]) == set(training.ShapesEval(32, 1, 0).score([np.zeros((32, 32, 3), np.uint8)] * 6))
     assert scores["validation_loss"] == metrics(run, "validation_loss")[-1][1]
     assert scores["sampling"] == {"solver": "ab2", "num_steps": 2, "guidance": 2.0, "interval": [0.0, 1.0]}
     assert scores["network_evaluations"] == 4
-    again = training.evaluate_run(run)
+    again = training.evaluate_run(run, progress=True)
+    assert capsys.readouterr().err.startswith("drawing pictures 6/6")
     assert {**again, "seconds_per_image": 0} == {**scores, "seconds_per_image": 0}
     assert training.evaluate_run(run, num_steps=1, solver="heun")["sampling"]["solver"] == "heun"
     assert json.loads((run / "scores.json").read_text())["sampling"]["num_steps"] == 1
