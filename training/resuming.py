@@ -13,10 +13,12 @@ from training.setup import fingerprint
 
 
 def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
-    """What a checkpoint holds of the data, to know it again: digests of the samples, and of the text where there is
-    some.
+    """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files, and of the
+    text where there is some.
     """
-    return {"samples": fingerprint(source)} | ({"text": corpus.digest} if corpus else {})
+    version: str = getattr(source, "version", "")
+    told = {"samples": fingerprint(source)} | ({"version": version} if version else {})
+    return told | ({"text": corpus.digest} if corpus else {})
 
 
 def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
@@ -38,11 +40,16 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
             f"{run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
             "or train afresh into another folder"
         )
-    if state.get("samples", data["samples"]) != data["samples"]:
+    version, now = state.get("version"), data.get("version")
+    moved = version is not None and version == now  # a stream, which is otherwise known by its name alone
+    if state.get("samples", data["samples"]) != data["samples"] and not moved:
         old, new = run.config().data.source, config.data.source
         if new != old:
             raise other_setting(run, "data.source", old, new)
         run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
+    if version is not None and version != now:
+        what = "has other files, or another version of them, than when it was trained on"
+        run.log(f"warning: {config.data.source} {what}: the order of samples may be another now")
     if state.get("text") != data.get("text"):
         raise ValueError(
             f"{config.transfusion.text} has changed since {run.path} was trained on it: put the text "

@@ -60,7 +60,8 @@ class Row(NamedTuple):
 
 
 class StreamSource:
-    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to.
+    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to, and
+    `version` changes with the stream's files ("" where that is not known).
 
     Raises `DataError` where it cannot be loaded, or its first rows show no image.
     """
@@ -76,12 +77,12 @@ class StreamSource:
     ) -> None:
         options.check_size(size)
         self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
-        data = load(spec.removeprefix(STREAM), streaming=True)
+        data, self.version = load(spec.removeprefix(STREAM), streaming=True)
         names = data.column_names or list(next(iter(data)))
         self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
         self.column, self.key_column = image_column(names, spec), key_column(names)
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
-        self.keys: Sequence[str] = [spec]  # what is known of them
+        self.keys: Sequence[str] = [spec]  # all that is known of them
         self.skipped: list[tuple[str, str]] = []
         self.image_size = fit_size(*(size or self._common_size()), step)
         self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
@@ -141,7 +142,7 @@ class StreamSource:
 
     def _note(self, held_out: float) -> Path:
         wishes = replace(self.options.wanted, cache=None, patience=Patience())
-        text = f"{self.spec} {self.num_samples} {wishes} {held_out}"
+        text = f"{self.spec} {self.version} {self.num_samples} {wishes} {held_out}"
         name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
         return (self.options.wanted.cache or Path(os.devnull)) / f"stream-{name}.json"
 

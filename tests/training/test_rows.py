@@ -2,7 +2,10 @@
 
 import builtins
 import itertools
+import json
+import os
 import pickle
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,6 +16,7 @@ from tests.training.pictures import noisy, parquet_of, picture, shards_of
 from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
+from training.hub import load
 from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
@@ -310,6 +314,59 @@ def test_a_run_on_a_stream_resumes_to_the_bit(many, tmp_path):
     one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert "validation_loss" in RunFolder(runs[0]).metrics()[-1]
+
+
+def test_a_stream_whose_files_changed_is_said_on_resume(tmp_path):
+    """Neither the time of a file nor the folder that all lie in counts; and the note of how long an epoch was is of the
+    files that were there.
+    """
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    (data := tmp_path / "data").mkdir()
+    for number in range(2):
+        parquet_of(data / f"{number}.parquet", range(10 * number, 10 * number + 10))
+    changes = [f"data.source=hf-stream:{data}", "data.image_size=[8,16]", "data.held_out=0", "data.num_samples=none",
+               "data.cache_latents=false", "training.batch_size=4", "training.sample_every=0"]  # fmt: skip
+    run = training.train(load_config("pixels-tiny", [*changes, f"training.out={tmp_path / 'run'}"]))
+
+    def said(steps: int, *more: str) -> bool:
+        (run / "log.txt").unlink()
+        training.resume(run, [f"training.num_steps={steps}", *more])
+        return "has other files, or another version of them" in (run / "log.txt").read_text()
+
+    os.utime(data / "1.parquet", (1, 1))
+    shutil.move(data, tmp_path / "moved")
+    moved = f"data.source=hf-stream:{tmp_path / 'moved'}"
+    assert not said(7, moved)
+    parquet_of(tmp_path / "moved" / "1.parquet", range(10, 23))
+    assert said(13) and not said(14)
+    assert sorted(json.loads(note.read_text()) for note in (run / "index").iterdir()) == [20, 20, 23]
+    (tmp_path / "moved" / "1.parquet").rename(tmp_path / "moved" / "2.parquet")
+    with pytest.raises(ValueError, match="was trained with another data.source"):
+        training.resume(run, ["training.num_steps=15", f"data.source=hf-stream:{tmp_path / 'moved'}/"])
+
+
+def test_the_version_of_a_stream_is_what_its_server_says(tmp_path, monkeypatch):
+    """Of files on the hub their revision, elsewhere an ETag; of a saved dataset its own fingerprint."""
+    datasets = pytest.importorskip("datasets")
+
+    class Files(list):
+        origin_metadata = [("me/data", "1234")]
+
+    def version(url: str, *mark: str) -> str:
+        files = Files([url])
+        files.origin_metadata = [mark]
+        rows = datasets.Dataset.from_dict({"image": [b""]}).to_iterable_dataset()
+        config = type("Config", (), {"data_files": {"train": files}})
+        builder = type("Builder", (), {"config": config, "as_streaming_dataset": lambda self, split: rows})
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, config: builder())
+        return load("me/data", streaming=True)[1]
+
+    told = [version("hf://a.parquet", "me/data", "1"), version("hf://a.parquet", "me/data", "2"),
+            version("https://a.parquet", "tag"), version("https://a.parquet", "gat")]  # fmt: skip
+    saved = datasets.Dataset.from_dict({"image": [b""]})
+    saved.save_to_disk(tmp_path)
+    assert load(str(tmp_path), streaming=True)[1] == datasets.load_from_disk(tmp_path)._fingerprint
+    assert len({*told}) == 4 and "" not in told and told[0] == version("hf://a.parquet", "me/data", "1")
 
 
 def test_what_is_fetched_ahead_comes_in_order_with_its_error():
