@@ -84,11 +84,9 @@ def _version(builder: Any, split: str) -> str:
     the mark of their content that their server gave.
     """
     files = (builder.config.data_files or {}).get(split) or []
-    marks = getattr(files, "origin_metadata", None) or [""] * len(files)
-    told = [
-        f"{file} {mark}" if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}"
-        for file, mark in zip(files, marks, strict=True)
-    ]
+    told = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    if any(map(is_url, files)):
+        told += map(str, getattr(files, "origin_metadata", ()))  # of files that are passed over too
     return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else ""
 
 

@@ -262,6 +262,84 @@ def test_a_bad_image_of_a_stream_is_replaced_by_the_same_one_whoever_decodes_it(
             batches.close()
 
 
+def with_bad_rows(path, num: int, *bad: int) -> str:
+    """A stream of one file, of which some rows hold no image."""
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    import pyarrow
+    import pyarrow.parquet
+
+    path.mkdir()
+    images = [{"bytes": b"no image" if i in bad else noisy(i, (8, 8)), "path": None} for i in range(num)]
+    table = pyarrow.table({"image": images, "text": [f"picture {i}" for i in range(num)]})
+    pyarrow.parquet.write_table(table, path / "a.parquet")
+    return f"hf-stream:{path}"
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_for_a_batch_of_a_stream_without_a_good_sample_the_next_one_stands(tmp_path, buckets):
+    """Wherever a run goes on, and in all processes."""
+    spec = with_bad_rows(tmp_path / "data", 24, *range(4, 12), 13)
+    options = SourceOptions(buckets, flip=True)
+    stream = StreamSource(spec, (8, 8), 8, options=options, buffer=1)
+    whole = list(itertools.islice(stream_loader(stream, 0.0, 4, 0), 7))
+    assert [{*batch.captions} for batch in whole[1:4]] == [{"picture 12", "picture 14", "picture 15"}] * 3
+    assert torch.equal(whole[1].images, whole[3].images) and len({*whole[0].captions, *whole[4].captions}) == 8
+    told = [[key for key, _ in batch.skipped if "step" in key] for batch in whole]
+    assert told[:5] == [[], ["the batch of step 2", "the batch of step 3"], [], [], []]
+    assert [len(batch.skipped) for batch in whole[:5]] == [0, 11, 0, 0, 0]
+    for start, num_workers in ((1, 0), (2, 1), (3, 0)):
+        ranks = [stream_loader(stream, 0.0, 4, 0, start, num_workers, Share(rank, 2)) for rank in range(2)]
+        for one in whole[start:]:
+            parts = [next(rank) for rank in ranks]
+            assert sum((part.keys for part in parts), []) == one.keys
+            assert torch.equal(torch.cat([part.images for part in parts]), one.images)
+        for batches in ranks:
+            batches.close()
+
+
+def test_a_stream_of_which_ten_batches_in_a_row_are_bad_ends(tmp_path):
+    nine, ten = (
+        StreamSource(with_bad_rows(tmp_path / f"{num}", 48, *range(4, 4 + 4 * num)), (8, 8), buffer=1)
+        for num in (9, 10)
+    )
+    batches = list(itertools.islice(stream_loader(nine, 0.0, 4, 0), 11))
+    assert [batch.captions for batch in batches[1:]] == [[f"picture {i}" for i in range(40, 44)]] * 10
+    for num_workers in (0, 1):
+        batches = stream_loader(ten, 0.0, 4, 0, 0, num_workers)
+        assert next(batches).captions == [f"picture {i}" for i in range(4)]
+        with pytest.raises(DataError, match="none of the samples of 10 batches in a row can be used; one of them is"):
+            next(batches)
+
+
+def test_a_run_goes_on_over_bad_rows_of_its_stream(tmp_path):
+    spec = with_bad_rows(tmp_path / "data", 24, *range(4, 9))
+    changes = [f"data.source={spec}", "data.image_size=[8,16]", "data.held_out=0",
+               "data.cache_latents=false", "data.num_samples=none", "data.shuffle_buffer=1", "training.batch_size=4",
+               "training.precision=fp32", "training.sample_every=0", "training.checkpoint_every=1"]  # fmt: skip
+    runs = []
+    for steps in (4, 1):
+        own = [f"training.out={tmp_path / str(steps)}", f"training.num_steps={steps}"]
+        runs.append(training.train(load_config("pixels-tiny", [*changes, *own])))
+    training.resume(runs[1], ["training.num_steps=4"])
+    for run in runs:
+        line = "the batch of step 2: none of its 4 samples can be used, the next batch stands in for it"
+        assert line in (run / "log.txt").read_text()
+    one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_captions_of_one_image_of_a_stream_fall_to_one_side(tmp_path):
+    """What follows "#" in a key does not count, as in other data."""
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    keys = [f"{i // 5:03d}#{i % 5}" for i in range(100)]
+    path = parquet_of(tmp_path / "a.parquet", range(100), key=keys)
+    stream, files = StreamSource(f"hf-stream:{tmp_path}"), open_source(str(path))
+    held_out = {row.key for row in HeldOut(stream, 0.3, 100).rows}
+    assert held_out == {files.keys[i] for i in split_by_key(files, 0.3)[1]} and 0 < len(held_out) < 100
+    trained = {row.key for row in itertools.islice(shuffled(stream, 0.3, 1), 100 - len(held_out))}
+    assert trained == {*keys} - held_out
+
+
 def test_images_of_a_stream_may_lie_in_files_also_on_a_server(tmp_path, monkeypatch):
     """As `datasets` streams a folder of images: each cell names a file. One that is missing is a bad sample."""
     pytest.importorskip("datasets")
