@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ def taken(path: Path) -> FileExistsError:
     return FileExistsError(
         f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
     )
+
+
+def say(text: str) -> None:
+    """Print a line; what stdout has no bytes for, as the name of a sample, comes as an escape and ends no run."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class RunFolder:
@@ -90,8 +97,8 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
-        print(text, flush=True)
-        with named(path := self.path / "log.txt"), path.open("a") as file:
+        say(text)
+        with named(path := self.path / "log.txt"), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log_skipped(self, key: str, reason: str) -> None:
@@ -181,7 +188,7 @@ class QuietRun(RunFolder):
         """Print it."""
         if key not in self._skipped:
             self._skipped.add(key)
-            print(f"process {self.rank} skipped {key}: {reason}", flush=True)
+            say(f"process {self.rank} skipped {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Nothing."""
