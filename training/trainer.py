@@ -439,7 +439,7 @@ class Trainer:
         self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:
-            self.telemetry.load(state["telemetry"])
+            self.telemetry.load(state["telemetry"], self.ranks.world)
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")
