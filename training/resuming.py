@@ -13,8 +13,8 @@ from training.setup import fingerprint
 
 
 def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
-    """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files, and of the
-    text where there is some.
+    """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files and filters,
+    and of the text where there is some.
     """
     version: str = getattr(source, "version", "")
     told = {"samples": fingerprint(source)} | ({"version": version} if version else {})
@@ -48,7 +48,7 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
             raise other_setting(run, "data.source", old, new)
         run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
     if version is not None and version != now:
-        what = "has other files, or another version of them, than when it was trained on"
+        what = "has other files, or another version of them, or other filters than when it was trained on"
         run.log(f"warning: {config.data.source} {what}: the order of samples may be another now")
     if state.get("text") != data.get("text"):
         raise ValueError(

@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 class StreamSource:
     """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to, and
-    `version` changes with the stream's files ("" where that is not known).
+    `version` changes with the stream's files and with what is wanted of them ("" where no files are known).
 
     Raises `DataError` where it cannot be loaded, or its first rows show no image.
     """
@@ -78,7 +78,9 @@ class StreamSource:
     ) -> None:
         options.check_size(size)
         self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
-        data, self.version = load(spec.removeprefix(STREAM), streaming=True)
+        data, files = load(spec.removeprefix(STREAM), streaming=True)
+        wishes = replace(options.wanted, cache=None, patience=Patience())
+        self.version, self._wishes = _digest(f"{files} {wishes}") if files else "", wishes
         names = data.column_names or list(next(iter(data)))
         self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
         self.column, self.key_column = image_column(names, spec), key_column(names)
@@ -142,9 +144,7 @@ class StreamSource:
                 write_aside(self._note(held_out), lambda aside: aside.write_text(json.dumps(count)))
 
     def _note(self, held_out: float) -> Path:
-        wishes = replace(self.options.wanted, cache=None, patience=Patience())
-        text = f"{self.spec} {self.version} {self.num_samples} {wishes} {held_out}"
-        name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+        name = _digest(f"{self.spec} {self.version} {self.num_samples} {self._wishes} {held_out}")
         return (self.options.wanted.cache or Path(os.devnull)) / f"stream-{name}.json"
 
     # --- a row ---
@@ -171,6 +171,10 @@ class StreamSource:
         if not sizes:
             raise DataError(f"no image can be read in the first {PROBED} rows of {self.spec} that have a caption")
         return sizes.most_common(1)[0][0]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
 
 class HeldOut:

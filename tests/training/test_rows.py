@@ -395,8 +395,8 @@ def test_a_run_on_a_stream_resumes_to_the_bit(many, tmp_path):
 
 
 def test_a_stream_whose_files_changed_is_said_on_resume(tmp_path):
-    """Neither the time of a file nor the folder that all lie in counts; and the note of how long an epoch was is of the
-    files that were there.
+    """Neither the time of a file nor the folder that all lie in counts, a filter does; and the note of how long an
+    epoch was is of the files that were there.
     """
     pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     (data := tmp_path / "data").mkdir()
@@ -416,11 +416,11 @@ def test_a_stream_whose_files_changed_is_said_on_resume(tmp_path):
     moved = f"data.source=hf-stream:{tmp_path / 'moved'}"
     assert not said(7, moved)
     parquet_of(tmp_path / "moved" / "1.parquet", range(10, 23))
-    assert said(13) and not said(14)
-    assert sorted(json.loads(note.read_text()) for note in (run / "index").iterdir()) == [20, 20, 23]
+    assert said(13) and not said(14) and said(15, "data.min_caption=1") and not said(16)
+    assert sorted(json.loads(note.read_text()) for note in (run / "index").iterdir()) == [20, 20, 23, 23]
     (tmp_path / "moved" / "1.parquet").rename(tmp_path / "moved" / "2.parquet")
     with pytest.raises(ValueError, match="was trained with another data.source"):
-        training.resume(run, ["training.num_steps=15", f"data.source=hf-stream:{tmp_path / 'moved'}/"])
+        training.resume(run, ["training.num_steps=17", f"data.source=hf-stream:{tmp_path / 'moved'}/"])
 
 
 def test_the_version_of_a_stream_is_what_its_server_says(tmp_path, monkeypatch):
