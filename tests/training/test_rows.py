@@ -6,7 +6,10 @@ import json
 import os
 import pickle
 import shutil
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,6 +59,29 @@ def test_row_groups_are_read_once_each_while_they_are_kept(tmp_path, monkeypatch
     keys = [key for batch in itertools.islice(loader(source, range(160), 4, 0), 40) for key in batch.keys]
     assert sorted(keys) == sorted(source.keys) and keys != sorted(keys)
     assert 24 <= len(opened) <= 32  # some are there from finding the common size
+
+
+def test_threads_read_a_row_group_of_a_server_once(tmp_path, monkeypatch):
+    """Those of a batch: of more row groups at the same time than are kept, and several of one."""
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    files.pipe("/rows/a.parquet", parquet_of(tmp_path / "a.parquet", range(48), rows_per_group=4).read_bytes())
+    source = open_source("memory://rows/a.parquet", 8)
+    read, plain = [], ParquetRows._open
+
+    def slow(self, file):
+        read.append(file)
+        time.sleep(0.02)
+        return plain(self, file)
+
+    monkeypatch.setattr(ParquetRows, "_open", slow)
+    batches = loader(source, range(48), 48, 0)
+    assert sorted(next(batches).keys) == sorted(source.keys)
+    assert len(read) <= 24  # of 12, some of which come again at the end of a window
+    at_once = threading.Barrier(12)  # other row groups are read meanwhile, more than are kept
+    monkeypatch.setattr(ParquetRows, "_open", lambda self, file: (at_once.wait(5), plain(self, file))[1])
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(pickle.loads(pickle.dumps(source)).__getitem__, range(0, 48, 4)))
+    assert [sample.caption for sample in found] == [f"picture {i}" for i in range(0, 48, 4)]
 
 
 def test_parquet_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
