@@ -155,6 +155,19 @@ def test_a_dataset_holds_the_same_samples(on_disk):
         open_source(f"hf:{on_disk}", options=SourceOptions(wanted=Wanted(min_side=9)))
 
 
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_the_captions_of_shards_that_are_read_as_a_dataset_are_found(tmp_path, kind, monkeypatch):
+    """`datasets` makes a column "txt" of the files in a WebDataset shard."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    spec = f"{kind}:{shards_of(tmp_path / 'shards', (4, 6))}"
+    if kind == "hf":
+        assert colours(open_source(spec)) == EXPECTED
+    else:
+        assert [row.captions for row in StreamSource(spec).rows(0, None)] == [(text,) for _, text in EXPECTED]
+
+
 def test_workers_read_a_dataset(on_disk):
     source = open_source(f"hf:{on_disk}")
     alone, helped = loader(source, range(10), 4, 0), loader(source, range(10), 4, 0, num_workers=2)
