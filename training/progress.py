@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
@@ -14,6 +15,15 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
+
+
+def say(text: str) -> None:
+    """Print a line, or nothing where nobody reads any more: a `tee` that ended by the Ctrl-C at which a run saves, or a
+    terminal that is closed. What stdout has no bytes for, as the name of a sample, comes as an escape.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class Progress:
@@ -59,13 +69,13 @@ class Progress:
         elif not self.quiet and (now - self._last_line >= LINE_EVERY or done == self.total):
             self._last_line = now
             left = (self.total - done) / self.rate if self.rate else 0.0
-            print(f"{self.title} {done}/{self.total}  {self._text()}  {duration(left)} left", flush=True)
+            say(f"{self.title} {done}/{self.total}  {self._text()}  {duration(left)} left")
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self.quiet:
             return
-        (self._bar.console.print if self._bar is not None else print)(text)
+        (self._bar.console.print if self._bar is not None else say)(text)
 
     def _text(self) -> str:
         values = self._values | {"images/s": self.images_per_second}

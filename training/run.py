@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
+from training.progress import say
 
 OWN = {"config.toml", "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
@@ -40,12 +40,6 @@ def taken(path: Path) -> FileExistsError:
     return FileExistsError(
         f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
     )
-
-
-def say(text: str) -> None:
-    """Print a line; what stdout has no bytes for, as the name of a sample, comes as an escape and ends no run."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class RunFolder:
