@@ -75,7 +75,8 @@ class Progress:
         """A line that stays."""
         if self.quiet:
             return
-        (self._bar.console.print if self._bar is not None else say)(text)
+        with suppress(OSError):  # of a terminal that is closed
+            (self._bar.console.print if self._bar is not None else say)(text)
 
     def _text(self) -> str:
         values = self._values | {"images/s": self.images_per_second}
@@ -83,4 +84,5 @@ class Progress:
 
     def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
