@@ -8,6 +8,7 @@ mmdit cache my.toml --data FOLDER --out FOLDER    mmdit cache --verify FOLDER
 mmdit web RUN
 """
 
+import io
 import os
 import sys
 import threading
@@ -117,6 +118,8 @@ def options(
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
     threading.excepthook = errors.of_thread
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a caption that it cannot show ends no command
     try:
         app()
     except KeyboardInterrupt:

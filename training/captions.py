@@ -13,7 +13,7 @@ from typing import Any
 
 from training.errors import DataError
 
-CAPTION_FIELDS = ("caption", "text")
+CAPTION_FIELDS = ("caption", "text", "txt")
 MAX_CAPTION = 10_000
 """Captions are cut after so many characters."""
 MAX_TEXT = 8 * MAX_CAPTION
@@ -65,11 +65,11 @@ def captions_in(kind: str, data: bytes, fields: Weights = ()) -> Captions:
 
 
 def captions_of(row: Any, fields: Weights = ()) -> Captions:
-    """The captions in a row: those of the fields, or the first of "caption", "text" (or the "txt" of a file)."""
+    """The captions in a row: those of the fields, or the first of "caption", "text" and "txt" (as of a file)."""
     if not isinstance(row, dict):
         return NONE
     if not fields:
-        first = next((found[0] for name in (*CAPTION_FIELDS, "txt") if (found := _all(row.get(name)))), None)
+        first = next((found[0] for name in CAPTION_FIELDS if (found := _all(row.get(name)))), None)
         return ((first,), ()) if first else NONE
     captions: list[str] = []
     shares: list[float] = []

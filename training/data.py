@@ -360,7 +360,7 @@ def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, 
     """
     if not 0 <= held_out_fraction <= 1:
         raise DataError(f"held_out_fraction must be in [0, 1], not {held_out_fraction}")
-    held_out = np.array([place_of(key.partition("#")[0]) < held_out_fraction for key in source.keys], dtype=bool)
+    held_out = np.array([place_of_key(key) < held_out_fraction for key in source.keys], dtype=bool)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -368,6 +368,11 @@ def place_of(text: str) -> float:
     """Where the SHA-256 of a text falls in [0, 1)."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
+
+
+def place_of_key(key: str) -> float:
+    """That of a sample's key, but for what follows "#"."""
+    return place_of(key.partition("#")[0])
 
 
 def checked_size(image_size: int | Size | None) -> Size | None:

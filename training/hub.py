@@ -6,6 +6,7 @@ any row; `training/stream.py` reads those that come one row after another.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ class HubRows:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.data = load(name, streaming=False)
+        self.data, _ = load(name, streaming=False)
         self.column = image_column(self.data.column_names, name)
 
     def rows(self, wanted: Wanted) -> Iterator[Row]:
@@ -45,20 +46,28 @@ class HubRows:
         return image_in(self.data[entry.size][self.column])
 
 
-def load(name: str, streaming: bool) -> Any:
-    """A dataset whose images are left encoded. Raises `DataError` in one line, whatever went wrong."""
+def load(name: str, streaming: bool) -> tuple[Any, str]:
+    """(a dataset whose images are left encoded, of a stream what changes with its files; "" where that is not known).
+
+    Raises `DataError` in one line, whatever went wrong.
+    """
     path, config, split = parse(name)
     try:
         import datasets
     except ImportError as error:
         raise DataError('Hugging Face datasets need their package: pip install "mmdit[hf]"') from error
+    version = ""
     try:
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
             data = datasets.load_from_disk(path)
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            version = data._fingerprint
             data = data.to_iterable_dataset(num_shards=min(8, max(1, len(data)))) if streaming else data
+        elif streaming:
+            builder = datasets.load_dataset_builder(path, config)
+            data, version = builder.as_streaming_dataset(split=split), _version(builder, split)
         else:
-            data = datasets.load_dataset(path, config, split=split, streaming=streaming)
+            data = datasets.load_dataset(path, config, split=split)
         features = data.features or {}
         for column, feature in features.items():
             if isinstance(feature, datasets.Image):
@@ -67,7 +76,18 @@ def load(name: str, streaming: bool) -> Any:
         raise DataError(
             f"hf:{name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
-    return data
+    return data, version
+
+
+def _version(builder: Any, split: str) -> str:
+    """A digest of the names of a split's files, with the sizes of those on a disk, and of others with the revision or
+    the mark of their content that their server gave.
+    """
+    files = (builder.config.data_files or {}).get(split) or []
+    told = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    if any(map(is_url, files)):
+        told += map(str, getattr(files, "origin_metadata", ()))  # of files that are passed over too
+    return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else ""
 
 
 def parse(name: str) -> tuple[str, str | None, str]:

@@ -21,9 +21,10 @@ from training.devices import pick_device
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
+from training.resuming import other_setting
 from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
 from training.settings import keys
-from training.trainer import Trainer, other_setting
+from training.trainer import Trainer
 
 # What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
 KEPT = (

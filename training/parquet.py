@@ -7,7 +7,9 @@ time (`order.WINDOW`), which each process keeps: row groups of some tens of MB a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from training.errors import DataError
@@ -26,10 +28,11 @@ class ParquetRows:
     def __init__(self, patience: Patience) -> None:
         _pyarrow()
         self.patience = patience
-        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], _Once] = OrderedDict()
+        self._lock = Lock()  # samples of a server are read by several threads
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"patience": self.patience, "_groups": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParquetRows, (self.patience,)
 
     def rows(self, file: Listed, wanted: Wanted) -> Iterator[Row]:
         """All rows, without their images unless sizes are wanted. Raises OSError, ValueError for a corrupt file."""
@@ -49,19 +52,36 @@ class ParquetRows:
     def image(self, entry: Entry) -> bytes:
         """The image file of a sample. Raises OSError where it cannot be read."""
         place = (entry.path, entry.offset)
-        if place not in self._groups:
-            with _reading(entry.path):
-                file = list_urls(entry.path, self.patience)[0] if is_url(entry.path) else Listed(entry.path, 0, "")
-                parquet = self._open(file)
-                column = image_column(parquet.schema_arrow.names, entry.path)
-                self._groups[place] = parquet.read_row_group(entry.offset, columns=[column]).column(column)
+        with self._lock:
+            group = self._groups.setdefault(place, _Once(partial(self._images, *place)))
+            self._groups.move_to_end(place)
             while len(self._groups) > WINDOW:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return bytes_in(self._groups[place][entry.size].as_py())
+        return bytes_in(group()[entry.size].as_py())
+
+    def _images(self, path: str, group: int) -> Any:
+        """The column of images of a row group."""
+        with _reading(path):
+            file = list_urls(path, self.patience)[0] if is_url(path) else Listed(path, 0, "")
+            parquet = self._open(file)
+            column = image_column(parquet.schema_arrow.names, path)
+            return parquet.read_row_group(group, columns=[column]).column(column)
 
     def _open(self, file: Listed) -> Any:
         return _pyarrow().ParquetFile(RemoteFile(file, self.patience) if is_url(file.url) else file.url)
+
+
+class _Once:
+    """What a function gives, asked for once, whichever thread is the first; the others wait. An error is not kept."""
+
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self.ask, self.lock = ask, Lock()
+
+    def __call__(self) -> Any:
+        with self.lock:
+            if not hasattr(self, "found"):
+                self.found = self.ask()
+            return self.found
 
 
 class _reading:

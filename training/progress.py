@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
@@ -18,6 +18,16 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, or nothing where nobody reads any more: a `tee` that ended by the Ctrl-C at which a run saves, or a
+    terminal that is closed. What the stream (None: standard output) has no bytes for comes as an escape.
+    """
+    stream = sys.stdout if stream is None else stream
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 class Progress:
@@ -75,16 +85,17 @@ class Progress:
             self._last_line = now
             left = (self.total - done) / self.rate if self.rate else 0.0
             words = [f"{self.title} {done}/{self.total}", self._text(), f"{duration(left)} left" if left else ""]
-            print("  ".join(filter(None, words)), file=self.stream, flush=True)
+            say("  ".join(filter(None, words)), self.stream)
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(text)
+            with suppress(OSError):  # of a terminal that is closed
+                self._bar.console.print(text)
         else:
-            print(text, file=self.stream)
+            say(text, self.stream)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,7 +111,8 @@ class Progress:
 
     def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, load_config, to_toml
+from training.progress import say
 
 OWN = {"config.toml", "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
@@ -90,8 +91,8 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
-        print(text, flush=True)
-        with named(path := self.path / "log.txt"), path.open("a") as file:
+        say(text)
+        with named(path := self.path / "log.txt"), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log_skipped(self, key: str, reason: str) -> None:
@@ -181,7 +182,7 @@ class QuietRun(RunFolder):
         """Print it."""
         if key not in self._skipped:
             self._skipped.add(key)
-            print(f"process {self.rank} skipped {key}: {reason}", flush=True)
+            say(f"process {self.rank} skipped {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Nothing."""

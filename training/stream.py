@@ -28,7 +28,7 @@ from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
 from training.captions import captions_of
-from training.data import Sample, SourceOptions, place_of, read_sample
+from training.data import Sample, SourceOptions, place_of_key, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.image_batches import ImageBatch, make_batch, make_row, rng_for
@@ -43,6 +43,7 @@ from training.workers import run
 STREAM = "hf-stream:"
 PLAIN = SourceOptions()
 AHEAD = 2  # batches of rows read before they are asked for
+BAD_BATCHES = 10  # in a row without a good sample end a run, as so many steps without a finite gradient do
 PROBED = 100  # rows whose sizes are looked at to find the most common one
 _Batch: TypeAlias = "list[tuple[Size, Row]]"
 
@@ -60,7 +61,8 @@ class Row(NamedTuple):
 
 
 class StreamSource:
-    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to.
+    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to, and
+    `version` changes with the stream's files and with what is wanted of them ("" where no files are known).
 
     Raises `DataError` where it cannot be loaded, or its first rows show no image.
     """
@@ -76,12 +78,14 @@ class StreamSource:
     ) -> None:
         options.check_size(size)
         self.spec, self.num_samples, self.options, self.buffer = spec, num_samples, options, buffer
-        data = load(spec.removeprefix(STREAM), streaming=True)
+        data, files = load(spec.removeprefix(STREAM), streaming=True)
+        wishes = replace(options.wanted, cache=None, patience=Patience())
+        self.version, self._wishes = _digest(f"{files} {wishes}") if files else "", wishes
         names = data.column_names or list(next(iter(data)))
         self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
         self.column, self.key_column = image_column(names, spec), key_column(names)
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
-        self.keys: Sequence[str] = [spec]  # what is known of them
+        self.keys: Sequence[str] = [spec]  # all that is known of them
         self.skipped: list[tuple[str, str]] = []
         self.image_size = fit_size(*(size or self._common_size()), step)
         self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
@@ -140,9 +144,7 @@ class StreamSource:
                 write_aside(self._note(held_out), lambda aside: aside.write_text(json.dumps(count)))
 
     def _note(self, held_out: float) -> Path:
-        wishes = replace(self.options.wanted, cache=None, patience=Patience())
-        text = f"{self.spec} {self.num_samples} {wishes} {held_out}"
-        name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+        name = _digest(f"{self.spec} {self.version} {self.num_samples} {self._wishes} {held_out}")
         return (self.options.wanted.cache or Path(os.devnull)) / f"stream-{name}.json"
 
     # --- a row ---
@@ -171,13 +173,17 @@ class StreamSource:
         return sizes.most_common(1)[0][0]
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+
 class HeldOut:
     """The first `most` held-out rows of a stream, in memory, as a source; each in its bucket, or of its own size."""
 
     def __init__(self, stream: StreamSource, fraction: float, most: int) -> None:
         looked = int(2 * most / fraction) if fraction else 0  # rows that are read to find them
         rows = itertools.islice(stream.rows(0, None), looked)
-        self.rows = list(itertools.islice((row for row in rows if place_of(row.key) < fraction), most))
+        self.rows = list(itertools.islice((row for row in rows if place_of_key(row.key) < fraction), most))
         self.stream, self.image_size, self.skipped = stream, stream.image_size, stream.skipped
         self.keys: Sequence[str] = [row.key for row in self.rows]
         self.layout = Layout((self.image_size,))
@@ -200,7 +206,7 @@ class HeldOut:
 def epoch_from(stream: StreamSource, held_out: float, seed: int, epoch: int, start: int) -> Generator[Row, None, int]:
     """The rows to train on in an epoch, in its order, from a place on; returns how many there are in all of it."""
     count = 0
-    rows = (row for row in stream.rows(epoch, seed) if place_of(row.key) >= held_out)
+    rows = (row for row in stream.rows(epoch, seed) if place_of_key(row.key) >= held_out)
     for block in itertools.count():
         some = list(itertools.islice(rows, stream.buffer))
         if start < len(some):
@@ -237,8 +243,9 @@ def stream_loader(
     """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1, each of its
     own size where sizes are mixed; or, with buckets that are not mixed, that of `bucketfuls`.
 
-    In place of a bad sample stands the next good one of the whole batch, whoever decodes that. Raises `DataError` while
-    iterating where the stream breaks or no sample of a batch is good.
+    In place of a bad sample stands the next good one of the whole batch, whoever decodes that; in place of a batch
+    without any, the next one that has some. Raises `DataError` while iterating where the stream breaks, or after
+    `BAD_BATCHES` in a row without a good sample.
     """
     in_buckets = stream.options.buckets and not stream.layout.mixed
     batches = (_in_buckets if in_buckets else _in_order)(stream, held_out, batch_size, seed, start_step)
@@ -249,7 +256,7 @@ def stream_loader(
             yield _Asked(step, mine, batch)
 
     make = partial(_decoded, stream.options, seed)
-    return _closing(run(make, ahead(asked(), AHEAD), num_workers))
+    return _standing_in(run(make, ahead(asked(), AHEAD), num_workers))
 
 
 def _in_order(stream: StreamSource, held_out: float, batch_size: int, seed: int, start_step: int) -> Iterator[_Batch]:
@@ -264,11 +271,29 @@ def _in_buckets(stream: StreamSource, held_out: float, batch_size: int, seed: in
         yield [(size, row) for row in rows]
 
 
-def _closing(batches: Generator[ImageBatch, None, None]) -> Generator[ImageBatch, None, None]:
+def _standing_in(batches: Generator[ImageBatch | _Bad, None, None]) -> Generator[ImageBatch, None, None]:
+    """As many batches, each that is bad replaced by the next good one: so they still are functions of their number."""
+    bad: list[_Bad] = []
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, ImageBatch):
+                skipped = [row for one in bad for row in one.skipped]
+                yield replace(batch, skipped=skipped + batch.skipped)
+                yield from itertools.repeat(replace(batch, skipped=[]), len(bad))
+                bad = []
+                continue
+            bad.append(batch)
+            if len(bad) == BAD_BATCHES:
+                raise DataError(f"none of the samples of {len(bad)} batches in a row can be used; {batch.example}")
     finally:
         batches.close()
+
+
+class _Bad(NamedTuple):
+    """A batch without a good sample: the bad ones of this process, and one in words."""
+
+    skipped: list[tuple[str, str]]
+    example: str
 
 
 @dataclass(frozen=True)
@@ -282,22 +307,23 @@ class _Asked:
     batch: _Batch
 
 
-def _decoded(options: SourceOptions, seed: int, asked: _Asked) -> ImageBatch:
+def _decoded(options: SourceOptions, seed: int, asked: _Asked) -> ImageBatch | _Bad:
     @cache
     def sample(number: int) -> Sample:
         size, row = asked.batch[number]
         rng = partial(rng_for, seed, asked.step, number)
         return read_sample(row.key, row.captions, row.shares, row.image, size, options, rng)
 
-    def good(first: int) -> Sample:
-        for number in (*range(first, len(asked.batch)), *range(first)):
-            if sample(number).error is None:
-                return sample(number)
-        bad = sample(first)
-        raise DataError(f"none of the {len(asked.batch)} samples can be used; one of them is {bad.key}: {bad.error}")
+    def good(first: int) -> Sample | None:
+        places = (*range(first, len(asked.batch)), *range(first))
+        return next((sample(number) for number in places if sample(number).error is None), None)
 
-    numbered = [(-1, good(number)) for number in asked.mine]
+    numbered = [(-1, found) for number in asked.mine if (found := good(number)) is not None]
     skipped = [(bad.key, bad.error) for bad in map(sample, asked.mine) if bad.error is not None]
+    if not numbered:
+        said = f"none of its {len(asked.batch)} samples can be used, the next batch stands in for it"
+        bad = sample(0)
+        return _Bad([*skipped, (f"the batch of step {asked.step + 1}", said)], f"one of them is {bad.key}: {bad.error}")
     if options.mixes:
         return make_row(numbered, skipped)
     return make_batch(asked.batch[0][0], len(numbered), numbered, skipped)

@@ -139,9 +139,9 @@ class Telemetry:
         self._fill_bins()
         return {"bins": self._bins.tolist(), "parts": {k: [x.item() for x in v] for k, v in self._parts.items()}}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._bins = torch.tensor(state["bins"], dtype=torch.float64)
+    def load(self, state: dict[str, Any], processes: int = 1) -> None:
+        """Go on from `state`, or as one of so many processes from their `shared_state`."""
+        self._bins = torch.tensor(state["bins"], dtype=torch.float64) / processes
         for name, values in state["parts"].items():
             self._parts[name] = [torch.tensor(value, device=self.device) for value in values]
 
@@ -195,10 +195,12 @@ class Telemetry:
 
 
 def shared_state(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the states of several processes one that each of them can go on from: the means."""
+    """The states of several processes as one, that any number of them can go on from: sums of what each adds to the
+    bins, and means.
+    """
     if len(states) == 1:
         return states[0]
-    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).mean(0).tolist()
+    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).sum(0).tolist()
     parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0).tolist()
              for name in states[0]["parts"]}  # fmt: skip
     return {"bins": bins, "parts": parts}

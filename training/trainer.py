@@ -46,9 +46,10 @@ from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
+from training.resuming import check_state, told_of
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.setup import build_model, fingerprint, open_corpus, open_data, open_feeds, open_pieces
+from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
     accumulating,
@@ -71,14 +72,6 @@ COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling t
 
 class Diverged(ValueError):
     """The gradient was no finite number for too many steps in a row."""
-
-
-def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
-    """What is said where a resumed run would not keep a setting."""
-    return ValueError(
-        f"{run.path} was trained with another {key}: {old}, not {new}; "
-        "a resumed run keeps it, train afresh into another folder to change it"
-    )
 
 
 class Trainer:
@@ -105,7 +98,7 @@ class Trainer:
         self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
-        self.samples, self.text = fingerprint(source), corpus and corpus.digest
+        self.data = told_of(source, corpus)
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
         self._equip(source.image_size)
         if resumed:
@@ -130,7 +123,7 @@ class Trainer:
     def _equip(self, image_size: tuple[int, int]) -> None:
         """What learns with the fresh model: its share of it, the optimiser, the average, and the pipeline of that."""
         config, run, ranks = self.config, self.run, self.ranks
-        ranks.agree(config=repr(config), data=self.samples, text=self.text, weights=weights_digest(self.model))
+        ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
         held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
@@ -399,8 +392,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         losses = self._mean_losses()
-        state = {"step": self.step, "seed": self.config.seed, "samples": self.samples, "losses": losses}
-        state |= {"text": self.text} if self.text else {}
+        state = {"step": self.step, "seed": self.config.seed, "losses": losses, **self.data}
         state |= {"ordered": self._ordered, "updates": self.updates, "skipped": self.skipped, "bad": self._bad}
         state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
         state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
@@ -437,23 +429,7 @@ class Trainer:
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
         state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
-        if state["seed"] != self.config.seed:
-            raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {self.config.seed}")
-        if state["step"] > (steps := self.config.training.num_steps):
-            raise ValueError(
-                f"{self.run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
-                "or train afresh into another folder"
-            )
-        if state.get("samples", self.samples) != self.samples:
-            old, new = self.run.config().data.source, self.config.data.source
-            if new != old:
-                raise other_setting(self.run, "data.source", old, new)
-            self.run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
-        if state.get("text") != self.text:
-            raise ValueError(
-                f"{self.config.transfusion.text} has changed since {self.run.path} was trained on it: put the text "
-                "back as it was, or train afresh into another folder"
-            )
+        check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
         load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
@@ -463,7 +439,7 @@ class Trainer:
         self.updates = state.get("updates", self.step)
         self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
         if "telemetry" in state:
-            self.telemetry.load(state["telemetry"])
+            self.telemetry.load(state["telemetry"], self.ranks.world)
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")

@@ -1,5 +1,6 @@
 """The command line: what reaches the library, and how bad input ends."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mmdit
+import mmdit_cli.main
 import training
 from mmdit_cli import errors
 from mmdit_cli.generate import _part
@@ -382,6 +384,14 @@ def test_another_broken_pipe_is_said(monkeypatch):
     monkeypatch.setattr(training, "train", broken)
     result = CliRunner().invoke(app, ["train", "demo"])
     assert result.exit_code == 2 and "Broken pipe" in result.output
+
+
+def test_what_stdout_cannot_show_ends_no_command(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr(mmdit_cli.main, "app", lambda: print("a \u65e5 picture", flush=True))
+    mmdit_cli.main.main()
+    assert terminal.buffer.getvalue() == b"a \\u65e5 picture\n"
 
 
 def test_version_names_the_package():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 
 import training
 import training.launch
+import training.progress
 import training.trainer
 from tests.training.processes import python
-from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics
+from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics, stop_after
 from training.checkpoint import list_checkpoints, load_checkpoint, load_latest, newest_whole, save_checkpoint
 from training.config import load_config
 from training.ema import power_of, reconstruct
@@ -31,6 +33,29 @@ from training.run import OWN, RunFolder
 from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
 from training.writing import Writer
+
+# --- nobody reads what is printed any more ------------------------------------------------------------------------
+
+
+def test_a_reader_who_leaves_costs_no_checkpoint(tmp_path, monkeypatch):
+    """As in `mmdit train ... | tee log`, of which a Ctrl-C ends both."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(training.progress, "LINE_EVERY", 0)
+    stop_after(4, monkeypatch, signal.SIGINT)
+    real = Trainer._train_step
+
+    def train_step(self, model, batch):
+        if self.step == 3:
+            os.close(reader)
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    with suppress(BrokenPipeError), open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        training.train(config_for(tmp_path / "run", "training.num_steps=10", "training.checkpoint_every=0"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert "stopped at step 4, all saved" in (tmp_path / "run" / "log.txt").read_text()
+
 
 # --- a batch without a finite gradient ----------------------------------------------------------------------------
 

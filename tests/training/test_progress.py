@@ -1,13 +1,15 @@
 """What is printed while a run goes on, with a clock of our own."""
 
+import os
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 
 import samplers
-from training.progress import LINE_EVERY, Progress, drawing, duration
+from training.progress import LINE_EVERY, Progress, drawing, duration, say
 
 
 @pytest.fixture
@@ -107,6 +109,20 @@ def test_images_a_second_are_known_from_the_second_step_on(clock):
             clock[0] += 0.5
             progress.show(step)
             assert progress.images_per_second == pytest.approx(128.0)
+
+
+def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
+    terminal, inside = pytest.importorskip("pty").openpty()
+    with suppress(OSError), open(inside, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with Progress("training", 10) as progress:
+            progress.show(1)
+            os.close(terminal)
+            progress.note("step 2: validation loss 0.5")
+            say("skipped: 7")
+            progress.show(2)
+        done = progress.done
+    assert done == 2
 
 
 def test_notes_stay(capsys):

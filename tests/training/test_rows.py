@@ -2,8 +2,14 @@
 
 import builtins
 import itertools
+import json
+import os
 import pickle
+import shutil
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from tests.training.pictures import noisy, parquet_of, picture, shards_of
 from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
+from training.hub import load
 from training.parquet import ParquetRows
 from training.remote import Patience
 from training.run import RunFolder
@@ -52,6 +59,29 @@ def test_row_groups_are_read_once_each_while_they_are_kept(tmp_path, monkeypatch
     keys = [key for batch in itertools.islice(loader(source, range(160), 4, 0), 40) for key in batch.keys]
     assert sorted(keys) == sorted(source.keys) and keys != sorted(keys)
     assert 24 <= len(opened) <= 32  # some are there from finding the common size
+
+
+def test_threads_read_a_row_group_of_a_server_once(tmp_path, monkeypatch):
+    """Those of a batch: of more row groups at the same time than are kept, and several of one."""
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    files.pipe("/rows/a.parquet", parquet_of(tmp_path / "a.parquet", range(48), rows_per_group=4).read_bytes())
+    source = open_source("memory://rows/a.parquet", 8)
+    read, plain = [], ParquetRows._open
+
+    def slow(self, file):
+        read.append(file)
+        time.sleep(0.02)
+        return plain(self, file)
+
+    monkeypatch.setattr(ParquetRows, "_open", slow)
+    batches = loader(source, range(48), 48, 0)
+    assert sorted(next(batches).keys) == sorted(source.keys)
+    assert len(read) <= 24  # of 12, some of which come again at the end of a window
+    at_once = threading.Barrier(12)  # other row groups are read meanwhile, more than are kept
+    monkeypatch.setattr(ParquetRows, "_open", lambda self, file: (at_once.wait(5), plain(self, file))[1])
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(pickle.loads(pickle.dumps(source)).__getitem__, range(0, 48, 4)))
+    assert [sample.caption for sample in found] == [f"picture {i}" for i in range(0, 48, 4)]
 
 
 def test_parquet_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
@@ -123,6 +153,19 @@ def test_a_dataset_holds_the_same_samples(on_disk):
     assert colours(source) == EXPECTED and source.layout.block is None
     with pytest.raises(DataError, match="no images left of .*: 10 have a side below 9 pixels, such as saved-00000000"):
         open_source(f"hf:{on_disk}", options=SourceOptions(wanted=Wanted(min_side=9)))
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_the_captions_of_shards_that_are_read_as_a_dataset_are_found(tmp_path, kind, monkeypatch):
+    """`datasets` makes a column "txt" of the files in a WebDataset shard."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    spec = f"{kind}:{shards_of(tmp_path / 'shards', (4, 6))}"
+    if kind == "hf":
+        assert colours(open_source(spec)) == EXPECTED
+    else:
+        assert [row.captions for row in StreamSource(spec).rows(0, None)] == [(text,) for _, text in EXPECTED]
 
 
 def test_workers_read_a_dataset(on_disk):
@@ -258,6 +301,84 @@ def test_a_bad_image_of_a_stream_is_replaced_by_the_same_one_whoever_decodes_it(
             batches.close()
 
 
+def with_bad_rows(path, num: int, *bad: int) -> str:
+    """A stream of one file, of which some rows hold no image."""
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    import pyarrow
+    import pyarrow.parquet
+
+    path.mkdir()
+    images = [{"bytes": b"no image" if i in bad else noisy(i, (8, 8)), "path": None} for i in range(num)]
+    table = pyarrow.table({"image": images, "text": [f"picture {i}" for i in range(num)]})
+    pyarrow.parquet.write_table(table, path / "a.parquet")
+    return f"hf-stream:{path}"
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_for_a_batch_of_a_stream_without_a_good_sample_the_next_one_stands(tmp_path, buckets):
+    """Wherever a run goes on, and in all processes."""
+    spec = with_bad_rows(tmp_path / "data", 24, *range(4, 12), 13)
+    options = SourceOptions(buckets, flip=True)
+    stream = StreamSource(spec, (8, 8), 8, options=options, buffer=1)
+    whole = list(itertools.islice(stream_loader(stream, 0.0, 4, 0), 7))
+    assert [{*batch.captions} for batch in whole[1:4]] == [{"picture 12", "picture 14", "picture 15"}] * 3
+    assert torch.equal(whole[1].images, whole[3].images) and len({*whole[0].captions, *whole[4].captions}) == 8
+    told = [[key for key, _ in batch.skipped if "step" in key] for batch in whole]
+    assert told[:5] == [[], ["the batch of step 2", "the batch of step 3"], [], [], []]
+    assert [len(batch.skipped) for batch in whole[:5]] == [0, 11, 0, 0, 0]
+    for start, num_workers in ((1, 0), (2, 1), (3, 0)):
+        ranks = [stream_loader(stream, 0.0, 4, 0, start, num_workers, Share(rank, 2)) for rank in range(2)]
+        for one in whole[start:]:
+            parts = [next(rank) for rank in ranks]
+            assert sum((part.keys for part in parts), []) == one.keys
+            assert torch.equal(torch.cat([part.images for part in parts]), one.images)
+        for batches in ranks:
+            batches.close()
+
+
+def test_a_stream_of_which_ten_batches_in_a_row_are_bad_ends(tmp_path):
+    nine, ten = (
+        StreamSource(with_bad_rows(tmp_path / f"{num}", 48, *range(4, 4 + 4 * num)), (8, 8), buffer=1)
+        for num in (9, 10)
+    )
+    batches = list(itertools.islice(stream_loader(nine, 0.0, 4, 0), 11))
+    assert [batch.captions for batch in batches[1:]] == [[f"picture {i}" for i in range(40, 44)]] * 10
+    for num_workers in (0, 1):
+        batches = stream_loader(ten, 0.0, 4, 0, 0, num_workers)
+        assert next(batches).captions == [f"picture {i}" for i in range(4)]
+        with pytest.raises(DataError, match="none of the samples of 10 batches in a row can be used; one of them is"):
+            next(batches)
+
+
+def test_a_run_goes_on_over_bad_rows_of_its_stream(tmp_path):
+    spec = with_bad_rows(tmp_path / "data", 24, *range(4, 9))
+    changes = [f"data.source={spec}", "data.image_size=[8,16]", "data.held_out=0",
+               "data.cache_latents=false", "data.num_samples=none", "data.shuffle_buffer=1", "training.batch_size=4",
+               "training.precision=fp32", "training.sample_every=0", "training.checkpoint_every=1"]  # fmt: skip
+    runs = []
+    for steps in (4, 1):
+        own = [f"training.out={tmp_path / str(steps)}", f"training.num_steps={steps}"]
+        runs.append(training.train(load_config("pixels-tiny", [*changes, *own])))
+    training.resume(runs[1], ["training.num_steps=4"])
+    for run in runs:
+        line = "the batch of step 2: none of its 4 samples can be used, the next batch stands in for it"
+        assert line in (run / "log.txt").read_text()
+    one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_captions_of_one_image_of_a_stream_fall_to_one_side(tmp_path):
+    """What follows "#" in a key does not count, as in other data."""
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    keys = [f"{i // 5:03d}#{i % 5}" for i in range(100)]
+    path = parquet_of(tmp_path / "a.parquet", range(100), key=keys)
+    stream, files = StreamSource(f"hf-stream:{tmp_path}"), open_source(str(path))
+    held_out = {row.key for row in HeldOut(stream, 0.3, 100).rows}
+    assert held_out == {files.keys[i] for i in split_by_key(files, 0.3)[1]} and 0 < len(held_out) < 100
+    trained = {row.key for row in itertools.islice(shuffled(stream, 0.3, 1), 100 - len(held_out))}
+    assert trained == {*keys} - held_out
+
+
 def test_images_of_a_stream_may_lie_in_files_also_on_a_server(tmp_path, monkeypatch):
     """As `datasets` streams a folder of images: each cell names a file. One that is missing is a bad sample."""
     pytest.importorskip("datasets")
@@ -310,6 +431,59 @@ def test_a_run_on_a_stream_resumes_to_the_bit(many, tmp_path):
     one, other = (training.checkpoint.load_latest(run, print)[1]["model"] for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert "validation_loss" in RunFolder(runs[0]).metrics()[-1]
+
+
+def test_a_stream_whose_files_changed_is_said_on_resume(tmp_path):
+    """Neither the time of a file nor the folder that all lie in counts, a filter does; and the note of how long an
+    epoch was is of the files that were there.
+    """
+    pytest.importorskip("datasets").config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    (data := tmp_path / "data").mkdir()
+    for number in range(2):
+        parquet_of(data / f"{number}.parquet", range(10 * number, 10 * number + 10))
+    changes = [f"data.source=hf-stream:{data}", "data.image_size=[8,16]", "data.held_out=0", "data.num_samples=none",
+               "data.cache_latents=false", "training.batch_size=4", "training.sample_every=0"]  # fmt: skip
+    run = training.train(load_config("pixels-tiny", [*changes, f"training.out={tmp_path / 'run'}"]))
+
+    def said(steps: int, *more: str) -> bool:
+        (run / "log.txt").unlink()
+        training.resume(run, [f"training.num_steps={steps}", *more])
+        return "has other files, or another version of them" in (run / "log.txt").read_text()
+
+    os.utime(data / "1.parquet", (1, 1))
+    shutil.move(data, tmp_path / "moved")
+    moved = f"data.source=hf-stream:{tmp_path / 'moved'}"
+    assert not said(7, moved)
+    parquet_of(tmp_path / "moved" / "1.parquet", range(10, 23))
+    assert said(13) and not said(14) and said(15, "data.min_caption=1") and not said(16)
+    assert sorted(json.loads(note.read_text()) for note in (run / "index").iterdir()) == [20, 20, 23, 23]
+    (tmp_path / "moved" / "1.parquet").rename(tmp_path / "moved" / "2.parquet")
+    with pytest.raises(ValueError, match="was trained with another data.source"):
+        training.resume(run, ["training.num_steps=17", f"data.source=hf-stream:{tmp_path / 'moved'}/"])
+
+
+def test_the_version_of_a_stream_is_what_its_server_says(tmp_path, monkeypatch):
+    """Of files on the hub their revision, elsewhere an ETag; of a saved dataset its own fingerprint."""
+    datasets = pytest.importorskip("datasets")
+
+    class Files(list):
+        origin_metadata = [("me/data", "1234")]
+
+    def version(url: str, *mark: str) -> str:
+        files = Files([url])
+        files.origin_metadata = [mark]
+        rows = datasets.Dataset.from_dict({"image": [b""]}).to_iterable_dataset()
+        config = type("Config", (), {"data_files": {"train": files}})
+        builder = type("Builder", (), {"config": config, "as_streaming_dataset": lambda self, split: rows})
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, config: builder())
+        return load("me/data", streaming=True)[1]
+
+    told = [version("hf://a.parquet", "me/data", "1"), version("hf://a.parquet", "me/data", "2"),
+            version("https://a.parquet", "tag"), version("https://a.parquet", "gat")]  # fmt: skip
+    saved = datasets.Dataset.from_dict({"image": [b""]})
+    saved.save_to_disk(tmp_path)
+    assert load(str(tmp_path), streaming=True)[1] == datasets.load_from_disk(tmp_path)._fingerprint
+    assert len({*told}) == 4 and "" not in told and told[0] == version("hf://a.parquet", "me/data", "1")
 
 
 def test_what_is_fetched_ahead_comes_in_order_with_its_error():

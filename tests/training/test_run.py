@@ -1,13 +1,14 @@
 """The run folder: taken or free, its config, and metrics that survive a kill and a resume."""
 
 import errno
+import io
 import os
 from pathlib import Path
 
 import pytest
 
 from training.config import load_config
-from training.run import RunFolder
+from training.run import QuietRun, RunFolder
 
 
 @pytest.fixture
@@ -51,6 +52,18 @@ def test_what_is_logged_is_printed_and_kept(run, capsys):
     assert capsys.readouterr().out == "one\nzwei ü\n"
     lines = (run.path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["one", "zwei ü"]
+
+
+@pytest.mark.parametrize("kind", [RunFolder, lambda path: QuietRun(path, 1)])
+def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch, kind):
+    """As of samples, where stdout or the locale is of another encoding than UTF-8."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")  # of files of no named encoding
+    kind(tmp_path).log_skipped("\u65e5 \u00fc \udcff", "no image")
+    assert rb"\u65e5 " + b"\xfc" + rb" \udcff: no image" in terminal.buffer.getvalue()
+    if kind is RunFolder:
+        assert "\u65e5 \u00fc \\udcff: no image" in (tmp_path / "log.txt").read_bytes().decode()
 
 
 def test_a_sample_that_cannot_be_used_is_named_once(run, capsys):

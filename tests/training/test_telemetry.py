@@ -18,7 +18,7 @@ from training.config import load_config
 from training.flops import captioned, in_one_row, step_flops
 from training.objectives import Batch, Loss
 from training.run import RunFolder
-from training.telemetry import WAIT_WINDOW, Telemetry, bin_names, part_of
+from training.telemetry import WAIT_WINDOW, Telemetry, bin_names, part_of, shared_state
 
 CPU = torch.device("cpu")
 
@@ -113,6 +113,26 @@ def test_several_processes_are_one_run():
         assert two[name] == pytest.approx(2 * one[name])
     for name in ("mfu", "data_wait", "loss_text", "loss_t0.3125"):
         assert two[name] == pytest.approx(one[name])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 3)])
+def test_losses_by_time_go_on_with_another_number_of_processes(before, after):
+    """Two steps of six images, between which a run stops: each counts half in the line that follows."""
+
+    def step(processes: int, error: float):
+        telemetry, *_ = make(reduce=lambda totals: processes * totals)
+        images = torch.full((6 // processes,), 0.3)
+        return telemetry, Loss(
+            torch.tensor(error), {"text": torch.tensor(error)}, images, torch.full_like(images, error)
+        )
+
+    first, loss = step(before, 1.0)
+    first.add(loss)
+    second, loss = step(after, 4.0)
+    second.load(shared_state([first.state()] * before), after)
+    second.add(loss)
+    line = second.line()
+    assert line["loss_t0.3125"] == line["loss_text"] == 2.5
 
 
 def test_no_step_waits_for_the_device(monkeypatch):

@@ -1,0 +1,57 @@
+"""Whether a checkpoint goes on with a config and its data: what differs is refused, or said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.config import TrainConfig
+from training.corpus import Corpus
+from training.data import Source
+from training.run import RunFolder
+from training.setup import fingerprint
+
+
+def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
+    """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files and filters,
+    and of the text where there is some.
+    """
+    version: str = getattr(source, "version", "")
+    told = {"samples": fingerprint(source)} | ({"version": version} if version else {})
+    return told | ({"text": corpus.digest} if corpus else {})
+
+
+def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
+    """What is said where a resumed run would not keep a setting."""
+    return ValueError(
+        f"{run.path} was trained with another {key}: {old}, not {new}; "
+        "a resumed run keeps it, train afresh into another folder to change it"
+    )
+
+
+def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Raises ValueError where a checkpoint's state is of another run than the config says; warns where the samples have
+    changed. data: what `told_of` says now.
+    """
+    if state["seed"] != config.seed:
+        raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {config.seed}")
+    if state["step"] > (steps := config.training.num_steps):
+        raise ValueError(
+            f"{run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
+            "or train afresh into another folder"
+        )
+    version, now = state.get("version"), data.get("version")
+    moved = version is not None and version == now  # a stream, which is otherwise known by its name alone
+    if state.get("samples", data["samples"]) != data["samples"] and not moved:
+        old, new = run.config().data.source, config.data.source
+        if new != old:
+            raise other_setting(run, "data.source", old, new)
+        run.log(f"warning: {new} has changed since it was trained on: the order of samples is another now")
+    if version is not None and version != now:
+        what = "has other files, or another version of them, or other filters than when it was trained on"
+        run.log(f"warning: {config.data.source} {what}: the order of samples may be another now")
+    if state.get("text") != data.get("text"):
+        raise ValueError(
+            f"{config.transfusion.text} has changed since {run.path} was trained on it: put the text "
+            "back as it was, or train afresh into another folder"
+        )
