@@ -115,8 +115,19 @@ def options(
         os.environ[errors.DEBUG] = "1"
 
 
+def _share_cores() -> None:
+    """Threads that wait for the others of a step leave their core to other programs after some 10 us.
+
+    torch's OpenMP on Linux (GCC's libgomp) reads this when torch is loaded. Left to itself it lets them spin 300 times
+    as long, and where other programs want the cores, the thread that all wait for then gets none.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
+    _share_cores()
     threading.excepthook = errors.of_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a caption that it cannot show ends no command

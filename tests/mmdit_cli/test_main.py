@@ -1,6 +1,8 @@
 """The command line: what reaches the library, and how bad input ends."""
 
+import ast
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -445,3 +447,17 @@ def test_one_process_of_several_that_failed_ends_at_once(rank, processes, torn_d
     ended = subprocess.run([sys.executable, "-c", code, "train", "none.toml"], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("mmdit: error: ")
     assert ("torn down" in ended.stdout) == torn_down
+
+
+@pytest.mark.parametrize(
+    "given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_soon_leave_their_core_to_others(given, spins):
+    """It is said before torch is loaded, which reads it once; the user's own word stands."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = (
+        "import os, sys, mmdit_cli.main as m; m.app = lambda: print('torch' in sys.modules, dict(os.environ)); m.main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+    loaded, found = out.stdout.split(maxsplit=1)
+    assert loaded == "False" and ast.literal_eval(found).get("GOMP_SPINCOUNT") == spins
