@@ -123,7 +123,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_clear_line(tmp_path, monkeypatch)
 def test_without_a_look_the_weights_are_lost(tmp_path, monkeypatch):
     """What max_bad_steps = 0 means, and that the NaN of these tests reaches the weights."""
     spoil(monkeypatch, 2)
-    monkeypatch.setattr(training.trainer, "evaluate_run", lambda path: {})
+    monkeypatch.setattr(training.trainer, "evaluate_run", lambda path, progress: {})
     out = training.train(config_for(tmp_path / "run", "training.num_steps=2", "training.max_bad_steps=0"))
     assert not all(x.isfinite().all() for x in last_weights(out).values())
 
