@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as a scheduler sends it, and the end of torchrun, where they lose nothing."""
+"""Ctrl-C, SIGTERM as a scheduler sends it, a terminal that closes, and the end of torchrun: they lose nothing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal, or the connection to it, is closed; Windows has none
+STOPS = tuple(sig for sig in (signal.SIGINT, signal.SIGTERM, HANGUP) if sig is not None)
+
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came while no step was in progress."""
+    """One of `STOPS` came while no step was in progress."""
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise `Interrupted`; where deferred, so that the step in progress ends, they
-    only leave a mark: `caught`. A second one acts at once. It is `caught` too where torchrun has ended before this
-    process that it started: nobody would end it any more, or start it again.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; where deferred, so that the step in progress ends,
+    they only leave a mark: `caught`. A second one acts at once, but for SIGHUP, which both kernel and shell may send;
+    under nohup that one is left alone. It is `caught` too where torchrun has ended before this process that it started:
+    nobody would end it any more, or start it again.
     """
 
     def __enter__(self) -> Interrupts:
         self._caught = self._deferred = False
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._old: dict[int, Any] = {}
-        for sig in (signal.SIGINT, signal.SIGTERM):
+        for sig in STOPS:
+            if sig == HANGUP and signal.getsignal(sig) is signal.SIG_IGN:
+                continue
             try:
                 self._old[sig] = signal.signal(sig, self._catch)
             except ValueError:  # not in the main thread, where Python delivers no signals
@@ -51,6 +57,8 @@ class Interrupts:
     def _catch(self, sig: int, frame: Any) -> None:
         self._caught = True
         self.__exit__()
+        if sig == HANGUP:
+            signal.signal(sig, signal.SIG_IGN)
         if not self._deferred:
             raise Interrupted
 

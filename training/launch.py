@@ -57,10 +57,10 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
     config: a config, or what `load_config` takes: a preset's name, a file.
 
     restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
-    again after a failure. An interrupt (Ctrl-C, SIGTERM) saves a checkpoint and returns; before the first step there is
-    nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
-    FileExistsError where the run folder is taken, RunTaken where another run still writes in it, NotShared where a
-    process on another machine does not see it, Diverged, and ProcessLost where another process of the run ends.
+    again after a failure. An interrupt (Ctrl-C, SIGTERM, SIGHUP) saves a checkpoint and returns; before the first step
+    there is nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do
+    not work, FileExistsError where the run folder is taken, RunTaken where another run still writes in it, NotShared
+    where a process on another machine does not see it, Diverged, and ProcessLost where another process of it ends.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

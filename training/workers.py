@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.ahead import ahead
 from training.errors import DataError
+from training.interrupts import STOPS
 
 _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
@@ -116,13 +117,13 @@ def _as_it_is(item: Any) -> Any:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started herein never see SIGINT and SIGTERM: to the whole group they must not take the workers from a
-    trainer that still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
+    """Processes started herein never see `STOPS`: to the whole group they must not take the workers from a trainer that
+    still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows, where no group is sent SIGTERM
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:

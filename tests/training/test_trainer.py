@@ -28,7 +28,7 @@ from tests.training.processes import python
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
 from training.data import place_of
-from training.interrupts import Interrupted, Interrupts
+from training.interrupts import STOPS, Interrupted, Interrupts
 from training.objectives import Loss
 from training.progress import Progress
 from training.run import RunFolder
@@ -464,7 +464,7 @@ def signal_in(module, name: str, monkeypatch, sig: int) -> None:
     monkeypatch.setattr(module, name, interrupted)
 
 
-SIGNALS = pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+SIGNALS = pytest.mark.parametrize("sig", STOPS, ids=["SIGINT", "SIGTERM", "SIGHUP"])
 
 
 @SIGNALS
@@ -527,9 +527,26 @@ def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
         signal.signal(signal.SIGTERM, before)
 
 
-def end(process: subprocess.Popen) -> str:
-    """SIGTERM to the whole group, which ends with status 0; returns what is printed from here on."""
-    os.killpg(process.pid, signal.SIGTERM)
+def test_a_terminal_that_closes_may_say_so_twice_and_nohup_stands():
+    before = signal.getsignal(signal.SIGHUP)
+    with Interrupts() as interrupts, interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.caught
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts, interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupts.caught
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def end(process: subprocess.Popen, sig: int = signal.SIGTERM) -> str:
+    """The signal to the whole group, which ends with status 0; returns what is printed from here on."""
+    os.killpg(process.pid, sig)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     with pytest.raises(ProcessLookupError):
@@ -541,14 +558,15 @@ LONG_COMMAND = ("-m", "mmdit_cli", "train", "pixels-tiny", "training.num_steps=1
 LONG_COMMAND += ("training.validate_every=0", "training.sample_every=0")
 
 
-def test_sigterm_to_the_command_saves_and_exits_0(tmp_path):
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_command_saves_and_exits_0(tmp_path, sig):
     """With worker processes, which end with it."""
     out = tmp_path / "run"
     with python(*LONG_COMMAND, "--out", out, "data.cache_latents=false", "data.num_workers=2") as process:
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
             time.sleep(0.05)
-        output = end(process)
+        output = end(process, sig)
     state, _ = load_latest(out, print)
     assert state["step"] >= 3 and f"stopped at step {state['step']}, all saved" in output
     assert RunFolder(out).metrics()[-1]["step"] == state["step"]
