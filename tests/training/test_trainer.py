@@ -464,6 +464,14 @@ def signal_in(module, name: str, monkeypatch, sig: int) -> None:
     monkeypatch.setattr(module, name, interrupted)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def as_in_a_terminal():
+    """Also where the tests themselves run under nohup, whose SIGHUP is ignored, here and in processes started here."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 SIGNALS = pytest.mark.parametrize("sig", STOPS, ids=["SIGINT", "SIGTERM", "SIGHUP"])
 
 
