@@ -116,7 +116,7 @@ def options(
 
 
 def _share_cores() -> None:
-    """Threads that wait for the others of a step leave their core to other programs after some 10 us.
+    """Threads that wait for the others of a step soon leave their core to other programs.
 
     torch's OpenMP on Linux (GCC's libgomp) reads this when torch is loaded. Left to itself it lets them spin 300 times
     as long, and where other programs want the cores, the thread that all wait for then gets none.

@@ -472,7 +472,7 @@ def as_in_a_terminal():
     signal.signal(signal.SIGHUP, before)
 
 
-SIGNALS = pytest.mark.parametrize("sig", STOPS, ids=["SIGINT", "SIGTERM", "SIGHUP"])
+SIGNALS = pytest.mark.parametrize("sig", STOPS, ids=lambda sig: sig.name)
 
 
 @SIGNALS
