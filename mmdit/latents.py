@@ -152,17 +152,18 @@ class Autoencoder(nn.Module, ABC):
         self.preview_map = torch.linalg.lstsq(rows, colours, driver="gelsd").solution.float().to(own.device)
 
     def preview_file(self) -> dict[str, Callable[[Path], object]]:
-        """The file that keeps the map, for `write_all_aside`; none where there is no map."""
-        if self.preview_map is None:
-            return {}
-        return {PREVIEW: json_writer([[round(x, 5) for x in row] for row in self.preview_map.tolist()])}
+        """The file that keeps the map, for `write_all_aside`: null where there is none, so that no older one stays."""
+        table = self.preview_map
+        return {PREVIEW: json_writer(None if table is None else [[round(x, 5) for x in row] for row in table.tolist()])}
 
     def read_preview(self, folder: Path) -> None:
         """Take the map that stands in a folder, if one does. Raises ValueError where it is of other channels."""
         if not (folder / PREVIEW).is_file():
             return
+        if (rows := read_json(folder / PREVIEW)) is None:
+            return
         try:
-            table = torch.tensor(read_json(folder / PREVIEW), dtype=torch.float32)
+            table = torch.tensor(rows, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / PREVIEW} is no table of numbers: {error}") from error
         if table.shape != (self.channels + 1, 3):

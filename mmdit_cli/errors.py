@@ -17,8 +17,8 @@ def is_expected(error: BaseException) -> bool:
 
 def line(error: BaseException) -> str:
     """The error in one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror and (name := error.filename) is not None:
+        text = f"{name.decode(errors='backslashreplace') if isinstance(name, bytes) else name}: {error.strerror}"
     elif _out_of_memory(error):
         text = "out of GPU memory: lower training.batch_size or raise training.grad_accumulation"
     else:

@@ -196,6 +196,7 @@ def _from_ratios(ratios: Callable[[Tensor], Tensor], num_steps: int, schedule: S
 
     Where the last sigma / alpha is the schedule's own end, as for VE, it is the time 0, and none comes after it.
     """
+    check_positive(num_steps=num_steps)
     ends = schedule.t_from_log_snr(-2 * ratios(_ramp(2)).log())[-1] < 1e-9
     ts = schedule.t_from_log_snr(-2 * ratios(_ramp(num_steps + 1 if ends else num_steps)).log())
     ts[0] = 1.0

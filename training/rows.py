@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from training.captions import CAPTION_FIELDS, NONE, Captions, Weights, captions_of
+from training.captions import CAPTION_FIELDS, Captions, Weights, captions_of, joined
 from training.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY_COLUMNS = ("__key__", "key")
+JSON = "json"
+"""The column that `datasets` makes of the .json files in a WebDataset shard."""
 
 
 class Row(NamedTuple):
@@ -33,7 +35,12 @@ def image_column(names: Sequence[str], where: str) -> str:
 def caption_columns(names: Sequence[str], fields: Weights) -> list[str]:
     """The columns in which captions are looked for."""
     asked = [name for name, _ in fields] or list(CAPTION_FIELDS)
-    return [name for name in asked if name in names]
+    return [name for name in dict.fromkeys((*asked, JSON)) if name in names]
+
+
+def captions_in_row(values: dict[str, Any], fields: Weights) -> Captions:
+    """The captions in the values of columns, and in the object that a column "json" holds."""
+    return joined(captions_of(values, fields), captions_of(values.get(JSON), fields), fields)
 
 
 def key_column(names: Sequence[str]) -> str | None:
@@ -44,7 +51,7 @@ def key_column(names: Sequence[str]) -> str | None:
 def row_of(block: int, row: int, values: dict[str, Any], key: str | None, image: str | None, fields: Weights) -> Row:
     """A row from the values of its columns; image: the column to take the bytes of."""
     name = values.get(key) if key else None
-    captions = captions_of(values, fields) if values else NONE
+    captions = captions_in_row(values, fields)
     return Row(
         block, row, captions, str(name) if name is not None else None, bytes_in(values[image]) if image else None
     )

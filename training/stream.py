@@ -27,7 +27,6 @@ import numpy as np
 from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
-from training.captions import captions_of
 from training.data import Sample, SourceOptions, place_of_key, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
@@ -35,7 +34,7 @@ from training.image_batches import ImageBatch, make_batch, make_row, rng_for
 from training.images import BadImage, Size, fit_size, read_size
 from training.order import Layout
 from training.remote import Patience
-from training.rows import caption_columns, image_column, key_column
+from training.rows import caption_columns, captions_in_row, image_column, key_column
 from training.share import WHOLE, Share
 from training.stream_batches import bucketfuls
 from training.workers import run
@@ -107,7 +106,7 @@ class StreamSource:
             data.set_epoch(epoch)
         wanted = self.options.wanted
         for values in self._taken(data):
-            texts, shares = wanted.fitting(captions_of({n: values.get(n) for n in self._names}, wanted.captions))
+            texts, shares = wanted.fitting(captions_in_row({n: values.get(n) for n in self._names}, wanted.captions))
             image = self._image(values[self.column])
             size = self._measured(image) if wanted.measures and texts else None
             if texts and not (size and wanted.refuses(size)):

@@ -343,7 +343,8 @@ class Trainer:
             if self.validation is not None:
                 losses = validation_loss(self.ema, self.validation, self.config)
                 self.run.write_metrics(self.step, **losses)
-                progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
+                if self.step < self.config.training.num_steps:  # the last is among the scores
+                    progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
         if not (self.ranks.first or self.in_parts):

@@ -148,6 +148,7 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
             FileNotFoundError(2, "No such file or directory", "x.tar"),
             "mmdit: error: x.tar: No such file or directory\n",
         ),
+        (PermissionError(13, "Permission denied", b"/a/\xff"), "mmdit: error: /a/\\xff: Permission denied\n"),
         (FileExistsError("runs/a exists"), "mmdit: error: runs/a exists\n"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA ..."), "lower training.batch_size"),
     ],

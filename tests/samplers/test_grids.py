@@ -181,6 +181,7 @@ def test_the_grid_that_is_shifted_twice():
         (lambda: grids.ddpm(5, DiscreteVP.linear(), offset=-1), "offset = -1"),
         (lambda: grids.karras(5, RectifiedFlow(), sigma_min=2.0, sigma_max=1.0), "sigma_min = 2"),
         (lambda: grids.karras(5, RectifiedFlow(), rho=0), "rho = 0"),
+        (lambda: grids.karras(0, RectifiedFlow()), "num_steps = 0"),
         (lambda: grids.karras(5, VE(1.0, 2.0), sigma_max=0.5), "runs from 1 to 2"),
         (lambda: grids.log_snr_uniform(5, RectifiedFlow(), margin=0.6), "margin = 0.6"),
         (lambda: grids.beta(5, -1.0), "a = -1"),

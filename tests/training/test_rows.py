@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import training
-from tests.training.pictures import noisy, parquet_of, picture, shards_of
+from tests.training.pictures import members, noisy, parquet_of, picture, shards_of, tar_of
 from training.ahead import ahead
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, loader, open_source, split_by_key
@@ -155,13 +155,20 @@ def test_a_dataset_holds_the_same_samples(on_disk):
         open_source(f"hf:{on_disk}", options=SourceOptions(wanted=Wanted(min_side=9)))
 
 
+@pytest.mark.parametrize("suffix", ["txt", "json"])
 @pytest.mark.parametrize("kind", ["hf", "hf-stream"])
-def test_the_captions_of_shards_that_are_read_as_a_dataset_are_found(tmp_path, kind, monkeypatch):
-    """`datasets` makes a column "txt" of the files in a WebDataset shard."""
+def test_the_captions_of_shards_that_are_read_as_a_dataset_are_found(tmp_path, kind, suffix, monkeypatch):
+    """`datasets` makes columns "txt" and "json" of the files in a WebDataset shard."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    spec = f"{kind}:{shards_of(tmp_path / 'shards', (4, 6))}"
+    shards = shards_of(tmp_path / "shards", (4, 6))
+    if suffix == "json":
+        for number, numbers in enumerate((range(4), range(4, 10))):
+            files = {name: data for name, data in members(numbers).items() if name.endswith(".png")}
+            files |= {f"{i:05d}.json": json.dumps({"caption": f"picture {i}", "id": i}).encode() for i in numbers}
+            (shards / f"{number:03d}.tar").write_bytes(tar_of(dict(sorted(files.items()))))
+    spec = f"{kind}:{shards}"
     if kind == "hf":
         assert colours(open_source(spec)) == EXPECTED
     else:

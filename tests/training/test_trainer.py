@@ -112,7 +112,7 @@ def test_metrics_have_every_step(run):
     assert [step for step, _ in speeds] == [2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)  # 1: not known
 
 
-def test_validation_is_left_out_of_the_rate(tmp_path, monkeypatch):
+def test_validation_is_left_out_of_the_rate_and_said_once(tmp_path, monkeypatch, capsys):
     pausing, seen = [], []
 
     class Watched(Progress):
@@ -127,8 +127,10 @@ def test_validation_is_left_out_of_the_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "training.trainer.validation_loss", lambda *_: seen.append(bool(pausing)) or {"validation_loss": 1.0}
     )
-    training.train(config_for(tmp_path / "run", "training.validate_every=3"))
-    assert seen == [True, True]
+    run = training.train(config_for(tmp_path / "run", "training.validate_every=3"))
+    assert seen == [True, True] and len(metrics(run, "validation_loss")) == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    assert len(said) == 2 and said[0] == "step 3: validation loss 1.0000" and said[1].startswith("validation loss ")
 
 
 def test_what_happens_before_the_first_step_is_said(run):
