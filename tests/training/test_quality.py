@@ -267,6 +267,19 @@ def test_weights_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "few", "message"),
+    [
+        ("precision-recall", "num_images=3", "num_images is 3: precision-recall needs at least 4 pictures"),
+        ("fid", "num_reference=1", "num_reference is 1: fid needs at least 2 pictures"),
+    ],
+)
+def test_too_few_pictures_for_a_score_stop_a_run_before_it_begins(place, tmp_path, name, few, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(config_for(tmp_path / "run", *scored(place, name), f"evaluation.{few}"))
+    assert not (tmp_path / "run").exists()
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
