@@ -24,6 +24,7 @@ from training.ema import (
     power_decay,
     power_of,
     reconstruct,
+    remove_snapshots,
     sigma_rel_of,
     snapshots,
     update_ema,
@@ -160,6 +161,14 @@ def test_the_average_of_schedule_free_is_its_libraries():
     optimizer.eval()
     torch.testing.assert_close(ours, net.detach())
     assert (ours - seen[-1]).abs().max() > 1e-4
+
+
+def test_snapshots_past_a_step_are_forgotten_and_that_of_it_stays(tmp_path):
+    average, _, _ = stepping(TrainingConfig(ema="power"), OptimizerConfig(lr=0.01), 1)
+    for step in (2, 4, 6):
+        average.snapshot(tmp_path, step, step)
+    remove_snapshots(tmp_path, 4)
+    assert [step for step, _, _ in snapshots(tmp_path)] == [2, 2, 4, 4]
 
 
 def test_schedule_free_leaves_a_weight_that_nothing_uses_where_it_is():
