@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 CHUNK = 2048  # rows of a matrix of distances at a time
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics: of several processes that train each has all pictures, or the first one alone scores."""
 NEIGHBOURS = 3
 LEAST = {"fid": 2, "kid": 2, "precision-recall": NEIGHBOURS + 1, "cmmd": 1, "clip-score": 1}
 """Pictures on either side that a score needs."""
@@ -44,7 +46,7 @@ def fid(reference: Tensor, features: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     _enough("fid", LEAST["fid"], reference, features)
-    metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]), **ALONE)
     return _fed(metric, reference, features).item()
 
 
@@ -63,7 +65,7 @@ def kid(
         warnings.simplefilter("ignore")  # that it keeps all features, which are here anyway
         torch.manual_seed(seed)
         size = min(subset_size, len(reference), len(features))
-        metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size)
+        metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size, **ALONE)
         mean, deviation = _fed(metric, reference, features)
     return mean.item(), deviation.item()
 
