@@ -324,8 +324,10 @@ def fingerprint(folder: str | Path) -> str:
     """SHA-256 of the configs, tokenizers and weights of a folder's text encoders."""
     folder = Path(folder)
     parts = [path for path in folder.glob("*") if path.name.startswith(("text_encoder", "tokenizer")) and path.is_dir()]
+    if not any(path.name.startswith("text_encoder") for path in parts):  # no pipeline: the weights lie in it
+        parts.append(folder)
     digest = hashlib.sha256()
-    for path in sorted(path for part in parts or [folder] for path in part.glob("*")):
+    for path in sorted(path for part in parts for path in part.glob("*")):
         if path.suffix in (".json", ".safetensors", ".txt", ".model"):
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -49,6 +49,8 @@ KEPT = (
 )
 KEPT_IN_BUCKETS = ("training.batch_size", "training.packing")
 """Which images are too few for a bucket of their own, and whose turn it is, hangs on it too."""
+KEPT_SCHEDULE_FREE = ("optimizer.betas",)
+"""What is trained lies between two others by the first of these, of which one alone is kept."""
 
 
 def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool = False) -> Path:
@@ -181,7 +183,8 @@ def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
 def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Interrupts) -> Path:
     old = run.config()
-    for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ())):
+    own = KEPT_SCHEDULE_FREE if old.optimizer.name == "schedule-free" else ()
+    for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ()), *own):
         _check_same(run, key, attrgetter(key)(old), attrgetter(key)(config))
     try:
         Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)

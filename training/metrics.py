@@ -19,6 +19,11 @@ from torch.nn import functional as F
 
 CHUNK = 2048  # rows of a matrix of distances at a time
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics: of several processes that train each has all pictures, or the first one alone scores."""
+NEIGHBOURS = 3
+LEAST = {"fid": 2, "kid": 2, "precision-recall": NEIGHBOURS + 1, "cmmd": 1, "clip-score": 1}
+"""Pictures on either side that a score needs."""
 
 
 class _Features(nn.Identity):
@@ -40,8 +45,8 @@ def fid(reference: Tensor, features: Tensor) -> float:
     need("torchmetrics", "FID")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    _enough("fid", 2, reference, features)
-    metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]))
+    _enough("fid", LEAST["fid"], reference, features)
+    metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]), **ALONE)
     return _fed(metric, reference, features).item()
 
 
@@ -55,12 +60,12 @@ def kid(
     need("torchmetrics", "KID")
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    _enough("kid", 2, reference, features)
+    _enough("kid", LEAST["kid"], reference, features)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps all features, which are here anyway
         torch.manual_seed(seed)
         size = min(subset_size, len(reference), len(features))
-        metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size)
+        metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size, **ALONE)
         mean, deviation = _fed(metric, reference, features)
     return mean.item(), deviation.item()
 
@@ -71,7 +76,7 @@ def _fed(metric: Any, reference: Tensor, features: Tensor) -> Any:
     return metric.compute()
 
 
-def precision_recall(reference: Tensor, features: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(reference: Tensor, features: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """(precision, recall): the share of pictures (M, D) within the reference's manifold, and of the reference (N, D)
     within theirs. A manifold is the union of spheres about its points that reach their k-th nearest neighbour.
     """
@@ -98,7 +103,7 @@ def cmmd(reference: Tensor, embeddings: Tensor) -> float:
 
     The estimator of least variance, which counts each picture beside itself, as the paper's code does.
     """
-    _enough("cmmd", 1, reference, embeddings)
+    _enough("cmmd", LEAST["cmmd"], reference, embeddings)
     x, y = (F.normalize(z.double(), dim=1) for z in (reference, embeddings))
     return CMMD_SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
 
@@ -111,7 +116,7 @@ def _mean_kernel(x: Tensor, y: Tensor) -> float:
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
     """100 times the mean cosine of pictures' and captions' CLIP embeddings (M, D), at least 0."""
-    _enough("clip-score", 1, images, texts)
+    _enough("clip-score", LEAST["clip-score"], images, texts)
     return max(0.0, 100 * F.cosine_similarity(images.double(), texts.double()).mean().item())
 
 

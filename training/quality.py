@@ -24,7 +24,7 @@ from training.config import EvaluationConfig, TrainConfig
 from training.data import DataError, Source, one_pass, open_source, split_by_key
 from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
-from training.metrics import clip_score, cmmd, fid, kid, need, precision_recall
+from training.metrics import LEAST, clip_score, cmmd, fid, kid, need, precision_recall
 from training.progress import drawing
 from training.reference import Log, cache_folder, reference_features
 from training.run import RunFolder
@@ -38,7 +38,12 @@ AGAINST = (*BY_FEATURES, "cmmd")  # what needs a reference
 
 
 def check_metrics(config: EvaluationConfig) -> None:
-    """Raises ValueError where what `evaluation.metrics` needs is not there: libraries, weights."""
+    """Raises ValueError where what `evaluation.metrics` needs is not there: libraries, weights, enough pictures."""
+    for name in config.metrics:
+        for key in ("num_images", "num_reference") if name in AGAINST else ("num_images",):
+            asked = getattr(config, key)
+            if asked is not None and asked < LEAST[name]:
+                raise ValueError(f"evaluation.{key} is {asked}: {name} needs at least {LEAST[name]} pictures")
     if set(config.metrics) & {"fid", "kid"}:
         need("torchmetrics", f"evaluation.metrics ({', '.join(config.metrics)})")
     for names, path in ((BY_FEATURES, config.features), (BY_CLIP, config.clip)):

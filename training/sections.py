@@ -177,7 +177,8 @@ class ObjectiveConfig(Settings):
     s: float = 1.0
     """Scale of the logit-normal density (> 0), or of the mode density (in [-1, 1.75], 0 is uniform)."""
     stratified: bool = True
-    """Draw one of a batch's times from each of batch_size equal slices of probability: same density, less variance."""
+    """Draw one of a batch's times from each of batch_size equal slices of probability: same density, less variance.
+    With training.grad_accumulation so for each part of the batch."""
     shift: Positive = 1.0
     """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): over 1 is more noise."""
     caption_dropout: Fraction = 0.1

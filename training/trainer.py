@@ -433,7 +433,7 @@ class Trainer:
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
-        load_optimizer_tensors(self.optimizer, self.model, weights["optimizer"])
+        load_optimizer_tensors(self.optimizer, self.model, weights.get("optimizer", {}))  # none before an update
         self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self._ordered = state.get("ordered")

@@ -315,6 +315,17 @@ def test_the_fingerprint_is_of_config_tokenizer_and_weights(singles, tmp_path):
         assert fingerprint(tmp_path / name) != first
 
 
+def test_the_fingerprint_is_of_the_weights_beside_a_folder_of_the_tokenizer(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    seen = set()
+    for path in (tmp_path / "model.safetensors", tmp_path / "tokenizer" / "vocab.txt"):
+        path.write_text("changed")
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 2
+    (tmp_path / "model.safetensors").write_text("changed again")
+    assert fingerprint(tmp_path) not in seen
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 

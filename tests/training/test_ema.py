@@ -13,6 +13,7 @@ from torch import nn
 
 import training
 from mmdit import TextToImage
+from mmdit.mapped import read_metadata
 from mmdit.weights_io import read_weights
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, OptimizerConfig, TrainingConfig, load_config
@@ -23,6 +24,7 @@ from training.ema import (
     power_decay,
     power_of,
     reconstruct,
+    remove_snapshots,
     sigma_rel_of,
     snapshots,
     update_ema,
@@ -159,6 +161,34 @@ def test_the_average_of_schedule_free_is_its_libraries():
     optimizer.eval()
     torch.testing.assert_close(ours, net.detach())
     assert (ours - seen[-1]).abs().max() > 1e-4
+
+
+def test_snapshots_past_a_step_are_forgotten_and_that_of_it_stays(tmp_path):
+    average, _, _ = stepping(TrainingConfig(ema="power"), OptimizerConfig(lr=0.01), 1)
+    for step in (2, 4, 6):
+        average.snapshot(tmp_path, step, step)
+    remove_snapshots(tmp_path, 4)
+    assert [step for step, _, _ in snapshots(tmp_path)] == [2, 2, 4, 4]
+
+
+def test_schedule_free_leaves_a_weight_that_nothing_uses_where_it_is():
+    pytest.importorskip("schedulefree")
+    net, ema = (nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)}) for _ in range(2))
+    ema.load_state_dict(net.state_dict())
+    optimizer = make_optimizer(net, OptimizerConfig(name="schedule-free", lr=0.01))
+    average = make_average(ema, net, optimizer, TrainingConfig(ema_decay=0))
+    net["used"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    average.update(net, 0)
+    assert torch.equal(ema["idle"].weight, net["idle"].weight) and not torch.equal(ema["used"].bias, torch.zeros(2))
+
+
+def test_a_snapshot_says_how_many_updates_it_has_taken_in(tmp_path):
+    config = TrainingConfig(ema="power", ema_every=4, ema_snapshot_every=1)
+    average, _, _ = stepping(config, OptimizerConfig(lr=0.01), 11)
+    for updates in (3, 11):
+        average.snapshot(tmp_path, updates, updates)
+    assert [(step, read_metadata(path)["updates"]) for step, _, path in snapshots(tmp_path)] == [(11, "8")] * 2
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -312,3 +342,6 @@ def test_a_stopped_run_of_any_optimiser_goes_on_to_the_same_bits(name, tmp_path,
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     with pytest.raises(ValueError, match="trained with another optimizer.name"):
         training.resume(out, ["optimizer.name=adamw"])
+    if name == "schedule-free":  # the weights are where betas[0] puts them, between z and the average
+        with pytest.raises(ValueError, match="trained with another optimizer.betas"):
+            training.resume(out, ["optimizer.betas=[0.5, 0.99]"])

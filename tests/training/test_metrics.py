@@ -57,6 +57,19 @@ def loops(reference: torch.Tensor, made: torch.Tensor, k: int) -> tuple[float, f
     return inside(made, reference), inside(reference, made)
 
 
+@pytest.mark.parametrize("score", [fid, kid])
+def test_no_other_process_of_a_run_is_waited_for_or_counted(score, monkeypatch):
+    """Of several the first one alone may score; where all do, each has all pictures."""
+
+    def gather(*which):
+        raise AssertionError("the others are asked")
+
+    alone = score(features(40), features(30))
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", gather)
+    assert score(features(40), features(30)) == alone
+
+
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_precision_and_recall_are_what_the_paper_says(chunk, monkeypatch):
     monkeypatch.setattr(metrics, "CHUNK", chunk)

@@ -69,6 +69,22 @@ def test_muon_takes_the_parts_of_a_stacked_matrix_apart():
     torch.testing.assert_close(moved[0], moved[1])
 
 
+def test_what_is_taken_apart_and_what_a_round_of_it_costs():
+    """Queries, keys and values, and the modulations of one stream; not the way into an MLP. m^2 (2 n + m)."""
+    assert {k: len(matrices(0, k * 8, 8)) for k in range(1, 10)} == {
+        1: 1,
+        2: 2,
+        3: 3,
+        4: 1,
+        5: 1,
+        6: 6,
+        7: 1,
+        8: 1,
+        9: 9,
+    }
+    assert [m.cost for shape in ((6, 24), (24, 6)) for m in matrices(0, *shape)] == [36 * (48 + 6)] * 2
+
+
 # --- several processes --------------------------------------------------------------------------------------------
 
 

@@ -320,6 +320,7 @@ def test_where_no_token_is_to_be_predicted_all_weights_have_a_gradient_still():
 
 def test_which_images_open_text():
     assert opens_text(pack(DOCUMENTS)).tolist() == [False, True, False]
+    assert opens_text(pack([[picture(), torch.tensor([1])]])).tolist() == [False]  # the end alone is none
     alone, first = [picture()], [picture(), torch.tensor([5, 1])]
     assert opens_text(pack([alone, first], sizes=range(20, 30))).tolist() == [
         False,

@@ -18,8 +18,9 @@ from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from tests.training.tiny_networks import pictures, save_clip, save_dino, save_pictures
 from training.cache_writer import write_cache
 from training.config import EvaluationConfig, load_config
+from training.data import split_by_key
 from training.image_networks import open_clip_model, open_features
-from training.quality import ModelJudge, evaluate_images, spread
+from training.quality import ModelJudge, as_tensor, evaluate_images, spread
 from training.run import RunFolder
 from training.setup import open_run_source
 from training.stream import HeldOut
@@ -198,9 +199,8 @@ def test_a_runs_index_of_its_data_is_not_made_again_to_score_it(place, tmp_path,
 
 def test_the_scores_are_of_the_models_pictures_of_held_out_captions(run, place):
     """Drawn by hand: picture i of the held-out captions in turn, from the noise of seed + i."""
-    from training.data import open_source, split_by_key
+    from training.data import open_source
     from training.metrics import fid
-    from training.quality import as_tensor
 
     pipe, network = mmdit.TextToImage.load(run, "cpu"), open_features(str(place / "dino"))
     source = open_source("shapes", 32, 8, 64, 0)
@@ -210,6 +210,22 @@ def test_the_scores_are_of_the_models_pictures_of_held_out_captions(run, place):
     real = network(torch.from_numpy(np.stack([source[i].image for i in range(64)])).permute(0, 3, 1, 2))
     expected = json.loads((run / "scores.json").read_text())["quality"]["fid"]
     assert fid(real, made) == pytest.approx(expected, rel=1e-3)
+
+
+def test_pictures_come_batch_after_batch_and_each_score_begins_anew(run, place, tmp_path, monkeypatch):
+    pipe = mmdit.TextToImage.load(run, "cpu")
+    own = config_for(tmp_path, *scored(place, "clip-score"), "evaluation.batch_size=3")
+    judge, given = ModelJudge(own, pipe), []
+    source = open_run_source(own, 8)
+    captions = [source.caption(int(i)) for i in split_by_key(source, own.data.held_out)[1]]
+    assert judge.captions == captions
+    add = judge.judge.add
+    monkeypatch.setattr(judge.judge, "add", lambda *some: given.append(some) or add(*some))
+    assert judge(pipe) == judge(pipe)
+    prompts = [captions[i % len(captions)] for i in range(8)]
+    assert [caption for _, some in given for caption in some] == 2 * prompts
+    drawn, at_once = torch.cat([images for images, _ in given[:3]]), as_tensor(pipe(prompts, seed=0))
+    assert (drawn.int() - at_once.int()).abs().max() <= 1
 
 
 def test_a_reference_with_captions_says_what_is_drawn(run, place):
@@ -264,6 +280,19 @@ def test_the_captions_of_a_stream_are_its_held_out_ones(run, place, tmp_path):
 def test_weights_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
     with pytest.raises(ValueError, match="no weights at nowhere"):
         training.train(config_for(tmp_path / "run", 'evaluation.metrics=["fid"]', "evaluation.features=nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "few", "message"),
+    [
+        ("precision-recall", "num_images=3", "num_images is 3: precision-recall needs at least 4 pictures"),
+        ("fid", "num_reference=1", "num_reference is 1: fid needs at least 2 pictures"),
+    ],
+)
+def test_too_few_pictures_for_a_score_stop_a_run_before_it_begins(place, tmp_path, name, few, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(config_for(tmp_path / "run", *scored(place, name), f"evaluation.{few}"))
     assert not (tmp_path / "run").exists()
 
 
