@@ -15,6 +15,7 @@ from tests.training.pictures import folder_of, members
 from tests.training.processes import free_port, together
 from tests.training.test_mixed_sizes import SIZES
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
+from tests.training.tiny_networks import save_dino
 from training.checkpoint import list_checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -51,8 +52,10 @@ def runs(exact, tmp_path_factory, words):  # noqa: F811
     tokenizer = t5_tokenizer()
     t5(tokenizer, 32).save_pretrained(root / "t5")
     tokenizer.save_pretrained(root / "t5")
+    network, count = f"evaluation.features={save_dino(root / 'dino')}", "evaluation.num_images=8"
+    scores = ('evaluation.metrics=["fid", "kid"]', "evaluation.metrics_every=2", network, count)
     models = {
-        "image": (*SAME, *MUON),
+        "image": (*SAME, *MUON, *scores, f"evaluation.cache={root / 'cache'}"),
         "mixed": (*SAME, *text),
         "silent": (*SAME, *TRANSFUSION, "transfusion.caption_first=1", "objective.caption_dropout=0.9"),
         "frozen": (*SAME, f"text.encoder={root / 't5'}"),
@@ -117,6 +120,13 @@ def test_the_first_process_writes_for_all(runs):
         "step-00000002.png",
         "step-00000004.png",
     ]
+
+
+@pytest.mark.parametrize("way", ["image-ddp", "image-fsdp", "image-hsdp"])
+def test_pictures_are_scored_on_the_way_as_by_one_process(runs, way):
+    for name in ("fid", "kid"):
+        several, alone = (metrics(runs / path, name) for path in (way, "image"))
+        assert several == [(2, pytest.approx(alone[0][1], rel=1e-3))] and len(alone) == 2  # the last when all is done
 
 
 @pytest.mark.parametrize("way", ["image-fsdp", "mixed-fsdp"])
