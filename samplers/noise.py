@@ -161,7 +161,7 @@ class BrownianTree:
 
     def __init__(self, x: Tensor, seeds: int | Sequence[int] = 0, depth: int = 20) -> None:
         try:
-            seeds = int(seeds) if isinstance(seeds, Integral) else [index(seed) for seed in seeds]
+            seeds = int(seeds) if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]
         except TypeError as error:
             raise ValueError(f"seeds is {seeds!r}: give a whole number, or a list with one per sample") from error
         if not isinstance(seeds, int) and len(seeds) != len(x):
