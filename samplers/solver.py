@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from samplers.field import Field, Prediction
-from samplers.noise import Diffusion, Noise, check_diffusion
+from samplers.noise import DIFFUSIONS, Diffusion, Noise, check_diffusion
 from samplers.schedules import Time
 
 
@@ -87,7 +87,8 @@ class SDESolver(NoisySolver):
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         if self.diffusion is None:
-            raise ValueError(f"{self.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)")
+            kinds = ", ".join(map(repr, DIFFUSIONS))
+            raise ValueError(f"{self.name!r} solves an SDE: give a diffusion, {kinds}, a number eta or a w(t)")
         check_diffusion(self.diffusion, [t + self.w_at * (t_next - t) for t, t_next in pairwise(ts)])
         return self
 

@@ -206,7 +206,10 @@ class Restart(NoisySolver):
         for low, high, times, num_steps in self.intervals:
             reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= low < t), None)
             if reached is None or ts[reached + 1] <= 0:
-                raise ValueError(f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}")
+                raise ValueError(
+                    f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}, where "
+                    f"{self.name!r} turns back: take more steps"
+                )
             down = karras_between(high, ts[reached + 1], num_steps, field.schedule)
             bottom, top = points(field.schedule, [down[-1], high])
             scale = top.alpha / bottom.alpha

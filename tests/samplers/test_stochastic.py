@@ -243,7 +243,7 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
     assert not torch.allclose(run("langevin", diffusion=1.0), run("langevin"))
     with pytest.raises(ValueError, match="'langevin' draws noise of its own"):
         run(replace(langevin, inner=SOLVERS["heun"]), diffusion=1.0)
-    with pytest.raises(ValueError, match="'euler-maruyama' solves an SDE: give diffusion"):
+    with pytest.raises(ValueError, match="'euler-maruyama' solves an SDE: give a diffusion, 'kl'"):
         run(replace(langevin, inner=SOLVERS["euler-maruyama"]))
     torch.testing.assert_close(run(replace(langevin, snr=1e-9)), run("ddim"), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="snr = 0"):
@@ -259,5 +259,5 @@ def test_restart_that_never_does_is_its_inner_solver():
         replace(restart, intervals=((0.6, 0.2, 1, 4),))
     with pytest.raises(ValueError, match="no step of the grid"):
         sample(field, X, "restart", 1)
-    with pytest.raises(ValueError, match="no step of the grid from 1 to 0.5"):
+    with pytest.raises(ValueError, match="no step of the grid from 1 to 0.5 .*: take more steps"):
         sample(field, X, "restart", grid=[1.0, 0.7, 0.5])
