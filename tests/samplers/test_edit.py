@@ -47,6 +47,14 @@ def test_the_known_part_is_on_its_path_at_every_step():
         torch.testing.assert_close(progress.x_next[:, 0], expected[:, 0])
 
 
+def test_the_first_state_has_the_known_part_too():
+    seen = []
+    solver = Inpaint.of("euler", KNOWN, MASK, SEEDS)
+    sample(Field(lambda x_t, t: seen.append(x_t) or -x_t, FLOW), X, solver, grid=[0.7, 0.3])
+    torch.testing.assert_close(seen[0][:, 0], FLOW.mix(KNOWN, solver.eps, 0.7)[:, 0])
+    torch.testing.assert_close(seen[0][:, 1], X[:, 1])
+
+
 @pytest.mark.parametrize(("name", "diffusion"), [("euler-maruyama", "kl"), ("ddim", 0.5), ("langevin", 0.5)])
 def test_the_diffusion_is_the_inner_solver_s(name, diffusion):
     field, nothing = MIXTURE.field(FLOW), torch.zeros(1, 1)
