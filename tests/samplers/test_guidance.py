@@ -180,6 +180,8 @@ def test_apg_remembers_the_difference_until_time_rises():
     torch.testing.assert_close(first, plain.x_0(Z, 0.8))
     before = A.x_0(Z, 0.8) - B.x_0(Z, 0.8)
     torch.testing.assert_close(second, plain.x_0(Z, 0.6) - 0.5 * before)
+    third = plain.x_0(Z, 0.5) - 0.5 * (A.x_0(Z, 0.6) - B.x_0(Z, 0.6) - 0.5 * before)  # of all times before
+    torch.testing.assert_close(field.x_0(Z, 0.5), third)
     torch.testing.assert_close(field.x_0(Z, 1.0), plain.x_0(Z, 1.0))
 
 
@@ -283,6 +285,12 @@ def test_two_conditions_are_renormed_in_the_velocity_whatever_is_predicted():
         return cfg_text_image(*fields, 4.0, 2.0).v(Z, 0.5)
 
     torch.testing.assert_close(guided("data"), guided("velocity"))
+
+
+def test_renorm_never_lengthens():
+    guided = [cfg_text_image(A, B, C, 0.5, 0.9, renorm=how).v(Z, 0.5) for how in ("global", "none")]
+    assert (guided[1].flatten(1).norm(dim=1) < A.v(Z, 0.5).flatten(1).norm(dim=1)).all()
+    torch.testing.assert_close(*guided)
 
 
 def test_renorm_brings_back_the_length():
