@@ -52,7 +52,8 @@ class Edit:
     def fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The size of the pictures; ValueError where another is asked for."""
         first = _listed(self.image)[0]
-        own, wanted = (first.height, first.width), (height or first.height, width or first.width)
+        own = first.height, first.width
+        wanted = own[0] if height is None else height, own[1] if width is None else width
         if wanted != own:
             raise ValueError(
                 f"{wanted[0]} x {wanted[1]} is asked for and the picture to edit is {own[0]} x {own[1]}: resize it"

@@ -46,10 +46,14 @@ class TextSampling:
 
     def __post_init__(self) -> None:
         check_finite(self, ("temperature", "top_p", "min_p"))
-        if self.temperature < 0 or not (self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)):
-            raise ValueError(f"temperature is {self.temperature} and top_k {self.top_k}, expected >= 0 and >= 1")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"top_p is {self.top_p} and min_p {self.min_p}, expected them in (0, 1] and [0, 1]")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, expected a number of at least 0")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise ValueError(f"top_k is {self.top_k}, expected a whole number of at least 1, or None")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected a number in [0, 1]")
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""

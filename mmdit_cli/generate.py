@@ -40,10 +40,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, metavar="X", help="0 takes the likeliest token always.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Draw from the N likeliest tokens.")] = None,
     top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that have P together.")
+        float, typer.Option(min=0, max=1, metavar="P", help="Draw from the likeliest tokens that have P together.")
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from tokens at least P times as likely as the first.")
+        float, typer.Option(min=0, max=1, metavar="P", help="Draw from tokens at least P times as likely as the first.")
     ] = 0.0,
     solver: Solver = None,
     diffusion: Diffusion = None,
@@ -63,6 +63,8 @@ def generate(
     drawing = dict(solver=solver, diffusion=diffusion, steps=steps, guidance=guidance, size=size)
     if not max_images and (given := [name for name, value in drawing.items() if value is not None]):
         raise ValueError(f"--{given[0]} says how pictures are drawn, and --max-images 0 that none is")
+    if top_p == 0:
+        raise ValueError("--top-p 0 leaves no token: give a number above 0; --temperature 0 takes the likeliest always")
     prompt = [_part(part) for part in parts]
     height, width = parse_size(size) if size is not None else (None, None)
     files = out_files(out, max(1, max_images))

@@ -98,4 +98,4 @@ class Inpaint(Solver):
         return Step(self._with_known(x, field.schedule, t_next), prediction, (inner,))
 
     def _with_known(self, x: Tensor, schedule: Schedule, t: Time) -> Tensor:
-        return torch.lerp(x, schedule.mix(self.known, self.eps, t).to(x), self.mask)
+        return torch.lerp(x, schedule.mix(self.known, self.eps, t).to(x), self.mask.to(x))

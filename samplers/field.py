@@ -117,6 +117,9 @@ class Field:
         at_pole = any(bool((as_time(t) == pole).any()) for pole in self.schedule.poles)
         return not at_pole and self.determined(t)
 
+    def begin(self) -> None:
+        """Forget what was kept of an earlier solution, as `apg` with momentum does; `integrate` calls this first."""
+
     def on(self, schedule: Schedule) -> "Field":
         """The same model seen on another schedule: asked at the time of equal log-SNR, with x_t rescaled to it.
 
@@ -145,7 +148,7 @@ class Field:
             value = torch.where(expand(log_snr < 0, x_t) > 0, noisy, clean)
             return Prediction(value, "ddpm_v", x_t, t, schedule, inner.num_evals)
 
-        return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(there(t)[0]))
+        return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(there(t)[0]), self.begin)
 
 
 def _check_schedule(schedule: Schedule) -> None:
@@ -156,7 +159,8 @@ def _check_schedule(schedule: Schedule) -> None:
 class DerivedField(Field):
     """A field made of other fields: guidance, a change of schedule, a count. `predict` is given as a function.
 
-    determined: at which times those it is made of determine x_0 and eps; without it, as `prediction` would.
+    determined: at which times those it is made of determine x_0 and eps; without it, as `prediction` would. begin: what
+    its own `begin` does, such as that of those it is made of.
     """
 
     def __init__(
@@ -165,14 +169,20 @@ class DerivedField(Field):
         schedule: Schedule,
         prediction: View,
         determined: Callable[[Time], bool] | None = None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self._predict, self.schedule, self.prediction, self._determined = predict, schedule, prediction, determined
+        self._begin = begin
 
     def predict(self, x_t: Tensor, t: Time) -> Prediction:
         return self._predict(x_t, t)
 
     def determined(self, t: Time) -> bool:
         return super().determined(t) if self._determined is None else self._determined(t)
+
+    def begin(self) -> None:
+        if self._begin is not None:
+            self._begin()
 
 
 def edm_network(

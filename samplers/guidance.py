@@ -71,26 +71,39 @@ def push_away(
     """Guidance by two weaker models: uncond + scale (cond - uncond) + weak_scale (cond - weak).
 
     pair as for `cfg_batched`, whose field this is outside of `weak_interval`; weak: with the same condition as cond. A
-    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium.
+    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium. At a time that is a
+    number only what counts there is evaluated.
     """
     _check_numbers(scale=scale, weak_scale=weak_scale)
     both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
-    interval, (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
+    (lo, hi), (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
+    outside = cfg_batched(cond, pair, scale, interval)
+    if weak_scale == 0:
+        return outside
 
     def all_three(x_t: Tensor, t: Time) -> list[Prediction]:
-        return [*both(x_t, t), weak.predict(x_t, t)]
+        if scale != 1 and (isinstance(t, Tensor) or lo <= t <= hi):
+            return [*both(x_t, t), weak.predict(x_t, t)]
+        on = cond.predict(x_t, t)
+        return [on, replace(on, num_evals=0), weak.predict(x_t, t)]
 
     def combine(on: Tensor, off: Tensor, less: Tensor, t: Time) -> Tensor:
         guided = _chosen(interval, t, _plain(on, off, scale, 0), on)
         return _chosen((weak_lo, weak_hi), t, guided + weak_scale * (on - less), guided)
 
     within = _guided([cond], combine, EVERYWHERE, timed=True, predict=all_three)
-    outside = cfg_batched(cond, pair, scale, interval)
+
+    def begin() -> None:
+        cond.begin()
+        weak.begin()
 
     def predict(x_t: Tensor, t: Time) -> Prediction:
         return (within if isinstance(t, Tensor) or weak_lo <= t <= weak_hi else outside).predict(x_t, t)
 
-    return DerivedField(predict, cond.schedule, cond.prediction, lambda t: cond.determined(t) and weak.determined(t))
+    def determined(t: Time) -> bool:
+        return cond.determined(t) and weak.determined(t)
+
+    return DerivedField(predict, cond.schedule, cond.prediction, determined, begin)
 
 
 def apg(
@@ -106,7 +119,8 @@ def apg(
 
     x_0 = cond + (scale - 1) u: of cond - uncond, u keeps the part orthogonal to cond, and `parallel` times the rest
     (1 is classifier-free guidance). norm: the difference is shortened to this length per sample. momentum: so much of
-    the difference at the time before is added, below 0 to push away from it; it starts anew when time rises.
+    the difference at the time before is added, below 0 to push away from it; it starts anew with each solution and
+    where time rises.
     """
     _check_numbers(scale=scale, parallel=parallel, momentum=momentum)
     at: float = math.inf
@@ -114,6 +128,10 @@ def apg(
     newest: Tensor | None = None  # that at `at`
     if norm is not None and not norm > 0:
         raise ValueError(f"norm = {norm}: give a positive length, or None for none")
+
+    def begin() -> None:
+        nonlocal at, before, newest
+        at, before, newest = math.inf, None, None
 
     def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
         nonlocal at, before, newest
@@ -131,7 +149,7 @@ def apg(
         along = _sum(difference * on, dims) / _sum(on.square(), dims).clamp(min=1e-12) * on
         return on + (scale - 1) * (difference - (1 - parallel) * along)
 
-    return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True)
+    return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True, begin=begin)
 
 
 def cfg_zero(
@@ -201,12 +219,14 @@ def _guided(
     kind: View | None = None,
     timed: bool = False,
     predict: Callable[[Tensor, Time], list[Prediction]] | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Field:
     """The field that `combine`s the fields' values in the view `kind` (the first one's own) where `interval` says so.
 
     off: guidance changes nothing. timed: `combine` is given the time too. A time per sample is decided per sample, at
-    the price of all evaluations. `predict` gives all predictions at once, the first field's first. In half precision
-    the combination is made in float32, where the length of a large picture does not overflow.
+    the price of all evaluations. `predict` gives all predictions at once, the first field's first. begin: that of the
+    guidance itself. In half precision the combination is made in float32, where the length of a large picture does not
+    overflow.
     """
     lo, hi = _checked(interval)
     if wrong := [field for field in fields if not isinstance(field, Field)]:
@@ -230,7 +250,12 @@ def _guided(
     def determined(t: Time) -> bool:
         return all(field.determined(t) for field in (cond, *others))
 
-    return DerivedField(guided, cond.schedule, cond.prediction, determined)
+    def begin_all() -> None:
+        begin()
+        for field in (cond, *others):
+            field.begin()
+
+    return DerivedField(guided, cond.schedule, cond.prediction, determined, begin_all)
 
 
 def _checked(interval: Interval) -> Interval:

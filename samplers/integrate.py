@@ -79,7 +79,8 @@ def sample(
     one, or a seed, per sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
     Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
     """
-    check_states(x, field)
+    check_field(field)
+    check_states(x)
     method = make_solver(solver, field.schedule, diffusion)
     ts = time_grid(grid, num_steps, schedule=field.schedule)
     noise = generator if isinstance(generator, BrownianTree) else Brownian(x, generator)
@@ -111,6 +112,7 @@ def integrate(
         raise ValueError(f"{solver.name!r} steps in place: it has no states left for a callback or a trajectory")
     times, num_evals = ts.tolist(), 0
     solver = solver.bind(field, times)
+    field.begin()
 
     def counted(x_t: Tensor, t: Time) -> Prediction:
         nonlocal num_evals
@@ -135,10 +137,14 @@ def integrate(
     return Solution(x, ts, num_evals, torch.stack(states) if trajectory else None)
 
 
-def check_states(x: Tensor, field: Field | None = None) -> None:
-    """ValueError for what is no batch of states, or for a field that is none."""
-    if field is not None and not isinstance(field, Field):
+def check_field(field: Field) -> None:
+    """ValueError for a field that is none."""
+    if not isinstance(field, Field):
         raise ValueError(f"field is {field!r}: give a samplers.Field(network, schedule, prediction)")
+
+
+def check_states(x: Tensor) -> None:
+    """ValueError for what is no batch of states."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x is a {type(x).__name__}: give a floating tensor (B, ...) with B >= 1")
     if not x.is_floating_point() or x.ndim < 1 or not len(x):

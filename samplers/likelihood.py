@@ -17,7 +17,7 @@ from torch import Tensor
 from samplers.exponential import Exponential
 from samplers.field import DerivedField, Field, Prediction
 from samplers.grids import time_grid
-from samplers.integrate import Solution, check_states, integrate
+from samplers.integrate import Solution, check_field, check_states, integrate
 from samplers.names import lookup
 from samplers.noise import Generators, randn, seeded
 from samplers.schedules import Time
@@ -47,7 +47,8 @@ def log_likelihood(
     velocity at an end is not determined: keep the grid away from it; and where the network gives no derivative, as
     under torch.no_grad.
     """
-    check_states(x_0, field)
+    check_field(field)
+    check_states(x_0)
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
@@ -94,7 +95,8 @@ def invert(
     Raises ValueError where the network does not determine what the first step takes from it, such as a data network
     at t = 0, which knows nothing of the noise that a picture is to become.
     """
-    check_states(x_0, field)
+    check_field(field)
+    check_states(x_0)
     method, ts = _upwards(field, solver, num_steps, grid)
     if method.stochastic:
         raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
@@ -139,7 +141,7 @@ def _augmented(field: Field, like: Tensor, probes: Tensor | None) -> Field:
         value = torch.cat((flat.detach().to(state), divergence[:, None].to(state)), 1)
         return Prediction(value, "velocity", state, t, field.schedule, evals)
 
-    return DerivedField(predict, field.schedule, "velocity", field.determined)
+    return DerivedField(predict, field.schedule, "velocity", field.determined, field.begin)
 
 
 def _exact(v: Tensor, x: Tensor) -> Tensor:

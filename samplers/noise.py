@@ -72,6 +72,15 @@ def make_diffusion(diffusion: "str | float | Diffusion", schedule: Schedule) -> 
     return Eta(1.0, schedule) if diffusion == "kl" else lambda t: w(schedule, t)
 
 
+def check_diffusion(diffusion: Diffusion, ts: Sequence[float]) -> list[Tensor]:
+    """w at these times; ValueError where it is below 0 or NaN."""
+    ws = [torch.as_tensor(diffusion(t)) for t in ts]
+    for t, w in zip(ts, ws, strict=True):
+        if not (w >= 0).all():
+            raise ValueError(f"diffusion is {w.min():g} at t = {t:g}: give a w(t) of at least 0; 0 is the ODE")
+    return ws
+
+
 def decay(diffusion: Diffusion | None, schedule: Schedule, t: float, t_next: float) -> float:
     """D = exp(-int tau^2 dl) from t to t_next, tau^2 = w / w_kl, l = log(alpha / sigma): what noise leaves of eps.
 
@@ -85,8 +94,9 @@ def decay(diffusion: Diffusion | None, schedule: Schedule, t: float, t_next: flo
         if diffusion.eta <= 1:
             return math.sqrt(max(1 - diffusion.eta**2 * -math.expm1(log_ratio), 0.0))
         return math.exp(diffusion.eta**2 * log_ratio / 2)
-    times = t_next + (t - t_next) * (torch.arange(64, dtype=torch.float64) + 0.5) / 64
-    rates = [float(torch.as_tensor(diffusion(s))) / (2 * float(schedule.sigma(s)) ** 2) for s in times.tolist()]
+    times = (t_next + (t - t_next) * (torch.arange(64, dtype=torch.float64) + 0.5) / 64).tolist()
+    ws = check_diffusion(diffusion, times)
+    rates = [float(w) / (2 * float(schedule.sigma(s)) ** 2) for s, w in zip(times, ws, strict=True)]
     return math.exp(-sum(rates) / 64 * (t - t_next))
 
 
@@ -98,7 +108,8 @@ def randn(
 ) -> Tensor:
     """Standard normal noise; a list of generators, one per sample, makes a sample independent of the batch it is in.
 
-    Seeds may stand in place of generators. ValueError for a list of another length than the batch.
+    Seeds may stand in place of generators. A seed's noise is one for each dtype: in float64 other numbers are drawn
+    than in float32. ValueError for a list of another length than the batch.
     """
     if generator is not None and not isinstance(generator, Generator):
         return torch.stack([randn(shape[1:], own, dtype, device) for own in _each(generator, shape[0])])
@@ -149,7 +160,10 @@ class BrownianTree:
     """
 
     def __init__(self, x: Tensor, seeds: int | Sequence[int] = 0, depth: int = 20) -> None:
-        seeds = int(seeds) if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]
+        try:
+            seeds = int(seeds) if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]
+        except TypeError as error:
+            raise ValueError(f"seeds is {seeds!r}: give a whole number, or a list with one per sample") from error
         if not isinstance(seeds, int) and len(seeds) != len(x):
             raise ValueError(f"{len(seeds)} seeds for a batch of {len(x)}: give one per sample, or one for all")
         if not 1 <= depth <= 30:

@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
 from samplers.field import Field, Prediction
-from samplers.noise import Diffusion, Noise
+from samplers.noise import DIFFUSIONS, Diffusion, Noise, check_diffusion
 from samplers.schedules import Time
 
 
@@ -76,13 +77,19 @@ class NoisySolver(Solver):
 
 @dataclass(frozen=True)
 class SDESolver(NoisySolver):
-    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t)."""
+    """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t).
 
+    w_at: where in a step w is taken, from 0, its start, to 1.
+    """
+
+    w_at: ClassVar[float] = 0.0
     diffusion: Diffusion | None = None
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         if self.diffusion is None:
-            raise ValueError(f"{self.name!r} solves an SDE: give diffusion='kl', 'sigma', 'sin2', 'constant' or a w(t)")
+            kinds = ", ".join(map(repr, DIFFUSIONS))
+            raise ValueError(f"{self.name!r} solves an SDE: give a diffusion, {kinds}, a number eta or a w(t)")
+        check_diffusion(self.diffusion, [t + self.w_at * (t_next - t) for t, t_next in pairwise(ts)])
         return self
 
 

@@ -36,7 +36,9 @@ def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | float
     if not solver.takes_diffusion:
         if diffusion is not None:
             why = "draws noise of its own" if solver.stochastic else "solves the ODE"
-            raise ValueError(f"diffusion given, but {solver.name!r} {why}: take solver='euler-maruyama'")
+            raise ValueError(
+                f"{solver.name!r} {why} and takes no diffusion: leave it out, or take the solver 'euler-maruyama'"
+            )
         return solver
     diffusion = getattr(solver, "diffusion", None) if diffusion is None else diffusion
     if diffusion is None:

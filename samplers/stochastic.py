@@ -35,7 +35,7 @@ class EulerMaruyama(SDESolver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert self.diffusion is not None and noise is not None
-        w, dt = bounded(self.diffusion, field, t, t, t_next), torch.as_tensor(t_next - t, dtype=torch.float64)
+        w, dt = bounded(self.diffusion, field, t, t_next, self.w_at), torch.as_tensor(t_next - t, dtype=torch.float64)
         prediction = field.predict(x_t, t)
         x = advance(x_t, dt, (1.0,), [prediction.v])
         x = x + expand(w / (2 * field.schedule.sigma(t)) * dt, x) * prediction.eps  # score = -eps / sigma
@@ -50,11 +50,13 @@ class StochasticHeun(SDESolver):
     family, with the same marginals. Where the end cannot be seen (see runge_kutta.py) the step is Euler-Maruyama's.
     """
 
+    w_at = 0.5
+
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert self.diffusion is not None and noise is not None
-        w = bounded(self.diffusion, field, (t + t_next) / 2, t, t_next)
+        w = bounded(self.diffusion, field, t, t_next, self.w_at)
         dt = torch.as_tensor(t_next - t, dtype=torch.float64)
         first = field.predict(x_t, t)
         kick = expand(w.sqrt(), x_t) * noise(t, t_next)
@@ -72,10 +74,11 @@ class StochasticHeun(SDESolver):
         return Step(x_t + expand(dt, x_t) * slope + kick, first)
 
 
-def bounded(diffusion: Diffusion, field: Field, at: Time, t: Time, t_next: Time) -> Tensor:
-    """w(at), at most sigma(t_next)^2 / |dt|, float64."""
+def bounded(diffusion: Diffusion, field: Field, t: Time, t_next: Time, at: float) -> Tensor:
+    """w at this part of the step, at most sigma(t_next)^2 / |dt|, float64."""
     dt = torch.as_tensor(t_next - t, dtype=torch.float64)
-    return torch.minimum(torch.as_tensor(diffusion(at)), field.schedule.sigma(t_next) ** 2 / dt.abs())
+    w = torch.as_tensor(diffusion(t + at * (t_next - t)))
+    return torch.minimum(w, field.schedule.sigma(t_next) ** 2 / dt.abs())
 
 
 class _Churned(NamedTuple):
@@ -203,7 +206,10 @@ class Restart(NoisySolver):
         for low, high, times, num_steps in self.intervals:
             reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= low < t), None)
             if reached is None or ts[reached + 1] <= 0:
-                raise ValueError(f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}")
+                raise ValueError(
+                    f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}, where "
+                    f"{self.name!r} turns back: take more steps"
+                )
             down = karras_between(high, ts[reached + 1], num_steps, field.schedule)
             bottom, top = points(field.schedule, [down[-1], high])
             scale = top.alpha / bottom.alpha

@@ -97,11 +97,12 @@ def test_a_mask_of_another_size_and_pictures_of_several_are_refused():
     ("edit", "options", "message"),
     [
         (Edit(picture(8, 12)), dict(height=64), "64 x 12 is asked for and the picture to edit is 8 x 12"),
+        (Edit(picture(8, 12)), dict(width=0), "8 x 0 is asked for and the picture to edit is 8 x 12"),
         (Edit(picture(10, 12)), {}, "10 x 12 does not fit"),
         (Edit([picture(8, 12)] * 3), {}, "3 pictures for 2 prompts"),
         (Edit(picture(8, 12), mask=[picture(8, 12)] * 3), {}, "3 masks for 2 prompts"),
     ],
-    ids=["height", "step", "pictures", "masks"],
+    ids=["height", "no-width", "step", "pictures", "masks"],
 )
 def test_edits_that_do_not_fit_the_call_are_refused(pipe, edit, options, message):
     with pytest.raises(ValueError, match=message):

@@ -349,7 +349,7 @@ def test_a_model_that_sees_what_follows_cannot_write():
     "wrong", [dict(temperature=-1), dict(top_k=0), dict(top_k=1.5), dict(top_p=0.0), dict(min_p=1.5)]
 )
 def test_rules_are_checked(wrong):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is .*, expected"):
         TextSampling(**wrong)
 
 

@@ -107,7 +107,7 @@ def test_noise_of_the_steps_is_not_the_noise_of_the_start(pipe):
         (dict(skip_layers=[1], skip_steps=(0.5, 0.1)), "skip_steps is"),
         (dict(grid="squared"), "squared"),
         (dict(grid="diffusers", num_steps=0), "num_steps"),
-        (dict(diffusion="kl", solver="heun"), "diffusion given"),
+        (dict(diffusion="kl", solver="heun"), "'heun' solves the ODE and takes no diffusion"),
         (dict(rescale=2.0), "rescale"),
         (dict(interval=(0.6, 0.4)), "interval"),
         (dict(interval=0.5), "interval is 0.5, expected two finite numbers"),

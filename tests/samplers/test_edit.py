@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samplers import SOLVERS, Cosine, Inpaint, randn, sample, start_from
+from samplers import SOLVERS, Cosine, Field, Inpaint, randn, sample, start_from
 from tests.oracles import MIXTURE
 from tests.samplers.common import FLOW, normal
 
@@ -47,6 +47,14 @@ def test_the_known_part_is_on_its_path_at_every_step():
         torch.testing.assert_close(progress.x_next[:, 0], expected[:, 0])
 
 
+def test_the_first_state_has_the_known_part_too():
+    seen = []
+    solver = Inpaint.of("euler", KNOWN, MASK, SEEDS)
+    sample(Field(lambda x_t, t: seen.append(x_t) or -x_t, FLOW), X, solver, grid=[0.7, 0.3])
+    torch.testing.assert_close(seen[0][:, 0], FLOW.mix(KNOWN, solver.eps, 0.7)[:, 0])
+    torch.testing.assert_close(seen[0][:, 1], X[:, 1])
+
+
 @pytest.mark.parametrize(("name", "diffusion"), [("euler-maruyama", "kl"), ("ddim", 0.5), ("langevin", 0.5)])
 def test_the_diffusion_is_the_inner_solver_s(name, diffusion):
     field, nothing = MIXTURE.field(FLOW), torch.zeros(1, 1)
@@ -66,6 +74,14 @@ def test_masks_of_zero_and_one_and_between():
     torch.testing.assert_close(run(torch.ones(4, 2)), KNOWN)
     half = run(torch.full((4, 2), 0.5))
     assert not torch.allclose(half, KNOWN) and not torch.allclose(half, run(torch.zeros(1, 1)))
+
+
+@pytest.mark.parametrize(("x", "known"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_known_data_of_another_dtype_than_x(x, known):
+    solver = Inpaint.of("heun", KNOWN.to(known), MASK, SEEDS)
+    out = sample(Field(lambda x_t, t: -x_t, FLOW), X.to(x), solver, 4).x
+    assert out.dtype == x
+    torch.testing.assert_close(out[:, 0], KNOWN[:, 0].to(x), rtol=1e-6, atol=1e-6)
 
 
 def test_what_cannot_be_done_is_refused():

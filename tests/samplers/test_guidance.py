@@ -180,6 +180,8 @@ def test_apg_remembers_the_difference_until_time_rises():
     torch.testing.assert_close(first, plain.x_0(Z, 0.8))
     before = A.x_0(Z, 0.8) - B.x_0(Z, 0.8)
     torch.testing.assert_close(second, plain.x_0(Z, 0.6) - 0.5 * before)
+    third = plain.x_0(Z, 0.5) - 0.5 * (A.x_0(Z, 0.6) - B.x_0(Z, 0.6) - 0.5 * before)  # of all times before
+    torch.testing.assert_close(field.x_0(Z, 0.5), third)
     torch.testing.assert_close(field.x_0(Z, 1.0), plain.x_0(Z, 1.0))
 
 
@@ -188,6 +190,32 @@ def test_apg_is_the_same_in_every_run_of_one_step(solver):
     field = apg(A, B, 2.0, momentum=-0.5)
     first = sample(field, Z, solver, 1).x
     torch.testing.assert_close(sample(field, Z, solver, 1).x, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda field: field,
+        lambda field: field.on(Cosine()),
+        lambda field: cfg(A, field, 2.0),
+        lambda field: push_away(field, halves(A, B), C, 2.0, 1.0, (0.0, 0.0)),
+        lambda field: push_away(A, halves(A, B), field, 2.0, 1.0),
+    ],
+)
+def test_apg_forgets_a_run_that_was_broken_off(around):
+    """Where the next one begins below it, time has not risen; also within other fields."""
+
+    def break_off(progress):
+        raise KeyboardInterrupt
+
+    def run():
+        return sample(field, Z, "euler", grid=[0.7, 0.4, 0.1]).x
+
+    field = around(apg(A, B, 2.0, momentum=-0.5))
+    first = run()
+    with pytest.raises(KeyboardInterrupt):
+        sample(field, Z, "euler", grid=[0.9, 0.8, 0.0], callback=break_off)
+    torch.testing.assert_close(run(), first, rtol=0, atol=0)
 
 
 def test_apg_asked_twice_at_one_time_answers_the_same():
@@ -259,6 +287,12 @@ def test_two_conditions_are_renormed_in_the_velocity_whatever_is_predicted():
     torch.testing.assert_close(guided("data"), guided("velocity"))
 
 
+def test_renorm_never_lengthens():
+    guided = [cfg_text_image(A, B, C, 0.5, 0.9, renorm=how).v(Z, 0.5) for how in ("global", "none")]
+    assert (guided[1].flatten(1).norm(dim=1) < A.v(Z, 0.5).flatten(1).norm(dim=1)).all()
+    torch.testing.assert_close(*guided)
+
+
 def test_renorm_brings_back_the_length():
     full = A.v(Z, 0.5)
 
@@ -303,7 +337,12 @@ def test_other_settings_out_of_range_are_refused():
 
 def halves(first, second):
     """Both fields behind one network, which is given each sample twice."""
-    return Field(lambda x, t: torch.cat([first.v(x[:5], t[:5]), second.v(x[5:], t[5:])]), FLOW)
+
+    def network(x, t):
+        (x_1, x_2), (t_1, t_2) = x.chunk(2), t.chunk(2)
+        return torch.cat([first.v(x_1, t_1), second.v(x_2, t_2)])
+
+    return Field(network, FLOW)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
@@ -315,6 +354,25 @@ def test_push_away_adds_the_difference_to_the_weak_model_within_its_interval(t):
         expected = expected + 1.5 * (COND.v(X, t) - weak.v(X, t))
     torch.testing.assert_close(guided.v(X, t), expected)
     assert guided.predict(X, t).num_evals == {0.2: 1, 0.5: 3, 0.8: 2}[t]
+
+
+@pytest.mark.parametrize(
+    ("scales", "interval", "evals"), [((3.0, 1.5), (0.6, 1.0), 2), ((1.0, 1.5), (0, 1), 2), ((3.0, 0.0), (0, 1), 2)]
+)
+def test_push_away_evaluates_only_what_counts(scales, interval, evals):
+    calls = []
+
+    def told(name, field):
+        return Field(lambda x, t: calls.append(name) or field.v(x, t), FLOW)
+
+    pair = told("pair", halves(COND, UNCOND))
+    guided = push_away(told("cond", COND), pair, told("weak", UNCOND), *scales, interval)
+    prediction = guided.predict(X, 0.5)
+    difference = COND.v(X, 0.5) - UNCOND.v(X, 0.5)
+    expected = cfg(COND, UNCOND, scales[0], interval).v(X, 0.5) + scales[1] * difference
+    torch.testing.assert_close(prediction.v, expected)
+    assert prediction.num_evals == evals
+    assert calls == (["pair"] if scales[1] == 0 else ["cond", "weak"])
 
 
 def test_push_away_takes_a_weak_model_of_another_schedule_and_sees_what_it_sees():

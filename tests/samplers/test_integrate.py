@@ -163,8 +163,9 @@ def test_what_is_no_state_is_refused(x):
 
 
 def test_what_is_no_field_or_network_is_refused():
-    with pytest.raises(ValueError, match="give a samplers.Field"):
-        sample(lambda x_t, t: x_t, X)
+    for field in (lambda x_t, t: x_t, None):
+        with pytest.raises(ValueError, match="give a samplers.Field"):
+            sample(field, X)
     with pytest.raises(ValueError, match="network is 3: give a function"):
         Field(3, FLOW)
     with pytest.raises(ValueError, match="the network gave a tuple for x_t"):

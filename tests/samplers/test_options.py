@@ -49,6 +49,12 @@ def integrated(**options):
     return out.x, out.trajectory is None, len(SEEN)
 
 
+def begun(**options):
+    SEEN.clear()
+    samplers.DerivedField(FIELD.predict, FLOW, "velocity", **options).begin()
+    return len(SEEN)
+
+
 LIKELIHOOD = {"solver": "rk4", "num_steps": 4}
 FUNCTIONS = [  # name, call, what is always given, options with another value than the default or the one given
     ("Cosine", lambda **o: Cosine(**o).sigma(T), {}, {"offset": 0.1}),
@@ -83,6 +89,7 @@ FUNCTIONS = [  # name, call, what is always given, options with another value th
         {},
         {"determined": lambda t: False},
     ),
+    ("DerivedField", begun, {}, {"begin": lambda: SEEN.append(1)}),
     ("cfg", lambda **o: at_falling_times(samplers.cfg(A, B, 3.0, **o)), {}, {"interval": (0.3, 0.9), "rescale": 0.5}),
     (
         "cfg_batched",

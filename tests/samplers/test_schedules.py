@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samplers import EDM, VE, Cosine, DiscreteVP, RectifiedFlow, Trig, VPLinear, lookup
@@ -49,6 +49,7 @@ def test_derivatives_are_those_of_the_path(schedule, t):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @given(t=inside)
+@example(t=0.999)
 @settings(max_examples=8, deadline=None)
 def test_log_snr_round_trip(schedule, t):
     log_snr = schedule.log_snr(t)

@@ -314,7 +314,7 @@ def test_names_and_refusals():
         sample(field, X, ["heun"])
     with pytest.raises(ValueError, match="'heun' solves the ODE"):
         sample(field, X, "heun", diffusion="kl")
-    with pytest.raises(ValueError, match="give diffusion="):
+    with pytest.raises(ValueError, match="give a diffusion, 'kl'"):
         sample(field, X, "euler-maruyama")
     with pytest.raises(ValueError, match="diffusion = -1"):
         sample(field, X, "euler-maruyama", diffusion=-1.0)

@@ -175,6 +175,9 @@ def test_a_step_that_draws_more_than_its_increment_takes_no_tree():
 def test_refusals_of_the_tree():
     with pytest.raises(ValueError, match="2 seeds for a batch of 8"):
         BrownianTree(X, [1, 2])
+    for seeds in (None, 1.5, [1.5] * 8, torch.Generator()):
+        with pytest.raises(ValueError, match="give a whole number, or a list with one per sample"):
+            BrownianTree(X, seeds)
     with pytest.raises(ValueError, match="depth = 0"):
         BrownianTree(X, 1, depth=0)
     with pytest.raises(ValueError, match=r"nearer than 2\^-4"):
@@ -183,6 +186,23 @@ def test_refusals_of_the_tree():
         Brownian(X, 3)
     with pytest.raises(ValueError, match=r"noise is for \(1, 2\), x is \(8, 2\)"):
         sample(MIXTURE.field(RectifiedFlow()), X, "ddpm", generator=BrownianTree(X[:1], 1))
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun", "ddpm", "ddim"])
+def test_a_diffusion_below_zero_or_nan_is_refused_before_the_first_step(name):
+    field = Field(lambda x_t, t: pytest.fail("the network was asked"), RectifiedFlow())
+    for w in (lambda t: t - 0.3, lambda t: torch.tensor(math.nan)):
+        with pytest.raises(ValueError, match=r"diffusion is .* at t = .*: give a w\(t\) of at least 0"):
+            sample(field, X, name, 5, diffusion=w, generator=range(8))
+
+
+@pytest.mark.parametrize(("name", "share"), [("euler-maruyama", 0.0), ("stochastic-heun", 0.5)])
+def test_a_diffusion_is_asked_where_it_is_taken(name, share):
+    """So that one with a pole at t = 1 goes with Heun's rule, which takes it in the middle of a step."""
+    asked = []
+    run = {"diffusion": lambda t: asked.append(t) or 1.0, "generator": range(8)}
+    sample(MIXTURE.field(RectifiedFlow()), X, name, grid=[1.0, 0.6, 0.0], **run)
+    assert asked == pytest.approx([t + share * (t_next - t) for t, t_next in ((1.0, 0.6), (0.6, 0.0))] * 2)
 
 
 def test_seeds_are_whole_numbers_of_any_kind():
@@ -223,7 +243,7 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
     assert not torch.allclose(run("langevin", diffusion=1.0), run("langevin"))
     with pytest.raises(ValueError, match="'langevin' draws noise of its own"):
         run(replace(langevin, inner=SOLVERS["heun"]), diffusion=1.0)
-    with pytest.raises(ValueError, match="'euler-maruyama' solves an SDE: give diffusion"):
+    with pytest.raises(ValueError, match="'euler-maruyama' solves an SDE: give a diffusion, 'kl'"):
         run(replace(langevin, inner=SOLVERS["euler-maruyama"]))
     torch.testing.assert_close(run(replace(langevin, snr=1e-9)), run("ddim"), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="snr = 0"):
@@ -239,5 +259,5 @@ def test_restart_that_never_does_is_its_inner_solver():
         replace(restart, intervals=((0.6, 0.2, 1, 4),))
     with pytest.raises(ValueError, match="no step of the grid"):
         sample(field, X, "restart", 1)
-    with pytest.raises(ValueError, match="no step of the grid from 1 to 0.5"):
+    with pytest.raises(ValueError, match="no step of the grid from 1 to 0.5 .*: take more steps"):
         sample(field, X, "restart", grid=[1.0, 0.7, 0.5])
