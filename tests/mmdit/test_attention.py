@@ -44,6 +44,15 @@ def test_the_formula_of_short_sequences_is_torchs(mask):
     torch.testing.assert_close(attention(*long), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "grad", "calls"), [(SHORT, True, 0), (SHORT + 1, True, 1), (SHORT, False, 1)])
+def test_all_but_what_is_short_and_learns_is_torchs_kernel(monkeypatch, tokens, grad, calls):
+    asked, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **how: asked.append(how) or real(*x, **how))
+    with torch.set_grad_enabled(grad):
+        attention(*qkv(tokens))
+    assert len(asked) == calls
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("tokens", [8, SHORT + 3])
 def test_forward_mode_derivatives(tokens, grad):
