@@ -298,6 +298,21 @@ def test_pixels_come_out_in_one_piece_as_they_are(size):
     assert np.array_equal(read_fitted(encoded(pixels), scaled).image, fit(pixels, scaled))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("sideways", "step", "place"), [(False, 2, 0.25), (True, 2, 0.75), (True, 3, 1.0)])
+def test_the_crop_that_is_told_is_the_one_that_is_cut(sideways, step, place, flip):
+    """Of a picture whose grey is the row, or the column, scaled down by `step`."""
+    ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[:, None, None], (240, 20 * step, 3))
+    ramp = ramp.transpose(1, 0, 2) if sideways else ramp
+    image, original, crop, flipped = read_fitted(encoded(np.ascontiguousarray(ramp)), (20, 20), (place, place), flip)
+    assert (original, flipped) == (ramp.shape[:2], flip)
+    first = round(place * (240 // step - 20))
+    assert crop == ((0, first) if sideways else (first, 0))
+    seen = step * (first + np.arange(20)) + (step - 1) / 2
+    seen = 239 - seen if flip and sideways else seen
+    assert np.abs((image[0] if sideways else image[:, 0])[:, 0] - seen)[1:-1].max() <= 1
+
+
 def test_pixels_come_without_pillow_s_own_encoder_too(monkeypatch):
     picture = Image.fromarray(RGB)
     monkeypatch.setattr(images, "Image", SimpleNamespace())
