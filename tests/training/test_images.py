@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -277,6 +277,7 @@ def test_fit_is_antialiased(factor):
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64))
+@example(1, 1, 9)  # less than half a step
 def test_fit_size_is_the_nearest_multiple(height, width, step):
     for side, fitted in zip((height, width), fit_size(height, width, step), strict=True):
         assert fitted % step == 0 and fitted >= step
