@@ -46,12 +46,12 @@ VARIANTS = {
 }
 
 
-def alive(config: MMDiTConfig, seed: int = 0, std: float = 0.2) -> MMDiT:
+def alive(config: MMDiTConfig, seed: int = 0) -> MMDiT:
     """A model whose every parameter matters."""
     model, generator = MMDiT(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(std * torch.randn(p.shape, generator=generator))
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
     return model
 
 
@@ -109,9 +109,11 @@ def test_output_is_that_of_diffusers(pair, batch, height, width):
     rows=st.integers(1, 5),
     columns=st.integers(1, 5),
     tokens=st.integers(1, 9),
-    std=st.sampled_from([0.2, 0.003]),  # so small that what keeps norms from dividing by zero counts
+    small=st.sampled_from([1.0, 1e-3]),  # so small that what keeps norms from dividing by zero counts
 )
-def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, patch_size, rows, columns, tokens, std):
+def test_output_is_that_of_diffusers_at_any_shape(
+    depth, heads, qk_norm, dual, patch_size, rows, columns, tokens, small
+):
     from diffusers import SD3Transformer2DModel
 
     config = replace(
@@ -124,7 +126,10 @@ def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, p
         patch_size=patch_size,
         sample_size=8,
     )
-    ours, reference = alive(config, std=std), SD3Transformer2DModel(**config_to_diffusers(config))
+    ours, reference = alive(config), SD3Transformer2DModel(**config_to_diffusers(config))
+    with torch.no_grad():
+        for qkv in (p for name, p in ours.named_parameters() if ".qkv." in name):
+            qkv[: 2 * config.width] *= small
     reference.load_state_dict(DIFFUSERS.from_ours(ours.state_dict(), config))
     x_t, t, context, pooled = inputs(config, 2, rows * patch_size, columns * patch_size, tokens)
     with torch.no_grad():
