@@ -90,7 +90,7 @@ def joined(first: Captions, second: Captions, fields: Weights) -> Captions:
 def choose(num: int, shares: tuple[float, ...], u: float) -> int:
     """Which of `num` captions a number u in [0, 1) chooses; equal shares where none are given."""
     if not shares:
-        return min(int(u * num), num - 1)
+        return int(u * num)
     total, place = sum(shares), 0.0
     for i, share in enumerate(shares):
         place += share / total

@@ -53,8 +53,8 @@ class Fitted(NamedTuple):
 
     image: np.ndarray
     original: Size
-    crop: Size = (0, 0)
-    flipped: bool = False
+    crop: Size
+    flipped: bool
 
 
 def read_fitted(

@@ -62,13 +62,12 @@ class Mix:
             rest -= Fraction(weight)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        last = len(self._shares) - 1
         for part, (above, below) in enumerate(self._shares):
             before = position * above // below
-            if part == last or (position + 1) * above // below > before:
-                return part, position if part == last else before
+            if (position + 1) * above // below > before:
+                return part, before
             position -= before
-        raise AssertionError
+        raise AssertionError("the last part takes all that is left")
 
 
 class Turns:
@@ -80,7 +79,7 @@ class Turns:
 
     def __init__(self, counts: Sequence[int], batch_size: int, seed: int) -> None:
         self.counts, self.batch_size, self.seed = [int(count) for count in counts], batch_size, seed
-        self._epoch, self._first, self._turns = -1, 0, np.zeros((0, 2), dtype=np.int64)
+        self._first, self._turns = 0, np.zeros((0, 2), dtype=np.int64)
 
     def __getitem__(self, step: int) -> tuple[int, int]:
         if len(self.counts) == 1:
@@ -102,8 +101,7 @@ class Turns:
         own = [np.arange(first, last) for first, last in zip(before, after, strict=True)]
         turns = np.stack([np.repeat(np.arange(len(own)), after - before), np.concatenate(own)], axis=1)
         shuffled = np.random.default_rng([self.seed, epoch, len(self.counts)]).permutation(len(turns))
-        self._epoch, self._first = epoch, int(before.sum())
-        self._turns = turns[shuffled]
+        self._first, self._turns = int(before.sum()), turns[shuffled]
 
 
 @dataclass(frozen=True)

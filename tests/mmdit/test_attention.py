@@ -44,6 +44,15 @@ def test_the_formula_of_short_sequences_is_torchs(mask):
     torch.testing.assert_close(attention(*long), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "grad", "calls"), [(SHORT, True, 0), (SHORT + 1, True, 1), (SHORT, False, 1)])
+def test_all_but_what_is_short_and_learns_is_torchs_kernel(monkeypatch, tokens, grad, calls):
+    asked, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **how: asked.append(how) or real(*x, **how))
+    with torch.set_grad_enabled(grad):
+        attention(*qkv(tokens))
+    assert len(asked) == calls
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("tokens", [8, SHORT + 3])
 def test_forward_mode_derivatives(tokens, grad):
@@ -107,10 +116,10 @@ def test_flex_says_the_same_of_packed_documents():
     ("kind", "dtype", "width", "name", "serves"),
     [
         ("cuda", torch.bfloat16, 64, "sdpa", True),
-        ("cuda", torch.float16, 64, "varlen", True),
+        ("cuda", torch.float16, 256, "varlen", True),
         ("cuda", torch.float32, 64, "sdpa", False),  # a validation loss, or training.precision = "fp32"
         ("cuda", torch.bfloat16, 20, "sdpa", False),
-        ("cuda", torch.bfloat16, 512, "sdpa", False),
+        ("cuda", torch.bfloat16, 264, "sdpa", False),
         ("cuda", torch.bfloat16, 64, "xformers", False),
         ("cpu", torch.bfloat16, 64, "sdpa", False),
     ],
@@ -154,7 +163,9 @@ def test_varlen_leaves_out_the_padding(varlen, mask):
 
 
 def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
-    monkeypatch.setattr("mmdit.attention._serves", lambda kind, dtype, width: True)
+    monkeypatch.setattr(
+        "mmdit.attention._serves", lambda *asked: asked == ("cpu", torch.float64, 16) or pytest.fail(str(asked))
+    )
     pairs = Pairs((4, 6, 3), (2, 0, 5))
     q, k, v = (x[:1] for x in qkv(20, dtype=torch.float64))
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5])

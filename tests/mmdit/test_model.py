@@ -109,8 +109,11 @@ def test_output_is_that_of_diffusers(pair, batch, height, width):
     rows=st.integers(1, 5),
     columns=st.integers(1, 5),
     tokens=st.integers(1, 9),
+    small=st.sampled_from([1.0, 1e-3]),  # so small that what keeps norms from dividing by zero counts
 )
-def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, patch_size, rows, columns, tokens):
+def test_output_is_that_of_diffusers_at_any_shape(
+    depth, heads, qk_norm, dual, patch_size, rows, columns, tokens, small
+):
     from diffusers import SD3Transformer2DModel
 
     config = replace(
@@ -124,6 +127,9 @@ def test_output_is_that_of_diffusers_at_any_shape(depth, heads, qk_norm, dual, p
         sample_size=8,
     )
     ours, reference = alive(config), SD3Transformer2DModel(**config_to_diffusers(config))
+    with torch.no_grad():
+        for qkv in (p for name, p in ours.named_parameters() if ".qkv." in name):
+            qkv[: 2 * config.width] *= small
     reference.load_state_dict(DIFFUSERS.from_ours(ours.state_dict(), config))
     x_t, t, context, pooled = inputs(config, 2, rows * patch_size, columns * patch_size, tokens)
     with torch.no_grad():
@@ -345,6 +351,19 @@ def test_a_fresh_model_predicts_zero_and_every_weight_soon_learns():
     assert idle == ["blocks.2.txt.attn.q_norm.weight"]
 
 
+def test_a_fresh_block_is_the_identity_and_its_matrices_are_xaviers():
+    torch.manual_seed(0)
+    config = replace(TINY, dual_attention_layers=(0,))
+    model = MMDiT(config)
+    xs, c = [torch.randn(2, n, 32) for n in (5, 3)], torch.randn(2, 32)
+    for ours, x in zip(model.blocks[0](xs, c), xs, strict=True):
+        assert torch.equal(ours, x)
+    for w in (p.detach() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name):
+        bound = (6 / sum(w.shape)) ** 0.5  # of a uniform draw, whose mean square is a third of its bound's
+        assert w.abs().max() <= bound and w.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
 def test_time_pooled_and_context_reach_the_prediction():
     model = alive(TINY)
     x_t, t, context, pooled = inputs(TINY)
@@ -397,9 +416,13 @@ def test_text_asks_nothing_in_the_last_block(monkeypatch):
     of_each = keys.repeat(1, 1, 8, 1)
     of_each[:, :, 5:] = False
     torch.testing.assert_close(model.blocks[-1](xs, c, of_each), model.blocks[-1](xs, c, keys))
+    torch.testing.assert_close(model.blocks[0](xs, c, keys.repeat(1, 1, 8, 1)), model.blocks[0](xs, c, keys))
 
 
-@pytest.mark.parametrize("change", [{}, dict(positions="rope", qk_norm="rms_norm", dual_attention_layers=(0, 2))])
+@pytest.mark.parametrize(
+    "change",
+    [{}, dict(positions="rope", qk_norm="rms_norm", dual_attention_layers=(0, 2), patch_size=1, sample_size=8)],
+)
 def test_masked_text_changes_nothing(change):
     """Each sample with padding, whatever stands there, as the same sample alone without it."""
     config = replace(TINY, **change)

@@ -115,6 +115,7 @@ def test_pack_puts_every_image_between_its_two_tokens():
     assert batch.document.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert batch.opened.tolist() == [3, 6] and batch.num_documents == 2
     assert [latent is IMAGE for latent in batch.latents] == [True, True]
+    assert batch.lead == 0 and pack([[IMAGE]], sizes=range(10, 16)).lead == 2  # tokens of the size
     other = batch.with_latents([IMAGE + 1, IMAGE + 2])
     assert [float(latent.mean()) for latent in other.latents] == [1, 2] and other.ids is batch.ids
 
@@ -157,6 +158,11 @@ def test_what_is_no_document_is_refused(wrong, what):
 def test_broken_batches_are_refused(ids, document, images, what):
     with pytest.raises(ValueError, match=what):
         MixedBatch(torch.tensor(ids), torch.tensor(document), (IMAGE,) * images)
+
+
+def test_an_image_of_less_than_a_patch_has_no_size():
+    with pytest.raises(ValueError, match="0 x 1 patches: there are tokens for sizes of 1 to 6"):
+        pack([[IMAGE]], sizes=range(10, 16), patch_size=5)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (4, 5), (0, 4)])

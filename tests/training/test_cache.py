@@ -109,6 +109,17 @@ def test_what_is_written_is_read(tmp_path_factory, shapes, dtype, bad):
         assert all(torch.equal(a, b) for got, given in pairs for a, b in zip(got, given, strict=True))
 
 
+def test_a_digest_is_of_every_number_and_of_the_shape():
+    states, pooled = torch.ones(4, 5), torch.ones(3)
+    texts = [
+        [(a, b)] for a in (states, states.clone().index_fill_(0, torch.tensor(3), 2)) for b in (pooled, 2 * pooled)
+    ]
+    known = [
+        Known(x, [text]) for x in (torch.ones(2, 2, 3), torch.ones(2, 3, 2), torch.zeros(2, 2, 3)) for text in texts
+    ]
+    assert len({one.digest() for one in known}) == len(known) == 12
+
+
 @pytest.fixture(scope="module")
 def written(parts, tmp_path_factory):
     """A cache of four shards with text features."""

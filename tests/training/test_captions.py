@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import resource
 from collections import Counter
 
@@ -33,7 +34,7 @@ def test_weights_are_parsed():
 
 def test_captions_of_a_row():
     row = {"original": "o", "synthetic": ["s1", "", "s2"], "caption": "c"}
-    assert captions_of(row) == (("c",), ())
+    assert captions_of(row) == (("c",), ()) and captions_of({"text": ["", "first", "second"]}) == (("first",), ())
     assert captions_of(row, BOTH) == (("o", "s1", "s2"), (0.5, 0.25, 0.25))
     assert captions_of({"synthetic": "s"}, BOTH) == (("s",), (0.5,))
     assert captions_of({"caption": "c"}, BOTH) == captions_of([1], BOTH) == ((), ())
@@ -64,6 +65,13 @@ def test_a_number_chooses_by_shares(shares, u):
     i = choose(len(shares), tuple(shares), u)
     assert sum(shares[:i]) <= place + 1e-9 and (place <= sum(shares[: i + 1]) + 1e-9)
     assert choose(4, (), u) == int(4 * u)
+
+
+@pytest.mark.parametrize("shares", [(), (0.1,)])
+def test_the_largest_number_chooses_the_last(shares):
+    """Also where shares add up to less than 1 by rounding."""
+    largest = math.nextafter(1, 0)
+    assert all(choose(n, shares * n, largest) == n - 1 for n in range(1, 1000))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -277,6 +277,7 @@ def test_fit_is_antialiased(factor):
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64))
+@example(1, 1, 9)  # less than half a step
 def test_fit_size_is_the_nearest_multiple(height, width, step):
     for side, fitted in zip((height, width), fit_size(height, width, step), strict=True):
         assert fitted % step == 0 and fitted >= step
@@ -296,6 +297,21 @@ def test_pixels_come_out_in_one_piece_as_they_are(size):
     assert np.array_equal(read_fitted(encoded(pixels), size).image, pixels)
     scaled = (size[0] + 3, 2 * size[1])
     assert np.array_equal(read_fitted(encoded(pixels), scaled).image, fit(pixels, scaled))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("sideways", "step", "place"), [(False, 2, 0.25), (True, 2, 0.75), (True, 3, 1.0)])
+def test_the_crop_that_is_told_is_the_one_that_is_cut(sideways, step, place, flip):
+    """Of a picture whose grey is the row, or the column, scaled down by `step`."""
+    ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[:, None, None], (240, 20 * step, 3))
+    ramp = ramp.transpose(1, 0, 2) if sideways else ramp
+    image, original, crop, flipped = read_fitted(encoded(np.ascontiguousarray(ramp)), (20, 20), (place, place), flip)
+    assert (original, flipped) == (ramp.shape[:2], flip)
+    first = round(place * (240 // step - 20))
+    assert crop == ((0, first) if sideways else (first, 0))
+    seen = step * (first + np.arange(20)) + (step - 1) / 2
+    seen = 239 - seen if flip and sideways else seen
+    assert np.abs((image[0] if sideways else image[:, 0])[:, 0] - seen)[1:-1].max() <= 1
 
 
 def test_pixels_come_without_pillow_s_own_encoder_too(monkeypatch):

@@ -22,10 +22,13 @@ def test_an_epoch_is_the_permutation_of_its_seed_and_number():
         assert [order[1000 * epoch + k] for k in range(1000)] == expected.tolist()
 
 
-def test_a_permutation_takes_four_bytes_a_sample():
+def test_a_permutation_takes_four_bytes_a_sample_and_two_are_kept():
     order = Order(100_000, 0)
     order[0]
     assert sum(epoch.nbytes for epoch in order._epochs.values()) == 400_000
+    for position in (100_000, 99_999, 200_000, 199_999):
+        order[position]
+    assert [*order._epochs] == [1, 2]
 
 
 def test_blocks_are_read_together():
@@ -49,6 +52,11 @@ def test_a_mix_has_its_shares_in_any_stretch(weights, first):
         own = [k for p, k in dealt if p == part]
         assert own == list(range(own[0], own[0] + len(own))) if own else True
         assert len(own) == pytest.approx(500 * weight / sum(weights), abs=2 * len(weights))
+
+
+def test_a_weight_too_small_for_a_number_is_no_part_of_a_mix():
+    assert [Mix([1.0, 0.0])[k] for k in range(3)] == [(0, 0), (0, 1), (0, 2)]
+    assert [Mix([0.0, 1.0])[k] for k in range(3)] == [(1, 0), (1, 1), (1, 2)]
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any), st.integers(1, 9), st.integers(0, 2**31))

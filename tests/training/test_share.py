@@ -19,7 +19,8 @@ def test_the_shares_are_the_batch(world, parts):
 
 def test_a_piece_of_what_was_drawn_for_all():
     assert [Share(rank, 3).of(list(range(6))) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert WHOLE.of([1, 2]) == [1, 2]
+    assert WHOLE.of([1, 2]) == [1, 2] and WHOLE.rows(3) == [0, 1, 2]
+    WHOLE.check("batch", 3)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_next_that_do():
