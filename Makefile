@@ -9,8 +9,12 @@ PYTEST_ARGS ?= -q -n auto --maxprocesses 4 --durations 15
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-BIN := .venv/bin
-STAMP := .venv/.installed
+# `make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt`: on the oldest versions that pyproject.toml allows.
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test bench-gpu lint types format check docs clean
@@ -21,16 +25,16 @@ help:  ## show these targets
 venv: $(STAMP)  ## set up .venv with the pinned versions and this package, editable
 
 # The stamp is newer than what it was made from, so a set-up that was interrupted or is out of date runs again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "make: Python 3.11 or newer is needed and none was found; install it, or name one: make PYTHON=/path/to/python3" >&2; exit 1; fi
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@echo "setting up .venv with $$("$(PYTHON)" --version) (once; a few minutes and about 6 GB of disk)"
-	@"$(PYTHON)" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "setting up $(VENV) with $$("$(PYTHON)" --version) (once; a few minutes and about 6 GB of disk)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## set up, then train, sample and score the demo (again: goes on where it stopped)

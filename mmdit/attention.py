@@ -240,7 +240,7 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     heads = full.shape[1]
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return full[b, h if heads > 1 else 0, query, key]
+        return full[b, h % heads, query, key]
 
     blocks = create_block_mask(sees, batch, heads if heads > 1 else None, queries, keys, device=str(q.device))
     return _flex(q.device.type)(q, k, v, block_mask=blocks)
