@@ -7,7 +7,7 @@ and values ("pre-only"), and asks nothing.
 Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -169,8 +169,23 @@ def _own(mask: Tensor | Mask | None) -> Mask | None:
     return mask.without_text() if isinstance(mask, Pairs) else None
 
 
-class JointBlock(nn.ModuleDict):
-    """A dict of streams, attending to one another in one attention over all their tokens, in the dict's order."""
+class JointBlock(nn.Module):
+    """Streams by name, attending to one another in one attention over all their tokens, in the order given.
+
+    No `nn.ModuleDict`: older torch (2.11, say) refuses to shard what is one, even where it has a `forward`.
+    """
+
+    def __init__(self, streams: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, stream in streams.items():
+            self.add_module(name, stream)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.get_submodule(name)
+
+    def values(self) -> list[nn.Module]:
+        """The streams, in order."""
+        return list(self.children())
 
     def forward(
         self,
@@ -185,7 +200,7 @@ class JointBlock(nn.ModuleDict):
         sum S), True = may see; or what attends to one row, in which the streams' tokens stand sample after sample.
         rotaries: one rotary embedding or None a stream.
         """
-        streams: list[Stream] = list(self.values())  # type: ignore[arg-type]
+        streams: list[Stream] = self.values()  # type: ignore[assignment]
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]

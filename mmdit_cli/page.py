@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import ImageOps
+from PIL.Image import Image  # gradio reads the hints of what it calls
 
 import samplers
 from mmdit.edit import Edit
@@ -20,8 +21,6 @@ from mmdit.sampling import Sampling
 from mmdit.text_and_images import TransfusionPipeline
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mmdit.text_to_image import TextToImage
 
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no font is fetched
