@@ -180,13 +180,6 @@ class JointBlock(nn.Module):
         for name, stream in streams.items():
             self.add_module(name, stream)
 
-    def __getitem__(self, name: str) -> nn.Module:
-        return self.get_submodule(name)
-
-    def values(self) -> list[nn.Module]:
-        """The streams, in order."""
-        return list(self.children())
-
     def forward(
         self,
         xs: Sequence[Tensor],
@@ -200,7 +193,7 @@ class JointBlock(nn.Module):
         sum S), True = may see; or what attends to one row, in which the streams' tokens stand sample after sample.
         rotaries: one rotary embedding or None a stream.
         """
-        streams: list[Stream] = self.values()  # type: ignore[assignment]
+        streams: list[Stream] = list(self.children())  # type: ignore[arg-type]
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]

@@ -152,7 +152,7 @@ def step_flops(model: Any, sizes: Sizes) -> float:
             passes = 1 + module.weight.requires_grad + (not _reads_data(name, learned))
             total += passes * 2 * module.weight.numel() * _rows(name, module, model.transformer, sizes)
         elif isinstance(module, JointBlock):
-            ends = any(stream.pre_only for stream in module.values())
+            ends = any(stream.pre_only for stream in module.children())
             total += 3 * 4 * width * (sizes.asked if ends else sizes.joint)
         elif name.endswith(".attn2"):
             total += 3 * 4 * width * sizes.image

@@ -156,7 +156,7 @@ def test_all_text_is_a_causal_language_model():
     rotary = rotary_mixed(coordinates, 16)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     for block in model.blocks:
-        stream = block["all"]
+        stream = block.all
         (shift, shift2), (scale, scale2) = stream.modulation.shift, stream.modulation.scale
         q, k, v = stream.attn(F.layer_norm(x, (32,), 1 + scale, shift, 1e-6), rotary)
         x = x + stream.attn.out(attention(q, k, v, mask))
