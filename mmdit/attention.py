@@ -93,11 +93,11 @@ class Pairs:
         """Sample after sample in one kernel."""
         from torch.nn.attention.varlen import varlen_attn
 
-        (rows, q_ends, most), (order, ends, longest) = (_by_sample(pairs, q.device) for pairs in (asked, self))
-        q, k, v = (x[0].transpose(0, 1)[own] for x, own in ((q, rows), (k, order), (v, order)))
+        (rows, q_places, q_ends, most), (_, places, ends, longest) = (_by_sample(x, q.device) for x in (asked, self))
+        q, k, v = (_put(x[0].transpose(0, 1), own) for x, own in ((q, q_places), (k, places), (v, places)))
         out = varlen_attn(q, k, v, q_ends, ends, most, longest)
         assert isinstance(out, Tensor)
-        return torch.empty_like(out).index_copy(0, rows, out).flatten(1)[None]
+        return _put(out, rows).flatten(1)[None]
 
 
 def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
@@ -113,22 +113,30 @@ def _knows() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
+def _put(x: Tensor, places: Tensor) -> Tensor:
+    """Row i of x (S, ...) as row places[i]: its derivative is a gather, where that of `x[rows]` sorts and adds."""
+    return x.new_empty(x.shape).index_copy(0, places, x)
+
+
 @lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone too
 @torch.inference_mode(False)  # what is kept serves training too
-def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """The places of a row sample after sample (S,), where each sample ends (B + 1,), tokens of the longest."""
+def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A row sample after sample: its tokens (S,), the place of each token there (S,), where each sample ends (B + 1,),
+    tokens of the longest.
+    """
     n = len(pairs.images)
     sample = torch.repeat_interleave(torch.arange(n).repeat(2), torch.tensor([*pairs.images, *pairs.texts]))
     lengths = torch.tensor(pairs.images) + torch.tensor(pairs.texts)
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-    return sample.argsort(stable=True).to(device), ends.to(device), int(lengths.max())
+    order = sample.argsort(stable=True)
+    return order.to(device), order.argsort().to(device), ends.to(device), int(lengths.max())
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def _side_by_side(pairs: Pairs) -> Packed:
     """The samples of a row on the CPU as padded rows."""
-    order, ends, longest = _by_sample(pairs, torch.device("cpu"))
+    order, _, ends, longest = _by_sample(pairs, torch.device("cpu"))
     sample = torch.repeat_interleave(torch.arange(len(pairs.images)), ends.diff().long())
     at = sample * longest + torch.arange(len(order)) - ends[sample]
     rows = torch.zeros(len(pairs.images) * longest, dtype=torch.int64).index_copy(0, at, order)

@@ -50,7 +50,9 @@ class Modulation(Linear):
 
     def forward(self, silu_c: Tensor | PerToken) -> tuple[Tensor, ...]:  # type: ignore[override]
         if isinstance(silu_c, PerToken):
-            out = super().forward(silu_c.silu_c)[silu_c.rows][None]
+            each = super().forward(silu_c.silu_c)
+            wide = torch.promote_types(each.dtype, torch.float32)  # in which the gradients of a sample's tokens add up
+            out = each.to(wide).index_select(0, silu_c.rows).to(each.dtype)[None]
         else:
             out = super().forward(silu_c)
         return (out if out.ndim == 3 else out[:, None]).chunk(self.num, dim=-1)

@@ -167,10 +167,15 @@ def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
         "mmdit.attention._serves", lambda *asked: asked == ("cpu", torch.float64, 16) or pytest.fail(str(asked))
     )
     pairs = Pairs((4, 6, 3), (2, 0, 5))
-    q, k, v = (x[:1] for x in qkv(20, dtype=torch.float64))
+    q, k, v = (x[:1].requires_grad_() for x in qkv(20, dtype=torch.float64))
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5])
     expected = attention(q, k, v, (sample[:, None] == sample)[None, None])
-    torch.testing.assert_close(pairs.attend(q, k, v), expected)
+    together, upon = pairs.attend(q, k, v), torch.randn_like(expected)
+    torch.testing.assert_close(together, expected)
+    for of_one_row, of_a_mask in zip(
+        *(torch.autograd.grad(x, (q, k, v), upon) for x in (together, expected)), strict=True
+    ):
+        torch.testing.assert_close(of_one_row, of_a_mask)
     torch.testing.assert_close(pairs.attend(q[:, :, :13], k, v), expected[:, :13])  # of images alone
 
 

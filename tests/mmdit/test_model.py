@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdit.attention import attention
+from mmdit.blocks import Modulation, PerToken
 from mmdit.config import MMDiTConfig, preset, preset_names
 from mmdit.embeddings import (
     crop_positions,
@@ -583,6 +584,14 @@ def test_packed_is_one_by_one(positions, one_size):
     sums = [sum(x.square().mean() for x in parts) for parts in (together, alone)]
     for x, y in zip(gradients(sums[0]), gradients(sums[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_gradients_of_the_tokens_of_a_sample_add_up_in_fp32():
+    """One after the other in bf16 their sum would stand still: from 256 on a one no longer counts."""
+    layer = Modulation(4, 2).bfloat16()
+    rows = torch.arange(4).repeat_interleave(1024)
+    sum(x.sum() for x in layer(PerToken(torch.randn(4, 4).bfloat16(), rows))).backward()
+    assert torch.equal(layer.bias.grad, torch.full((8,), 4096.0, dtype=torch.bfloat16))
 
 
 @torch.no_grad()
