@@ -11,11 +11,13 @@ runs, of five by turns in sampling. A step takes as many pictures as fit: the op
 memory and not for arithmetic, is as long for one as for all. Rows "packed": captions of real lengths (half short and
 half long, log-normal about 12 and 90 tokens), of which ours packs what is real in one row, where diffusers attends to
 all 333; their FLOPs are those of the mean length. Rows "autotuned": torch.compile's mode "max-autotune-no-
-cudagraphs".
+cudagraphs". The second table of training says by torch's profiler which kernels one more step spends its time in.
 """
 
 import argparse
 import copy
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,12 @@ DEVICE = "cuda"
 TEXT = 333
 SAMPLED = 24, 32  # depth and latent side in tokens of what is sampled: the 2 B model
 SHAPES = ((14, 16), (24, 16), (24, 32))  # depth and latent side in tokens of what is trained
+KERNELS = {  # by what is in their names, the first that fits
+    "attention": "attention|flash|fmha|sdpa",
+    "matrix products": "gemm|cutlass|nvjet|xmma|triton_tem|::mm|::addmm|linear_pointwise",
+    "optimizer and average": "multi_tensor_apply|adam|lerp",
+    "norms, GELU, casts and the rest": "",
+}
 
 
 def config(depth: int) -> MMDiTConfig:
@@ -119,15 +127,31 @@ def pictures(depth: int, size: int, tokens: int, memory: float) -> int:
     return max(4, int((0.9 * memory - 22 * size) // each // 4 * 4))
 
 
-def measure(model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Seconds of the forward alone and of the training step."""
+def measure(
+    model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, ...]
+) -> tuple[float, float, Counter[str]]:
+    """Seconds of the forward alone, of the training step, and of one more step by kind of kernel."""
 
     def forward() -> None:
         with torch.no_grad(), bf16():
             call(model, *given)
 
     step = training_step(model, call, given)
-    return seconds({"forward": forward})["forward"], seconds({"step": step})["step"]
+    return seconds({"forward": forward})["forward"], seconds({"step": step})["step"], parts(step)
+
+
+def parts(step: Callable[[], None]) -> Counter[str]:
+    """Seconds of a step by kind of kernel."""
+    found = Counter(dict.fromkeys(KERNELS, 0.0))
+    with torch.profiler.profile() as profile:
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    for event in profile.key_averages():
+        if event.device_type.name.lower() == DEVICE:  # a CPU's events tell of what they started on the GPU too
+            kind = next(kind for kind, names in KERNELS.items() if re.search(names, event.key, re.IGNORECASE))
+            found[kind] += (event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total) / 1e6
+    return found
 
 
 def training(peak: float, memory: float, autotune: bool) -> list[str]:
@@ -136,6 +160,8 @@ def training(peak: float, memory: float, autotune: bool) -> list[str]:
         "| parameters | image tokens | batch | | forward, ms | step, ms | pictures/s | MFU of the step | memory, GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    names = (f"{kind}, ms" for kind in (*KERNELS, "nothing"))
+    where = [f"| parameters | image tokens | | {' | '.join(names)} |", "|---" * 8 + "|"]
     for depth, side in SHAPES:
         with torch.device("meta"):
             size = sum(p.numel() for p in MMDiT(config(depth)).parameters())
@@ -146,24 +172,26 @@ def training(peak: float, memory: float, autotune: bool) -> list[str]:
         for entry in models(depth)[: 4 if autotune else 3]:
             packed = entry.call is call_packed
             work = batch * flops(depth, side, round(lengths.mean().item()) if packed else TEXT)
-            cells = row(entry, (*given, real) if packed else given, work / peak)
+            cells, kernels = row(entry, (*given, real) if packed else given, work / peak)
             lines.append(f"| {size / 1e9:.2f} B | {side * side} | {batch} | {entry.name} | {cells} |")
-            print(lines[-1], flush=True)
-    return lines
+            where.append(f"| {size / 1e9:.2f} B | {side * side} | {entry.name} | {kernels} |")
+            print(lines[-1], where[-1], sep="\n", flush=True)
+    return [*lines, "", *where]
 
 
-def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> str:
-    """Cells of one model: times, pictures, MFU and memory. least: seconds of a step at the peak."""
+def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> tuple[str, str]:
+    """Cells of one model: times, pictures, MFU and memory; and kernels. least: seconds of a step at the peak."""
     torch._dynamo.reset()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        forward, step = measure(entry.make(), entry.call, given)
+        forward, step, took = measure(entry.make(), entry.call, given)
     except torch.OutOfMemoryError:
-        return "out of memory | | | |"
+        return "out of memory | | | | ", " | | | | "
     memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else float("nan")
-    return f"{forward * 1e3:.1f} | {step * 1e3:.1f} | {len(given[0]) / step:.0f} | {least / step:.1%} | {memory:.1f}"
+    times = f"{forward * 1e3:.1f} | {step * 1e3:.1f} | {len(given[0]) / step:.0f} | {least / step:.1%} | {memory:.1f}"
+    return times, " | ".join(f"{part * 1e3:.1f}" for part in (*took.values(), max(0, step - took.total())))
 
 
 def attention() -> list[str]:

@@ -157,9 +157,12 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
     monkeypatch.setattr(gpu, "seconds", lambda runs, *_, **__: timing.seconds(runs, repeats=1, warm=0))
     monkeypatch.setattr(gpu, "compiled", lambda model, blocks, **how: model)
     lines = gpu.training(1e12, memory=0, autotune=True)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows, kernels = rows[2:6], rows[9:]
     assert [cells[3] for cells in rows] == ["ours", "diffusers", "ours, packed", "ours, autotuned"]
     assert all(float(cell) > 0 for cells in rows for cell in cells[4:6])
+    assert [cells[2] for cells in kernels] == [cells[3] for cells in rows]
+    assert all(float(cell) > 0 for cells in kernels for cell in cells[4:7])  # so short an attention is of products
     assert all("e-0" in line and float(line.split("|")[-2]) < 0.05 for line in gpu.sampling()[2:])
 
 
