@@ -146,6 +146,34 @@ def test_dpm_solver_multistep(case):
     same(got, theirs(scheduler, network, X))
 
 
+def test_three_nodes_with_noise_have_a_wrong_sign_of_theirs():
+    """Their weight of the second difference is (1 - e^-2h - 2h) / (2h)^2 - 1/2, which must be + 1/2: it is -1 at h = 0,
+    where it must be 0. With alpha times the difference given back, ours are theirs."""
+
+    class Mended(diffusers.DPMSolverMultistepScheduler):
+        def multistep_dpm_solver_third_order_update(self, outputs, **given):
+            sigmas, (older, old, new) = self.sigmas[self.step_index - 2 : self.step_index + 2], outputs
+            before, last, h = -sigmas.log().diff()
+            second = ((new - old) / last - (old - older) / before) * h**2 / (last + before)
+            alpha = self._sigma_to_alpha_sigma_t(sigmas[-1])[0]
+            return super().multistep_dpm_solver_third_order_update(outputs, **given) + alpha * second
+
+    def away(scheduler):
+        scheduler = scheduler(
+            **SD,
+            solver_order=3,
+            algorithm_type="sde-dpmsolver++",
+            timestep_spacing="trailing",
+            lower_order_final=False,
+        )
+        scheduler.set_timesteps(N)
+        solver = replace(SOLVERS["dpmpp-3m-sde"], rule="third-halved")
+        got = ours(solver, network, X, to_data(scheduler.timesteps), dtype=torch.float32)  # they draw their noise so
+        return ((got - theirs(scheduler, network, X)).abs().max() / got.abs().max()).item()
+
+    assert away(Mended) < 1e-5 < 0.05 < away(diffusers.DPMSolverMultistepScheduler)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
 def test_unipc(order, kind):
