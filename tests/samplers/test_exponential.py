@@ -186,6 +186,12 @@ def test_the_published_three_node_rule_is_of_second_order():
         assert measured == pytest.approx(order, abs=0.2)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("dpmpp-2m", 1), ("dpmpp-3m", 2), ("abm4", 2), ("ab4", 3)])
+def test_only_as_many_steps_are_started_as_there_are_nodes_before(name, steps):
+    out = sample(MIXTURE.field(FLOW), X, replace(SOLVERS[name], start=SOLVERS["rk4"]), 9)
+    assert out.num_evals == 4 * steps + 9 - steps
+
+
 def test_a_corrector_costs_no_evaluation():
     field = MIXTURE.field(FLOW)
     assert sample(field, X, "unipc", 9).num_evals == sample(field, X, "dpmpp-2m", 9).num_evals == 9
