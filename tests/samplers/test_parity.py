@@ -98,6 +98,18 @@ def test_ddpm():
     same(ours("ddpm", network, X, to_data(scheduler.timesteps)), theirs(scheduler, network, X))
 
 
+def test_ddpm_with_x_0_clipped():
+    scheduler = made("DDPMScheduler", clip_sample=True)
+    field = Field(lambda x_t, t: network(x_t, BETAS.index(t)[:, None, None]), BETAS, "noise")
+
+    def predict(x_t, t):
+        found = field.predict(x_t, t)
+        return replace(found, value=found.x_0.clamp(-1, 1), kind="data")
+
+    got = walk(DerivedField(predict, BETAS, "data"), X, SOLVERS["ddpm"], to_data(scheduler.timesteps))
+    same(got, theirs(scheduler, network, X))
+
+
 SIGMAS = [
     ("EulerDiscreteScheduler", "ddim", {}),
     ("EulerAncestralDiscreteScheduler", "euler-ancestral", {}),
