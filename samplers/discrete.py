@@ -74,7 +74,10 @@ class DiscreteVP(Schedule):
         return torch.cumprod(1 - torch.tensor(self.betas, dtype=torch.float64), 0)
 
     def index(self, t: Time) -> Tensor:
-        """A DDPM network's time: N t - 1, a fraction between two indices; 0 from the data to index 0."""
+        """A DDPM network's time: N t - 1, a fraction between two indices; 0 from the data to index 0.
+
+        At an index k it is k to rounding: for a network of whole numbers only take `index(t).round().long()`.
+        """
         return (as_time(t) * len(self) - 1).clamp(min=0)
 
     def time(self, index: Time | int) -> Tensor:
@@ -89,6 +92,7 @@ class DiscreteVP(Schedule):
         place = t.double() * n
         k = place.floor().long().clamp(1, n - 1)  # between the knots k and k + 1, which are the indices k - 1 and k
         low, high = table[k - 1], table[k]
+        high = torch.where(high.isneginf(), low, high)  # made below; an infinity here would be a NaN in gradients
         # Half the log-SNR, l = log(alpha / sigma), and its derivative.
         slope = (high - low) / 2 * n
         middle = low / 2 + slope * (place - k) / n

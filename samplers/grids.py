@@ -170,8 +170,14 @@ def _own_grid(grid: Tensor | Sequence[float]) -> Tensor:
             f"grid is {ts.dtype} of shape {tuple(ts.shape)}: give at least two floating times, (num_steps + 1,)"
         )
     ts = ts.detach().to("cpu", torch.float64)
-    if not (ts.diff() < 0).all() or not ts[0] <= 1 or not ts[-1] >= 0:
-        raise ValueError(f"grid runs {ts[0]:g} ... {ts[-1]:g}: its times must decrease strictly and lie in [0, 1]")
+    falls = (ts.diff() < 0).tolist()
+    if not all(falls):
+        i = falls.index(False)
+        raise ValueError(
+            f"step {i + 1} of the grid is from {ts[i]:g} to {ts[i + 1]:g}: its times must decrease strictly"
+        )
+    if not ts[0] <= 1 or not ts[-1] >= 0:
+        raise ValueError(f"grid runs {ts[0]:g} ... {ts[-1]:g}: its times must lie in [0, 1]")
     return ts
 
 

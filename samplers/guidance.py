@@ -88,7 +88,7 @@ def push_away(
         return [on, replace(on, num_evals=0), weak.predict(x_t, t)]
 
     def combine(on: Tensor, off: Tensor, less: Tensor, t: Time) -> Tensor:
-        guided = _chosen(interval, t, _plain(on, off, scale, 0), on)
+        guided = _chosen((lo, hi), t, _plain(on, off, scale, 0), on)
         return _chosen((weak_lo, weak_hi), t, guided + weak_scale * (on - less), guided)
 
     within = _guided([cond], combine, EVERYWHERE, timed=True, predict=all_three)
@@ -259,9 +259,10 @@ def _guided(
 
 
 def _checked(interval: Interval) -> Interval:
+    """The interval, a little wider: a time of a grid or in float32 is an end of it to rounding."""
     if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
-    return interval
+    return interval[0] - 1e-6, interval[1] + 1e-6
 
 
 def _chosen(interval: Interval, t: Time, inside: Tensor, outside: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def integrate(
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Solution:
-    """Step `solver` through `ts` from x at ts[0]; in either direction, and differentiable, which `sample` is not.
+    """Step `solver` through `ts` from x at ts[0], in either direction; differentiable in x and the network, not in ts.
 
     noise: of x's shape. Not for `torch.func.vmap`, under which nothing can be looked at for NaN: batch x itself.
     """

@@ -120,7 +120,8 @@ def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
     for t in map(float, ts):
         if not determined(t):
             raise ValueError(
-                f"the network does not determine the velocity at t = {t:g}: keep the grid 1e-4 away from it"
+                f"the network or its schedule does not determine the velocity at t = {t:g}: "
+                "keep the grid 1e-4 away from it, as grid=[1, 1e-4] does from t = 0"
             )
 
 

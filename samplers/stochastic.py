@@ -115,7 +115,7 @@ class Churn(NoisySolver):
         plans = []
         for start, end in pairwise(points(schedule, ts)):
             sigma, hat, lift = math.exp(-start.l), start, Linear("data", 1.0, ())
-            if self.sigma_min <= sigma <= self.sigma_max and sigma < most:
+            if self.sigma_min <= sigma <= self.sigma_max:
                 raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), most)
                 hat = points(schedule, [float(schedule.t_from_log_snr(-2 * math.log(raised)))])[0]
                 a = hat.alpha / start.alpha
@@ -204,7 +204,8 @@ class Restart(NoisySolver):
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         loops = []
         for low, high, times, num_steps in self.intervals:
-            reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= low < t), None)
+            near = low + 1e-6  # a time of the grid is `low` to rounding
+            reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= near < t), None)
             if reached is None or ts[reached + 1] <= 0:
                 raise ValueError(
                     f"no step of the grid from {ts[0]:g} to {ts[-1]:g} ends between t = 0 and {low}, where "

@@ -19,6 +19,7 @@ def test_the_start_is_the_noised_picture_and_the_rest_of_the_grid():
     torch.testing.assert_close(x, FLOW.mix(KNOWN, randn(KNOWN.shape, SEEDS, torch.float64), 0.5))
     assert start_from(KNOWN, FLOW, 1.0, 10)[1][0] == 1 and len(start_from(KNOWN, FLOW, 0.01, 10)[1]) == 2
     assert len(start_from(KNOWN, FLOW, 1.0, grid=[0.9, 0.3, 0.0])[1]) == 3
+    assert [len(start_from(KNOWN, FLOW, strength, 10)[1]) - 1 for strength in (0.64, 0.66)] == [6, 7]
 
 
 def test_more_strength_goes_further_from_the_picture():

@@ -81,6 +81,13 @@ def test_from_end_to_end_whatever_is_predicted(name, prediction):
     assert (out - reference).norm() < (1.0 if SOLVERS[name].order == 1 or prediction == "noise" else 0.5)
 
 
+@pytest.mark.parametrize("name", ["unipc", "unipc-3"])
+def test_a_corrector_of_noise_predictions_leaves_pure_noise(name):
+    """The first step is DDIM's of data predictions, and is not corrected."""
+    reference = sample(MIXTURE.field(FLOW), X, "rk4", 100).x
+    assert (sample(MIXTURE.field(FLOW), X, replace(SOLVERS[name], view="noise"), 24).x - reference).norm() < 0.01
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_step_out_of_pure_noise_is_ddims(name, prediction):
@@ -184,6 +191,18 @@ def test_the_published_three_node_rule_is_of_second_order():
     for solver, order in ((exact, 3), (replace(exact, rule="third-halved"), 2)):
         measured = measured_order(lambda n, solver=solver: path_error(solver, FLOW, log_snr_grid(FLOW, n)), 64)
         assert measured == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("dpmpp-2m", 1), ("dpmpp-3m", 2), ("abm4", 2), ("ab4", 3)])
+def test_only_as_many_steps_are_started_as_there_are_nodes_before(name, steps):
+    out = sample(MIXTURE.field(FLOW), X, replace(SOLVERS[name], start=SOLVERS["rk4"]), 9)
+    assert out.num_evals == 4 * steps + 9 - steps
+
+
+def test_a_started_step_is_not_corrected():
+    predictor, corrected = (replace(SOLVERS[name], start=SOLVERS["rk4"]) for name in ("dpmpp-2m", "unipc"))
+    got, expected = (sample(MIXTURE.field(FLOW), X, s, grid=[0.8, 0.6, 0.4]).x for s in (corrected, predictor))
+    assert torch.equal(got, expected)  # and no more is the last step
 
 
 def test_a_corrector_costs_no_evaluation():

@@ -83,10 +83,10 @@ def test_own_times():
         ("uniform", 2.5, "num_steps = 2.5"),
         ("unifrom", 5, "did you mean 'uniform'"),
         (torch.tensor([0.0, 0.5, 1.0]), 5, "decrease"),
-        (torch.tensor([1.0, 0.5, 0.5]), 5, "decrease"),
+        (torch.tensor([1.0, 0.5, 0.5]), 5, "step 2 of the grid is from 0.5 to 0.5: its times must decrease"),
         (torch.tensor([1.0, math.nan]), 5, "decrease"),
         (torch.tensor([1.2, 0.5]), 5, "lie in"),
-        (torch.tensor([1.0, -0.5]), 5, "lie in"),
+        (torch.tensor([1.0, 0.5, -0.5]), 5, "lie in"),
         (torch.tensor([1, 0]), 5, "floating"),
         (torch.tensor([1.0]), 5, "at least two"),
         (torch.ones(2, 2), 5, "at least two"),
@@ -123,6 +123,14 @@ def test_grids_in_sigma_are_what_they_say(schedule):
     torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
     steps = schedule.log_snr(grids.log_snr_uniform(n, schedule)[inner]).diff()
     torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_way_between_two_times_is_uniform_in_the_root_of_sigma(schedule):
+    ts = torch.tensor(grids.karras_between(0.8, 0.2, 5, schedule), dtype=torch.float64)
+    assert len(ts) == 6 and ts[0] == 0.8 and ts[-1] == 0.2
+    steps = (ratio(schedule, ts) ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(5), rtol=1e-6, atol=0)
 
 
 def test_options_of_grids_in_sigma():

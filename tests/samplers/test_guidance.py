@@ -76,6 +76,18 @@ def test_samples_are_guided_each_by_itself(make, shape):
     assert alone.isfinite().all()
 
 
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_times_of_a_grid_are_ends_to_rounding(num_steps):
+    """The grid's 0.3 is not the number 0.3 for all numbers of steps, nor is that of float32."""
+    for k in range(1, num_steps):
+        below, above = (cfg(COND, UNCOND, 4.0, interval=i) for i in ((0.0, k / num_steps), (k / num_steps, 1.0)))
+        counts = [sample(guided, X, "euler", num_steps).num_evals - num_steps for guided in (below, above)]
+        assert counts == [k, num_steps - k + 1]
+    for t in (0.1, 0.3):
+        guided, time = cfg(COND, UNCOND, 4.0, interval=(0.1, 0.3)), torch.full((5,), t)
+        torch.testing.assert_close(guided.v(X.float(), time), guided.v(X.float(), t))
+
+
 def test_what_is_no_field_or_interval_is_refused():
     with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
         cfg(COND, None, 3.0)

@@ -41,6 +41,17 @@ def test_num_evals_is_the_number_of_network_calls(solver):
         assert out.num_evals == 7 * solver.evals_per_step
 
 
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=lambda solver: solver.name)
+def test_the_state_stays_wide_with_a_network_in_half_precision(solver):
+    runs = []
+    for network, x in ((lambda x_t, t: -x_t, X), (lambda x_t, t: -x_t.bfloat16(), X.float())):
+        diffusion = "sigma" if isinstance(solver, SDESolver) else None
+        runs.append(sample(Field(network, FLOW), x, solver, 20, diffusion=diffusion).x)
+    assert runs[1].dtype == torch.float32
+    if not solver.stochastic:
+        torch.testing.assert_close(runs[1].double(), runs[0], rtol=0.01, atol=0.01)
+
+
 def test_guidance_counts_both_networks_and_only_where_it_is_on():
     on, off = [], []
     field = cfg(counting(on), counting(off), 3.0, interval=(0.35, 0.75))

@@ -98,6 +98,18 @@ def test_ddpm():
     same(ours("ddpm", network, X, to_data(scheduler.timesteps)), theirs(scheduler, network, X))
 
 
+def test_ddpm_with_x_0_clipped():
+    scheduler = made("DDPMScheduler", clip_sample=True)
+    field = Field(lambda x_t, t: network(x_t, BETAS.index(t)[:, None, None]), BETAS, "noise")
+
+    def predict(x_t, t):
+        found = field.predict(x_t, t)
+        return replace(found, value=found.x_0.clamp(-1, 1), kind="data")
+
+    got = walk(DerivedField(predict, BETAS, "data"), X, SOLVERS["ddpm"], to_data(scheduler.timesteps))
+    same(got, theirs(scheduler, network, X))
+
+
 SIGMAS = [
     ("EulerDiscreteScheduler", "ddim", {}),
     ("EulerAncestralDiscreteScheduler", "euler-ancestral", {}),
@@ -146,9 +158,38 @@ def test_dpm_solver_multistep(case):
     same(got, theirs(scheduler, network, X))
 
 
+def test_three_nodes_with_noise_have_a_wrong_sign_of_theirs():
+    """Their weight of the second difference is (1 - e^-2h - 2h) / (2h)^2 - 1/2, which must be + 1/2: it is -1 at h = 0,
+    where it must be 0. With alpha times the difference given back, ours are theirs."""
+
+    class Mended(diffusers.DPMSolverMultistepScheduler):
+        def multistep_dpm_solver_third_order_update(self, outputs, **given):
+            sigmas, (older, old, new) = self.sigmas[self.step_index - 2 : self.step_index + 2], outputs
+            before, last, h = -sigmas.log().diff()
+            second = ((new - old) / last - (old - older) / before) * h**2 / (last + before)
+            alpha = self._sigma_to_alpha_sigma_t(sigmas[-1])[0]
+            return super().multistep_dpm_solver_third_order_update(outputs, **given) + alpha * second
+
+    def away(scheduler):
+        scheduler = scheduler(
+            **SD,
+            solver_order=3,
+            algorithm_type="sde-dpmsolver++",
+            timestep_spacing="trailing",
+            lower_order_final=False,
+        )
+        scheduler.set_timesteps(N)
+        solver = replace(SOLVERS["dpmpp-3m-sde"], rule="third-halved")
+        got = ours(solver, network, X, to_data(scheduler.timesteps), dtype=torch.float32)  # they draw their noise so
+        return ((got - theirs(scheduler, network, X)).abs().max() / got.abs().max()).item()
+
+    assert away(Mended) < 1e-5 < 0.05 < away(diffusers.DPMSolverMultistepScheduler)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
-def test_unipc(order, kind):
+@pytest.mark.parametrize("num_steps", [5, N])  # with few steps the lower orders of the last ones count
+def test_unipc(order, kind, num_steps):
     scheduler = made(
         "UniPCMultistepScheduler",
         timestep_spacing="trailing",
@@ -156,6 +197,7 @@ def test_unipc(order, kind):
         solver_type=kind,
         final_sigmas_type="sigma_min",
     )
+    scheduler.set_timesteps(num_steps)
     times = to_data(scheduler.timesteps)
     times[-1] = BETAS.time(0)
     rule = {"bh1": "bh1", "bh2": "half"}[kind]

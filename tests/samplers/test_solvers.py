@@ -283,6 +283,12 @@ def test_dopri5_solves_a_sample_alike_in_any_batch():
     torch.testing.assert_close(together[5:], sample(field, X[5:], "dopri5", 2).x, rtol=1e-12, atol=1e-12)
 
 
+def test_dopri5_solves_single_numbers_as_vectors_of_one():
+    field = Field(lambda x_t, t: torch.sin(3 * x_t), RectifiedFlow())
+    x = X.flatten()
+    torch.testing.assert_close(sample(field, x, "dopri5", 1).x, sample(field, x[:, None], "dopri5", 1).x[:, 0])
+
+
 def test_dopri5_has_order_five():
     """The tableau with fixed steps."""
     field, x = GAUSSIAN.field(Cosine()), X + 1.0

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from samplers import (
     SOLVERS,
     BrownianTree,
     Cosine,
+    DerivedField,
     DiscreteVP,
     Field,
     Inpaint,
     RectifiedFlow,
+    Trig,
     VPLinear,
+    cfg,
     randn,
     sample,
 )
@@ -250,6 +254,35 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
         replace(langevin, snr=0)
     with pytest.raises(ValueError, match="num_corrections = 0"):
         replace(langevin, num_corrections=0)
+
+
+@pytest.mark.parametrize(("low", "num_steps"), [(0.5, 10), (0.3, 10), (0.35, 20)])
+def test_restart_turns_back_where_the_grid_meets_its_low_time(low, num_steps):
+    """Also to rounding: the grid's 0.3 is not the number."""
+    asked, inner = [], MIXTURE.field(RectifiedFlow())
+
+    def predict(x_t, t):
+        asked.append(t)
+        return inner.predict(x_t, t)
+
+    restart = replace(SOLVERS["restart"], inner=SOLVERS["euler"], intervals=((low, 0.8, 1, 2),))
+    sample(DerivedField(predict, RectifiedFlow(), "velocity"), X, restart, num_steps)
+    rises = [t for t, t_next in pairwise(asked) if t_next > t]
+    assert rises == [pytest.approx(low + 1 / num_steps)]  # the last time asked before it, a step to `low`
+
+
+@pytest.mark.parametrize("name", ["dopri5", "stochastic-heun"])
+def test_no_solver_looks_at_an_end_that_one_of_the_fields_cannot_see(name):
+    asked, flow = [], RectifiedFlow()
+
+    def network(x_t, t):
+        asked.append(t.min().item())
+        return MIXTURE.view("data", x_t, t, flow)
+
+    diffusion = "sigma" if name == "stochastic-heun" else None
+    for field in (cfg(MIXTURE.field(flow), Field(network, flow, "data"), 2.0), Field(network, flow, "data").on(Trig())):
+        sample(field, X, name, 4, diffusion=diffusion)
+    assert min(asked) > 0
 
 
 def test_restart_that_never_does_is_its_inner_solver():
