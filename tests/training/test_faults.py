@@ -286,6 +286,37 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
 
 
+def test_a_run_that_is_interrupted_where_it_ends_still_ends_its_checkpoint_and_its_board(tmp_path, monkeypatch):
+    """A second Ctrl-C while data workers end: nothing may write in the folder when the run has stopped."""
+
+    def slow(*words):
+        time.sleep(0.5)
+        return save_checkpoint(*words)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    boards = []
+    monkeypatch.setattr("training.writing.save_checkpoint", slow)
+    monkeypatch.setattr("training.trainer.Profiler.close", interrupted)
+    monkeypatch.setattr(RunFolder, "close", lambda self: boards.append(self.path))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config_for(tmp_path / "run", "training.async_checkpoint=true"))
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert boards == [tmp_path / "run"]
+
+
+def test_a_grid_of_samples_that_finds_the_disk_full_says_where(tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*run/samples.png"):
+        training.train(config_for(tmp_path / "run"))
+    with pytest.raises(OSError, match=r"No space left on device: .*run/samples/step-00000007.png"):
+        training.resume(tmp_path / "run", ["training.num_steps=8", "training.sample_every=7"])
+
+
 def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys):
     """Or one would look for it: the writer beside the training says so at the next checkpoint, which does not come."""
     real = Trainer._train_step

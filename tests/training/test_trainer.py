@@ -511,6 +511,21 @@ def test_a_signal_during_the_scores_leaves_a_whole_run(tmp_path, monkeypatch, si
     assert training.evaluate_run(out)["validation_loss"] > 0
 
 
+def test_a_signal_just_before_the_scores_is_heeded_too(tmp_path, monkeypatch):
+    """After the last look for one, while it still only leaves a mark."""
+    real = training.writing.Writer.wait
+
+    def wait(self):
+        real(self)
+        if list_checkpoints(self.run)[-1:] == [self.run / "checkpoints" / "step-00000006"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.writing.Writer, "wait", wait)
+    out = training.train(config_for(tmp_path / "run"))
+    assert "all is trained and saved, score it with: mmdit evaluate" in (out / "log.txt").read_text()
+    assert not (out / "scores.json").exists()
+
+
 def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
     """Also where it is another signal; and where no step is in progress, the first."""
 
