@@ -96,7 +96,7 @@ class Trainer:
             run.board = open_board(config, run)
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
-        self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
+        self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
         self.data = told_of(source, corpus)

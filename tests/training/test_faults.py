@@ -88,6 +88,9 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, monk
     assert load_latest(out, print)[0]["skipped"] == 2
     assert [step for step, _ in metrics(out, "loss")] == [1, 2, 5, 6]
     assert metrics(out, "skipped_steps") == [(3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [step for step, _ in metrics(out, "grad_norm")] == [1, 2, 5, 6]
+    by_time = {row["step"] for row in RunFolder(out).metrics() if any(name.startswith("loss_t") for name in row)}
+    assert by_time == {1, 2, 5, 6}
     part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
     assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
 
@@ -118,6 +121,8 @@ def test_too_many_in_a_row_stop_the_run_with_a_clear_line(tmp_path, monkeypatch)
     state, weights = load_latest(tmp_path / "run", print)
     assert state["step"] == 5 and state["bad"] == 2
     assert all(x.isfinite().all() for x in weights["model"].values())
+    with pytest.raises(Diverged, match="stopped at step 6: .* in 3 steps in a row"):  # counted on where it goes on
+        training.resume(tmp_path / "run")
 
 
 def test_without_a_look_the_weights_are_lost(tmp_path, monkeypatch):
@@ -284,6 +289,42 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert load_latest(tmp_path, pytest.fail)[0]["step"] == 3
     in_parts(tmp_path, 6)()
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
+
+
+def test_a_checkpoint_beside_is_of_its_own_step_and_written_alone(tmp_path, monkeypatch):
+    """The weights go on meanwhile: neither it nor the pipeline takes them in, and the next one waits."""
+    how = ("training.checkpoint_every=1", "training.keep_checkpoints=9")
+    at_once, drawn, writing = training.train(config_for(tmp_path / "at-once", *how)), {}, []
+
+    def slow(run, state, *rest):
+        writing.append(state["step"])
+        time.sleep(0.2)
+        assert writing == [state["step"]]
+        writing.clear()
+        return save_checkpoint(run, state, *rest)
+
+    def save_weights(self, folder):
+        state = self.model.state_dict()
+        drawn[list_checkpoints(tmp_path / "beside")[-1].name] = {name: x.clone() for name, x in state.items()}
+
+    monkeypatch.setattr("training.writing.save_checkpoint", slow)
+    monkeypatch.setattr("mmdit.TextToImage.save_weights", save_weights)
+    beside = training.train(config_for(tmp_path / "beside", *how, "training.async_checkpoint=true"))
+    for one, other in zip(list_checkpoints(beside), list_checkpoints(at_once), strict=True):
+        (_, ours), (_, theirs) = load_checkpoint(one), load_checkpoint(other)
+        assert all(torch.equal(x, theirs[group][name]) for group in ours for name, x in ours[group].items())
+        assert all(torch.equal(x, drawn[one.name][name]) for name, x in ours["ema"].items())
+
+
+def test_a_last_checkpoint_beside_that_fails_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    """No later one would tell of it, and the run would say that it is done."""
+
+    def save(run, state, *rest):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr("training.writing.save_checkpoint", save)
+    with pytest.raises(OSError, match="No space left on device: 'model.safetensors'"):
+        training.train(config_for(tmp_path / "run", "training.checkpoint_every=0", "training.async_checkpoint=true"))
 
 
 def test_a_run_that_is_interrupted_where_it_ends_still_ends_its_checkpoint_and_its_board(tmp_path, monkeypatch):

@@ -112,6 +112,17 @@ def test_metrics_have_every_step(run):
     assert [step for step, _ in speeds] == [2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)  # 1: not known
 
 
+def test_a_line_of_metrics_is_of_the_steps_since_the_last(run, tmp_path):
+    """The mean of their losses; and of the last of them the gradient, in all and by parts."""
+    out = training.train(config_for(tmp_path / "run", "training.log_every=4"))
+    losses = [loss for _, loss in metrics(run, "loss")]
+    assert metrics(out, "loss") == [(4, pytest.approx(np.mean(losses[:4]))), (6, pytest.approx(np.mean(losses[4:])))]
+    for row in (row for row in RunFolder(out).metrics() if "loss" in row):
+        parts = [row[f"grad_norm_{part}"] for part in ("blocks", "text", "in", "out")]
+        assert row["grad_norm"] == pytest.approx(np.linalg.norm(parts))
+        assert row["grad_norm"] == dict(metrics(run, "grad_norm"))[row["step"]]
+
+
 def test_validation_is_left_out_of_the_rate_and_said_once(tmp_path, monkeypatch, capsys):
     pausing, seen = [], []
 
