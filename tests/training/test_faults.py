@@ -28,7 +28,7 @@ from training.feed import LatentFeed
 from training.interrupts import Interrupts
 from training.lock import LOCK
 from training.parallel import ALONE, ProcessLost
-from training.precision import LossScaler
+from training.precision import LARGEST_SCALE, LossScaler
 from training.run import OWN, RunFolder
 from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
@@ -141,6 +141,8 @@ def test_a_scale_falls_with_an_overflow_and_grows_after_good_steps():
     assert scaler.update(False) and scaler.scale == 4
     assert [scaler.update(True) or scaler.scale for _ in range(7)] == [4, 4, 8, 8, 8, 16, 16]
     assert scaler.update(False) and (scaler.scale, scaler.good) == (8, 0)
+    largest = LossScaler(LARGEST_SCALE, grow_every=1)
+    assert not largest.update(True) and largest.scale == LARGEST_SCALE
     scaler.scale = 1.0
     assert not scaler.update(False) and scaler.scale == 1  # nothing is left to blame on the scale
     assert LossScaler.for_precision(torch.float16).enabled and not LossScaler.for_precision(torch.bfloat16).enabled
@@ -375,6 +377,19 @@ def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends
     with pytest.raises(ValueError, match="something else"):
         training.train(config_for(tmp_path / "run", "training.checkpoint_every=2", "training.async_checkpoint=true"))
     assert "warning: the last checkpoint was not written: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["checkpoint_every=1", "log_every=1"])
+def test_a_run_that_fails_stays_where_anything_was_written(what, tmp_path, monkeypatch):
+    """A checkpoint before the first line of metrics, or metrics alone; one that has neither leaves the name free."""
+    spoil(monkeypatch, 2)
+    how = ("training.checkpoint_every=0", "training.log_every=99", "training.max_bad_steps=1")
+    with pytest.raises(Diverged):
+        training.train(config_for(tmp_path / "neither", *how))
+    with pytest.raises(Diverged):
+        training.train(config_for(tmp_path / "run", *how, f"training.{what}"))
+    assert not (tmp_path / "neither").exists()
+    assert (len(list_checkpoints(tmp_path / "run")), len(metrics(tmp_path / "run", "loss"))) in ((1, 0), (0, 1))
 
 
 # --- to begin again ---

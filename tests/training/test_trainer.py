@@ -424,6 +424,14 @@ def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
     assert (run / "config.toml").read_text() == before
 
 
+def test_a_config_that_was_edited_to_another_seed_does_not_go_on(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("seed = 0", "seed = 5", 1))
+    with pytest.raises(ValueError, match="the checkpoint was made with seed 0, the config says 5"):
+        training.resume(out, ["training.num_steps=8"])
+
+
 def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, monkeypatch, capsys):
     """Read from another place, by workers, without a cache: the same bits. Other samples are refused, more are told."""
     data, other = make_pictures(tmp_path / "data", 24), make_pictures(tmp_path / "other", 23)
