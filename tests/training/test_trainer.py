@@ -413,6 +413,11 @@ def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
         ("data.image_size=16", "data.image_size"),
         ("data.held_out=0.3", "data.held_out"),
         ("data.source=shapes:32", "data.source"),
+        ("data.buckets=true", "data.buckets"),
+        ("data.captions=text=1", "data.captions"),
+        ("optimizer.name=muon", "optimizer.name"),
+        ("optimizer.base_width=16", "optimizer.base_width"),
+        ("training.ema=power", "training.ema"),
     ],
 )
 def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
@@ -422,6 +427,24 @@ def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
     with pytest.raises(ValueError, match=f"was trained with another {part}"):
         training.train(load_config(run, [change, f"training.out={run}"]), resume=True)
     assert (run / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "change"),
+    [
+        ("init=weights; lora.rank=2", "lora.rank=4"),
+        ("training.ema=power", "training.ema_sigma_rel=[0.05, 0.2]"),
+        ("data.source=hf-stream:x; data.cache_latents=false", "data.shuffle_buffer=7"),
+        ("data.buckets=true", "data.bucket_ratio=3"),
+        ("data.buckets=true", "training.batch_size=16"),
+        ("data.buckets=true", "training.packing=true"),
+        ("optimizer.name=schedule-free; training.ema_decay=0", "optimizer.betas=[0.8, 0.99]"),
+    ],
+)
+def test_what_hangs_on_another_setting_is_kept_beside_it(how, change, tmp_path):
+    RunFolder.create(tmp_path / "run", config_for(tmp_path / "run", *how.split("; ")))
+    with pytest.raises(ValueError, match=f"was trained with another {change.partition('=')[0]}"):
+        training.resume(tmp_path / "run", [change])
 
 
 def test_a_config_that_was_edited_to_another_seed_does_not_go_on(run, tmp_path):
