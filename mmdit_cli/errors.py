@@ -12,7 +12,7 @@ DEBUG = "MMDIT_DEBUG"
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error tells of bad input, or of a lack of files or memory, and not of a mistake in the program."""
-    return isinstance(error, ValueError | OSError) or _out_of_memory(error)
+    return isinstance(error, ValueError | OSError) or _out_of_memory(error) or _out_of_main_memory(error)
 
 
 def line(error: BaseException) -> str:
@@ -21,6 +21,8 @@ def line(error: BaseException) -> str:
         text = f"{name.decode(errors='backslashreplace') if isinstance(name, bytes) else name}: {error.strerror}"
     elif _out_of_memory(error):
         text = "out of GPU memory: lower training.batch_size or raise training.grad_accumulation"
+    elif _out_of_main_memory(error):
+        text = f"out of memory: take fewer or smaller pictures at a time, or fewer steps ({error})"
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
@@ -54,3 +56,7 @@ def end_at_once(code: int | str) -> NoReturn:
 
 def _out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
+
+
+def _out_of_main_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -28,7 +28,7 @@ from training.objectives import FlowMatching, TextAndImages, documents, next_tok
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
-from training.run import RunFolder
+from training.run import RunFolder, named
 from training.seeds import generator_for
 from training.setup import held_out_pieces, open_run_source
 from training.shapes import ShapesWorld
@@ -190,7 +190,9 @@ def evaluate_run(
     scores["network_evaluations"] = counted[-1]
     if config.evaluation.metrics:
         scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)
-    caption_grid(images, prompts).save(run.path / "samples.png")
-    loss_plot(run, run.path / "loss.png")
+    with named(run.path / "samples.png"):
+        caption_grid(images, prompts).save(run.path / "samples.png")
+    with named(run.path / "loss.png"):
+        loss_plot(run, run.path / "loss.png")
     write_json(run.path / "scores.json", scores)
     return scores

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -283,16 +283,22 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if anything was."""
+        """Write what was recorded, if anything was; where that fails, as on a full disk, say so."""
         if self._running is None or self.steps is None:
             return
         running, self._running = self._running, None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         running.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        running.export_chrome_trace(str(self._file))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=by, row_limit=40)
-        self._file.with_name(self._file.name.replace(".json.gz", ".txt")).write_text(table)
-        self.log(f"profile: {self._file} (open it in chrome://tracing or ui.perfetto.dev)")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file.with_name(self._file.name.replace(".json.gz", ".txt")).write_text(table)
+            running.export_chrome_trace(str(self._file))
+        except OSError as error:  # training is worth more than its profile
+            with suppress(OSError):
+                self._file.unlink()
+            self.log(f"warning: the profile is not written: {error}")
+        else:
+            self.log(f"profile: {self._file} (open it in chrome://tracing or ui.perfetto.dev)")

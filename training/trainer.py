@@ -13,6 +13,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, told_of
-from training.run import RunFolder
+from training.run import RunFolder, named
 from training.seeds import generator_for
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
@@ -95,7 +96,7 @@ class Trainer:
             run.board = open_board(config, run)
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
-        self.autoencoder = open_autoencoder(own if resumed and own.exists() else config.autoencoder).to(self.device)
+        self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
         self.data = told_of(source, corpus)
@@ -198,6 +199,8 @@ class Trainer:
                 raise ProcessLost(f"process {self.ranks.rank} stops: the torchrun that had started it has ended")
             return
         try:
+            if interrupts.caught:  # just now
+                raise Interrupted
             if self.ranks.first:
                 self._finish()
         except Interrupted:
@@ -210,7 +213,12 @@ class Trainer:
         shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
         recorded = config.profiled if self.ranks.first else None
         profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
-        try:
+        with ExitStack() as ending:  # the last of these first, and all of them, though one fails or is interrupted
+            ending.callback(run.close)
+            ending.callback(self.writer.join)  # a run that has stopped, for whatever reason, writes nothing more
+            ending.callback(batches.close)  # type: ignore[attr-defined]
+            ending.callback(profiler.close)
+            ending.push(lambda failed, *_: self.writer.tell(run.log) if failed else None)
             with repeatable(self.device), attention_backend(config.attention), naming_dead_workers(), shown as progress:
                 while self.step < config.num_steps and not self.ranks.any(interrupts.caught):
                     profiler.before(self.step + 1)
@@ -220,14 +228,6 @@ class Trainer:
                     self.step += 1
                     profiler.after(self.step)
                     self._report(progress, norm)
-        except BaseException:
-            self.writer.tell(run.log)
-            raise
-        finally:
-            profiler.close()
-            batches.close()  # type: ignore[attr-defined]
-            self.writer.join()  # a run that has stopped, for whatever reason, writes nothing more
-            run.close()
 
     def _ready(self) -> torch.nn.Module:
         """The learner as it is called: compiled, and with the gradients of all processes."""
@@ -357,7 +357,8 @@ class Trainer:
             return
         folder = self.run.path / "samples"
         folder.mkdir(exist_ok=True)
-        caption_grid(images, prompts).save(folder / f"step-{self.step:08d}.png")
+        with named(path := folder / f"step-{self.step:08d}.png"):
+            caption_grid(images, prompts).save(path)
 
     def _score(self) -> None:
         if not (self.ranks.first or self.in_parts):

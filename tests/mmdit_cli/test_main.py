@@ -154,6 +154,8 @@ def test_bad_input_ends_with_one_line_and_status_2(words, message):
         (PermissionError(13, "Permission denied", b"/a/\xff"), "mmdit: error: /a/\\xff: Permission denied\n"),
         (FileExistsError("runs/a exists"), "mmdit: error: runs/a exists\n"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA ..."), "lower training.batch_size"),
+        (MemoryError("Unable to allocate 7.11 PiB"), "or fewer steps (Unable to allocate 7.11 PiB)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ..."), "out of memory: take fewer"),
     ],
 )
 def test_expected_errors_of_the_library_become_one_line(monkeypatch, error, message):

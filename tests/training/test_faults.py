@@ -28,7 +28,7 @@ from training.feed import LatentFeed
 from training.interrupts import Interrupts
 from training.lock import LOCK
 from training.parallel import ALONE, ProcessLost
-from training.precision import LossScaler
+from training.precision import LARGEST_SCALE, LossScaler
 from training.run import OWN, RunFolder
 from training.sharded_checkpoint import save_sharded
 from training.trainer import Diverged, Trainer
@@ -88,6 +88,9 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, monk
     assert load_latest(out, print)[0]["skipped"] == 2
     assert [step for step, _ in metrics(out, "loss")] == [1, 2, 5, 6]
     assert metrics(out, "skipped_steps") == [(3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [step for step, _ in metrics(out, "grad_norm")] == [1, 2, 5, 6]
+    by_time = {row["step"] for row in RunFolder(out).metrics() if any(name.startswith("loss_t") for name in row)}
+    assert by_time == {1, 2, 5, 6}
     part = training.train(config_for(tmp_path / "part", *how, "training.num_steps=3"))
     assert_bit_equal(training.resume(part, ["training.num_steps=6"]), out)
 
@@ -118,6 +121,8 @@ def test_too_many_in_a_row_stop_the_run_with_a_clear_line(tmp_path, monkeypatch)
     state, weights = load_latest(tmp_path / "run", print)
     assert state["step"] == 5 and state["bad"] == 2
     assert all(x.isfinite().all() for x in weights["model"].values())
+    with pytest.raises(Diverged, match="stopped at step 6: .* in 3 steps in a row"):  # counted on where it goes on
+        training.resume(tmp_path / "run")
 
 
 def test_without_a_look_the_weights_are_lost(tmp_path, monkeypatch):
@@ -136,6 +141,8 @@ def test_a_scale_falls_with_an_overflow_and_grows_after_good_steps():
     assert scaler.update(False) and scaler.scale == 4
     assert [scaler.update(True) or scaler.scale for _ in range(7)] == [4, 4, 8, 8, 8, 16, 16]
     assert scaler.update(False) and (scaler.scale, scaler.good) == (8, 0)
+    largest = LossScaler(LARGEST_SCALE, grow_every=1)
+    assert not largest.update(True) and largest.scale == LARGEST_SCALE
     scaler.scale = 1.0
     assert not scaler.update(False) and scaler.scale == 1  # nothing is left to blame on the scale
     assert LossScaler.for_precision(torch.float16).enabled and not LossScaler.for_precision(torch.bfloat16).enabled
@@ -286,6 +293,73 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
 
 
+def test_a_checkpoint_beside_is_of_its_own_step_and_written_alone(tmp_path, monkeypatch):
+    """The weights go on meanwhile: neither it nor the pipeline takes them in, and the next one waits."""
+    how = ("training.checkpoint_every=1", "training.keep_checkpoints=9")
+    at_once, drawn, writing = training.train(config_for(tmp_path / "at-once", *how)), {}, []
+
+    def slow(run, state, *rest):
+        writing.append(state["step"])
+        time.sleep(0.2)
+        assert writing == [state["step"]]
+        writing.clear()
+        return save_checkpoint(run, state, *rest)
+
+    def save_weights(self, folder):
+        state = self.model.state_dict()
+        drawn[list_checkpoints(tmp_path / "beside")[-1].name] = {name: x.clone() for name, x in state.items()}
+
+    monkeypatch.setattr("training.writing.save_checkpoint", slow)
+    monkeypatch.setattr("mmdit.TextToImage.save_weights", save_weights)
+    beside = training.train(config_for(tmp_path / "beside", *how, "training.async_checkpoint=true"))
+    for one, other in zip(list_checkpoints(beside), list_checkpoints(at_once), strict=True):
+        (_, ours), (_, theirs) = load_checkpoint(one), load_checkpoint(other)
+        assert all(torch.equal(x, theirs[group][name]) for group in ours for name, x in ours[group].items())
+        assert all(torch.equal(x, drawn[one.name][name]) for name, x in ours["ema"].items())
+
+
+def test_a_last_checkpoint_beside_that_fails_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    """No later one would tell of it, and the run would say that it is done."""
+
+    def save(run, state, *rest):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr("training.writing.save_checkpoint", save)
+    with pytest.raises(OSError, match="No space left on device: 'model.safetensors'"):
+        training.train(config_for(tmp_path / "run", "training.checkpoint_every=0", "training.async_checkpoint=true"))
+
+
+def test_a_run_that_is_interrupted_where_it_ends_still_ends_its_checkpoint_and_its_board(tmp_path, monkeypatch):
+    """A second Ctrl-C while data workers end: nothing may write in the folder when the run has stopped."""
+
+    def slow(*words):
+        time.sleep(0.5)
+        return save_checkpoint(*words)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    boards = []
+    monkeypatch.setattr("training.writing.save_checkpoint", slow)
+    monkeypatch.setattr("training.trainer.Profiler.close", interrupted)
+    monkeypatch.setattr(RunFolder, "close", lambda self: boards.append(self.path))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config_for(tmp_path / "run", "training.async_checkpoint=true"))
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert boards == [tmp_path / "run"]
+
+
+def test_a_grid_of_samples_that_finds_the_disk_full_says_where(tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*run/samples.png"):
+        training.train(config_for(tmp_path / "run"))
+    with pytest.raises(OSError, match=r"No space left on device: .*run/samples/step-00000007.png"):
+        training.resume(tmp_path / "run", ["training.num_steps=8", "training.sample_every=7"])
+
+
 def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys):
     """Or one would look for it: the writer beside the training says so at the next checkpoint, which does not come."""
     real = Trainer._train_step
@@ -303,6 +377,19 @@ def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends
     with pytest.raises(ValueError, match="something else"):
         training.train(config_for(tmp_path / "run", "training.checkpoint_every=2", "training.async_checkpoint=true"))
     assert "warning: the last checkpoint was not written: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["checkpoint_every=1", "log_every=1"])
+def test_a_run_that_fails_stays_where_anything_was_written(what, tmp_path, monkeypatch):
+    """A checkpoint before the first line of metrics, or metrics alone; one that has neither leaves the name free."""
+    spoil(monkeypatch, 2)
+    how = ("training.checkpoint_every=0", "training.log_every=99", "training.max_bad_steps=1")
+    with pytest.raises(Diverged):
+        training.train(config_for(tmp_path / "neither", *how))
+    with pytest.raises(Diverged):
+        training.train(config_for(tmp_path / "run", *how, f"training.{what}"))
+    assert not (tmp_path / "neither").exists()
+    assert (len(list_checkpoints(tmp_path / "run")), len(metrics(tmp_path / "run", "loss"))) in ((1, 0), (0, 1))
 
 
 # --- to begin again ---

@@ -1,10 +1,13 @@
 """Telemetry against numbers known beforehand, and in runs: what a line says is what happened, and no step waits."""
 
+import errno
 import gzip
 import importlib.util
 import json
+import os
 import shutil
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -270,6 +273,19 @@ def test_the_steps_that_are_named_are_profiled(tmp_path):
 def test_a_run_that_ends_while_it_is_profiled_writes_what_there_is(tmp_path):
     run = training.train(config_for(tmp_path / "run", "training.profile=5:99"))
     assert (run / "profile" / "steps-5-99.json.gz").exists()
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    """What there is of it would fill the disk, on which the run has to save."""
+
+    def full(self, path):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", full)
+    run = training.train(config_for(tmp_path / "run", "training.profile=2:3"))
+    assert "warning: the profile is not written: [Errno 28] No space" in (run / "log.txt").read_text()
+    assert metrics(run, "loss")[-1][0] == 6 and not (run / "profile" / "steps-2-3.json.gz").exists()
 
 
 def test_a_run_that_goes_on_after_the_steps_to_profile_says_so(tmp_path):

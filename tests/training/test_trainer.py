@@ -112,6 +112,17 @@ def test_metrics_have_every_step(run):
     assert [step for step, _ in speeds] == [2, 3, 4, 5, 6] and all(speed > 0 for _, speed in speeds)  # 1: not known
 
 
+def test_a_line_of_metrics_is_of_the_steps_since_the_last(run, tmp_path):
+    """The mean of their losses; and of the last of them the gradient, in all and by parts."""
+    out = training.train(config_for(tmp_path / "run", "training.log_every=4"))
+    losses = [loss for _, loss in metrics(run, "loss")]
+    assert metrics(out, "loss") == [(4, pytest.approx(np.mean(losses[:4]))), (6, pytest.approx(np.mean(losses[4:])))]
+    for row in (row for row in RunFolder(out).metrics() if "loss" in row):
+        parts = [row[f"grad_norm_{part}"] for part in ("blocks", "text", "in", "out")]
+        assert row["grad_norm"] == pytest.approx(np.linalg.norm(parts))
+        assert row["grad_norm"] == dict(metrics(run, "grad_norm"))[row["step"]]
+
+
 def test_validation_is_left_out_of_the_rate_and_said_once(tmp_path, monkeypatch, capsys):
     pausing, seen = [], []
 
@@ -402,6 +413,11 @@ def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
         ("data.image_size=16", "data.image_size"),
         ("data.held_out=0.3", "data.held_out"),
         ("data.source=shapes:32", "data.source"),
+        ("data.buckets=true", "data.buckets"),
+        ("data.captions=text=1", "data.captions"),
+        ("optimizer.name=muon", "optimizer.name"),
+        ("optimizer.base_width=16", "optimizer.base_width"),
+        ("training.ema=power", "training.ema"),
     ],
 )
 def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
@@ -411,6 +427,32 @@ def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
     with pytest.raises(ValueError, match=f"was trained with another {part}"):
         training.train(load_config(run, [change, f"training.out={run}"]), resume=True)
     assert (run / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "change"),
+    [
+        ("init=weights; lora.rank=2", "lora.rank=4"),
+        ("training.ema=power", "training.ema_sigma_rel=[0.05, 0.2]"),
+        ("data.source=hf-stream:x; data.cache_latents=false", "data.shuffle_buffer=7"),
+        ("data.buckets=true", "data.bucket_ratio=3"),
+        ("data.buckets=true", "training.batch_size=16"),
+        ("data.buckets=true", "training.packing=true"),
+        ("optimizer.name=schedule-free; training.ema_decay=0", "optimizer.betas=[0.8, 0.99]"),
+    ],
+)
+def test_what_hangs_on_another_setting_is_kept_beside_it(how, change, tmp_path):
+    RunFolder.create(tmp_path / "run", config_for(tmp_path / "run", *how.split("; ")))
+    with pytest.raises(ValueError, match=f"was trained with another {change.partition('=')[0]}"):
+        training.resume(tmp_path / "run", [change])
+
+
+def test_a_config_that_was_edited_to_another_seed_does_not_go_on(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("seed = 0", "seed = 5", 1))
+    with pytest.raises(ValueError, match="the checkpoint was made with seed 0, the config says 5"):
+        training.resume(out, ["training.num_steps=8"])
 
 
 def test_data_may_move_and_is_read_as_one_likes_but_stays_the_same(tmp_path, monkeypatch, capsys):
@@ -509,6 +551,21 @@ def test_a_signal_during_the_scores_leaves_a_whole_run(tmp_path, monkeypatch, si
     assert "all is trained and saved, score it with: mmdit evaluate" in (out / "log.txt").read_text()
     assert list_checkpoints(out)[-1].name == "step-00000006"
     assert training.evaluate_run(out)["validation_loss"] > 0
+
+
+def test_a_signal_just_before_the_scores_is_heeded_too(tmp_path, monkeypatch):
+    """After the last look for one, while it still only leaves a mark."""
+    real = training.writing.Writer.wait
+
+    def wait(self):
+        real(self)
+        if list_checkpoints(self.run)[-1:] == [self.run / "checkpoints" / "step-00000006"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.writing.Writer, "wait", wait)
+    out = training.train(config_for(tmp_path / "run"))
+    assert "all is trained and saved, score it with: mmdit evaluate" in (out / "log.txt").read_text()
+    assert not (out / "scores.json").exists()
 
 
 def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
