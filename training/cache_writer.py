@@ -103,10 +103,17 @@ def write_cache(
     """Write what a folder lacks of the cache of a config's data, autoencoder and frozen text encoder.
 
     An interrupt (Ctrl-C, SIGTERM) ends the chunk that is being made and returns. Raises CacheError where the folder
-    holds something else, or a cache of other data, encoders or options.
+    holds something else, or a cache of other data, encoders or options, or another process writes the same part.
     """
     with Interrupts() as interrupts:
-        return _Writer(config, Path(folder), options or CacheOptions(), log).run(interrupts)
+        writer = _Writer(config, Path(folder), options or CacheOptions(), log)
+        try:
+            return writer.run(interrupts)
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"files in {folder} went while they were written: does another `mmdit cache` write the same part? "
+                "All is kept; go on with the same command, once"
+            ) from error
 
 
 class _Writer:

@@ -278,6 +278,21 @@ def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch)
     assert files(tmp_path / "cache") == files(written)
 
 
+def test_of_two_that_write_the_same_part_one_is_told(written, parts, tmp_path, monkeypatch):
+    def done_by_another(chunks):
+        whole = merged(chunks)
+        shutil.rmtree(chunks[0].stem.parent)
+        return whole
+
+    merged, how = cache_writer.merged, (config(f"text.encoder={parts / 't5'}"), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "merged", done_by_another)
+        with pytest.raises(CacheError, match="does another `mmdit cache` write the same part?"):
+            write_cache(*how, CacheOptions(shard_mb=0.15), log=print)
+    assert write_cache(*how, CacheOptions(shard_mb=0.15), log=print).missing == 0
+    assert files(tmp_path / "cache") == files(written)
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------
 
 
