@@ -370,6 +370,14 @@ def test_training_with_another_encoder_is_refused(parts, written, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_sizes_that_a_cache_is_asked_for(tmp_path):
+    """Those that round to its own; and each side is a multiple of the model's step."""
+    made(tmp_path / "cache", "data.image_size=[32,40]", "data.num_samples=8")
+    assert CachedSource(tmp_path / "cache", (33, 39), 8).image_size == (32, 40)
+    with pytest.raises(CacheError, match="has images of 32 x 40, the model needs multiples of 16"):
+        CachedSource(tmp_path / "cache", step=16)
+
+
 def test_a_cache_is_no_source_of_images(written, tmp_path):
     source = open_source(str(written))
     assert isinstance(source, CachedSource) and is_shapes(str(written))
@@ -519,6 +527,16 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
             run.close()
     for ours, theirs in zip(chunks_of(feeds[0], 5), chunks_of(feeds[1], 5), strict=True):
         assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
+    some = [*range(10), *(range(30, 40) if mixed else ())]  # the first of each data set
+    few = CachedSource(tmp_path / "cache", num_samples=10)
+    assert list(few.keys) == [images.keys[i] for i in some]
+    feeds = (
+        CachedFeed(few, np.arange(len(some)), *common, lambda *what: None),
+        LatentFeed(images, np.array(some), *common, 0, lambda *what: None),
+    )
+    assert feeds[0].captions == feeds[1].captions
+    for rows in chunks_of(feeds[1], 5):
+        assert torch.equal(feeds[0].at(rows).latents, feeds[1].at(rows).latents)
     assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
 
 
