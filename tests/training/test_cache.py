@@ -24,7 +24,7 @@ from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_encoders import open_text_encoder
 from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
-from tests.training.pictures import folder_of, noisy
+from tests.training.pictures import folder_of, noisy, parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
@@ -527,6 +527,8 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
             run.close()
     for ours, theirs in zip(chunks_of(feeds[0], 5), chunks_of(feeds[1], 5), strict=True):
         assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
+    left_out = config(f"data.source={tmp_path / 'cache'}", "data.num_samples=none", "data.image_size=none")
+    assert fingerprint(open_run_source(left_out, 8)) == fingerprint(images)  # what is not said is as the cache has it
     some = [*range(10), *(range(30, 40) if mixed else ())]  # the first of each data set
     few = CachedSource(tmp_path / "cache", num_samples=10)
     assert list(few.keys) == [images.keys[i] for i in some]
@@ -538,6 +540,18 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
     for rows in chunks_of(feeds[1], 5):
         assert torch.equal(feeds[0].at(rows).latents, feeds[1].at(rows).latents)
     assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
+
+
+def test_the_order_of_row_groups_is_kept(tmp_path, learned):
+    for number in range(2):
+        parquet_of(tmp_path / f"{number}.parquet", range(60 * number, 60 * number + 60))
+    how = (f"data.source={tmp_path}", "data.num_samples=none", "data.image_size=16")
+    cached, images = made(tmp_path / "cache", *how), open_run_source(config(*how), 8)
+    plain = next(LatentFeed(images, np.arange(120), PixelSpace(), learned, CPU, 0, print).batches(90, 3))
+    assert torch.equal(
+        next(CachedFeed(cached, np.arange(120), PixelSpace(), learned, CPU, print).batches(90, 3)).latents,
+        plain.latents,
+    )
 
 
 @pytest.mark.parametrize(
