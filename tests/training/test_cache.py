@@ -368,6 +368,9 @@ def test_training_with_another_encoder_is_refused(parts, written, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(*overrides, source=source)
         assert not (tmp_path / "run").exists()
+    autoencoder, words = open_autoencoder(parts / "patches"), open_text_encoder(parts / "t5", 32)
+    with pytest.raises(CacheError, match="was made with another autoencoder"):
+        CachedFeed(CachedSource(written), np.arange(4), autoencoder, words, CPU, print)
 
 
 def test_sizes_that_a_cache_is_asked_for(tmp_path):
@@ -543,6 +546,7 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
 
 
 def test_the_order_of_row_groups_is_kept(tmp_path, learned):
+    pytest.importorskip("pyarrow")
     for number in range(2):
         parquet_of(tmp_path / f"{number}.parquet", range(60 * number, 60 * number + 60))
     how = (f"data.source={tmp_path}", "data.num_samples=none", "data.image_size=16")
@@ -591,6 +595,8 @@ def test_bad_samples_are_told_and_left_out(tmp_path, learned):
     cached, told = made(tmp_path / "cache", *how), []
     feed = CachedFeed(cached, np.arange(3), PixelSpace(), learned, CPU, lambda *what: told.append(what))
     assert feed.captions == ["caption 0", "caption 2"] and [key for key, _ in told] == ["1"]
+    with pytest.raises(NothingUsable, match="none of the 0 samples can be used$"):
+        CachedFeed(cached, np.arange(0), PixelSpace(), learned, CPU, lambda *what: None)
     with pytest.raises(NothingUsable, match="none of the 1 samples can be used; one of them is 1: "):
         CachedFeed(cached, np.array([1]), PixelSpace(), learned, CPU, lambda *what: None)
 
