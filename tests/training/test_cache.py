@@ -333,6 +333,11 @@ def test_options_of_another_kind_are_refused(written, parts, options, message):
         write_cache(config(f"text.encoder={parts / 't5'}"), written, replace(CacheOptions(shard_mb=0.15), **options))
 
 
+def test_a_shard_holds_a_chunk_at_least(tmp_path):
+    cached = made(tmp_path / "cache", options=CacheOptions(shard_mb=1e-6))
+    assert [len(shard.samples) for shard in cached.cache.shards] == [8] * 8
+
+
 @pytest.mark.parametrize(
     "wrong", [dict(dtype="int8"), dict(text_dtype="x"), dict(part=(2, 2)), dict(part=(0, 0)), dict(shard_mb=0)], ids=str
 )
@@ -593,6 +598,7 @@ def test_bad_samples_are_told_and_left_out(tmp_path, learned):
     (tmp_path / "1.png").write_bytes(b"no picture")
     how = ("data.num_samples=none", "data.image_size=16", f"data.source={tmp_path}")
     cached, told = made(tmp_path / "cache", *how), []
+    made(tmp_path / "cache", *how, "seed=1")  # of files no number depends on it
     feed = CachedFeed(cached, np.arange(3), PixelSpace(), learned, CPU, lambda *what: told.append(what))
     assert feed.captions == ["caption 0", "caption 2"] and [key for key, _ in told] == ["1"]
     with pytest.raises(NothingUsable, match="none of the 0 samples can be used$"):
