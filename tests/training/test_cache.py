@@ -24,7 +24,7 @@ from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_encoders import open_text_encoder
 from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
-from tests.training.pictures import folder_of, noisy, parquet_of
+from tests.training.pictures import folder_of, members, noisy, parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
@@ -427,6 +427,15 @@ def test_changed_data_is_found_by_content(written, tmp_path):
 
 
 # --- the same batches and the same training as from images -----------------------------------------------------------
+
+
+def test_data_in_buckets_that_were_joined_is_the_same(tmp_path):
+    """As it was for the batches that the cache was made for."""
+    folder = folder_of(tmp_path / "data", members(range(12), [(32, 32)] * 5 + [(16, 64)]))
+    how = (f"data.source={folder}", "data.num_samples=none", "data.image_size=32", "data.buckets=true")
+    for batch_size, sizes in ((4, 1), (2, 2)):
+        cache = made(tmp_path / f"cache-{batch_size}", *how, f"training.batch_size={batch_size}").cache
+        assert len(cache.about.sizes) == sizes and changed(cache, data_of(cache, str(folder))) == []
 
 
 @pytest.fixture(scope="module")
