@@ -136,7 +136,9 @@ class _Writer:
     def _empty(self) -> Known:
         """The empty caption, and no image."""
         text = self._texts([""]) if self.text is not None else []
-        return Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
+        empty = Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
+        _check_finite("the empty caption", empty, self.options)
+        return empty
 
     def _about(self, config: TrainConfig) -> About:
         height, width = self.source.image_size
@@ -250,7 +252,7 @@ class _Writer:
             for row, sample in enumerate(good)
         ]
         for sample, one in zip(good, known, strict=True):
-            _check_finite(sample, one, self.options)
+            _check_finite(sample.key, one, self.options)
         return known
 
     def _texts(self, captions: Sequence[str]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -317,10 +319,8 @@ def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
     one, layout = source[i], layout_of(source)
     texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
     place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
-    if one.image is None:
-        return CachedSample(one.key, "", list(texts), one.error, list(shares), *place), None
-    captions = list(texts) or [""]
-    return CachedSample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
+    content = "" if one.image is None else content_of(one.image, texts)
+    return CachedSample(one.key, content, list(texts), one.error, list(shares), *place), one.image
 
 
 def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
@@ -336,12 +336,12 @@ def _is_whole(chunk: Path) -> bool:
         return False
 
 
-def _check_finite(sample: CachedSample, known: Known, options: CacheOptions) -> None:
+def _check_finite(name: str, known: Known, options: CacheOptions) -> None:
     numbers = [(known.statistics, "--dtype"), *((x, "--text-dtype") for one in known.text for p in one for x in p)]
     for x, option in numbers:
         if not bool(x.isfinite().all()):
             dtype = options.dtype if option == "--dtype" else options.text_dtype
-            raise CacheError(f"{sample.key}: a number is not finite in {dtype}: use {option} fp32")
+            raise CacheError(f"{name}: a number is not finite in {dtype}: use {option} fp32")
 
 
 def _source(config: TrainConfig, factor: int) -> Source:

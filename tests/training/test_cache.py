@@ -22,7 +22,7 @@ from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PixelSpa
 from mmdit.kl_autoencoder import KLAutoencoder
 from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
-from mmdit.text_encoders import open_text_encoder
+from mmdit.text_encoders import HiddenStates, open_text_encoder
 from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
 from tests.training.pictures import folder_of, members, noisy, parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
@@ -403,6 +403,20 @@ def test_numbers_that_do_not_fit_are_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(CacheError, match="shapes-0.*: a number is not finite in fp16: use --dtype fp32"):
         write_cache(config(), tmp_path / "cache")
     assert write_cache(config(), tmp_path / "other", CacheOptions("bf16")).missing == 0
+
+
+@pytest.mark.parametrize(("num_captions", "name"), [(1, "the empty caption"), (8, "shapes-0.*")])
+def test_text_features_that_do_not_fit_are_refused(parts, tmp_path, monkeypatch, num_captions, name):
+    """Of the empty caption, which is encoded alone, and of a sample's."""
+    encode = HiddenStates.encode
+
+    def large(self, ids, mask):
+        states, pooled = encode(self, ids, mask)
+        return states * (1e9 if len(ids) == num_captions else 1), pooled
+
+    monkeypatch.setattr(HiddenStates, "encode", large)
+    with pytest.raises(CacheError, match=f"{name}: a number is not finite in fp16: use --text-dtype fp32"):
+        write_cache(config(f"text.encoder={parts / 't5'}"), tmp_path / "cache")
 
 
 def test_changed_data_is_found_by_content(written, tmp_path):
