@@ -253,7 +253,10 @@ def test_parts_and_workers_change_nothing(parts, written, tmp_path):
     assert files(tmp_path / "cache") == files(written)
 
 
-def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch, damaged):
+    """A chunk that is no longer as it was written is made again."""
+
     class Caught(cache_writer.Interrupts):
         """A signal came in the third chunk."""
 
@@ -274,7 +277,11 @@ def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch)
     assert (report.samples, report.missing_here) == (24, 3)
     monkeypatch.undo()
     monkeypatch.setattr(cache_writer, "BATCH", 8)
-    assert write_cache(*how, log=print).samples == 40
+    if damaged:
+        (chunk,) = (tmp_path / "cache").glob(".shard-*/*.safetensors")
+        data = chunk.read_bytes()
+        chunk.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert write_cache(*how, log=print).samples == 40 + 8 * damaged
     assert files(tmp_path / "cache") == files(written)
 
 
