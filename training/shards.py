@@ -36,6 +36,7 @@ def open_shard(file: Listed, patience: Patience) -> BinaryIO | gzip.GzipFile:
     if is_url(file.url):
         remote: Any = RemoteFile(file, patience)
         magic = remote.read(2)
+        remote.seek(0)
         return gzip.GzipFile(fileobj=remote) if magic == b"\x1f\x8b" else remote
     with open(file.url, "rb") as local:
         magic = local.read(2)
