@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +28,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     """Write every file aside as `write_aside` does, then move all to their places, in order."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writes}
+    own = secrets.token_hex(4)  # not a process's number, which others on other machines have too
+    asides = {path: path.with_name(f".{path.name}.{own}.part") for path in writes}
     made = [folder for path in writes for folder in (path.parent, *path.parents) if not folder.exists()]
     try:
         for path, write in writes.items():

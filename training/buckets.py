@@ -41,18 +41,15 @@ def _nearest_square(area: int, step: int) -> Size:
 def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.ndarray:
     """Which bucket (n,) each image takes: the one whose ratio is nearest on the logarithmic scale, so least is cropped.
 
-    Of buckets with one ratio, the one of the largest area.
+    sizes: as `bucket_sizes` gives them, by falling width.
     """
-    edges, buckets = _edges(sizes)
-    return buckets[np.searchsorted(edges, np.log(heights / widths))].astype(np.int16)
+    return np.searchsorted(_edges(sizes), np.log(heights / widths)).astype(np.int16)
 
 
-def _edges(sizes: list[Size]) -> tuple[np.ndarray, np.ndarray]:
-    """(logarithms of the ratios between which the nearest bucket is another, the buckets between these)."""
-    order = sorted(range(len(sizes)), key=lambda b: (sizes[b][0] / sizes[b][1], -sizes[b][0] * sizes[b][1]))
-    ratios, first = np.unique(np.array([sizes[b][0] / sizes[b][1] for b in order]), return_index=True)
-    logs = np.log(ratios)
-    return (logs[1:] + logs[:-1]) / 2, np.array(order)[first]
+def _edges(sizes: list[Size]) -> np.ndarray:
+    """Logarithms of the ratios between which the nearest bucket is another."""
+    logs = np.log([height / width for height, width in sizes])
+    return (logs[1:] + logs[:-1]) / 2
 
 
 def own_sizes(
@@ -78,7 +75,7 @@ def all_own_sizes(area: int, step: int, max_ratio: float) -> list[Size]:
     h, w = np.meshgrid(sides, sides, indexing="ij")
     low_h, low_w = (np.where(side == 1, 0.0, side - 0.5) for side in (h, w))  # what is rounded to them begins here
     least_h, least_w = np.maximum(low_h, low_w / max_ratio), np.maximum(low_w, low_h / max_ratio)
-    found = (least_h * least_w <= area_in_steps) & (least_h < h + 0.5) & (least_w < w + 0.5)
+    found = least_h * least_w <= area_in_steps
     h, w = h[found], w[found]
     h, w = (np.minimum(a, np.maximum(1, np.floor(b * max_ratio))).astype(int) * step for a, b in ((h, w), (w, h)))
     return sorted({*zip(h.tolist(), w.tolist(), strict=True)})
@@ -101,14 +98,14 @@ class Sizing:
             self.sizes = all_own_sizes(self._area, step, max_ratio)
         elif buckets:
             self.sizes = bucket_sizes(*image_size, step, max_ratio)
-            self._edges, self._between = _edges(self.sizes)
+            self._edges = _edges(self.sizes)
 
     def __call__(self, size: Size | None) -> Size:
         height, width = size or self.image_size
         if self.buckets == "own":
             return own_sizes(np.array([height]), np.array([width]), self._area, self.step, self.max_ratio)[0][0]
         if self.buckets:
-            return self.sizes[self._between[np.searchsorted(self._edges, np.log(height / width))]]
+            return self.sizes[int(np.searchsorted(self._edges, np.log(height / width)))]
         return self.image_size
 
 

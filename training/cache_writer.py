@@ -103,10 +103,17 @@ def write_cache(
     """Write what a folder lacks of the cache of a config's data, autoencoder and frozen text encoder.
 
     An interrupt (Ctrl-C, SIGTERM) ends the chunk that is being made and returns. Raises CacheError where the folder
-    holds something else, or a cache of other data, encoders or options.
+    holds something else, or a cache of other data, encoders or options, or another process writes the same part.
     """
     with Interrupts() as interrupts:
-        return _Writer(config, Path(folder), options or CacheOptions(), log).run(interrupts)
+        writer = _Writer(config, Path(folder), options or CacheOptions(), log)
+        try:
+            return writer.run(interrupts)
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"files in {folder} went while they were written: does another `mmdit cache` write the same part? "
+                "All is kept; go on with the same command, once"
+            ) from error
 
 
 class _Writer:
@@ -129,7 +136,9 @@ class _Writer:
     def _empty(self) -> Known:
         """The empty caption, and no image."""
         text = self._texts([""]) if self.text is not None else []
-        return Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
+        empty = Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
+        _check_finite("the empty caption", empty, self.options)
+        return empty
 
     def _about(self, config: TrainConfig) -> About:
         height, width = self.source.image_size
@@ -243,7 +252,7 @@ class _Writer:
             for row, sample in enumerate(good)
         ]
         for sample, one in zip(good, known, strict=True):
-            _check_finite(sample, one, self.options)
+            _check_finite(sample.key, one, self.options)
         return known
 
     def _texts(self, captions: Sequence[str]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -310,10 +319,8 @@ def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
     one, layout = source[i], layout_of(source)
     texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
     place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
-    if one.image is None:
-        return CachedSample(one.key, "", list(texts), one.error, list(shares), *place), None
-    captions = list(texts) or [""]
-    return CachedSample(one.key, content_of(one.image, captions), captions, None, list(shares), *place), one.image
+    content = "" if one.image is None else content_of(one.image, texts)
+    return CachedSample(one.key, content, list(texts), one.error, list(shares), *place), one.image
 
 
 def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
@@ -329,12 +336,12 @@ def _is_whole(chunk: Path) -> bool:
         return False
 
 
-def _check_finite(sample: CachedSample, known: Known, options: CacheOptions) -> None:
+def _check_finite(name: str, known: Known, options: CacheOptions) -> None:
     numbers = [(known.statistics, "--dtype"), *((x, "--text-dtype") for one in known.text for p in one for x in p)]
     for x, option in numbers:
         if not bool(x.isfinite().all()):
             dtype = options.dtype if option == "--dtype" else options.text_dtype
-            raise CacheError(f"{sample.key}: a number is not finite in {dtype}: use {option} fp32")
+            raise CacheError(f"{name}: a number is not finite in {dtype}: use {option} fp32")
 
 
 def _source(config: TrainConfig, factor: int) -> Source:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from training.captions import NONE, Captions
+from training.captions import Captions
 from training.images import Size
 from training.remote import Listed, Patience, RemoteFile, is_url
 
@@ -36,6 +36,7 @@ def open_shard(file: Listed, patience: Patience) -> BinaryIO | gzip.GzipFile:
     if is_url(file.url):
         remote: Any = RemoteFile(file, patience)
         magic = remote.read(2)
+        remote.seek(0)
         return gzip.GzipFile(fileobj=remote) if magic == b"\x1f\x8b" else remote
     with open(file.url, "rb") as local:
         magic = local.read(2)
@@ -99,7 +100,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def images_of(key: str, members: Members) -> Iterator[tuple[str, Place, list[Captions]]]:
-    """(key, place, captions in each file that has some) of the images among the members of one key.
+    """(key, place, captions in each text file) of the images among the members of one key.
 
     That is one, the member with a plain image suffix. Where there is none, names with dots ("b.1.png", "b.2.png") are
     samples of their own, with their own captions or the common ones.
@@ -110,4 +111,4 @@ def images_of(key: str, members: Members) -> Iterator[tuple[str, Place, list[Cap
     for kind in images:
         infix = kind[: kind.rindex(".")]
         names = dict.fromkeys(prefix + suffix for prefix in (infix, "") for suffix in (".txt", ".json"))
-        yield key + infix, members[kind], [members[name] for name in names if members.get(name, NONE)[0]]
+        yield key + infix, members[kind], [members[name] for name in names if name in members]

@@ -80,7 +80,7 @@ class StreamSource:
         data, files = load(spec.removeprefix(STREAM), streaming=True)
         wishes = replace(options.wanted, cache=None, patience=Patience())
         self.version, self._wishes = _digest(f"{files} {wishes}") if files else "", wishes
-        names = data.column_names or list(next(iter(data)))
+        names = data.column_names or list(next(self._taken(data), ()))
         self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
         self.column, self.key_column = image_column(names, spec), key_column(names)
         self._names = [*caption_columns(names, options.wanted.captions), self.column]

@@ -44,6 +44,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_two_may_write_a_file_at_once(tmp_path):
+    """As processes of one number do on several machines that share a folder."""
+
+    def beside_another(aside):
+        aside.write_text("one")
+        write_aside(tmp_path / "x", lambda aside: aside.write_text("other"))
+
+    write_aside(tmp_path / "x", beside_another)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "one"
+
+
 def test_of_several_files_all_are_moved_or_none(tmp_path):
     def fail(path):
         path.write_bytes(b"half")

@@ -59,6 +59,8 @@ def test_small_buckets_join_their_neighbour():
     assert Counter(merge_small(bucket, sizes, 8).tolist()) == {2: 15, 3: 8}  # enough is what is asked for
     assert Counter(merge_small(bucket, sizes, 100).tolist()) == {2: 23}
     assert merge_small(bucket, sizes, 1).tolist() == bucket.tolist()
+    tall = merge_small(np.repeat([0, 1, 2, 3], [5, 5, 5, 2]), sizes, 4)  # whichever side the neighbour is on
+    assert Counter(tall.tolist()) == {0: 5, 1: 5, 2: 7}
 
 
 @given(

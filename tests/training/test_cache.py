@@ -22,9 +22,9 @@ from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PixelSpa
 from mmdit.kl_autoencoder import KLAutoencoder
 from mmdit.sd3_text import open_sd3_text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
-from mmdit.text_encoders import open_text_encoder
+from mmdit.text_encoders import HiddenStates, open_text_encoder
 from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders, t5, t5_tokenizer
-from tests.training.pictures import folder_of, noisy
+from tests.training.pictures import folder_of, members, noisy, parquet_of
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training import cache_writer
 from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
@@ -253,7 +253,10 @@ def test_parts_and_workers_change_nothing(parts, written, tmp_path):
     assert files(tmp_path / "cache") == files(written)
 
 
-def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch, damaged):
+    """A chunk that is no longer as it was written is made again."""
+
     class Caught(cache_writer.Interrupts):
         """A signal came in the third chunk."""
 
@@ -274,7 +277,26 @@ def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch)
     assert (report.samples, report.missing_here) == (24, 3)
     monkeypatch.undo()
     monkeypatch.setattr(cache_writer, "BATCH", 8)
-    assert write_cache(*how, log=print).samples == 40
+    if damaged:
+        (chunk,) = (tmp_path / "cache").glob(".shard-*/*.safetensors")
+        data = chunk.read_bytes()
+        chunk.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert write_cache(*how, log=print).samples == 40 + 8 * damaged
+    assert files(tmp_path / "cache") == files(written)
+
+
+def test_of_two_that_write_the_same_part_one_is_told(written, parts, tmp_path, monkeypatch):
+    def done_by_another(chunks):
+        whole = merged(chunks)
+        shutil.rmtree(chunks[0].stem.parent)
+        return whole
+
+    merged, how = cache_writer.merged, (config(f"text.encoder={parts / 't5'}"), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "merged", done_by_another)
+        with pytest.raises(CacheError, match="does another `mmdit cache` write the same part?"):
+            write_cache(*how, CacheOptions(shard_mb=0.15), log=print)
+    assert write_cache(*how, CacheOptions(shard_mb=0.15), log=print).missing == 0
     assert files(tmp_path / "cache") == files(written)
 
 
@@ -318,6 +340,11 @@ def test_options_of_another_kind_are_refused(written, parts, options, message):
         write_cache(config(f"text.encoder={parts / 't5'}"), written, replace(CacheOptions(shard_mb=0.15), **options))
 
 
+def test_a_shard_holds_a_chunk_at_least(tmp_path):
+    cached = made(tmp_path / "cache", options=CacheOptions(shard_mb=1e-6))
+    assert [len(shard.samples) for shard in cached.cache.shards] == [8] * 8
+
+
 @pytest.mark.parametrize(
     "wrong", [dict(dtype="int8"), dict(text_dtype="x"), dict(part=(2, 2)), dict(part=(0, 0)), dict(shard_mb=0)], ids=str
 )
@@ -353,6 +380,17 @@ def test_training_with_another_encoder_is_refused(parts, written, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(*overrides, source=source)
         assert not (tmp_path / "run").exists()
+    autoencoder, words = open_autoencoder(parts / "patches"), open_text_encoder(parts / "t5", 32)
+    with pytest.raises(CacheError, match="was made with another autoencoder"):
+        CachedFeed(CachedSource(written), np.arange(4), autoencoder, words, CPU, print)
+
+
+def test_sizes_that_a_cache_is_asked_for(tmp_path):
+    """Those that round to its own; and each side is a multiple of the model's step."""
+    made(tmp_path / "cache", "data.image_size=[32,40]", "data.num_samples=8")
+    assert CachedSource(tmp_path / "cache", (33, 39), 8).image_size == (32, 40)
+    with pytest.raises(CacheError, match="has images of 32 x 40, the model needs multiples of 16"):
+        CachedSource(tmp_path / "cache", step=16)
 
 
 def test_a_cache_is_no_source_of_images(written, tmp_path):
@@ -372,6 +410,20 @@ def test_numbers_that_do_not_fit_are_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(CacheError, match="shapes-0.*: a number is not finite in fp16: use --dtype fp32"):
         write_cache(config(), tmp_path / "cache")
     assert write_cache(config(), tmp_path / "other", CacheOptions("bf16")).missing == 0
+
+
+@pytest.mark.parametrize(("num_captions", "name"), [(1, "the empty caption"), (8, "shapes-0.*")])
+def test_text_features_that_do_not_fit_are_refused(parts, tmp_path, monkeypatch, num_captions, name):
+    """Of the empty caption, which is encoded alone, and of a sample's."""
+    encode = HiddenStates.encode
+
+    def large(self, ids, mask):
+        states, pooled = encode(self, ids, mask)
+        return states * (1e9 if len(ids) == num_captions else 1), pooled
+
+    monkeypatch.setattr(HiddenStates, "encode", large)
+    with pytest.raises(CacheError, match=f"{name}: a number is not finite in fp16: use --text-dtype fp32"):
+        write_cache(config(f"text.encoder={parts / 't5'}"), tmp_path / "cache")
 
 
 def test_changed_data_is_found_by_content(written, tmp_path):
@@ -396,6 +448,15 @@ def test_changed_data_is_found_by_content(written, tmp_path):
 
 
 # --- the same batches and the same training as from images -----------------------------------------------------------
+
+
+def test_data_in_buckets_that_were_joined_is_the_same(tmp_path):
+    """As it was for the batches that the cache was made for."""
+    folder = folder_of(tmp_path / "data", members(range(12), [(32, 32)] * 5 + [(16, 64)]))
+    how = (f"data.source={folder}", "data.num_samples=none", "data.image_size=32", "data.buckets=true")
+    for batch_size, sizes in ((4, 1), (2, 2)):
+        cache = made(tmp_path / f"cache-{batch_size}", *how, f"training.batch_size={batch_size}").cache
+        assert len(cache.about.sizes) == sizes and changed(cache, data_of(cache, str(folder))) == []
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +565,32 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
             run.close()
     for ours, theirs in zip(chunks_of(feeds[0], 5), chunks_of(feeds[1], 5), strict=True):
         assert ours == theirs and torch.equal(feeds[0].at(ours).latents, feeds[1].at(theirs).latents)
+    left_out = config(f"data.source={tmp_path / 'cache'}", "data.num_samples=none", "data.image_size=none")
+    assert fingerprint(open_run_source(left_out, 8)) == fingerprint(images)  # what is not said is as the cache has it
+    some = [*range(10), *(range(30, 40) if mixed else ())]  # the first of each data set
+    few = CachedSource(tmp_path / "cache", num_samples=10)
+    assert list(few.keys) == [images.keys[i] for i in some]
+    feeds = (
+        CachedFeed(few, np.arange(len(some)), *common, lambda *what: None),
+        LatentFeed(images, np.array(some), *common, 0, lambda *what: None),
+    )
+    assert feeds[0].captions == feeds[1].captions
+    for rows in chunks_of(feeds[1], 5):
+        assert torch.equal(feeds[0].at(rows).latents, feeds[1].at(rows).latents)
     assert changed(Cache(tmp_path / "cache"), data_of(Cache(tmp_path / "cache"), spec)) == []
+
+
+def test_the_order_of_row_groups_is_kept(tmp_path, learned):
+    pytest.importorskip("pyarrow")
+    for number in range(2):
+        parquet_of(tmp_path / f"{number}.parquet", range(60 * number, 60 * number + 60))
+    how = (f"data.source={tmp_path}", "data.num_samples=none", "data.image_size=16")
+    cached, images = made(tmp_path / "cache", *how), open_run_source(config(*how), 8)
+    plain = next(LatentFeed(images, np.arange(120), PixelSpace(), learned, CPU, 0, print).batches(90, 3))
+    assert torch.equal(
+        next(CachedFeed(cached, np.arange(120), PixelSpace(), learned, CPU, print).batches(90, 3)).latents,
+        plain.latents,
+    )
 
 
 @pytest.mark.parametrize(
@@ -542,8 +628,11 @@ def test_bad_samples_are_told_and_left_out(tmp_path, learned):
     (tmp_path / "1.png").write_bytes(b"no picture")
     how = ("data.num_samples=none", "data.image_size=16", f"data.source={tmp_path}")
     cached, told = made(tmp_path / "cache", *how), []
+    made(tmp_path / "cache", *how, "seed=1")  # of files no number depends on it
     feed = CachedFeed(cached, np.arange(3), PixelSpace(), learned, CPU, lambda *what: told.append(what))
     assert feed.captions == ["caption 0", "caption 2"] and [key for key, _ in told] == ["1"]
+    with pytest.raises(NothingUsable, match="none of the 0 samples can be used$"):
+        CachedFeed(cached, np.arange(0), PixelSpace(), learned, CPU, lambda *what: None)
     with pytest.raises(NothingUsable, match="none of the 1 samples can be used; one of them is 1: "):
         CachedFeed(cached, np.array([1]), PixelSpace(), learned, CPU, lambda *what: None)
 

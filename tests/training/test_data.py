@@ -171,11 +171,20 @@ def test_members_of_a_shard_in_any_order_and_dotted_names(tmp_path):
     assert found == {key: EXPECTED[key] for key in ("000", "001")}
 
 
+def test_a_key_is_one_sample_and_hidden_members_are_none(tmp_path):
+    """Of two pictures of one key the first is taken; macOS puts "._a.png" beside "a.png"."""
+    files = {"a.png": png((1, 1, 1)), "a.bmp": png((2, 2, 2)), "a.txt": b"a"}
+    hidden = {"._a.png": b"attributes", "d/._b.png": b"attributes", ".c.png": png(), ".c.txt": b"c"}
+    write_shard(tmp_path / "0.tar", hidden | files)
+    assert contents(open_source(str(tmp_path))) == {"a": ((1, 1, 1), "a")}
+
+
 def test_long_names_and_gzip_under_a_plain_name(tmp_path):
     key = "folder/" + "n" * 200
     shard = write_shard(tmp_path / "0.tar.gz", {f"{key}.png": png(), f"{key}.txt": b"long"})
     shard.rename(tmp_path / "0.tar")
-    assert contents(open_source(str(tmp_path))) == {key: ((1, 2, 3), "long")}
+    for spec in (tmp_path, f"file://{tmp_path}/0.tar"):  # a server's file is unpacked on the way
+        assert contents(open_source(str(spec))) == {key: ((1, 2, 3), "long")}
 
 
 def test_repeated_keys_become_unique(tmp_path):

@@ -1,5 +1,7 @@
 """Files made to do harm, and damaged ones: refused in one line, and nothing outside their folder is touched."""
 
+import gzip
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from benchmarks.fuzz_readers import READERS, hostile, inputs, outcome, png_bomb, tar, watched
 from tests.training.pictures import picture
 from training.config import ConfigError, load_config
-from training.data import open_source
+from training.data import DataError, open_source
 from training.images import BadImage, read_image
 
 
@@ -40,6 +42,15 @@ def test_members_are_never_written_by_their_names(tmp_path):
     source = open_source(str(tmp_path / "in"))
     assert source[0].caption == "up" and source[0].image[0, 0, 0] == 3
     assert sorted(tmp_path.rglob("*")) == before and not Path(tmp_path.parent / "up.png").exists()
+
+
+def test_a_name_that_asks_for_all_memory_is_not_read(tmp_path):
+    """8 GB that are compressed to little could be unpacked for it."""
+    member = tarfile.TarInfo("name")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048)))
+    with pytest.raises(DataError, match="0.tar.gz: cut off or corrupt: a header asks for 8589934592 bytes"):
+        open_source(str(tmp_path))
 
 
 def test_rows_that_lead_out_of_the_folder_are_skipped(tmp_path):

@@ -426,6 +426,19 @@ def test_a_stream_that_cannot_work_is_refused(many, tmp_path):
         next(stream_loader(StreamSource(many), 1.0, 4, 0))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"text": "a", \n garbage', ": JSON parse error"), ("\n", "has no column of images")],
+    ids=["garbage", "nothing"],
+)
+def test_a_stream_whose_first_row_cannot_be_read_is_refused(tmp_path, content, message):
+    """Of JSON and tables of text the columns are known by the first row."""
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(DataError, match=f"hf-stream:{tmp_path}.*{message}"):
+        StreamSource(f"hf-stream:{tmp_path}")
+
+
 def test_a_run_on_a_stream_resumes_to_the_bit(many, tmp_path):
     changes = [f"data.source={many}", "data.image_size=[8,16]", "data.held_out=0.2", "data.cache_latents=false",
                "data.num_samples=none", "data.shuffle_buffer=8", "training.batch_size=4", "training.sample_every=0",

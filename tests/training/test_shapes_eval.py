@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from training.shapes import COLOURS, SHAPES, Facts, Item, Object, Scene, ShapesWorld, is_held_out, parse_caption, render
-from training.shapes_eval import QUESTIONS, Prompt, ShapesEval, answers, describes, detect
+from training.shapes_eval import QUESTIONS, Detection, Found, Prompt, ShapesEval, answers, describes, detect
 
 NUM_PROMPTS = 100
 SPOILT = {"true": (0, 0), "blur": (0.8, 0), "noise": (0, 8), "blur and noise": (0.8, 8)}
@@ -145,6 +145,21 @@ def test_the_detector_finds_just_what_the_scene_holds(i, spoilt):
         found = min(detection.objects, key=lambda f: math.hypot(f.x - thing.x, f.y - thing.y))
         assert (found.shape, found.colour, found.size) == (thing.shape, thing.colour, thing.size)
         assert math.hypot(found.x - thing.x, found.y - thing.y) < 1 / 64
+
+
+def test_what_is_found_lies_where_it_was_drawn():
+    """Centre and area, as parts of the picture."""
+    picture = render(Scene("white", (Object("circle", "red", "small", 0.3, 0.6),)), 128)
+    (found,) = detect(picture).objects
+    assert (found.x, found.y) == pytest.approx((0.3, 0.6), abs=0.004)
+    assert found.area == pytest.approx((255 - picture[..., 1].mean()) / (255 - COLOURS["red"][1]), rel=0.02)
+
+
+@pytest.mark.parametrize(("offset", "answered"), [(0.05, False), (0.15, True)])
+def test_a_position_is_a_clear_offset(offset, answered):
+    facts = Facts((Item("circle"), Item("star")), relation="left of")
+    there = [Found(shape, "red", "small", x, 0.5, 0.1, 1.0) for shape, x in (("circle", 0.5), ("star", 0.5 + offset))]
+    assert answers("position", facts, Detection("white", tuple(there))) == answered
 
 
 def test_the_detector_forgives_a_drift_of_all_colours():
