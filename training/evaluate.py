@@ -5,6 +5,8 @@ SD3 (arXiv 2403.03206, section 5.1) found the validation loss at evenly spaced t
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -149,10 +151,12 @@ def evaluate_run(
 
     `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. data: where
     the run's samples are now, if not where they were (of others, those held out are scored by the same rule). progress:
-    show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is no run, ValueError
-    where a network of evaluation.metrics is not there.
+    show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is no run,
+    PermissionError where nothing can be written there, ValueError where a network of evaluation.metrics is not there.
     """
     run = RunFolder.open(path)
+    if not os.access(run.path, os.W_OK):
+        raise PermissionError(errno.EACCES, "scores cannot be written here", str(run.path))
     config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
     config = with_evaluation(config, evaluation or {})
     check_metrics(config.evaluation)

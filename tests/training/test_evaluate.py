@@ -142,3 +142,12 @@ def test_a_network_that_is_not_there_is_missed_before_the_model_is_read(tmp_path
     monkeypatch.setattr("training.evaluate.TextToImage.load", None)
     with pytest.raises(ValueError, match="no weights at nowhere"):
         evaluate_run(run.path, {"metrics": ("precision-recall",), "features": "nowhere"})
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_the_model_is_read(tmp_path, monkeypatch):
+    """As on a file system to be read alone: its scores would be lost after all pictures were drawn."""
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    monkeypatch.setattr("training.evaluate.TextToImage.load", None)
+    monkeypatch.setattr("os.access", lambda path, how: False)
+    with pytest.raises(PermissionError, match=f"scores cannot be written here: '{run.path}'"):
+        evaluate_run(run.path)
