@@ -279,8 +279,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         counts = torch.full((batch,), k.shape[-2], device=q.device)
         keys, values = (x.flatten(0, 1) for x in packed[1:])
     else:
-        counts = real.sum(1)
-        keys, values = (x[real] for x in packed[1:])
+        counts, rows = real.sum(1), real.flatten().nonzero()[:, 0]
+        keys, values = (x.flatten(0, 1).index_select(0, rows) for x in packed[1:])
     ends = F.pad(counts.cumsum(0), (1, 0)).int()
     starts = torch.arange(0, (batch + 1) * queries, queries, device=q.device, dtype=torch.int32)
     out = varlen_attn(packed[0].flatten(0, 1), keys, values, starts, ends, queries, k.shape[-2])

@@ -158,8 +158,12 @@ def varlen(monkeypatch):
 @pytest.mark.parametrize("mask", ["none", "keys"])
 def test_varlen_leaves_out_the_padding(varlen, mask):
     (q, _, _), (_, k, v) = qkv(5, dtype=torch.float64), qkv(8, dtype=torch.float64)
+    given = [x.requires_grad_() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[mask])
-    torch.testing.assert_close(_varlen(q, k, v, MASKS[mask]), expected)
+    without, upon = _varlen(q, k, v, MASKS[mask]), torch.randn_like(expected)
+    torch.testing.assert_close(without, expected)
+    of_sequences, of_a_mask = (torch.autograd.grad(x, given, upon) for x in (without, expected))
+    torch.testing.assert_close(of_sequences, of_a_mask)
 
 
 def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
