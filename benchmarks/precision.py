@@ -5,7 +5,8 @@
 12 blocks of width 256 (4 heads), 64 image tokens, 32 text tokens, 8 pictures, QK-norm; weights Xavier, the modulations
 normal with 0.02, so that all blocks take part. Errors are norms of differences over norms, of all numbers together. A
 gradient counts as lost where it is 0 and that of float64 is not. fp16 is with the loss scaled by 2^16, as training
-does, by 2^0, and by 2^28, where it overflows. "weights in bf16 too": what is not done: weights and optimiser rounded.
+does, by 2^0, and by 2^28, where it overflows. "packed": the samples in one row, as with training.packing. "weights in
+bf16 too": what is not done: weights and optimiser rounded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +48,13 @@ def data() -> dict[str, Tensor]:
     return {"x_t": RectifiedFlow().mix(x_0, eps, t), "t": t, "context": context, "pooled": pooled, "target": v}
 
 
-def step(net: MMDiT, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
+def step(net: MMDiT, dtype: torch.dtype, scale: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
     """v, gradients (float64, one vector) and the change of the weights by AdamW's first step with that gradient."""
     inputs = {name: x.to(net.dtype) if name != "t" else x for name, x in data().items()}
     target = inputs.pop("target")
     half = dtype in (torch.bfloat16, torch.float16)
     with autocast(torch.device("cpu"), dtype if half else torch.float32):
-        v = net(**inputs)
+        v = torch.stack(net(**inputs | {"x_t": list(inputs["x_t"])})) if packed else net(**inputs)
         loss = (v.to(torch.promote_types(net.dtype, torch.float32)) - target).square().mean()
     (loss * scale).backward()
     before = [p.detach().clone() for p in net.parameters()]
@@ -70,17 +72,18 @@ def main() -> None:
     out = parser.parse_args().out
     net = model()
     exact = step(copy.deepcopy(net).double(), torch.float64)
-    ways = {
-        "fp32": (net, torch.float32, 1.0),
-        "bf16": (net, torch.bfloat16, 1.0),
+    ways: dict[str, tuple[Any, ...]] = {
+        "fp32": (net, torch.float32),
+        "bf16": (net, torch.bfloat16),
+        "bf16, packed": (net, torch.bfloat16, 1.0, True),
         "fp16, scale 2^16": (net, torch.float16, 2.0**16),
         "fp16, scale 1": (net, torch.float16, 1.0),
         "fp16, scale 2^28": (net, torch.float16, 2.0**28),
-        "weights in bf16 too": (copy.deepcopy(net).bfloat16(), torch.float32, 1.0),
+        "weights in bf16 too": (copy.deepcopy(net).bfloat16(), torch.float32),
     }
     lines = ["| | v | loss | gradient | gradient lost | step of AdamW |", "|---|---|---|---|---|---|"]
-    for name, (start, dtype, scale) in ways.items():
-        found = step(copy.deepcopy(start), dtype, scale)
+    for name, (start, *how) in ways.items():
+        found = step(copy.deepcopy(start), *how)
         errors = {k: ((found[k] - exact[k]).norm() / exact[k].norm()).item() for k in exact}
         lost = ((found["gradient"] == 0) & (exact["gradient"] != 0)).double().mean().item()
         finite = bool(found["gradient"].isfinite().all())
