@@ -1,4 +1,4 @@
-"""What all tests share: threads, hypothesis, a working directory outside the repository, and the `gpu` mark."""
+"""What all tests share: threads, hypothesis, a folder outside the repository, the CPU, and the `gpu` mark."""
 
 import os
 import tempfile
@@ -37,6 +37,16 @@ def _elsewhere(tmp_path_factory):
         patch.setenv("TMPDIR", temporary)
         patch.setattr(tempfile, "tempdir", None)  # it remembers the other
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests compute on the CPU, as do programs that they start, also where there is a GPU; those marked may use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("gpu"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr("torch.cuda.is_available", lambda: False)
+        return (yield)
 
 
 def pytest_collection_modifyitems(items):

