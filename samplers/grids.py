@@ -154,8 +154,8 @@ def time_grid(
 ) -> Tensor:
     """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; then shifted. float64, CPU."""
     if isinstance(grid, str):
-        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-            raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps < 2**53:
+            raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1, below 2**53")
         return shift_time(lookup("grid", grid, GRIDS)(int(num_steps), schedule or RectifiedFlow()), shift)
     return shift_time(_own_grid(grid), shift)
 

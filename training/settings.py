@@ -92,10 +92,12 @@ def fit(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is tuple:
         return _fit_tuple(hint, args, value, key)
-    if hint is float and type(value) is int:
-        value = float(value)
     if hint is int and type(value) is float and value.is_integer():  # 1e5 is a float in TOML
         value = int(value)
+    if hint in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:
+        raise ConfigError(f"{key} is {shown(value)}, expected a number of 64 bits")
+    if hint is float and type(value) is int:
+        value = float(value)
     # bool is an int in Python, but not in a config.
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{key} is {shown(value)}, expected {type_text(hint)}")

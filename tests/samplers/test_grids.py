@@ -81,6 +81,7 @@ def test_own_times():
         ("uniform", 0, "num_steps = 0"),
         ("uniform", -3, "num_steps = -3"),
         ("uniform", 2.5, "num_steps = 2.5"),
+        ("uniform", 10**19, "num_steps = 1(0){19}: give an integer of at least 1, below"),
         ("unifrom", 5, "did you mean 'uniform'"),
         (torch.tensor([0.0, 0.5, 1.0]), 5, "decrease"),
         (torch.tensor([1.0, 0.5, 0.5]), 5, "step 2 of the grid is from 0.5 to 0.5: its times must decrease"),
