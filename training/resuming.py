@@ -31,7 +31,7 @@ def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
 
 def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Raises ValueError where a checkpoint's state is of another run than the config says; warns where the samples have
-    changed. data: what `told_of` says now.
+    changed, or the size of a batch. data: what `told_of` says now.
     """
     if state["seed"] != config.seed:
         raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {config.seed}")
@@ -40,9 +40,13 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
             f"{run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
             "or train afresh into another folder"
         )
+    before, batch = run.config().training.batch_size, config.training.batch_size
+    if moved := (batch - before) * state["step"]:
+        what = f"{moved} samples are passed over" if moved > 0 else f"{-moved} samples come once more"
+        run.log(f"warning: training.batch_size was {before}: batches are those of a run of {batch} now, so that {what}")
     version, now = state.get("version"), data.get("version")
-    moved = version is not None and version == now  # a stream, which is otherwise known by its name alone
-    if state.get("samples", data["samples"]) != data["samples"] and not moved:
+    alike = version is not None and version == now  # a stream, which is otherwise known by its name alone
+    if state.get("samples", data["samples"]) != data["samples"] and not alike:
         old, new = run.config().data.source, config.data.source
         if new != old:
             raise other_setting(run, "data.source", old, new)

@@ -31,6 +31,7 @@ from training.data import place_of
 from training.interrupts import STOPS, Interrupted, Interrupts
 from training.objectives import Loss
 from training.progress import Progress
+from training.resuming import check_state
 from training.run import RunFolder
 from training.settings import field_docs
 from training.trainer import Trainer, compiled
@@ -327,6 +328,18 @@ def test_resuming_with_more_steps_keeps_the_new_settings(run, tmp_path):
     config = load_config(out, [f"training.out={out}"])
     assert training.train(config, resume=True) == out
     assert [step for step, _ in metrics(out, "loss")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(6, "12 samples come once more"), (12, "24 samples are passed over"), (8, None)]
+)
+def test_resuming_with_another_size_of_batches_says_what_becomes_of_samples(run, size, said):
+    """As batch number k is that of a run of this size; nothing is drawn twice where it is the same."""
+    config = load_config(run, ["training.num_steps=7", f"training.batch_size={size}"])
+    (told := RunFolder(run)).log = (lines := []).append
+    state, _ = load_latest(run, print)
+    check_state(told, config, state, data=state)
+    assert ([line.rpartition("so that ")[2] for line in lines] or [None]) == [said]
 
 
 class Killed(BaseException):
