@@ -79,6 +79,7 @@ def test_turns_are_shuffled():
     turns = Turns([400, 400], 4, 0)
     first, second = ([turns[step][0] for step in range(e * 200, e * 200 + 200)] for e in (0, 1))
     assert first != sorted(first) and first != second
+    assert first != [Turns([400, 400], 4, 1)[step][0] for step in range(200)]
 
 
 def test_a_plan_over_buckets_and_sources_shows_each_sample_once_an_epoch():
@@ -93,6 +94,28 @@ def test_a_plan_over_buckets_and_sources_shows_each_sample_once_an_epoch():
         assert {int(bucket[i]) for i in numbers} == {b}
         seen.update(numbers)
     assert set(seen) == set(range(240)) and set(seen.values()) <= {9, 10, 11}
+
+
+def test_what_each_source_has_of_each_bucket_has_an_order_of_its_own():
+    """In every version that of the seed, the epoch and the numbers of both, or of blocks where the source has some."""
+    numbers = np.arange(800)
+    bucket, part = numbers % 2, numbers // 400
+    block = np.where(part, numbers // 20, -1)
+    plan, seen = Plan(800, Layout(((8, 8), (8, 16)), bucket, part, (1, 1), block), 4, 5), {}
+    for step in sorted(range(200), key=lambda step: plan.turns[step]):
+        b, places = plan.places(step, range(4))
+        for pool, place in places:
+            seen.setdefault((b, int(part[pool[0]])), []).append((place, int(block[pool[place]])))
+    for b in (0, 1):
+        plain, together = ([*zip(*seen[b, s], strict=True)] for s in (0, 1))
+        assert [*plain[0]] == np.random.default_rng([5, 0, b + 1, 1]).permutation(200).tolist()
+        assert len({*together[1][: 10 * WINDOW]}) == WINDOW and {*plain[1]} == {-1}
+    assert seen[0, 1] != seen[1, 1]
+
+
+def test_a_bucket_of_a_source_with_next_to_no_weight_has_its_turn():
+    plan = Plan(9, Layout(((8, 8), (8, 16)), np.arange(9) // 8, np.arange(9) // 8, (1.0, 1e-9)), 1, 0)
+    assert sorted(plan.places(step, [0])[0] for step in range(10)) == [0] * 9 + [1]
 
 
 def test_sources_have_their_weights_whatever_their_size():
