@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.config import load_config
-from training.run import QuietRun, RunFolder
+from training.run import QuietRun, RunFolder, named
 
 
 @pytest.fixture
@@ -23,7 +23,10 @@ def run(tmp_path, config):
     made.close()
 
 
-def test_the_config_as_used_comes_back(run, config):
+def test_the_config_as_used_comes_back(run, config, monkeypatch):
+    """Whatever the encoding of files is where none is named."""
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")
+    run.write_config(config)
     assert RunFolder.open(run.path).config() == config
     changed = load_config("pixels-tiny", ["training.num_steps=99"])
     run.write_config(changed)
@@ -94,6 +97,41 @@ def test_rewinding_forgets_the_steps_after(run):
         run.write_metrics(step, loss=float(step))
     run.rewind_metrics(3)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    run.write_metrics(3, fid=0.5)
+    run.rewind_metrics(3, ["fid", "kid"])  # what is measured again at this step
+    assert run.metrics() == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+
+
+def test_a_disk_that_is_full_takes_neither_metrics_nor_config(run, config, monkeypatch):
+    """What is written anew stands aside until it is whole."""
+    run.write_metrics(1, loss=1.0)
+
+    def full(self, text, **how):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for write in (lambda: run.rewind_metrics(1), lambda: run.write_config(config)):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert run.metrics() == [{"step": 1, "loss": 1.0}] and run.config() == config
+
+
+def test_all_but_the_first_process_write_nothing(run, config, capsys):
+    run.write_metrics(1, loss=1.0)
+    (run.path / ".metrics.jsonl.9.part").write_text("{")  # being written by the first
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    quiet = QuietRun(run.path, 1)
+    quiet.write_config(load_config("demo"))
+    quiet.log("a line")
+    quiet.write_metrics(2, loss=2.0)
+    quiet.rewind_metrics(0)
+    quiet.remove_leftovers()
+    for _ in range(2):
+        quiet.log_skipped("a", "no image")
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert capsys.readouterr().out == "process 1 skipped a: no image\n"
 
 
 def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
@@ -115,7 +153,7 @@ def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
 def test_what_a_kill_left_in_the_middle_is_removed(run):
     """Files and folders that were being written, wherever they lie; nothing else."""
     (run.path / "pipeline" / ".text.12.part").mkdir(parents=True)
-    for name in (".metrics.jsonl.9.part", "pipeline/.model.safetensors.7.part", "pipeline/.text.12.part/config.json"):
+    for name in (".metrics.jsonl.9.part", "pipeline/.model.safetensors.7.part", "pipeline/.text.12.part/.a.8.part"):
         (run.path / name).write_text("{")
     (run.path / "pipeline" / "my.part").write_text("a user's")
     run.remove_leftovers()
@@ -138,3 +176,10 @@ def test_a_full_disk_is_named_with_the_file(run, name, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: .*run/" + name) as caught:
         run.log("a line") if name == "log.txt" else run.write_metrics(1, loss=0.5)
     assert caught.value.filename == str(run.path / name)
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), FileNotFoundError(errno.ENOENT, "gone", "there")])
+def test_an_error_that_says_where_or_has_no_number_stays_as_it_is(tmp_path, error):
+    with pytest.raises(OSError) as caught, named(tmp_path):
+        raise error
+    assert caught.value is error
