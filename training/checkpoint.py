@@ -27,7 +27,8 @@ class CorruptCheckpoint(ValueError):
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first; what is there by any other name is not the run's."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    own = [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(own, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save_checkpoint(
@@ -54,7 +55,7 @@ def seal(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> Non
     """Write the state, with the digests of the other files and its own, and bring all to the disk."""
     written = {**state, "files": dict(files)}
     write_json(aside / "state.json", {**written, "sha256": sha256_of(written)})
-    for path in aside.iterdir():
+    for path in (*aside.iterdir(), aside):
         fsync(path)
 
 
@@ -79,9 +80,9 @@ def _set_aside(folder: Path) -> None:
 
 def _outdated(run: Path, newest: Path, keep: int) -> list[Path]:
     """All but `newest` and the keep - 1 before it; later ones are of a future that the run fell back from."""
-    earlier = [path for path in list_checkpoints(run) if path.name < newest.name]
-    later = [path for path in list_checkpoints(run) if path.name > newest.name]
-    return [*later, *earlier[: max(0, len(earlier) - keep + 1)]]
+    found = list_checkpoints(run)
+    place = found.index(newest)
+    return [*found[place + 1 :], *found[: max(0, place - keep + 1)]]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

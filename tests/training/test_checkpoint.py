@@ -54,6 +54,25 @@ def test_the_newest_are_kept(tmp_path, keep):
     assert names(tmp_path) == [f"step-{step:08d}" for step in (5, 10, 15, 20)][-keep:]
 
 
+def test_steps_of_more_digits_are_newer(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step, keep=2)
+    assert len(names(tmp_path)) == 2 and load_latest(tmp_path, print)[0]["step"] == 100_000_000
+
+
+def test_all_is_on_the_disk_before_it_has_its_name_and_before_another_goes(tmp_path, monkeypatch):
+    """Files, what their folder lists, and then the new name: a power cut leaves one whole checkpoint or more."""
+    save(tmp_path, 1)
+    done, folder = [], tmp_path / "checkpoints" / "step-00000002"
+    monkeypatch.setattr(
+        "training.checkpoint.fsync", lambda path: done.append((path.name, folder.exists(), len(names(tmp_path))))
+    )
+    save(tmp_path, 2, keep=1)
+    files = [(path.name, False, 2) for path in folder.iterdir()]
+    assert sorted(done[:-2]) == sorted(files)
+    assert done[-2:] == [(".step-00000002.part", False, 2), ("checkpoints", True, 2)]
+
+
 def test_what_somebody_else_put_there_stays(tmp_path):
     """A copy by another name, notes, and what a link that takes a checkpoint's place leads to."""
     for step in (1, 2):
