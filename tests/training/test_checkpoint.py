@@ -9,6 +9,7 @@ from torch import nn
 
 from training.checkpoint import (
     CorruptCheckpoint,
+    assign,
     list_checkpoints,
     load_checkpoint,
     load_latest,
@@ -78,12 +79,12 @@ def test_what_somebody_else_put_there_stays(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     kept = shutil.copytree(tmp_path / "checkpoints" / "step-00000001", tmp_path / "checkpoints" / "step-00000001-best")
-    notes = tmp_path / "checkpoints" / "step-notes.txt"
-    notes.write_text("mine")
+    notes, number = (tmp_path / "checkpoints" / name for name in ("step-notes.txt", "step-00000000"))
+    notes.write_text("mine"), number.write_text("mine")
     elsewhere = (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "elsewhere")
     (tmp_path / "checkpoints" / "step-00000001").symlink_to(elsewhere)
     save(tmp_path, 3, keep=1)
-    assert names(tmp_path) == ["step-00000001-best", "step-00000003", "step-notes.txt"]
+    assert names(tmp_path) == ["step-00000000", "step-00000001-best", "step-00000003", "step-notes.txt"]
     assert all((folder / "state.json").exists() for folder in (kept, elsewhere)) and notes.read_text() == "mine"
     assert load_latest(tmp_path, print)[0]["step"] == 3
 
@@ -242,9 +243,20 @@ def test_optimizer_tensors_of_another_model_are_refused():
     tensors = optimizer_tensors(optimizer, net)
     with pytest.raises(CorruptCheckpoint, match="2.weight/exp_avg does not fit"):
         load_optimizer_tensors(optimizer, net, {"2.weight/exp_avg": torch.zeros(2, 4)})
-    tensors["0.weight/exp_avg"] = torch.zeros(9)
+    tensors["0.weight/exp_avg"] = torch.zeros(3, 4)  # as many numbers
     with pytest.raises(CorruptCheckpoint, match="0.weight/exp_avg does not fit"):
         load_optimizer_tensors(optimizer, net, tensors)
+
+
+@pytest.mark.parametrize("change", [{"b": torch.zeros(2)}, {"weight": torch.zeros(1, 3)}, {"weight": None}])
+def test_weights_of_another_form_are_refused_and_change_nothing(change):
+    """More, of a shape that would spread, or fewer."""
+    net = nn.Linear(3, 2)
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    other = {name: x for name, x in ({name: x + 1 for name, x in before.items()} | change).items() if x is not None}
+    with pytest.raises(ValueError, match="of run do not fit the model: 1"):
+        assign(net, other, "run")
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
 
 
 def test_what_an_optimiser_keeps_beside_a_weight_has_a_shape_of_its_own():
