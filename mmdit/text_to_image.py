@@ -220,6 +220,8 @@ class TextToImage:
             raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
             raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
+        if max(height, width) > 2**24:
+            raise ValueError(f"a picture of {height} x {width}: expected sides of at most 2**24 pixels")
         return int(height), int(width)
 
     def _shift_at(self, height: int, width: int) -> float:
