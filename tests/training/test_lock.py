@@ -75,7 +75,7 @@ def test_a_process_of_another_run_keeps_all_new_ones_out(run, byte, monkeypatch,
         process.kill()
         process.wait()
         with only_run_in(run.path, ALONE):
-            assert (run.path / LOCK).exists()
+            assert (run.path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     assert not (run.path / LOCK).exists()
 
 
@@ -97,6 +97,7 @@ def test_each_process_holds_a_byte_of_its_own(run, monkeypatch):
         for byte, free in {0: "held", 1: "", 2: "held"}.items():
             with byte_of_another(run.path, byte) as (_, said):
                 assert said == free
+    assert (run.path / LOCK).exists()  # the first may write still, and keeps new runs out
 
 
 @pytest.mark.parametrize("there", [None, "process 77 on node3\n4-5-6"])
@@ -111,6 +112,17 @@ def test_a_folder_of_another_machine_by_the_same_name_is_refused(run, monkeypatc
         with only_run_in(run.path, second):
             pass
     assert listing(run.path) == before
+
+
+@pytest.mark.parametrize("there", [None, "process 77 on node3\n4-5-6"])
+def test_what_the_first_said_may_be_seen_late(run, monkeypatch, there):
+    """As over a network: no lock yet, or that of an earlier run."""
+    if there:
+        (run.path / LOCK).write_text(there)
+    said = "process 77 on node3\n1-2-3"
+    threading.Timer(0.3, (run.path / LOCK).write_text, [said]).start()
+    with only_run_in(run.path, second_of_two(monkeypatch, said)):
+        assert (run.path / LOCK).read_text() == said
 
 
 def test_a_new_run_that_others_cannot_see_leaves_its_name_free(tmp_path, monkeypatch):
@@ -137,6 +149,7 @@ def test_a_run_that_had_the_folder_meanwhile_keeps_what_it_wrote(tmp_path, monke
 
 
 def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, monkeypatch):
+    """When all have ended it goes."""
     several = Ranks(0, 2)
     monkeypatch.setattr(several, "from_first", lambda make: make())
     monkeypatch.setattr(several, "gather", lambda value: [value, value])
@@ -147,6 +160,9 @@ def test_where_the_first_of_several_fails_the_file_stays_for_the_others(run, mon
         with byte_of_another(run.path, 0) as (_, said):
             assert said == "held"
         (run.path / LOCK).unlink()
+    with only_run_in(run.path, several):
+        pass
+    assert not (run.path / LOCK).exists()
 
 
 def test_a_lock_that_was_removed_meanwhile_is_none(run, monkeypatch):
