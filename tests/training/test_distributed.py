@@ -16,7 +16,7 @@ from tests.training.processes import free_port, together
 from tests.training.test_mixed_sizes import SIZES
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
 from tests.training.tiny_networks import save_dino
-from training.checkpoint import list_checkpoints, read_checkpoint
+from training.checkpoint import list_checkpoints, read_checkpoint, verify
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -137,6 +137,7 @@ def test_parts_are_plain_weights_for_everyone_else(runs, way):
         "shard-00002",
     ]
     assert not [path for path in folder.iterdir() if path.suffix not in (".safetensors", ".json")]
+    assert {*verify(folder)["files"]} == {path.name for path in folder.glob("*.safetensors")}
     pipe = mmdit.TextToImage.load(runs / way, "cpu")
     assert pipe("a red circle")[0].size == (32, 32)
 

@@ -125,6 +125,15 @@ def test_what_the_first_said_may_be_seen_late(run, monkeypatch, there):
         assert (run.path / LOCK).read_text() == said
 
 
+def test_no_two_runs_say_the_same(run):
+    """Though the numbers of processes come again, as they do in containers."""
+    said = []
+    for _ in range(2):
+        with only_run_in(run.path, ALONE):
+            said.append((run.path / LOCK).read_text())
+    assert said[0] != said[1]
+
+
 def test_a_new_run_that_others_cannot_see_leaves_its_name_free(tmp_path, monkeypatch):
     def blind(path, ranks):
         raise NotShared("process 1 on node2 cannot see it")
@@ -181,10 +190,14 @@ def test_a_lock_that_was_removed_meanwhile_is_none(run, monkeypatch):
 
 def test_a_file_system_without_locks_is_trained_on(run, monkeypatch):
     def lockf(*words):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    number = errno.ENOLCK
     with only_run_in(run.path, ALONE):
+        pass
+    number = errno.EIO  # which says nothing of locks
+    with pytest.raises(OSError, match="put/output error"), only_run_in(run.path, ALONE):
         pass
 
 
