@@ -25,6 +25,34 @@ MUON = ("optimizer.name=muon", "optimizer.grad_clip=0.1")
 FSDP, DDP = "parallel.strategy=fsdp", "parallel.strategy=ddp"
 
 
+TOLD = """
+import threading, time, torch
+from training.config import load_config
+from training.parallel import ToldByFirst, ranks_of
+
+def fail():
+    raise KeyboardInterrupt("no room")
+
+with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
+    own = torch.tensor([1.0, ranks.rank])
+    print([ranks.any(ranks.rank == 1), ranks.any(False), ranks.mean(own).tolist(), ranks.sum(own).tolist()])
+    print(own[1].item() == ranks.rank, ranks.gather(ranks.rank), ranks.from_first(lambda: f"made by {ranks.rank}"))
+    beside = ranks.apart()
+    tell = lambda group: print(group.gather(group is beside))
+    calls = [threading.Thread(target=tell, args=[group]) for group in (ranks, beside)]
+    for call in calls[:: 1 if ranks.first else -1]:  # the other way round in the other process
+        call.start()
+        time.sleep(1)
+    for call in calls:
+        call.join()
+    for wrong in (lambda: ranks.from_first(fail), lambda: ranks.agree(seed=3, data=ranks.rank)):
+        try:
+            wrong()
+        except (KeyboardInterrupt, ToldByFirst, ValueError) as error:
+            print(repr(error))
+"""
+
+
 def trained(*jobs: tuple[Path | None, list[str]], world: int = 2) -> None:
     """Do (run to resume or None, settings) after each other on `world` processes; all have to succeed."""
     told = json.dumps([[free_port(), str(resume) if resume else None, list(settings)] for resume, settings in jobs])
@@ -34,6 +62,15 @@ def trained(*jobs: tuple[Path | None, list[str]], world: int = 2) -> None:
 def settings(out: Path, *overrides: str) -> list[str]:
     quiet = ("training.sample_every=0", "training.validate_every=0", "evaluation.prompts_per_question=0")
     return [*quiet, "training.precision=fp32", f"training.out={out}", *overrides]
+
+
+def test_what_processes_tell_each_other():
+    """Each its own, all alike, or the first alone; beside each other where two threads do so; and what is wrong."""
+    said = [[line for line in text.splitlines() if line[:1] in "[TKV"] for text in together(2, "-c", TOLD)]
+    told = ["[True, False, [1.0, 0.5], [2.0, 1.0]]", "True [0, 1] made by 0", "[False, False]", "[True, True]"]
+    disagree = "ValueError('process 1 has other data than process 0: start all alike')"
+    for lines, error in zip(said, ("KeyboardInterrupt('no room')", "ToldByFirst(2)"), strict=True):
+        assert sorted(lines) == sorted([*told, error, disagree])
 
 
 @pytest.fixture(scope="module", autouse=True)
