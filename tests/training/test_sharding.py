@@ -165,6 +165,28 @@ def test_others_stay_until_the_first_has_ended(started, monkeypatch):
         stay(torch.distributed.HashStore(), timedelta(seconds=60))
 
 
+def test_the_first_ends_at_once_and_the_others_stay(started, monkeypatch):
+    stayed, config = [], load_config("demo", ["training.device=cpu", "parallel.timeout=7"])
+    monkeypatch.setattr("training.parallel.stay", lambda store, timeout: stayed.append(timeout.seconds))
+    for rank, seconds in (("0", []), ("1", [7])):
+        monkeypatch.setenv("RANK", rank)
+        with ranks_of(config):
+            pass
+        assert stayed == seconds
+
+
+def test_the_first_ends_though_nobody_can_be_told_any_more(started, monkeypatch):
+    def gone(self, key, value):
+        if key == ENDED:
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(torch.distributed.PrefixStore, "set", gone)
+    monkeypatch.setattr(torch.distributed.PrefixStore, "wait", lambda self, keys, timeout: None)
+    with ranks_of(load_config("demo", ["training.device=cpu"])):
+        pass
+    assert started["ended"]
+
+
 def test_the_first_tells_the_others_that_it_has_ended(started, monkeypatch):
     told = []
     monkeypatch.setattr(torch.distributed.PrefixStore, "set", lambda self, key, value: told.append(key))
@@ -182,6 +204,8 @@ def test_a_store_for_all_attempts_is_warned_of_on_several_machines(
     for name, value in {f"TORCHELASTIC_{name}": value for name, value in env.items()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    if machines == "2":  # each of which counts its own attempts: what they meet by has no count
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with ranks_of(load_config("demo", ["training.device=cpu"])):
         pass
     assert capsys.readouterr().out.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned
