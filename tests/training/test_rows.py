@@ -217,6 +217,15 @@ def test_a_stream_shows_each_sample_once_an_epoch(many):
     assert all(len(set(epoch)) == size for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def test_files_of_a_stream_come_in_another_order_each_epoch_and_rows_in_each_block(many):
+    stream = StreamSource(many, buffer=10)
+    plain = [[row.key for row in stream.rows(epoch, 3)] for epoch in range(4)]
+    assert len({keys[0] for keys in plain}) > 1 and sorted(plain[0]) == sorted(plain[1])
+    drawn = [row.key for row in itertools.islice(shuffled(stream, 0.0, 3), 20)]
+    first, second = ([plain[0][k:].index(key) for key in drawn[k : k + 10]] for k in (0, 10))
+    assert sorted(first) == sorted(second) == [*range(10)] and first != second
+
+
 @pytest.mark.parametrize("buffer", [1, 7, 50, 1000])
 def test_a_stream_goes_on_from_any_position(many, buffer):
     stream = StreamSource(many, buffer=buffer)
