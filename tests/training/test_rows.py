@@ -281,6 +281,14 @@ def test_batches_of_a_stream_depend_on_neither_workers_nor_ranks(many):
         assert torch.equal(torch.cat([part.images for part in parts]), one.images)
 
 
+def test_each_sample_of_a_stream_is_cropped_and_mirrored_on_its_own(tmp_path):
+    pytest.importorskip("datasets")
+    parquet_of(tmp_path / "train.parquet", range(16), image=[noisy(5, (8, 12))] * 16)
+    options = SourceOptions(crop="random", flip=True)
+    images = next(stream_loader(StreamSource(f"hf-stream:{tmp_path}", (4, 4), options=options), 0.0, 16, 0)).images
+    assert len(images.unique(dim=0)) > 2
+
+
 def test_a_bad_image_of_a_stream_is_named_and_replaced(tmp_path):
     pytest.importorskip("datasets")
     import pyarrow
