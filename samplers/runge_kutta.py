@@ -10,7 +10,7 @@ is Euler's, as in Karras et al. (2022), alg. 1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,7 @@ class RungeKutta(Solver):
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     in_place: bool = False
-    blind: frozenset[float] = frozenset()
+    blind: frozenset[float] = field(default=frozenset(), repr=False)
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         if 1.0 not in self.c:
@@ -113,8 +113,8 @@ class Adaptive(Solver):
     Raises ValueError after `max_attempts` steps tried in one step of the grid, or where the step falls below 1e-9.
     """
 
-    tableau: RungeKutta
-    error: tuple[float, ...]
+    tableau: RungeKutta = field(repr=False)
+    error: tuple[float, ...] = field(repr=False)
     atol: float = 1e-5
     rtol: float = 1e-5
     first_step: float = 0.05
