@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from samplers import (
     VIEWS,
     Cosine,
+    DerivedField,
     Field,
     apg,
     cfg,
@@ -89,8 +90,14 @@ def test_times_of_a_grid_are_ends_to_rounding(num_steps):
 
 
 def test_what_is_no_field_or_interval_is_refused():
-    with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
-        cfg(COND, None, 3.0)
+    for make in (
+        lambda: cfg(COND, None, 3.0),
+        lambda: cfg_batched(COND, None, 3.0),
+        lambda: push_away(COND, None, UNCOND, 3.0, 1.0),
+        lambda: push_away(COND, COND, None, 3.0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
+            make()
     with pytest.raises(ValueError, match="interval = 0.5: give"):
         cfg(COND, UNCOND, 3.0, interval=0.5)
 
@@ -394,6 +401,23 @@ def test_push_away_takes_a_weak_model_of_another_schedule_and_sees_what_it_sees(
     torch.testing.assert_close(guided(MIXTURE.field(Cosine())).v(X, 0.5), guided(UNCOND).v(X, 0.5))
     assert guided(UNCOND).determines_velocity(0.0)
     assert not guided(MIXTURE.field(FLOW, "data")).determines_velocity(0.0)
+
+
+def test_a_pair_begins_anew_with_each_solution():
+    begun, pair = [], halves(COND, UNCOND)
+    pair = DerivedField(pair.predict, FLOW, "velocity", begin=lambda: begun.append(1))
+    for guided in (cfg_batched(COND, pair, 3.0), push_away(COND, pair, UNCOND, 3.0, 1.5)):
+        begun.clear()
+        sample(guided, X, "euler", 3)
+        assert begun == [1]
+
+
+def test_a_solver_does_not_look_where_the_pair_cannot_see():
+    data = MIXTURE.field(FLOW, "data")
+    for guided in (cfg_batched(COND, data, 3.0), push_away(COND, data, UNCOND, 3.0, 1.5)):
+        assert not guided.determines_velocity(0.0) and guided.determines_velocity(0.1)
+    for guided in (cfg_batched(COND, data, 1.0), push_away(COND, data, UNCOND, 1.0, 1.5)):  # the pair is not asked
+        assert guided.determines_velocity(0.0)
 
 
 def test_push_away_with_a_time_per_sample():
