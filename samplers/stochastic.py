@@ -5,7 +5,7 @@ Those that work with coefficients in the log-SNR (DDPM, DPM-Solver++ SDE, SA-Sol
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -68,7 +68,7 @@ class StochasticHeun(SDESolver):
 
         slope = drift(first, t)
         ahead = x_t + expand(dt, x_t) * slope + kick
-        if not isinstance(t_next, Tensor) and not field.determines_velocity(t_next):
+        if not field.determines_velocity(t_next):
             return Step(ahead, first)
         slope = (slope + drift(field.predict(ahead, t_next), t_next)) / 2
         return Step(x_t + expand(dt, x_t) * slope + kick, first)
@@ -101,7 +101,7 @@ class Churn(NoisySolver):
     sigma_max: float = 50.0
     noise_scale: float = 1.003
     inner: SingleStep = next(m for m in METHODS if isinstance(m, SingleStep) and m.name == "edm-heun")
-    plans: tuple[_Churned, ...] = ()
+    plans: tuple[_Churned, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.churn < 0 or not 0 <= self.sigma_min <= self.sigma_max or self.noise_scale < 0:
@@ -188,7 +188,7 @@ class Restart(NoisySolver):
 
     inner: Solver = next(m for m in METHODS if m.name == "edm-heun")
     intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
-    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = ()
+    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for low, high, times, num_steps in self.intervals:

@@ -23,10 +23,12 @@ from samplers import (
     Trig,
     VPLinear,
     cfg,
+    integrate,
+    make_solver,
     randn,
     sample,
 )
-from samplers.noise import Brownian, decay, make_diffusion
+from samplers.noise import Brownian, _place_generator, decay, make_diffusion
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import measured_order, normal
 
@@ -91,6 +93,25 @@ def test_named_diffusions_are_the_formulas():
     assert float(make_diffusion(0.5, flow)(0.0)) == 0
 
 
+def test_kl_is_the_solver_s_own_diffusion_to_the_last_digit():
+    field, runs = MIXTURE.field(RectifiedFlow()), []
+    for diffusion in (None, "kl", 1, 1.0):
+        runs.append(sample(field, X, "ddpm", 6, diffusion=diffusion, generator=list(range(8))).x)
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("diffusion", [-0.1, math.inf, math.nan, [0.5]])
+def test_a_diffusion_that_is_none_is_refused(diffusion):
+    with pytest.raises(ValueError, match="diffusion (=|is) .*eta"):
+        sample(MIXTURE.field(RectifiedFlow()), X, "euler-maruyama", diffusion=diffusion)
+
+
+def test_brownian_motion_has_the_variance_of_its_time():
+    noise = Brownian(torch.zeros(4000, 1), torch.Generator().manual_seed(0))
+    for t, t_next in ((0.5, 0.46), (0.2, 0.9)):
+        assert noise(t, t_next).var().item() == pytest.approx(abs(t - t_next), rel=0.12)  # 5 standard errors
+
+
 def test_decay_is_the_integral():
     """exp(-int w / (2 sigma^2)) for w = w_kl is e^-h; the quadrature for an own function agrees with it."""
     flow, t, t_next = RectifiedFlow(), 0.6, 0.5
@@ -100,6 +121,16 @@ def test_decay_is_the_integral():
     assert decay(make_diffusion(1.3, flow), flow, t, t_next) == pytest.approx(expected**1.69)
     assert decay(make_diffusion(0.5, flow), flow, t, t_next) == pytest.approx((1 - 0.25 * (1 - expected**2)) ** 0.5)
     assert decay(None, flow, t, t_next) == 1
+    assert decay(make_diffusion("kl", flow), flow, t_next, t) == 1  # upwards it is the ODE
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun"])
+def test_an_sde_is_not_solved_from_data_to_noise(name):
+    """There the sign of w would be another, and the marginals with it."""
+    flow, ts = RectifiedFlow(), torch.tensor([0.1, 0.5, 0.9])
+    field = Field(lambda x_t, t: pytest.fail("the network was asked"), flow)
+    with pytest.raises(ValueError, match=f"'{name}' solves the SDE from noise to data: give times that fall"):
+        integrate(field, X, make_solver(name, flow, "sigma"), ts, Brownian(X))
 
 
 def test_ddim_with_eta_is_the_published_step():
@@ -160,6 +191,16 @@ def test_the_tree_is_one_brownian_path_on_every_grid():
     assert not torch.allclose(whole, BrownianTree(x, 8, depth=10)(0.9, 0.1))
 
 
+def test_the_tree_keeps_the_dtype_of_x_to_the_last_time():
+    tree = BrownianTree(X.bfloat16(), 7, depth=4)
+    assert tree(0.5, 0.0).dtype == tree.unit(0.5, 0.25).dtype == torch.bfloat16
+
+
+def test_each_seed_and_place_of_the_tree_has_a_generator_of_its_own():
+    states = {_place_generator(seed, place).initial_seed() for seed in range(-32, 32) for place in range(1, 65)}
+    assert len(states) == 64 * 64
+
+
 def test_a_step_that_draws_more_than_its_increment_takes_no_tree():
     """The tree would give the same noise again, and the marginals would be others."""
     langevin, restart = SOLVERS["langevin"], SOLVERS["restart"]
@@ -218,6 +259,7 @@ def test_seeds_are_whole_numbers_of_any_kind():
             randn((2, 3), seeds)
     tree = BrownianTree(X, list(range(8)), depth=4)(0.5, 0.25)
     assert torch.equal(tree, BrownianTree(X, np.arange(8), depth=4)(0.5, 0.25))
+    assert torch.equal(BrownianTree(X, np.int64(3)).at(1.0), BrownianTree(X, 3).at(1.0))
 
 
 def run(solver, field=None, **options):
@@ -240,6 +282,8 @@ def test_churn_adds_no_more_noise_than_the_schedule_has():
     near, far = (plan.lift for plan in churn.bind(MIXTURE.field(EDM(10.0)), [0.9, 0.5, 0.2]).plans)
     assert near.a == far.a == 1
     assert near.noise == pytest.approx((10**2 - 9**2) ** 0.5) and far.noise == pytest.approx(5.0)
+    (plan,) = replace(churn, churn=0.1).bind(MIXTURE.field(EDM(10.0)), [0.5, 0.0]).plans  # gamma = churn / num_steps
+    assert plan.lift.noise == pytest.approx(5 * (1.1**2 - 1) ** 0.5)
 
 
 def test_langevin_that_corrects_nothing_is_its_predictor():
