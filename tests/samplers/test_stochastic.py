@@ -286,6 +286,15 @@ def test_churn_adds_no_more_noise_than_the_schedule_has():
     assert plan.lift.noise == pytest.approx(5 * (1.1**2 - 1) ** 0.5)
 
 
+def test_churn_on_a_flow_lands_on_its_path():
+    """sigma / alpha = 1 becomes 2^1/2; the data keeps the weight alpha there, and the noise the deviation sigma."""
+    churn, flow = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0), RectifiedFlow()
+    (plan,) = churn.bind(MIXTURE.field(flow), [0.5, 0.2]).plans
+    t = 2**0.5 / (1 + 2**0.5)
+    assert plan.lift.a * 0.5 == pytest.approx(1 - t)
+    assert math.hypot(plan.lift.a * 0.5, plan.lift.noise) == pytest.approx(t)
+
+
 def test_langevin_that_corrects_nothing_is_its_predictor():
     langevin = SOLVERS["langevin"]
     assert not torch.allclose(run("langevin", diffusion=1.0), run("langevin"))
