@@ -28,6 +28,7 @@ from samplers import (
     randn,
     sample,
 )
+from samplers.grids import karras_between
 from samplers.noise import Brownian, _place_generator, decay, make_diffusion
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import measured_order, normal
@@ -293,6 +294,10 @@ def test_churn_on_a_flow_lands_on_its_path():
     t = 2**0.5 / (1 + 2**0.5)
     assert plan.lift.a * 0.5 == pytest.approx(1 - t)
     assert math.hypot(plan.lift.a * 0.5, plan.lift.noise) == pytest.approx(t)
+    field, seeds = MIXTURE.field(flow), list(range(8))
+    raised = plan.lift.a * X + plan.lift.noise * randn(X.shape, seeds, torch.float64)
+    got = sample(field, X, churn, grid=[0.5, 0.2], generator=seeds).x
+    torch.testing.assert_close(got, sample(field, raised, "edm-heun", grid=[t, 0.2]).x)
 
 
 def test_langevin_that_corrects_nothing_is_its_predictor():
@@ -307,6 +312,28 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
         replace(langevin, snr=0)
     with pytest.raises(ValueError, match="num_corrections = 0"):
         replace(langevin, num_corrections=0)
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), EDM(10.0)])
+def test_a_langevin_step_is_its_formula(schedule):
+    field, seeds, size = MIXTURE.field(schedule), list(range(8)), 2 * (0.3 * schedule.sigma(0.4)) ** 2
+    x = sample(field, X, "ddim", grid=[0.7, 0.4]).x
+    expected = x + size * field.score(x, 0.4) + (2 * size).sqrt() * randn(X.shape, seeds, torch.float64)
+    got = sample(field, X, replace(SOLVERS["langevin"], snr=0.3), grid=[0.7, 0.4], generator=seeds).x
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_restart_is_its_formula():
+    """On the flow from 0.2 up to 0.6: x keeps the weight 0.4 / 0.8, and noise makes its deviation 0.6."""
+    flow, seeds = RectifiedFlow(), list(range(8))
+    field, restart = MIXTURE.field(flow), replace(SOLVERS["restart"], inner=SOLVERS["ab2"])
+    restart = replace(restart, intervals=((0.2, 0.6, 2, 3),))
+    x, noise = sample(field, X, "ab2", grid=[0.9, 0.5, 0.2]).x, Brownian(X, seeds)
+    for _ in range(2):
+        raised = x / 2 + (0.6**2 - 0.1**2) ** 0.5 * noise.unit(0.2, 0.6)
+        x = sample(field, raised, "ab2", grid=karras_between(0.6, 0.2, 3, flow)).x
+    got = sample(field, X, restart, grid=[0.9, 0.5, 0.2], generator=seeds).x
+    torch.testing.assert_close(got, x)
 
 
 @pytest.mark.parametrize(("low", "num_steps"), [(0.5, 10), (0.3, 10), (0.35, 20)])
