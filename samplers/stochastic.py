@@ -169,7 +169,7 @@ class Langevin(NoisySolver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert noise is not None
-        x, first, state = self.inner.step(field, x_t, t, t_next, state, noise if self.inner.stochastic else None)
+        x, first, state = self.inner.step(field, x_t, t, t_next, state, noise)
         for _ in range(self.num_corrections):
             if float(field.schedule.sigma(t_next)) == 0:
                 break
@@ -223,11 +223,10 @@ class Restart(NoisySolver):
     ) -> Step:
         assert noise is not None
         index, inner_state = (0, None) if state is None else (state[0] + 1, state[1])
-        own = noise if self.inner.stochastic else None
-        x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, own)
+        x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, noise)
         for reached, scale, added, inner, down, times in self.loops:
             for _ in range(times if reached == index else 0):
                 x, within = x * scale + added * noise.unit(t, t_next), None
                 for high, low in pairwise(down):
-                    x, _, within = inner.step(field, x, high, low, within, own)
+                    x, _, within = inner.step(field, x, high, low, within, noise)
         return Step(x, first, (index, inner_state))

@@ -184,6 +184,10 @@ def test_a_tableau_of_any_order_keeps_off_the_end_that_cannot_be_seen(solver, or
     assert measured_order(lambda n: (sample(field, X, solver, n).x - exact).norm().item(), 16) > order - 0.2
 
 
+def test_a_method_that_does_not_look_at_the_end_makes_its_last_step_itself():
+    assert sample(MIXTURE.field(RectifiedFlow(), "data"), X, "midpoint", 4).num_evals == 8
+
+
 def test_the_naive_last_stage_would_spoil_heun():
     """What the rule is for: data on a manifold, here nearly a point, which every path meets with an eps of its own."""
     thin, flow = Gaussian.of([1.0, -0.5], std=1e-5), RectifiedFlow()
@@ -261,19 +265,20 @@ def test_dopri5_takes_the_steps_of_its_equations():
 
 
 def test_dopri5_does_not_look_at_an_end_that_cannot_be_seen():
-    def asked(prediction):
+    def asked(prediction, grid="uniform"):
         calls, inner = [], GAUSSIAN.field(RectifiedFlow(), prediction)
 
         def network(x_t, t):
             calls.append(t[0].item())
             return inner.network(x_t, t)
 
-        sample(Field(network, RectifiedFlow(), prediction), X[:1], "dopri5", 1)
+        sample(Field(network, RectifiedFlow(), prediction), X[:1], "dopri5", 1, grid)
         return calls
 
     seen, blind = asked("velocity"), asked("data")
     assert min(seen) == 0 and len(seen) % 6 == 1  # the last stage of a step is the first of the next
     assert min(blind) == pytest.approx(1e-4, rel=1e-9) and len(blind) % 6 == 2  # and DDIM's step from there
+    assert max(asked("data", [5e-5, 0.0])) == 5e-5  # from below 1e-4 it goes half of the way
 
 
 def test_dopri5_meets_a_time_that_its_first_step_misses_by_rounding():

@@ -211,6 +211,7 @@ def test_a_step_that_draws_more_than_its_increment_takes_no_tree():
         (replace(langevin, inner=SOLVERS["ddpm"]), None),
         (langevin, "kl"),
         (replace(restart, intervals=((0.2, 0.6, 2, 4),)), None),
+        (replace(restart, inner=SOLVERS["ddpm"]), None),
         (Inpaint.of(replace(langevin, num_corrections=2), X, torch.ones_like(X)), None),
     ):
         with pytest.raises(ValueError, match="draws more in a step than a BrownianTree has for it"):
@@ -323,17 +324,18 @@ def test_a_langevin_step_is_its_formula(schedule):
     torch.testing.assert_close(got, expected)
 
 
-def test_a_restart_is_its_formula():
+@pytest.mark.parametrize("inner", ["ab2", "ddpm"])
+def test_a_restart_is_its_formula(inner):
     """On the flow from 0.2 up to 0.6: x keeps the weight 0.4 / 0.8, and noise makes its deviation 0.6."""
-    flow, seeds = RectifiedFlow(), list(range(8))
-    field, restart = MIXTURE.field(flow), replace(SOLVERS["restart"], inner=SOLVERS["ab2"])
-    restart = replace(restart, intervals=((0.2, 0.6, 2, 3),))
-    x, noise = sample(field, X, "ab2", grid=[0.9, 0.5, 0.2]).x, Brownian(X, seeds)
+    flow, inner, noise = RectifiedFlow(), SOLVERS[inner], Brownian(X, list(range(8)))
+    field, grid = MIXTURE.field(flow), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
+    down = torch.tensor(karras_between(0.6, 0.2, 3, flow), dtype=torch.float64)
+    x = integrate(field, X, inner, grid, noise).x
     for _ in range(2):
         raised = x / 2 + (0.6**2 - 0.1**2) ** 0.5 * noise.unit(0.2, 0.6)
-        x = sample(field, raised, "ab2", grid=karras_between(0.6, 0.2, 3, flow)).x
-    got = sample(field, X, restart, grid=[0.9, 0.5, 0.2], generator=seeds).x
-    torch.testing.assert_close(got, x)
+        x = integrate(field, raised, inner, down, noise).x
+    restart = replace(SOLVERS["restart"], inner=inner, intervals=((0.2, 0.6, 2, 3),))
+    torch.testing.assert_close(integrate(field, X, restart, grid, Brownian(X, list(range(8)))).x, x)
 
 
 @pytest.mark.parametrize(("low", "num_steps"), [(0.5, 10), (0.3, 10), (0.35, 20)])
