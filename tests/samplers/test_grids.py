@@ -72,6 +72,7 @@ def test_own_times():
     own = torch.tensor([0.9, 0.3, 0.1])
     assert torch.equal(time_grid(own, 20), own.double())
     assert time_grid([1.0, 0.25, 0.0], 20).tolist() == [1, 0.25, 0]
+    assert time_grid([1.0, 0.5, 0.0], 20, shift=3.0).tolist() == [1, 0.75, 0]
     assert torch.equal(time_grid("karras", np.int64(5)), time_grid("karras", 5))
 
 
@@ -140,6 +141,8 @@ def test_options_of_grids_in_sigma():
         assert grid(8, flow, sigma_min=0.1)[-2] > base[-2] and grid(8, flow, sigma_max=10.0)[1] < base[1]
     assert grids.karras(8, flow, rho=3.0)[4] > grids.karras(8, flow)[4]
     assert grids.log_snr_uniform(8, flow, margin=0.1)[-2].item() == pytest.approx(0.1)
+    expected = torch.lerp(flow.log_snr(0.9), flow.log_snr(0.1), 1 / 7)
+    assert flow.log_snr(grids.log_snr_uniform(8, flow, margin=0.1)[1]).item() == pytest.approx(expected.item())
 
 
 def test_cosine_is_the_uniform_grid_of_the_cosine_schedule():
@@ -160,6 +163,10 @@ def test_spacings_of_ddpm_indices():
     assert s.index(grids.ddpm(4, s, offset=1)).round().tolist() == [751, 501, 251, 1, 0]
     assert grids.ddpm(4, s)[-1] == 0 and grids.ddpm(4, s, offset=1, to_data=False)[-1].item() == 1 / 1000
     assert len(grids.ddpm(4, s, to_data=False)) == 4  # index 0 to index 0 is no step
+    assert torch.equal(grids.ddpm(4, s, "trailing", offset=1), grids.ddpm(4, s, "trailing"))
+    indices = {spacing: s.index(grids.ddpm(7, s, spacing)[1:3]).round().tolist() for spacing in INDEXED}
+    assert indices["leading"] == [710, 568]  # 1000 // 7 = 142
+    assert indices["trailing"] == [856, 713] and indices["linspace"] == [832, 666]  # 857.1, 714.3; 832.5, 666
 
 
 def test_dynamic_shift():
