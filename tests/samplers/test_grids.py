@@ -93,6 +93,7 @@ def test_own_times():
         (torch.ones(2, 2), 5, "at least two"),
         (None, 5, "grid is None: give a name"),
         (["uniform"], 5, r"grid is \['uniform'\]: give a name"),
+        ("uniform", True, "num_steps = True"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, num_steps, message):
