@@ -70,7 +70,7 @@ def test_shift_of_sd3():
 
 def test_own_times():
     own = torch.tensor([0.9, 0.3, 0.1])
-    assert torch.equal(time_grid(own, 20), own.double())
+    assert torch.equal(time_grid(own, 20), own.double()) and time_grid(own, 20).dtype == torch.float64
     assert time_grid([1.0, 0.25, 0.0], 20).tolist() == [1, 0.25, 0]
     assert time_grid([1.0, 0.5, 0.0], 20, shift=3.0).tolist() == [1, 0.75, 0]
     assert torch.equal(time_grid("karras", np.int64(5)), time_grid("karras", 5))
@@ -141,6 +141,7 @@ def test_options_of_grids_in_sigma():
         base = grid(8, flow)
         assert grid(8, flow, sigma_min=0.1)[-2] > base[-2] and grid(8, flow, sigma_max=10.0)[1] < base[1]
     assert grids.karras(8, flow, rho=3.0)[4] > grids.karras(8, flow)[4]
+    assert all(grids.karras(8, VE(low, 20.0))[-1] == 0 for low in (0.01, 0.03, 0.05, 0.3))
     assert grids.log_snr_uniform(8, flow, margin=0.1)[-2].item() == pytest.approx(0.1)
     expected = torch.lerp(flow.log_snr(0.9), flow.log_snr(0.1), 1 / 7)
     assert flow.log_snr(grids.log_snr_uniform(8, flow, margin=0.1)[1]).item() == pytest.approx(expected.item())
