@@ -17,6 +17,7 @@ def test_the_start_is_the_noised_picture_and_the_rest_of_the_grid():
     x, ts = start_from(KNOWN, FLOW, 0.5, 10, generator=SEEDS)
     assert ts.tolist() == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     torch.testing.assert_close(x, FLOW.mix(KNOWN, randn(KNOWN.shape, SEEDS, torch.float64), 0.5))
+    assert start_from(KNOWN.bfloat16(), FLOW, 0.5, 10, generator=SEEDS)[0].dtype == torch.bfloat16
     assert start_from(KNOWN, FLOW, 1.0, 10)[1][0] == 1 and len(start_from(KNOWN, FLOW, 0.01, 10)[1]) == 2
     assert len(start_from(KNOWN, FLOW, 1.0, grid=[0.9, 0.3, 0.0])[1]) == 3
     assert torch.equal(start_from(KNOWN, VE(), 1.0, 10, "karras")[1], time_grid("karras", 10, schedule=VE()))

@@ -322,6 +322,22 @@ def test_a_langevin_step_is_its_formula(schedule):
     expected = x + size * field.score(x, 0.4) + (2 * size).sqrt() * randn(X.shape, seeds, torch.float64)
     got = sample(field, X, replace(SOLVERS["langevin"], snr=0.3), grid=[0.7, 0.4], generator=seeds).x
     torch.testing.assert_close(got, expected)
+    assert sample(field, X, "langevin", 4).num_evals == 2 * 4 - 1  # data are not corrected
+
+
+def test_a_step_of_stochastic_heun_is_its_formula():
+    """(f(x, t) + f(x', t')) dt / 2 + sqrt(w) dW with x' = x + f(x, t) dt + sqrt(w) dW and f = v - w/2 score."""
+    field, t, t_next = MIXTURE.field(RectifiedFlow()), 0.7, 0.4
+    w = (0.4 + 0.5 * (t + t_next)) / 5
+
+    def f(x, t):
+        return field.v(x, t) - w / 2 * field.score(x, t)
+
+    kick = w**0.5 * Brownian(X, list(range(8)))(t, t_next)
+    ahead = X + f(X, t) * (t_next - t) + kick
+    expected = X + (f(X, t) + f(ahead, t_next)) / 2 * (t_next - t) + kick
+    run = {"diffusion": lambda t: (0.4 + t) / 5, "generator": list(range(8))}
+    torch.testing.assert_close(sample(field, X, "stochastic-heun", grid=[t, t_next], **run).x, expected)
 
 
 @pytest.mark.parametrize("inner", ["ab2", "ddpm"])
