@@ -174,6 +174,14 @@ def test_every_solver_of_the_velocity_will_do(solver):
     torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=1e-3)
 
 
+def test_a_divergence_in_half_precision_is_summed_in_float32():
+    """401 / 2, for which bfloat16 has no number."""
+    field, x_0 = Field(lambda x_t, t: x_t / 2, FLOW), torch.zeros(2, 401, dtype=torch.bfloat16)
+    exact, signs = (log_likelihood(field, x_0, "euler", divergence=d) for d in ("exact", "rademacher"))
+    torch.testing.assert_close(exact, torch.full((2,), 401 * (0.5 - math.log(2 * math.pi) / 2)))
+    torch.testing.assert_close(signs, exact)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("divergence", ["exact", "rademacher"])
 def test_a_network_in_half_precision(dtype, tolerance, divergence):
