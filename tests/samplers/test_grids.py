@@ -165,10 +165,10 @@ def test_spacings_of_ddpm_indices():
     assert s.index(grids.ddpm(4, s, offset=1)).round().tolist() == [751, 501, 251, 1, 0]
     assert grids.ddpm(4, s)[-1] == 0 and grids.ddpm(4, s, offset=1, to_data=False)[-1].item() == 1 / 1000
     assert len(grids.ddpm(4, s, to_data=False)) == 4  # index 0 to index 0 is no step
-    assert torch.equal(grids.ddpm(4, s, "trailing", offset=1), grids.ddpm(4, s, "trailing"))
-    indices = {spacing: s.index(grids.ddpm(7, s, spacing)[1:3]).round().tolist() for spacing in INDEXED}
-    assert indices["leading"] == [710, 568]  # 1000 // 7 = 142
-    assert indices["trailing"] == [856, 713] and indices["linspace"] == [832, 666]  # 857.1, 714.3; 832.5, 666
+    assert torch.equal(grids.ddpm(4, s, "trailing", offset=999), grids.ddpm(4, s, "trailing"))
+    indices = {spacing: s.index(grids.ddpm(7, s, spacing)[3:5]).round().tolist() for spacing in INDEXED}
+    assert indices["leading"] == [426, 284]  # 1000 // 7 = 142
+    assert indices["trailing"] == [570, 428] and indices["linspace"] == [500, 333]  # 571.4 and 428.6; 499.5 and 333
 
 
 def test_dynamic_shift():

@@ -241,6 +241,8 @@ def test_apg_asked_twice_at_one_time_answers_the_same():
     field = apg(A, B, 2.0, momentum=-0.5)
     field.x_0(Z, 0.8)
     torch.testing.assert_close(field.x_0(Z, 0.6), field.x_0(Z, 0.6), rtol=0, atol=0)
+    other = field.x_0(Z[:2], 0.4)  # a batch of another size has nothing to remember
+    torch.testing.assert_close(other, apg(A, B, 2.0).x_0(Z[:2], 0.4), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
