@@ -118,7 +118,7 @@ def test_rescale_brings_back_the_spread_of_the_conditional_prediction():
     assert (spread[0] > spread[2]).all()
 
 
-@pytest.mark.parametrize("t", [0.4, 0.9, torch.linspace(0.1, 0.9, 5, dtype=torch.float64)])
+@pytest.mark.parametrize("t", [0.4, 0.9, torch.tensor(0.5), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)])
 def test_a_batched_pair_is_the_two_fields(t):
     calls = []
 
@@ -324,6 +324,8 @@ def test_renorm_brings_back_the_length():
     assert (run("channel").square().sum(1) <= full.square().sum(1) + 1e-9).all()
     torch.testing.assert_close(run("text-channel", image=1.0), run("channel", image=1.0))
     assert not torch.allclose(run("text-channel"), run("channel"))
+    text, off = run("channel", image=1.0), C.v(Z, 0.5)  # the text's part is brought back, and the image's is not
+    torch.testing.assert_close(run("text-channel"), off + 2 * (text - off))
     torch.testing.assert_close(run("global", least=1.0), run("none"))
     alone = cfg_text_image(A, B, C, 4.0, 2.0).v(Z[:1], 0.5)  # per sample: alone as in the batch
     torch.testing.assert_close(alone, run("global")[:1])
