@@ -20,8 +20,8 @@ from samplers.schedules import Coefficients, Schedule, Time, as_time, float_tens
 class DiscreteVP(Schedule):
     """The path of N DDPM betas; `betas` is a tensor or sequence (N,), each in (0, 1); the last may be 1 (zero SNR)."""
 
-    betas: tuple[float, ...] | Sequence[float] | Tensor = field(repr=False)
-    _log_snr: Tensor = field(init=False, repr=False)
+    betas: tuple[float, ...] | Sequence[float] | Tensor
+    _log_snr: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         betas = torch.as_tensor(self.betas, dtype=torch.float64).detach().cpu()
@@ -43,6 +43,9 @@ class DiscreteVP(Schedule):
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def __repr__(self) -> str:
+        return f"DiscreteVP({len(self)} betas, {self.betas[0]:g} ... {self.betas[-1]:g})"
 
     @classmethod
     def linear(cls, num: int = 1000, first: float = 1e-4, last: float = 0.02) -> "DiscreteVP":

@@ -1,7 +1,7 @@
 """Starting from a picture: from its noised state (img2img), and with a part of it held fast (inpainting)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -49,9 +49,9 @@ class Inpaint(Solver):
     """
 
     inner: Solver
-    known: Tensor
-    mask: Tensor
-    eps: Tensor
+    known: Tensor = field(repr=False)
+    mask: Tensor = field(repr=False)
+    eps: Tensor = field(repr=False)
     diffusion: Diffusion | None = None
 
     @classmethod

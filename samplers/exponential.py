@@ -34,7 +34,7 @@ All coefficients are computed in float64 before the loop, and are numbers in it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
@@ -214,8 +214,8 @@ class Multistep(Exponential):
     start: Solver | None = None
     lower_order_final: bool = False
     diffusion: Diffusion | float | None = None
-    predict: tuple[Linear, ...] = ()
-    correct: tuple[Linear | None, ...] = ()
+    predict: tuple[Linear, ...] = field(default=(), repr=False)
+    correct: tuple[Linear | None, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,7 +281,7 @@ class SingleStep(Exponential):
 
     nodes: tuple[float, ...] = (0.0,)
     uses: tuple[tuple[int, ...], ...] = ((0,),)
-    plans: tuple[tuple[tuple[float, Linear], ...], ...] = ()
+    plans: tuple[tuple[tuple[float, Linear], ...], ...] = field(default=(), repr=False)
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         path = points(field.schedule, ts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samplers.names import lookup
 from samplers.schedules import Schedule, Time, as_time, batch_time, expand
-from samplers.views import ROWS, View, convert, convert_at, determined, edm_view
+from samplers.views import ROWS, View, convert, convert_at, determined, edm_view, row_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +22,9 @@ class Prediction:
     `num_evals` counts the network evaluations that it took, per sample: one, or two under classifier-free guidance.
     """
 
-    value: Tensor
+    value: Tensor = field(repr=False)
     kind: View
-    x_t: Tensor
+    x_t: Tensor = field(repr=False)
     t: Time
     schedule: Schedule
     num_evals: int = 1
@@ -68,12 +68,17 @@ class Field:
     def __init__(
         self, network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, prediction: View = "velocity"
     ) -> None:
-        if not callable(prediction):
-            lookup("prediction", prediction, ROWS)
         if not callable(network):
             raise ValueError(f"network is {network!r}: give a function of (x_t, t)")
         _check_schedule(schedule)
+        if callable(prediction):
+            row_of(prediction, schedule(0.5))  # ValueError for what is no view
+        else:
+            lookup("prediction", prediction, ROWS)
         self.network, self.schedule, self.prediction = network, schedule, prediction
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.prediction!r}, {self.schedule!r})"
 
     def predict(self, x_t: Tensor, t: Time) -> Prediction:
         """One evaluation at (x_t, t), with all its views."""

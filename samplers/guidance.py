@@ -44,8 +44,9 @@ def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVE
     """
     _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
+    _check_fields(cond, pair)
     both = _halves(pair.on(cond.schedule))
-    return _guided([cond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1, predict=both)
+    return _guided([cond, pair], lambda on, off: _plain(on, off, scale, rescale), interval, scale == 1, predict=both)
 
 
 def _halves(pair: Field) -> Callable[[Tensor, Time], list[Prediction]]:
@@ -75,6 +76,7 @@ def push_away(
     number only what counts there is evaluated.
     """
     _check_numbers(scale=scale, weak_scale=weak_scale)
+    _check_fields(cond, pair, weak)
     both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
     (lo, hi), (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
     outside = cfg_batched(cond, pair, scale, interval)
@@ -91,19 +93,13 @@ def push_away(
         guided = _chosen((lo, hi), t, _plain(on, off, scale, 0), on)
         return _chosen((weak_lo, weak_hi), t, guided + weak_scale * (on - less), guided)
 
-    within = _guided([cond], combine, EVERYWHERE, timed=True, predict=all_three)
-
-    def begin() -> None:
-        cond.begin()
-        weak.begin()
+    asked = [cond, weak] if scale == 1 else [cond, pair, weak]
+    within = _guided(asked, combine, EVERYWHERE, timed=True, predict=all_three)
 
     def predict(x_t: Tensor, t: Time) -> Prediction:
         return (within if isinstance(t, Tensor) or weak_lo <= t <= weak_hi else outside).predict(x_t, t)
 
-    def determined(t: Time) -> bool:
-        return cond.determined(t) and weak.determined(t)
-
-    return DerivedField(predict, cond.schedule, cond.prediction, determined, begin)
+    return DerivedField(predict, cond.schedule, cond.prediction, within.determined, within.begin)
 
 
 def apg(
@@ -229,8 +225,7 @@ def _guided(
     overflow.
     """
     lo, hi = _checked(interval)
-    if wrong := [field for field in fields if not isinstance(field, Field)]:
-        raise ValueError(f"guidance by {wrong[0]!r}: give samplers.Field(network, schedule, prediction)")
+    _check_fields(*fields)
     cond, *others = fields
     if off:
         return cond
@@ -256,6 +251,11 @@ def _guided(
             field.begin()
 
     return DerivedField(guided, cond.schedule, cond.prediction, determined, begin_all)
+
+
+def _check_fields(*fields: Field) -> None:
+    if wrong := [field for field in fields if not isinstance(field, Field)]:
+        raise ValueError(f"guidance by {wrong[0]!r}: give samplers.Field(network, schedule, prediction)")
 
 
 def _checked(interval: Interval) -> Interval:

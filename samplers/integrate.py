@@ -5,7 +5,7 @@ the states, of which each step leaves one on the device. They also say where it 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -31,6 +31,10 @@ class Solution:
     num_evals: int
     trajectory: Tensor | None = None
 
+    def __repr__(self) -> str:
+        steps = f"{len(self.ts) - 1} steps from t = {self.ts[0]:g} to {self.ts[-1]:g}"
+        return f"Solution(x {tuple(self.x.shape)}, {steps}, num_evals={self.num_evals})"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -43,8 +47,8 @@ class Progress:
     num_steps: int
     t: float
     t_next: float
-    x_t: Tensor
-    x_next: Tensor
+    x_t: Tensor = field(repr=False)
+    x_next: Tensor = field(repr=False)
     prediction: Prediction
     num_evals: int
 
@@ -98,7 +102,8 @@ def integrate(
 ) -> Solution:
     """Step `solver` through `ts` from x at ts[0], in either direction; differentiable in x and the network, not in ts.
 
-    noise: of x's shape. Not for `torch.func.vmap`, under which nothing can be looked at for NaN: batch x itself.
+    noise: of x's shape. An SDE solver goes from noise to data only. Not for `torch.func.vmap`, under which nothing can
+    be looked at for NaN: batch x itself.
     """
     if not isinstance(solver, Solver) or not isinstance(ts, Tensor):
         raise ValueError(f"solver is {solver!r}, ts a {type(ts).__name__}: give a Solver, by make_solver, and a tensor")

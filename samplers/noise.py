@@ -92,7 +92,7 @@ def decay(diffusion: Diffusion | None, schedule: Schedule, t: float, t_next: flo
     if isinstance(diffusion, Eta):
         log_ratio = float(schedule.log_snr(t) - schedule.log_snr(t_next))  # -2h
         if diffusion.eta <= 1:
-            return math.sqrt(max(1 - diffusion.eta**2 * -math.expm1(log_ratio), 0.0))
+            return math.sqrt(1 - diffusion.eta**2 * -math.expm1(log_ratio))
         return math.exp(diffusion.eta**2 * log_ratio / 2)
     times = (t_next + (t - t_next) * (torch.arange(64, dtype=torch.float64) + 0.5) / 64).tolist()
     ws = check_diffusion(diffusion, times)

@@ -10,7 +10,7 @@ is Euler's, as in Karras et al. (2022), alg. 1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,7 @@ class RungeKutta(Solver):
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     in_place: bool = False
-    blind: frozenset[float] = frozenset()
+    blind: frozenset[float] = field(default=frozenset(), repr=False)
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         if 1.0 not in self.c:
@@ -113,8 +113,8 @@ class Adaptive(Solver):
     Raises ValueError after `max_attempts` steps tried in one step of the grid, or where the step falls below 1e-9.
     """
 
-    tableau: RungeKutta
-    error: tuple[float, ...]
+    tableau: RungeKutta = field(repr=False)
+    error: tuple[float, ...] = field(repr=False)
     atol: float = 1e-5
     rtol: float = 1e-5
     first_step: float = 0.05
@@ -141,14 +141,15 @@ class Adaptive(Solver):
                 return Step(self._meet(field, x, end, t_next), prediction, (h, last_error))
             if (h < 1e-9).any():
                 break
-            last = h >= left
+            last = h * (1 + 1e-6) >= left  # to rounding, so that no step of 1e-17 is left over
             new = torch.where(last, end, now + sign * h)
             x_new, error, last_slope = self._attempt(field, x, now, new, slope)
             done, taken = left == 0, error <= 1
             grow = self.safety * error.clamp(min=1e-10) ** (-0.7 / 5) * last_error ** (0.4 / 5)
             shrink = self.safety * error.clamp(min=1e-10) ** (-1 / 5)
             factor = torch.where(taken, grow.clamp(0.2, 5), shrink.clamp(0.2, 1))
-            h = torch.where(done | (last & taken & (factor < 1)), h, torch.where(last, left, h) * factor)
+            h_next = torch.where(last, left, h) * factor
+            h = torch.where(done, h, torch.where(last & taken, torch.maximum(h, h_next), h_next))
             last_error = torch.where(taken & ~done, error.clamp(min=1e-4), last_error)
             now = torch.where(taken, new, now)
             take = expand(taken.to(x.dtype), x) > 0

@@ -89,6 +89,8 @@ class SDESolver(NoisySolver):
         if self.diffusion is None:
             kinds = ", ".join(map(repr, DIFFUSIONS))
             raise ValueError(f"{self.name!r} solves an SDE: give a diffusion, {kinds}, a number eta or a w(t)")
+        if any(t_next > t for t, t_next in pairwise(ts)):
+            raise ValueError(f"{self.name!r} solves the SDE from noise to data: give times that fall")
         check_diffusion(self.diffusion, [t + self.w_at * (t_next - t) for t, t_next in pairwise(ts)])
         return self
 

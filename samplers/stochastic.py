@@ -5,7 +5,7 @@ Those that work with coefficients in the log-SNR (DDPM, DPM-Solver++ SDE, SA-Sol
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -68,7 +68,7 @@ class StochasticHeun(SDESolver):
 
         slope = drift(first, t)
         ahead = x_t + expand(dt, x_t) * slope + kick
-        if not isinstance(t_next, Tensor) and not field.determines_velocity(t_next):
+        if not field.determines_velocity(t_next):
             return Step(ahead, first)
         slope = (slope + drift(field.predict(ahead, t_next), t_next)) / 2
         return Step(x_t + expand(dt, x_t) * slope + kick, first)
@@ -101,7 +101,7 @@ class Churn(NoisySolver):
     sigma_max: float = 50.0
     noise_scale: float = 1.003
     inner: SingleStep = next(m for m in METHODS if isinstance(m, SingleStep) and m.name == "edm-heun")
-    plans: tuple[_Churned, ...] = ()
+    plans: tuple[_Churned, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.churn < 0 or not 0 <= self.sigma_min <= self.sigma_max or self.noise_scale < 0:
@@ -169,7 +169,7 @@ class Langevin(NoisySolver):
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
         assert noise is not None
-        x, first, state = self.inner.step(field, x_t, t, t_next, state, noise if self.inner.stochastic else None)
+        x, first, state = self.inner.step(field, x_t, t, t_next, state, noise)
         for _ in range(self.num_corrections):
             if float(field.schedule.sigma(t_next)) == 0:
                 break
@@ -188,7 +188,7 @@ class Restart(NoisySolver):
 
     inner: Solver = next(m for m in METHODS if m.name == "edm-heun")
     intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
-    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = ()
+    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for low, high, times, num_steps in self.intervals:
@@ -223,11 +223,10 @@ class Restart(NoisySolver):
     ) -> Step:
         assert noise is not None
         index, inner_state = (0, None) if state is None else (state[0] + 1, state[1])
-        own = noise if self.inner.stochastic else None
-        x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, own)
+        x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, noise)
         for reached, scale, added, inner, down, times in self.loops:
             for _ in range(times if reached == index else 0):
                 x, within = x * scale + added * noise.unit(t, t_next), None
                 for high, low in pairwise(down):
-                    x, _, within = inner.step(field, x, high, low, within, own)
+                    x, _, within = inner.step(field, x, high, low, within, noise)
         return Step(x, first, (index, inner_state))

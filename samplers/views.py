@@ -49,6 +49,8 @@ View = str | Callable[[Coefficients], Row]
 @lru_cache
 def edm_view(sigma_data: float = 0.5) -> Callable[[Coefficients], Row]:
     """The raw output F of an EDM-preconditioned network for data of deviation `sigma_data`, as a view."""
+    if isinstance(sigma_data, Coefficients):
+        raise ValueError("edm_view makes a view and is none itself: give edm_view(), or edm_view(sigma_data)")
     check_positive(sigma_data=sigma_data)
 
     def row(c: Coefficients) -> Row:
@@ -71,7 +73,10 @@ VIEWS = tuple(ROWS)
 
 def row_of(view: View, c: Coefficients) -> Row:
     """The row of a view, given by its name or as its own function of the coefficients."""
-    return (view if callable(view) else lookup("view", view, ROWS))(c)
+    row = (view if callable(view) else lookup("view", view, ROWS))(c)
+    if not isinstance(row, Row):
+        raise ValueError(f"the view {view!r} gave {row!r}: give a name, or a function that gives a views.Row")
+    return row
 
 
 def convert(value: Tensor, source: View, target: View, x_t: Tensor, c: Coefficients) -> Tensor:

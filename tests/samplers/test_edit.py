@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samplers import SOLVERS, Cosine, Field, Inpaint, randn, sample, start_from
+from samplers import SOLVERS, VE, Cosine, Field, Inpaint, randn, sample, start_from, time_grid
 from tests.oracles import MIXTURE
 from tests.samplers.common import FLOW, normal
 
@@ -17,8 +17,10 @@ def test_the_start_is_the_noised_picture_and_the_rest_of_the_grid():
     x, ts = start_from(KNOWN, FLOW, 0.5, 10, generator=SEEDS)
     assert ts.tolist() == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     torch.testing.assert_close(x, FLOW.mix(KNOWN, randn(KNOWN.shape, SEEDS, torch.float64), 0.5))
+    assert start_from(KNOWN.bfloat16(), FLOW, 0.5, 10, generator=SEEDS)[0].dtype == torch.bfloat16
     assert start_from(KNOWN, FLOW, 1.0, 10)[1][0] == 1 and len(start_from(KNOWN, FLOW, 0.01, 10)[1]) == 2
     assert len(start_from(KNOWN, FLOW, 1.0, grid=[0.9, 0.3, 0.0])[1]) == 3
+    assert torch.equal(start_from(KNOWN, VE(), 1.0, 10, "karras")[1], time_grid("karras", 10, schedule=VE()))
     assert [len(start_from(KNOWN, FLOW, strength, 10)[1]) - 1 for strength in (0.64, 0.66)] == [6, 7]
 
 
@@ -56,7 +58,9 @@ def test_the_first_state_has_the_known_part_too():
     torch.testing.assert_close(seen[0][:, 1], X[:, 1])
 
 
-@pytest.mark.parametrize(("name", "diffusion"), [("euler-maruyama", "kl"), ("ddim", 0.5), ("langevin", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "diffusion"), [("euler-maruyama", "kl"), ("ddim", 0.5), ("langevin", 0.5), ("ddpm", None)]
+)
 def test_the_diffusion_is_the_inner_solver_s(name, diffusion):
     field, nothing = MIXTURE.field(FLOW), torch.zeros(1, 1)
     plain = sample(field, X, name, 8, diffusion=diffusion, generator=SEEDS).x
@@ -86,12 +90,16 @@ def test_known_data_of_another_dtype_than_x(x, known):
 
 
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(ValueError, match="strength = 0"):
-        start_from(KNOWN, FLOW, 0)
+    for strength in (0, 1.5):
+        with pytest.raises(ValueError, match=f"strength = {strength}"):
+            start_from(KNOWN, FLOW, strength)
     with pytest.raises(ValueError, match=r"mask \(3, 1\) does not fit"):
         Inpaint.of(SOLVERS["heun"], KNOWN, torch.ones(3, 1))
-    with pytest.raises(ValueError, match="the mask leaves"):
-        Inpaint.of(SOLVERS["heun"], KNOWN, torch.full((4, 2), 1.5))
+    with pytest.raises(ValueError, match=r"mask \(4,\) does not fit"):
+        Inpaint.of(SOLVERS["heun"], KNOWN, torch.ones(4))
+    for value in (1.5, -0.5):
+        with pytest.raises(ValueError, match="the mask leaves"):
+            Inpaint.of(SOLVERS["heun"], KNOWN, torch.full((4, 2), value))
     with pytest.raises(ValueError, match="'inpaint-heun' solves the ODE"):
         sample(MIXTURE.field(FLOW), X, Inpaint.of("heun", KNOWN, MASK), diffusion=0.5)
     with pytest.raises(ValueError, match="did you mean 'heun'"):

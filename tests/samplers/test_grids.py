@@ -70,8 +70,9 @@ def test_shift_of_sd3():
 
 def test_own_times():
     own = torch.tensor([0.9, 0.3, 0.1])
-    assert torch.equal(time_grid(own, 20), own.double())
+    assert torch.equal(time_grid(own, 20), own.double()) and time_grid(own, 20).dtype == torch.float64
     assert time_grid([1.0, 0.25, 0.0], 20).tolist() == [1, 0.25, 0]
+    assert time_grid([1.0, 0.5, 0.0], 20, shift=3.0).tolist() == [1, 0.75, 0]
     assert torch.equal(time_grid("karras", np.int64(5)), time_grid("karras", 5))
 
 
@@ -93,6 +94,7 @@ def test_own_times():
         (torch.ones(2, 2), 5, "at least two"),
         (None, 5, "grid is None: give a name"),
         (["uniform"], 5, r"grid is \['uniform'\]: give a name"),
+        ("uniform", True, "num_steps = True"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, num_steps, message):
@@ -140,7 +142,10 @@ def test_options_of_grids_in_sigma():
         base = grid(8, flow)
         assert grid(8, flow, sigma_min=0.1)[-2] > base[-2] and grid(8, flow, sigma_max=10.0)[1] < base[1]
     assert grids.karras(8, flow, rho=3.0)[4] > grids.karras(8, flow)[4]
+    assert all(grids.karras(8, VE(low, 20.0))[-1] == 0 for low in (0.01, 0.03, 0.05, 0.3))
     assert grids.log_snr_uniform(8, flow, margin=0.1)[-2].item() == pytest.approx(0.1)
+    expected = torch.lerp(flow.log_snr(0.9), flow.log_snr(0.1), 1 / 7)
+    assert flow.log_snr(grids.log_snr_uniform(8, flow, margin=0.1)[1]).item() == pytest.approx(expected.item())
 
 
 def test_cosine_is_the_uniform_grid_of_the_cosine_schedule():
@@ -161,6 +166,10 @@ def test_spacings_of_ddpm_indices():
     assert s.index(grids.ddpm(4, s, offset=1)).round().tolist() == [751, 501, 251, 1, 0]
     assert grids.ddpm(4, s)[-1] == 0 and grids.ddpm(4, s, offset=1, to_data=False)[-1].item() == 1 / 1000
     assert len(grids.ddpm(4, s, to_data=False)) == 4  # index 0 to index 0 is no step
+    assert torch.equal(grids.ddpm(4, s, "trailing", offset=999), grids.ddpm(4, s, "trailing"))
+    indices = {spacing: s.index(grids.ddpm(7, s, spacing)[3:5]).round().tolist() for spacing in INDEXED}
+    assert indices["leading"] == [426, 284]  # 1000 // 7 = 142
+    assert indices["trailing"] == [570, 428] and indices["linspace"] == [500, 333]  # 571.4 and 428.6; 499.5 and 333
 
 
 def test_dynamic_shift():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from samplers import (
     VIEWS,
     Cosine,
+    DerivedField,
     Field,
     apg,
     cfg,
@@ -89,8 +90,14 @@ def test_times_of_a_grid_are_ends_to_rounding(num_steps):
 
 
 def test_what_is_no_field_or_interval_is_refused():
-    with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
-        cfg(COND, None, 3.0)
+    for make in (
+        lambda: cfg(COND, None, 3.0),
+        lambda: cfg_batched(COND, None, 3.0),
+        lambda: push_away(COND, None, UNCOND, 3.0, 1.0),
+        lambda: push_away(COND, COND, None, 3.0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="guidance by None: give samplers.Field"):
+            make()
     with pytest.raises(ValueError, match="interval = 0.5: give"):
         cfg(COND, UNCOND, 3.0, interval=0.5)
 
@@ -111,7 +118,7 @@ def test_rescale_brings_back_the_spread_of_the_conditional_prediction():
     assert (spread[0] > spread[2]).all()
 
 
-@pytest.mark.parametrize("t", [0.4, 0.9, torch.linspace(0.1, 0.9, 5, dtype=torch.float64)])
+@pytest.mark.parametrize("t", [0.4, 0.9, torch.tensor(0.5), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)])
 def test_a_batched_pair_is_the_two_fields(t):
     calls = []
 
@@ -234,6 +241,8 @@ def test_apg_asked_twice_at_one_time_answers_the_same():
     field = apg(A, B, 2.0, momentum=-0.5)
     field.x_0(Z, 0.8)
     torch.testing.assert_close(field.x_0(Z, 0.6), field.x_0(Z, 0.6), rtol=0, atol=0)
+    other = field.x_0(Z[:2], 0.4)  # a batch of another size has nothing to remember
+    torch.testing.assert_close(other, apg(A, B, 2.0).x_0(Z[:2], 0.4), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -315,6 +324,8 @@ def test_renorm_brings_back_the_length():
     assert (run("channel").square().sum(1) <= full.square().sum(1) + 1e-9).all()
     torch.testing.assert_close(run("text-channel", image=1.0), run("channel", image=1.0))
     assert not torch.allclose(run("text-channel"), run("channel"))
+    text, off = run("channel", image=1.0), C.v(Z, 0.5)  # the text's part is brought back, and the image's is not
+    torch.testing.assert_close(run("text-channel"), off + 2 * (text - off))
     torch.testing.assert_close(run("global", least=1.0), run("none"))
     alone = cfg_text_image(A, B, C, 4.0, 2.0).v(Z[:1], 0.5)  # per sample: alone as in the batch
     torch.testing.assert_close(alone, run("global")[:1])
@@ -394,6 +405,23 @@ def test_push_away_takes_a_weak_model_of_another_schedule_and_sees_what_it_sees(
     torch.testing.assert_close(guided(MIXTURE.field(Cosine())).v(X, 0.5), guided(UNCOND).v(X, 0.5))
     assert guided(UNCOND).determines_velocity(0.0)
     assert not guided(MIXTURE.field(FLOW, "data")).determines_velocity(0.0)
+
+
+def test_a_pair_begins_anew_with_each_solution():
+    begun, pair = [], halves(COND, UNCOND)
+    pair = DerivedField(pair.predict, FLOW, "velocity", begin=lambda: begun.append(1))
+    for guided in (cfg_batched(COND, pair, 3.0), push_away(COND, pair, UNCOND, 3.0, 1.5)):
+        begun.clear()
+        sample(guided, X, "euler", 3)
+        assert begun == [1]
+
+
+def test_a_solver_does_not_look_where_the_pair_cannot_see():
+    data = MIXTURE.field(FLOW, "data")
+    for guided in (cfg_batched(COND, data, 3.0), push_away(COND, data, UNCOND, 3.0, 1.5)):
+        assert not guided.determines_velocity(0.0) and guided.determines_velocity(0.1)
+    for guided in (cfg_batched(COND, data, 1.0), push_away(COND, data, UNCOND, 1.0, 1.5)):  # the pair is not asked
+        assert guided.determines_velocity(0.0)
 
 
 def test_push_away_with_a_time_per_sample():

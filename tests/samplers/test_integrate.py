@@ -9,6 +9,7 @@ from samplers import (
     SOLVERS,
     Cosine,
     Field,
+    Inpaint,
     Multistep,
     RungeKutta,
     SDESolver,
@@ -19,7 +20,7 @@ from samplers import (
     uniform,
 )
 from tests.oracles import GAUSSIAN, MIXTURE
-from tests.samplers.common import FLOW, normal
+from tests.samplers.common import DISCRETE, FLOW, normal
 
 X = normal(4, 2)
 
@@ -73,6 +74,19 @@ def test_the_solution():
     assert out.trajectory.shape == (6, 4, 2)
     assert torch.equal(out.trajectory[0], X) and torch.equal(out.trajectory[-1], out.x)
     assert sample(MIXTURE.field(FLOW), X).trajectory is None
+
+
+def test_what_is_printed_is_short_and_holds_no_tensor():
+    field, steps, x = Field(lambda x_t, t: -x_t, DISCRETE), [], torch.ones(2, 4, 8, 8)
+    out = sample(field, x, "euler", 3, callback=steps.append)
+    assert repr(DISCRETE) == "DiscreteVP(1000 betas, 0.00085 ... 0.012)"
+    assert repr(field) == f"Field('velocity', {DISCRETE!r})"
+    assert repr(out) == "Solution(x (2, 4, 8, 8), 3 steps from t = 1 to 0, num_evals=3)"
+    inpaint = Inpaint.of("dopri5", x, x)
+    for thing in (field.on(FLOW), cfg(field, field, 2.0), field.predict(x, 0.5), steps[0], inpaint, *SOLVERS.values()):
+        assert len(repr(thing)) < 400 and "tensor(" not in repr(thing)
+    for name in ("heun", "unipc", "edm-heun", "edm-churn", "restart"):
+        assert len(repr(SOLVERS[name].bind(field, uniform(9).tolist()))) < 400
 
 
 def test_callback_sees_each_step_at_no_further_evaluation():

@@ -10,6 +10,7 @@ from samplers import (
     SOLVERS,
     VE,
     Cosine,
+    DerivedField,
     Field,
     Solver,
     VPLinear,
@@ -17,7 +18,9 @@ from samplers import (
     invert,
     log_likelihood,
     sample,
+    time_grid,
 )
+from samplers.likelihood import DIVERGENCES
 from tests.oracles import MIXTURE, Gaussian
 from tests.samplers.common import FLOW
 
@@ -74,6 +77,8 @@ def test_a_seed_per_sample():
     options = {"solver": "rk4", "num_steps": 6, "divergence": "gaussian"}
     seeds = list(range(6))
     together = log_likelihood(MIXTURE.field(FLOW), X_0, generator=seeds, **options)
+    more = log_likelihood(MIXTURE.field(FLOW), X_0, generator=seeds, num_probes=2, **options)
+    assert not torch.isclose(more, together).any()  # the second probe is another one
     alone = log_likelihood(MIXTURE.field(FLOW), X_0[2:3], generator=seeds[2:3], **options)
     torch.testing.assert_close(together[2:3], alone)
 
@@ -105,6 +110,28 @@ def test_a_network_without_derivatives_is_refused(prediction):
     cut = Field(torch.no_grad()(field.network), FLOW, prediction)
     with pytest.raises(ValueError, match="the network gives no derivative"):
         log_likelihood(cut, X_0, grid=[0.999, 0.001])
+
+
+def test_a_field_begins_anew_and_no_graph_is_kept():
+    begun, scale = [], torch.ones((), dtype=torch.float64, requires_grad=True)
+    inner = Field(lambda x_t, t: -scale * x_t, FLOW)
+    field = DerivedField(inner.predict, FLOW, "velocity", begin=lambda: begun.append(1))
+    assert not log_likelihood(field, X_0, "euler", 2).requires_grad and begun == [1]
+    assert not invert(field, X_0, "euler", 2).x.requires_grad and begun == [1, 1]
+
+
+def test_the_grid_is_of_the_field_s_schedule():
+    field = MIXTURE.field(VE())
+    assert torch.equal(invert(field, X_0, num_steps=5, grid="karras").ts, time_grid("karras", 5, schedule=VE()).flip(0))
+
+
+def test_the_two_kinds_of_probes():
+    """For v = x^2 / 2, e . (dv/dx) e is sum x e^2: exact for signs, which a normal e is not."""
+    field = Field(lambda x_t, t: x_t.square() / 2, FLOW)
+    options = {"solver": "euler", "num_steps": 1, "generator": list(range(6))}
+    exact, signs, normal = (log_likelihood(field, X_0, divergence=d, **options) for d in DIVERGENCES)
+    torch.testing.assert_close(signs, exact)
+    assert not torch.isclose(normal, exact).any()
 
 
 def test_samples_of_one_number_each():
@@ -147,6 +174,14 @@ def test_every_solver_of_the_velocity_will_do(solver):
     torch.testing.assert_close(got, log_density(X_0), rtol=0, atol=1e-3)
 
 
+def test_a_divergence_in_half_precision_is_summed_in_float32():
+    """401 / 2, for which bfloat16 has no number."""
+    field, x_0 = Field(lambda x_t, t: x_t / 2, FLOW), torch.zeros(2, 401, dtype=torch.bfloat16)
+    exact, signs = (log_likelihood(field, x_0, "euler", divergence=d) for d in ("exact", "rademacher"))
+    torch.testing.assert_close(exact, torch.full((2,), 401 * (0.5 - math.log(2 * math.pi) / 2)))
+    torch.testing.assert_close(signs, exact)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("divergence", ["exact", "rademacher"])
 def test_a_network_in_half_precision(dtype, tolerance, divergence):
@@ -168,8 +203,9 @@ def test_a_network_in_half_precision(dtype, tolerance, divergence):
 
 def test_what_cannot_be_done_is_refused():
     field = MIXTURE.field(FLOW)
-    with pytest.raises(ValueError, match="does not integrate the velocity"):
-        log_likelihood(field, X_0, "dpmpp-2m")
+    for solver in ("dpmpp-2m", "euler-maruyama", "edm-churn"):
+        with pytest.raises(ValueError, match="does not integrate the velocity"):
+            log_likelihood(field, X_0, solver)
     with pytest.raises(ValueError, match="did you mean 'rademacher'"):
         log_likelihood(field, X_0, divergence="rademaher")
     for call in (log_likelihood, invert):
@@ -192,7 +228,7 @@ def test_what_cannot_be_done_is_refused():
         invert(MIXTURE.field(VPLinear()), X_0, "ab2")
     assert invert(MIXTURE.field(FLOW, "data"), X_0, "heun", grid=[1.0, 0.5, 1e-4]).x.isfinite().all()
     assert invert(MIXTURE.field(VPLinear(), "noise"), X_0, "edm-heun").x.isfinite().all()
-    with pytest.raises(ValueError, match="'ddpm' draws noise"):
+    with pytest.raises(ValueError, match="'ddpm' draws noise, and cannot be run backwards"):
         invert(field, X_0, "ddpm")
     with pytest.raises(ValueError, match="num_dims = 0"):
         bits_per_dim(torch.zeros(1), 0)

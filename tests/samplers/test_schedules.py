@@ -72,7 +72,7 @@ def test_log_snr_in_whole_numbers(schedule):
     torch.testing.assert_close(got, schedule.t_from_log_snr(torch.tensor([3, 0, -2], dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, VPLinear(20.0, 0.1)])
 def test_far_log_snr_is_met_at_the_ends(schedule):
     for log_snr in (math.inf, 1e6, -1e6, -math.inf):
         assert schedule.t_from_log_snr(log_snr).item() == pytest.approx(float(log_snr < 0), abs=1e-4)
@@ -169,10 +169,14 @@ def test_lookup_suggests_the_near_name():
     ("make", "message"),
     [
         (lambda: VPLinear(beta_min=0.0), "beta_min = 0"),
+        (lambda: VPLinear(beta_max=-1.0), "beta_max = -1"),
         (lambda: VE(1.0, 0.5), "sigma_min = 1.0 is not below"),
+        (lambda: VE(1.0, 1.0), "sigma_min = 1.0 is not below"),
         (lambda: EDM(-1.0), "sigma_max = -1"),
+        (lambda: EDM(math.inf), "sigma_max = inf"),
         (lambda: Trig(0.0), "sigma_data = 0"),
         (lambda: Cosine(-0.1), "offset = -0.1"),
+        (lambda: Cosine(1.0), "offset = 1"),
         (lambda: DiscreteVP([0.1, 1.0, 0.1]), "betas must lie"),
         (lambda: DiscreteVP([0.1, 0.1, -0.1]), "betas must lie"),
         (lambda: DiscreteVP([0.1]), "at least two"),

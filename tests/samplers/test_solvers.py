@@ -184,6 +184,10 @@ def test_a_tableau_of_any_order_keeps_off_the_end_that_cannot_be_seen(solver, or
     assert measured_order(lambda n: (sample(field, X, solver, n).x - exact).norm().item(), 16) > order - 0.2
 
 
+def test_a_method_that_does_not_look_at_the_end_makes_its_last_step_itself():
+    assert sample(MIXTURE.field(RectifiedFlow(), "data"), X, "midpoint", 4).num_evals == 8
+
+
 def test_the_naive_last_stage_would_spoil_heun():
     """What the rule is for: data on a manifold, here nearly a point, which every path meets with an eps of its own."""
     thin, flow = Gaussian.of([1.0, -0.5], std=1e-5), RectifiedFlow()
@@ -254,26 +258,43 @@ def test_dopri5_takes_the_steps_of_its_equations():
                 h, refused = min(h, t - end) * min(max(0.9 * error ** (-1 / 5), 0.2), 1), refused + 1
                 continue
             factor = min(max(0.9 * error ** (-0.7 / 5) * last_error ** (0.4 / 5), 0.2), 5)
-            h = h if last and factor < 1 else min(h, t - end) * factor
+            h = max(h, (t - end) * factor) if last else h * factor
             x, t, first, last_error = x_new, new, slopes[-1], max(error, 1e-4)
     assert asked == pytest.approx(expected, rel=1e-9) and refused > 0
     assert got == pytest.approx(x, rel=1e-9)
 
 
 def test_dopri5_does_not_look_at_an_end_that_cannot_be_seen():
-    def asked(prediction):
+    def asked(prediction, grid="uniform"):
         calls, inner = [], GAUSSIAN.field(RectifiedFlow(), prediction)
 
         def network(x_t, t):
             calls.append(t[0].item())
             return inner.network(x_t, t)
 
-        sample(Field(network, RectifiedFlow(), prediction), X[:1], "dopri5", 1)
+        sample(Field(network, RectifiedFlow(), prediction), X[:1], "dopri5", 1, grid)
         return calls
 
     seen, blind = asked("velocity"), asked("data")
     assert min(seen) == 0 and len(seen) % 6 == 1  # the last stage of a step is the first of the next
     assert min(blind) == pytest.approx(1e-4, rel=1e-9) and len(blind) % 6 == 2  # and DDIM's step from there
+    assert max(asked("data", [5e-5, 0.0])) == 5e-5  # from below 1e-4 it goes half of the way
+
+
+def test_dopri5_meets_a_time_that_its_first_step_misses_by_rounding():
+    """0.101 - 0.05 is not the 0.051 that is asked for; the step of 1e-17 that is left is none."""
+    flow = RectifiedFlow()
+    out = sample(GAUSSIAN.field(flow), X, "dopri5", grid=[0.101, 0.051, 0.0])
+    torch.testing.assert_close(out.x, GAUSSIAN.solve(X, 0.101, 0.0, flow), rtol=0, atol=1e-4)
+    assert out.num_evals == 14  # a step of the grid is one of its own
+
+
+def test_dopri5_goes_on_with_the_step_it_had_and_not_with_what_was_left_of_a_grid_s_step():
+    whole, cut = (
+        sample(MIXTURE.field(RectifiedFlow()), X, "dopri5", grid=grid).num_evals
+        for grid in ([0.9, 0.5, 0.1], [0.9, 0.5001, 0.5, 0.1])
+    )
+    assert cut <= whole + 7  # the first stage of the further grid step, and its only step
 
 
 def test_dopri5_solves_a_sample_alike_in_any_batch():

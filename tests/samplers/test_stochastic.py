@@ -23,10 +23,13 @@ from samplers import (
     Trig,
     VPLinear,
     cfg,
+    integrate,
+    make_solver,
     randn,
     sample,
 )
-from samplers.noise import Brownian, decay, make_diffusion
+from samplers.grids import karras_between
+from samplers.noise import Brownian, _place_generator, decay, make_diffusion
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import measured_order, normal
 
@@ -91,6 +94,25 @@ def test_named_diffusions_are_the_formulas():
     assert float(make_diffusion(0.5, flow)(0.0)) == 0
 
 
+def test_kl_is_the_solver_s_own_diffusion_to_the_last_digit():
+    field, runs = MIXTURE.field(RectifiedFlow()), []
+    for diffusion in (None, "kl", 1, 1.0):
+        runs.append(sample(field, X, "ddpm", 6, diffusion=diffusion, generator=list(range(8))).x)
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("diffusion", [-0.1, math.inf, math.nan, [0.5]])
+def test_a_diffusion_that_is_none_is_refused(diffusion):
+    with pytest.raises(ValueError, match="diffusion (=|is) .*eta"):
+        sample(MIXTURE.field(RectifiedFlow()), X, "euler-maruyama", diffusion=diffusion)
+
+
+def test_brownian_motion_has_the_variance_of_its_time():
+    noise = Brownian(torch.zeros(4000, 1), torch.Generator().manual_seed(0))
+    for t, t_next in ((0.5, 0.46), (0.2, 0.9)):
+        assert noise(t, t_next).var().item() == pytest.approx(abs(t - t_next), rel=0.12)  # 5 standard errors
+
+
 def test_decay_is_the_integral():
     """exp(-int w / (2 sigma^2)) for w = w_kl is e^-h; the quadrature for an own function agrees with it."""
     flow, t, t_next = RectifiedFlow(), 0.6, 0.5
@@ -100,6 +122,16 @@ def test_decay_is_the_integral():
     assert decay(make_diffusion(1.3, flow), flow, t, t_next) == pytest.approx(expected**1.69)
     assert decay(make_diffusion(0.5, flow), flow, t, t_next) == pytest.approx((1 - 0.25 * (1 - expected**2)) ** 0.5)
     assert decay(None, flow, t, t_next) == 1
+    assert decay(make_diffusion("kl", flow), flow, t_next, t) == 1  # upwards it is the ODE
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun"])
+def test_an_sde_is_not_solved_from_data_to_noise(name):
+    """There the sign of w would be another, and the marginals with it."""
+    flow, ts = RectifiedFlow(), torch.tensor([0.1, 0.5, 0.9])
+    field = Field(lambda x_t, t: pytest.fail("the network was asked"), flow)
+    with pytest.raises(ValueError, match=f"'{name}' solves the SDE from noise to data: give times that fall"):
+        integrate(field, X, make_solver(name, flow, "sigma"), ts, Brownian(X))
 
 
 def test_ddim_with_eta_is_the_published_step():
@@ -160,6 +192,16 @@ def test_the_tree_is_one_brownian_path_on_every_grid():
     assert not torch.allclose(whole, BrownianTree(x, 8, depth=10)(0.9, 0.1))
 
 
+def test_the_tree_keeps_the_dtype_of_x_to_the_last_time():
+    tree = BrownianTree(X.bfloat16(), 7, depth=4)
+    assert tree(0.5, 0.0).dtype == tree.unit(0.5, 0.25).dtype == torch.bfloat16
+
+
+def test_each_seed_and_place_of_the_tree_has_a_generator_of_its_own():
+    states = {_place_generator(seed, place).initial_seed() for seed in range(-32, 32) for place in range(1, 65)}
+    assert len(states) == 64 * 64
+
+
 def test_a_step_that_draws_more_than_its_increment_takes_no_tree():
     """The tree would give the same noise again, and the marginals would be others."""
     langevin, restart = SOLVERS["langevin"], SOLVERS["restart"]
@@ -169,6 +211,7 @@ def test_a_step_that_draws_more_than_its_increment_takes_no_tree():
         (replace(langevin, inner=SOLVERS["ddpm"]), None),
         (langevin, "kl"),
         (replace(restart, intervals=((0.2, 0.6, 2, 4),)), None),
+        (replace(restart, inner=SOLVERS["ddpm"]), None),
         (Inpaint.of(replace(langevin, num_corrections=2), X, torch.ones_like(X)), None),
     ):
         with pytest.raises(ValueError, match="draws more in a step than a BrownianTree has for it"):
@@ -218,6 +261,7 @@ def test_seeds_are_whole_numbers_of_any_kind():
             randn((2, 3), seeds)
     tree = BrownianTree(X, list(range(8)), depth=4)(0.5, 0.25)
     assert torch.equal(tree, BrownianTree(X, np.arange(8), depth=4)(0.5, 0.25))
+    assert torch.equal(BrownianTree(X, np.int64(3)).at(1.0), BrownianTree(X, 3).at(1.0))
 
 
 def run(solver, field=None, **options):
@@ -240,6 +284,21 @@ def test_churn_adds_no_more_noise_than_the_schedule_has():
     near, far = (plan.lift for plan in churn.bind(MIXTURE.field(EDM(10.0)), [0.9, 0.5, 0.2]).plans)
     assert near.a == far.a == 1
     assert near.noise == pytest.approx((10**2 - 9**2) ** 0.5) and far.noise == pytest.approx(5.0)
+    (plan,) = replace(churn, churn=0.1).bind(MIXTURE.field(EDM(10.0)), [0.5, 0.0]).plans  # gamma = churn / num_steps
+    assert plan.lift.noise == pytest.approx(5 * (1.1**2 - 1) ** 0.5)
+
+
+def test_churn_on_a_flow_lands_on_its_path():
+    """sigma / alpha = 1 becomes 2^1/2; the data keeps the weight alpha there, and the noise the deviation sigma."""
+    churn, flow = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0), RectifiedFlow()
+    (plan,) = churn.bind(MIXTURE.field(flow), [0.5, 0.2]).plans
+    t = 2**0.5 / (1 + 2**0.5)
+    assert plan.lift.a * 0.5 == pytest.approx(1 - t)
+    assert math.hypot(plan.lift.a * 0.5, plan.lift.noise) == pytest.approx(t)
+    field, seeds = MIXTURE.field(flow), list(range(8))
+    raised = plan.lift.a * X + plan.lift.noise * randn(X.shape, seeds, torch.float64)
+    got = sample(field, X, churn, grid=[0.5, 0.2], generator=seeds).x
+    torch.testing.assert_close(got, sample(field, raised, "edm-heun", grid=[t, 0.2]).x)
 
 
 def test_langevin_that_corrects_nothing_is_its_predictor():
@@ -254,6 +313,45 @@ def test_langevin_that_corrects_nothing_is_its_predictor():
         replace(langevin, snr=0)
     with pytest.raises(ValueError, match="num_corrections = 0"):
         replace(langevin, num_corrections=0)
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), EDM(10.0)])
+def test_a_langevin_step_is_its_formula(schedule):
+    field, seeds, size = MIXTURE.field(schedule), list(range(8)), 2 * (0.3 * schedule.sigma(0.4)) ** 2
+    x = sample(field, X, "ddim", grid=[0.7, 0.4]).x
+    expected = x + size * field.score(x, 0.4) + (2 * size).sqrt() * randn(X.shape, seeds, torch.float64)
+    got = sample(field, X, replace(SOLVERS["langevin"], snr=0.3), grid=[0.7, 0.4], generator=seeds).x
+    torch.testing.assert_close(got, expected)
+    assert sample(field, X, "langevin", 4).num_evals == 2 * 4 - 1  # data are not corrected
+
+
+def test_a_step_of_stochastic_heun_is_its_formula():
+    """(f(x, t) + f(x', t')) dt / 2 + sqrt(w) dW with x' = x + f(x, t) dt + sqrt(w) dW and f = v - w/2 score."""
+    field, t, t_next = MIXTURE.field(RectifiedFlow()), 0.7, 0.4
+    w = (0.4 + 0.5 * (t + t_next)) / 5
+
+    def f(x, t):
+        return field.v(x, t) - w / 2 * field.score(x, t)
+
+    kick = w**0.5 * Brownian(X, list(range(8)))(t, t_next)
+    ahead = X + f(X, t) * (t_next - t) + kick
+    expected = X + (f(X, t) + f(ahead, t_next)) / 2 * (t_next - t) + kick
+    run = {"diffusion": lambda t: (0.4 + t) / 5, "generator": list(range(8))}
+    torch.testing.assert_close(sample(field, X, "stochastic-heun", grid=[t, t_next], **run).x, expected)
+
+
+@pytest.mark.parametrize("inner", ["ab2", "ddpm"])
+def test_a_restart_is_its_formula(inner):
+    """On the flow from 0.2 up to 0.6: x keeps the weight 0.4 / 0.8, and noise makes its deviation 0.6."""
+    flow, inner, noise = RectifiedFlow(), SOLVERS[inner], Brownian(X, list(range(8)))
+    field, grid = MIXTURE.field(flow), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
+    down = torch.tensor(karras_between(0.6, 0.2, 3, flow), dtype=torch.float64)
+    x = integrate(field, X, inner, grid, noise).x
+    for _ in range(2):
+        raised = x / 2 + (0.6**2 - 0.1**2) ** 0.5 * noise.unit(0.2, 0.6)
+        x = integrate(field, raised, inner, down, noise).x
+    restart = replace(SOLVERS["restart"], inner=inner, intervals=((0.2, 0.6, 2, 3),))
+    torch.testing.assert_close(integrate(field, X, restart, grid, Brownian(X, list(range(8)))).x, x)
 
 
 @pytest.mark.parametrize(("low", "num_steps"), [(0.5, 10), (0.3, 10), (0.35, 20)])

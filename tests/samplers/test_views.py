@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import VE, VIEWS, Cosine, DiscreteVP, RectifiedFlow, VPLinear, convert, edm_view
+from samplers import VE, VIEWS, Cosine, DiscreteVP, Field, RectifiedFlow, VPLinear, convert, edm_view
 
 SCHEDULES = [RectifiedFlow(), Cosine(), VPLinear(), VE(), DiscreteVP.scaled_linear()]
 PURE = [RectifiedFlow(), Cosine()]
@@ -115,3 +115,11 @@ def test_edm_preconditioning_is_the_published_one():
     assert edm_view(0.8) is edm_view(0.8) and edm_view() is not edm_view(0.8)
     with pytest.raises(ValueError, match="sigma_data = 0"):
         edm_view(0)
+
+
+def test_a_function_that_is_no_view_is_refused_with_the_field():
+    for view, match in ((edm_view, r"give edm_view\(\), or edm_view\(sigma_data\)"), (lambda c: (1.0, 0.0), "gave")):
+        with pytest.raises(ValueError, match=match):
+            Field(lambda x_t, t: x_t, RectifiedFlow(), view)
+        with pytest.raises(ValueError, match=match):
+            convert(X_0, "data", view, X_0, RectifiedFlow()(0.5))
