@@ -169,10 +169,11 @@ class BrownianTree:
         if not 1 <= depth <= 30:
             raise ValueError(f"depth = {depth}: give a number of halvings from 1 to 30")
         self.shape, self.dtype, self.device, self.seeds, self.depth = x.shape, x.dtype, x.device, seeds, depth
+        self._kept = torch.promote_types(x.dtype, torch.float32)  # small differences of it are asked for
         self._known: OrderedDict[int, Tensor] = OrderedDict()
 
     def __call__(self, t: Time, t_next: Time) -> Tensor:
-        return (self.at(t_next) - self.at(t)).to(self.device)
+        return (self.at(t_next) - self.at(t)).to(self.device, self.dtype)
 
     def unit(self, t: Time, t_next: Time) -> Tensor:
         """The increment from t to t_next over the root of their distance; ValueError where they are one place."""
@@ -182,7 +183,7 @@ class BrownianTree:
         return self(t, t_next) / math.sqrt(places / 2**self.depth)
 
     def at(self, t: Time) -> Tensor:
-        """W(t), on the CPU; W(0) = 0."""
+        """W(t), on the CPU, in float32 at least; W(0) = 0."""
         return self._at(self._place(t))
 
     def _place(self, t: Time) -> int:
@@ -190,7 +191,7 @@ class BrownianTree:
 
     def _at(self, place: int) -> Tensor:
         if place == 0:
-            return torch.zeros(self.shape, dtype=self.dtype)
+            return torch.zeros(self.shape, dtype=self._kept)
         if place in self._known:
             self._known.move_to_end(place)
             return self._known[place]
@@ -207,8 +208,8 @@ class BrownianTree:
 
     def _draw(self, place: int) -> Tensor:
         if isinstance(self.seeds, int):
-            return randn(self.shape, _place_generator(self.seeds, place), self.dtype)
-        return torch.stack([randn(self.shape[1:], _place_generator(s, place), self.dtype) for s in self.seeds])
+            return randn(self.shape, _place_generator(self.seeds, place), self._kept)
+        return torch.stack([randn(self.shape[1:], _place_generator(s, place), self._kept) for s in self.seeds])
 
 
 def _place_generator(seed: int, place: int) -> Generator:

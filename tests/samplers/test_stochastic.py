@@ -197,6 +197,12 @@ def test_the_tree_keeps_the_dtype_of_x_to_the_last_time():
     assert tree(0.5, 0.0).dtype == tree.unit(0.5, 0.25).dtype == torch.bfloat16
 
 
+def test_small_steps_of_a_tree_in_half_precision_are_those_of_float32():
+    x = torch.zeros(1000, 1)
+    exact, half = (BrownianTree(x.to(dtype), 7, depth=10) for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(half(1.0, 1 - 2**-10), exact(1.0, 1 - 2**-10).bfloat16())
+
+
 def test_each_seed_and_place_of_the_tree_has_a_generator_of_its_own():
     states = {_place_generator(seed, place).initial_seed() for seed in range(-32, 32) for place in range(1, 65)}
     assert len(states) == 64 * 64
