@@ -34,7 +34,11 @@ def as_rgb(image: Image) -> Image:
     from PIL import Image as pil
 
     if image.mode.startswith("I") or image.mode == "F":
-        return pil.fromarray(_gray_8bit(np.asarray(image))).convert("RGB")
+        gray, clear = np.asarray(image), image.info.get("transparency")
+        shown = _gray_8bit(gray)
+        if isinstance(clear, int):  # the one value of a 16-bit PNG that is transparent
+            shown[gray == clear] = 255
+        return pil.fromarray(shown).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -103,6 +103,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error, as MMDIT_DEBUG=1 does.")
     ] = False,
@@ -113,6 +114,10 @@ def options(
     """Train a text-to-image MMDiT from scratch on captioned images, sample it and score it."""
     if debug:
         os.environ[errors.DEBUG] = "1"
+    command = ctx.invoked_subcommand
+    if command != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        shares = "; several of it share the work by --part (mmdit cache --help)" if command == "cache" else ""
+        raise ValueError(f"`mmdit {command}` is one process, and torchrun started several: start it alone{shares}")
 
 
 def _share_cores() -> None:

@@ -102,7 +102,8 @@ class FlowMatching:
         return batch, None
 
     def __call__(self, model: nn.Module, batch: Batch, generator: Draws, t: Tensor | float | None = None) -> Loss:
-        """Loss of `model(x_t, t, tokens, drop)` on a batch.
+        """Loss of `model(x_t, t, tokens, drop)` on a batch; drop is boolean, (B, E), E = 1 for a model without a
+        `conditioner`.
 
         Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped
         captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped: the noise is all
@@ -115,7 +116,7 @@ class FlowMatching:
             t = t if isinstance(batch.latents, Tensor) else _shifted_by_size(t, x_0, model)
         t = torch.as_tensor(t, dtype=torch.promote_types(x_0[0].dtype, torch.float32)).expand(len(x_0)).to(device)
         eps = noise_for(num, x_0, generator, self.share)
-        encoders: int = model.conditioner.num_encoders  # type: ignore[union-attr, assignment]
+        encoders = _num_encoders(model)
         chance = torch.ones(num, encoders) if fixed else torch.rand(num, encoders, generator=generator)  # type: ignore[arg-type]
         errors = self._errors(model, batch, eps, t, self.share.of(chance < self.caption_dropout).to(device))
         loss = errors.mean()
@@ -135,6 +136,12 @@ class FlowMatching:
         v = model([part.view(x.shape) for part, x in zip(x_t, x_0, strict=True)], t, batch.tokens, drop)
         squares = (_in_row(v).float() - self.schedule.velocity(row, noise, times)).square()
         return torch.stack([part.mean() for part in squares.split(counts)])
+
+
+def _num_encoders(model: nn.Module) -> int:
+    """Text encoders whose captions are dropped each alone; also of a model in DistributedDataParallel."""
+    conditioner = getattr(getattr(model, "module", model), "conditioner", None)
+    return 1 if conditioner is None else conditioner.num_encoders  # type: ignore[no-any-return]
 
 
 def _in_row(xs: Sequence[Tensor]) -> Tensor:

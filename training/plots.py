@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from training.telemetry import bin_names
@@ -79,19 +80,23 @@ def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
 def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
     """One line a bin of times, from light (data) to dark (noise)."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
 
     for name, values in timed.items():
         t = float(name.removeprefix("loss_t"))
         steps, losses = zip(*values, strict=True)
         axes.plot(steps, _running_mean(losses), color=colormaps["viridis_r"](t), linewidth=1.2, label=f"{t:.2f}")
     axes.set(xlabel="step", title="Training loss by time t, running means", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, ncols=2, title="t about")
 
 
-def _running_mean(values: Sequence[float], rate: float = 0.05) -> list[float]:
-    mean, out = values[0], []
-    for value in values:
-        mean += (value - mean) * rate
-        out.append(mean)
-    return out
+def _running_mean(values: Sequence[float], share: int = 20) -> list[float]:
+    """Means over a 1/share of the values before and after each, so that the line does not lag."""
+    num, half = len(values), len(values) // share
+    sums, at = np.cumsum([0.0, *values]), np.arange(num)
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, num)
+    return ((sums[last] - sums[first]) / (last - first)).tolist()  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from training.config import TrainConfig
 from training.corpus import Corpus
 from training.data import Source
 from training.run import RunFolder
+from training.settings import said
 from training.setup import fingerprint
 
 
@@ -24,7 +25,7 @@ def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
 def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
     """What is said where a resumed run would not keep a setting."""
     return ValueError(
-        f"{run.path} was trained with another {key}: {old}, not {new}; "
+        f"{run.path} was trained with another {key}: {said(old)}, not {said(new)}; "
         "a resumed run keeps it, train afresh into another folder to change it"
     )
 

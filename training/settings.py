@@ -181,6 +181,12 @@ def _plain(value: Any) -> Any:
     return "none" if value is None else value
 
 
+def said(value: Any) -> str:
+    """A value as on the command line."""
+    text = str(_plain(value))
+    return text.replace(" ", "") if isinstance(value, tuple) else text.lower() if isinstance(value, bool) else text
+
+
 def to_toml(settings: Any) -> str:
     """The settings as TOML text; reading it gives equal settings."""
     return tomli_w.dumps(to_dict(settings))

@@ -85,6 +85,17 @@ def test_of_several_processes_those_after_the_first_say_who_they_are(monkeypatch
         assert capsys.readouterr().err == who + "\n"
 
 
+def test_torchrun_is_for_train_alone(monkeypatch, calls):
+    """Processes that do all the same work into the same files are refused, not started."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert run("train", "demo").exit_code == 0
+        done = run("cache", "demo")  # which lacks --out
+        assert done.exit_code == 2 and ("torchrun started several" in done.output) == (processes == "2")
+    assert "--part" in done.output
+
+
 def test_train_resume_alone_takes_the_run_and_settings(calls, tmp_path):
     assert run("train", "--resume", tmp_path, "training.num_steps=9").exit_code == 0
     assert calls == [(tmp_path, ["training.num_steps=9"])]

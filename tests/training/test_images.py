@@ -96,6 +96,13 @@ def test_16_bit_gray_is_scaled_not_clipped(kind):
     assert (image == image[..., :1]).all()
 
 
+def test_16_bit_gray_of_one_transparent_value():
+    """Only that value: 1235 rounds to the same 8 bits and stays."""
+    gray = np.array([[1234, 1235, 40000]], dtype=np.uint16)
+    assert read_image(encoded(gray, transparency=1234))[0, :, 0].tolist() == [255, 5, 156]
+    assert read_image(encoded(gray))[0, :, 0].tolist() == [5, 5, 156]
+
+
 def test_16_bit_big_endian():
     image = Image.frombytes("I;16B", (3, 1), struct.pack(">3H", 0, 257 * 7, 65535))
     assert read_image(encoded(image, "TIFF"))[0, :, 0].tolist() == [0, 7, 255]

@@ -161,6 +161,23 @@ def test_captions_are_dropped_one_by_one_for_each_encoder(encoders):
         assert abs(both - 0.09) < 0.03
 
 
+def test_any_network_of_four_arguments_is_a_model():
+    """Without a conditioner there is one coin a sample; in DistributedDataParallel's `module` it is found."""
+    drops = []
+
+    def network(x_t, t, tokens, drop):
+        drops.append(drop)
+        return 0 * x_t
+
+    loss = FlowMatching(Uniform())(network, batch(4), generator())
+    assert loss.total.isfinite() and drops[0].shape == (4, 1)
+    wrapped = nn.Module()
+    wrapped.module = Spy(3)
+    wrapped.forward = wrapped.module.forward
+    FlowMatching(Uniform())(wrapped, batch(4), generator())
+    assert wrapped.module.calls[0][3].shape == (4, 3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_dropout_of_none_and_of_all(dropout):
     spy = Spy()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from training.config import load_config
-from training.plots import caption_grid, loss_plot
+from training.plots import _running_mean, caption_grid, loss_plot
 from training.run import RunFolder
 
 
@@ -84,3 +84,11 @@ def test_losses_by_time_stand_beside(tmp_path):
     run.close()
     assert sizes[0] < sizes[1] == sizes[2]
     assert colours[2] and not colours[1], "dark is the line near t = 1"
+
+
+def test_the_running_mean_does_not_lag():
+    falling = [float(v) for v in range(200, 0, -1)]
+    mean = _running_mean(falling)
+    assert mean[10:-10] == pytest.approx(falling[10:-10])
+    assert mean[0] == np.mean(falling[:11]) and mean[-1] == np.mean(falling[-11:])
+    assert _running_mean([3.0]) == [3.0]

@@ -407,7 +407,7 @@ def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
     before = contents(run)
     with pytest.raises(ValueError, match=r"is at step 6, past training.num_steps = 5: .*train afresh"):
         training.resume(run, ["training.num_steps=5"])
-    with pytest.raises(ValueError, match=f"was trained with another init: None, not {tmp_path}"):
+    with pytest.raises(ValueError, match=f"was trained with another init: none, not {tmp_path}"):
         training.resume(run, [f"init={tmp_path}"])
     with pytest.raises(ValueError, match="training.out .* is the folder of a new run.* move it"):
         training.resume(run, [f"training.out={tmp_path}"])
@@ -426,7 +426,7 @@ def test_a_resumed_run_refuses_what_would_do_nothing(run, tmp_path):
         ("data.image_size=16", "data.image_size"),
         ("data.held_out=0.3", "data.held_out"),
         ("data.source=shapes:32", "data.source"),
-        ("data.buckets=true", "data.buckets"),
+        ("data.buckets=true", "data.buckets: false, not true;"),
         ("data.captions=text=1", "data.captions"),
         ("optimizer.name=muon", "optimizer.name"),
         ("optimizer.base_width=16", "optimizer.base_width"),
