@@ -138,6 +138,8 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"num_samples must be at least 1, not {num_samples}")
+    if not spec:  # a path would take it as the folder that one is in
+        raise DataError("no data is named: give --data (or data.source) a folder of images with captions, shards, ...")
     size, mix = checked_size(image_size), _mix_in(spec)
     if any(name.partition(":")[0] == "shapes" for name, _ in mix):
         if len(mix) > 1:

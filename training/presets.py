@@ -62,7 +62,7 @@ def latent() -> TrainConfig:
     return TrainConfig(
         name="latent",
         autoencoder="shapes",
-        data=DataConfig(num_workers=2),
+        data=DataConfig(source="", num_workers=2),
         model=ModelConfig(depth=12, num_heads=6, head_dim=64, patch_size=2, pos_embed_max_size=64),
         text=TextConfig(vocab_size=4096, max_length=64, width=256, depth=2, num_heads=4),
         optimizer=OptimizerConfig(lr=3e-4, warmup_steps=500, schedule="cosine", final_lr_fraction=0.05),

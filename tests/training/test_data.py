@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from training.captions import MAX_CAPTION
+from training.config import load_config
 from training.data import (
     DataError,
     FileSource,
@@ -328,6 +329,8 @@ def test_no_images_found(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(DataError, match=rf"no images found in {tmp_path}: looked through 1 files for images \(.png"):
         open_source(str(tmp_path))
+    with pytest.raises(DataError, match="no data is named: give --data"):
+        open_source(load_config("latent").data.source)
     with pytest.raises(DataError, match="no images found: there is no folder or file"):
         open_source(str(tmp_path / "none"))
     with pytest.raises(DataError, match=f"there is no folder or file none in {os.getcwd()};"):
