@@ -130,9 +130,17 @@ def _share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def _one_voice() -> None:
+    """Of several processes the first alone shows the bars of Hugging Face's libraries, which read this when loaded."""
+    if os.environ.get("RANK", "0") != "0":
+        for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the first
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
     _share_cores()
+    _one_voice()
     threading.excepthook = errors.of_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a caption that it cannot show ends no command

@@ -478,3 +478,16 @@ def test_waiting_threads_soon_leave_their_core_to_others(given, spins):
     out = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
     loaded, found = out.stdout.split(maxsplit=1)
     assert loaded == "False" and ast.literal_eval(found).get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("rank, shown", [("0", True), ("1", False)])
+def test_of_several_processes_the_first_alone_shows_bars_of_what_is_loaded(rank, shown):
+    code = (
+        "import os, sys; from mmdit_cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+        "from transformers.utils import logging; from datasets import are_progress_bars_disabled\n"
+        "print(logging.is_progress_bar_enabled(), not are_progress_bars_disabled())"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_DISABLE_PROGRESS_BARS")}
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, env={**env, "RANK": rank}, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == [str(shown)] * 2
