@@ -49,10 +49,8 @@ class Interrupts:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        yield
+        self._deferred = False  # but not after an error: that is on its way to be said, and no signal takes its place
 
     def _catch(self, sig: int, frame: Any) -> None:
         self._caught = True

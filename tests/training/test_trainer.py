@@ -607,6 +607,22 @@ def test_a_first_signal_waits_for_the_step_and_a_second_acts_at_once():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_does_not_take_the_place_of_the_error_that_ends_training():
+    """As where a process dies: torchrun ends the others while they say so."""
+
+    def lost():
+        with Interrupts() as interrupts:
+            try:
+                with interrupts.deferred():
+                    raise ValueError("lost")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert interrupts.caught
+
+    with pytest.raises(ValueError, match="lost"):
+        lost()
+
+
 def test_a_terminal_that_closes_may_say_so_twice_and_nohup_stands():
     before = signal.getsignal(signal.SIGHUP)
     with Interrupts() as interrupts, interrupts.deferred():
