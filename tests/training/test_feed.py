@@ -113,6 +113,11 @@ def test_signed_is_from_minus_one_to_one():
     torch.testing.assert_close(x, torch.tensor([-1, -1 / 255, 1 / 255, 1]))
 
 
+def test_signed_images_are_contiguous_though_decoded_ones_are_not():
+    """So that what an autoencoder rounds does not hang on how they were read."""
+    assert to_signed(torch.zeros(2, 4, 6, 3, dtype=torch.uint8).permute(0, 3, 1, 2)).is_contiguous()
+
+
 @pytest.mark.parametrize("make", [latent_feed, image_feed])
 def test_an_epoch_has_each_sample_once_and_the_next_another_order(text, make):
     feed, _ = make(text, Numbers(8), [0, 1, 3, 5, 6, 7])
@@ -208,6 +213,15 @@ def test_latents_of_several_sizes_are_drawn_as_each_by_itself():
     found = latents_from(Noisy(), statistics, drawn(True, 0, 5, range(4)), CPU)
     for row, own in enumerate(statistics):
         assert torch.equal(found[row], latents_from(Noisy(), own[None], drawn(True, 0, 5, [row]), CPU)[0])
+
+
+def test_latents_are_in_fp32_whatever_a_cache_keeps_them_in():
+    for dtype in (torch.float16, torch.bfloat16):
+        statistics = torch.full((2, 3, 4, 4), 0.1, dtype=dtype)
+        for form in (statistics, list(statistics)):
+            for sampled in (False, True):
+                found = latents_from(Noisy(), form, drawn(sampled, 0, 0, range(2)), CPU)
+                assert {x.dtype for x in found} == {torch.float32}
 
 
 @pytest.mark.parametrize("num", [1, 3, CPU_BLOCK, CPU_BLOCK + 3])
