@@ -21,7 +21,17 @@ from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, 
 from training.precision import autocast
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.sharding import accumulating, check_parallel, copied, gathering, kept_ops, local, mesh_of, strategy
+from training.sharding import (
+    accumulating,
+    check_parallel,
+    copied,
+    gathering,
+    kept_ops,
+    local,
+    mesh_of,
+    strategy,
+    weights_digest,
+)
 from training.trainer import Trainer
 
 
@@ -70,9 +80,11 @@ def test_what_the_processes_hold_is_what_the_config_says():
 
 
 def test_one_process_alone_says_that_there_is_nothing_to_share(tmp_path):
-    config = config_for(tmp_path / "run", "parallel.strategy=fsdp")
-    Trainer(config, RunFolder.create(config.run_folder, config))
-    assert "parallel.strategy is fsdp: it takes effect under torchrun" in (tmp_path / "run" / "log.txt").read_text()
+    for way, told in (("fsdp", 1), ("auto", 0), ("none", 0)):
+        config = config_for(tmp_path / way, f"parallel.strategy={way}")
+        Trainer(config, RunFolder.create(config.run_folder, config))
+        line = f"parallel.strategy is {way}: it takes effect under torchrun"
+        assert (tmp_path / way / "log.txt").read_text().count(line) == told
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,7 @@ def test_in_parts_a_run_is_what_it_is_in_one_piece(tmp_path, group):
 
 def opened(tmp_path, *changes) -> Trainer:
     """The trainer of a run in parts and bf16, with gradients everywhere."""
-    how = ("parallel.strategy=fsdp", "training.precision=bf16", "training.batch_size=4", "training.grad_accumulation=2")
+    how = ("training.precision=bf16", "training.batch_size=4", "training.grad_accumulation=2")
     config = config_for(tmp_path / "run", *how, *changes)
     trainer = Trainer(config, RunFolder.create(tmp_path / "run", config))
     with torch.no_grad():
@@ -139,9 +151,9 @@ def in_parts(module) -> set[bool]:
     return {hasattr(p, "device_mesh") for p in module.parameters()}
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_blocks_work_in_bf16_and_gradients_are_summed_in_fp32(tmp_path, group, reshard):
-    trainer = opened(tmp_path, f"parallel.reshard={str(reshard).lower()}")
+@pytest.mark.parametrize(("way", "reshard"), [("fsdp", True), ("hsdp", False)])
+def test_blocks_work_in_bf16_and_gradients_are_summed_in_fp32(tmp_path, group, way, reshard):
+    trainer = opened(tmp_path, f"parallel.strategy={way}", f"parallel.reshard={str(reshard).lower()}")
     trunk, types = trainer.model.transformer, {}
     for name in ("patch_in", "patch_out", "blocks.0.img.modulation", "blocks.1.txt.attn.qkv"):
         trunk.get_submodule(name).register_forward_pre_hook(
@@ -163,15 +175,26 @@ def test_blocks_work_in_bf16_and_gradients_are_summed_in_fp32(tmp_path, group, r
 
 
 def test_the_average_is_whole_while_it_is_called(tmp_path, group):
-    """In fp32; what is called of it may be the text encoder or the trunk alone."""
-    average = opened(tmp_path).ema
-    weights = [layer.weight for layer in (average.transformer.patch_in, average.conditioner.layers[0].qkv)]
-    types = []
-    average.transformer.blocks[0].img.attn.qkv.register_forward_pre_hook(lambda m, _: types.append(m.weight.dtype))
-    assert in_parts(average) == {True} and not any(p.requires_grad for p in average.parameters())
-    with gathering(average):
-        assert {hasattr(w, "device_mesh") for w in weights} == {True}
-    assert not average.training
+    """In fp32, and not after; what is called of it may be the text encoder or the trunk alone."""
+    trainer = opened(tmp_path, "parallel.strategy=fsdp")
+    average, types = trainer.ema, set()
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    for layer in (average.transformer.blocks[0].img.attn.qkv, average.conditioner.layers[0].qkv):
+        layer.register_forward_pre_hook(lambda module, _: types.add(module.weight.dtype))
+    assert in_parts(average) == {True}
+    with pytest.raises(KeyboardInterrupt), gathering(average):
+        assert in_parts(average.conditioner) == in_parts(average.transformer.patch_in) == {False}
+        trainer.pipe(["a red circle"], num_steps=1)
+        raise KeyboardInterrupt
+    assert in_parts(average) == {True} and types == {torch.float32}
+
+
+def test_processes_begin_alike_where_names_shapes_and_numbers_are_the_same():
+    def digest(numbers, name="w"):
+        return weights_digest(torch.nn.ParameterDict({name: torch.nn.Parameter(torch.tensor(numbers))}))
+
+    found = [digest([1.0, 2.0]), digest([1.0, 3.0]), digest([[1.0, 2.0]]), digest([1.0, 2.0], "v")]
+    assert len({*found}) == 4 and digest([1.0, 2.0]) == found[0]
 
 
 def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypatch):
