@@ -207,6 +207,8 @@ def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypat
         check_parallel(config, Ranks(0, 12, 0, 4), torch.device("cpu"))
         mesh_of(config.parallel, Ranks(0, 12, 0, 4), torch.device("cpu"))
     assert meshes == [(3, 4), (6, 2), (12,)]
+    with pytest.raises(ConfigError, match="shard_size is 4, expected a divisor of the 6 processes"):
+        check_parallel(load_config("demo", ["parallel.strategy=hsdp"]), Ranks(0, 6, 0, 4), torch.device("cpu"))
 
 
 def test_copies_exchange_the_gradient_of_the_last_part_alone(group):
