@@ -7,6 +7,8 @@ from threading import Timer
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import training
@@ -21,6 +23,7 @@ from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, 
 from training.precision import autocast
 from training.run import RunFolder
 from training.seeds import generator_for
+from training.sharded_checkpoint import read_sharded, save_sharded
 from training.sharding import (
     accumulating,
     check_parallel,
@@ -134,6 +137,30 @@ def test_in_parts_a_run_is_what_it_is_in_one_piece(tmp_path, group):
         for name, x in tensors.items():
             torch.testing.assert_close(found[group][name], x, rtol=1e-4, atol=1e-5, msg=f"{group} {name}")
     assert metrics(run, "loss") == [(step, pytest.approx(loss)) for step, loss in metrics(whole, "loss")]
+
+
+def test_a_checkpoint_in_parts_is_read_into_parts(tmp_path, group):
+    """The optimiser's state of a weight too, in its own type; a weight of another shape is refused."""
+    mesh = init_device_mesh("cpu", (1,))
+    numbers = {"w": torch.randn(4, 2).bfloat16(), "w/exp_avg": torch.randn(4, 2)}
+    w, average = (distribute_tensor(x, mesh, [Shard(0)]) for x in numbers.values())
+    weights = {"model": {"w": w}, "optimizer": {"w/exp_avg": average, "w/step": torch.tensor(3.0)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    into = torch.zeros_like(w)
+    found = read_sharded(folder, {"model": {"w": into}})
+    state = found["optimizer"]
+    assert found["model"]["w"] is into and hasattr(state["w/exp_avg"], "device_mesh") and state["w/step"] == 3
+    for name, x in {"w": into, "w/exp_avg": state["w/exp_avg"]}.items():
+        assert x.dtype == numbers[name].dtype and torch.equal(local(x), numbers[name])
+    with pytest.raises(ValueError, match=r"step-00000001 has model/w of \(4, 2\), the model \(2, 2\)"):
+        read_sharded(folder, {"model": {"w": torch.zeros(2, 2)}})
+
+
+def test_a_checkpoint_in_parts_is_read_without_a_group_and_a_word(tmp_path, recwarn):
+    weights = {"model": {"w": torch.randn(4, 2)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    recwarn.clear()
+    assert torch.equal(read_sharded(folder)["model"]["w"], weights["model"]["w"]) and not recwarn.list
 
 
 def opened(tmp_path, *changes) -> Trainer:
