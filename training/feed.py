@@ -245,10 +245,7 @@ class _Alternatives:
             return list(rows)
         if draws is None:
             return [self._firsts[row] for row in rows]
-        return [
-            self._firsts[row] + (choose(*self._found[row], u) if self._found[row][0] > 1 else 0)
-            for row, u in zip(rows, draws, strict=True)
-        ]
+        return [self._firsts[row] + choose(*self._found[row], u) for row, u in zip(rows, draws, strict=True)]
 
 
 def chunks_of(feed: Any, size: int) -> Iterator[range]:

@@ -402,6 +402,10 @@ def test_sizes_that_a_cache_is_asked_for(tmp_path):
         CachedSource(tmp_path / "cache", step=16)
 
 
+def test_images_of_one_size_are_a_batch_though_several_may_be_in_one(written):
+    assert CachedSource(written, mixed=True).layout.mixed is False
+
+
 def test_a_cache_is_no_source_of_images(written, tmp_path):
     source = open_source(str(written))
     assert isinstance(source, CachedSource) and is_shapes(str(written))
@@ -499,6 +503,10 @@ def test_batches_are_those_of_images(parts, tmp_path, learned, kind, sampled):
     assert told == [] and feeds[0].captions == feeds[1].captions
     again = next(feeds[0].batches(12, seed=5, start_step=2)).latents
     assert torch.equal(again, first)
+    for feed in feeds:  # of two processes the second
+        own = feed.batches(12, seed=5, start_step=2, share=Share(1, 2))
+        torch.testing.assert_close(next(own).latents, first[6:])
+        own.close()
     mode = next(CachedFeed(cached, indices, *common, lambda *w: None).batches(12, seed=5, start_step=2)).latents
     assert torch.equal(first, mode) != (sampled and kind == "kl")
     assert torch.equal(feeds[0].at([1, 2]).latents, feeds[1].at([1, 2]).latents)
@@ -608,6 +616,7 @@ def test_the_order_of_row_groups_is_kept(tmp_path, learned):
         (["data.min_side=8"], "was made with data.min_side = 0, not 8: leave it out"),
         (["data.buckets=true"], "was made with data.buckets = False, not True"),
         (["data.flip=true", "data.cache_latents=false"], "has one crop of each image: leave out data.crop and"),
+        (["data.crop=random", "data.cache_latents=false"], "has one crop of each image: leave out data.crop and"),
     ],
     ids=str,
 )

@@ -123,6 +123,29 @@ def test_both_feeds_draw_the_same_captions(several, tmp_path):
     assert seen == {f"{kind}{i}" for kind in "oab" for i in range(8)}
 
 
+def test_without_a_caption_both_feeds_have_an_empty_one(tmp_path):
+    """Where none is needed, beside samples that have several."""
+    import numpy as np
+    import torch
+
+    from mmdit.autoencoder import PixelSpace
+    from mmdit.text import LearnedText, TextConfig, Tokenizer
+    from training.feed import ImageFeed, LatentFeed
+
+    files = {f"{i}.png": picture(i) for i in range(3)} | {"1.json": json_bytes({"more": ["a", "b"]}), "2.txt": b"c"}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    wanted = Wanted(captions=(("txt", 1.0), ("more", 1.0)))
+    source = open_source(str(tmp_path), options=SourceOptions(wanted=wanted), need_captions=False)
+    text = LearnedText(TextConfig(260, 6, 16, 1, 2), Tokenizer.train([], 258, 6))
+    common = (source, np.arange(3), PixelSpace(), text, torch.device("cpu"), 0, lambda *told: None)
+    feeds = ImageFeed(*common), LatentFeed(*common)
+    assert feeds[1].captions == ["", "a", "c"] and torch.equal(
+        feeds[1].at([2, 0]).tokens.ids, text.tokenize(["c", ""]).ids
+    )
+    for one, other in itertools.islice(zip(*(feed.batches(3, 0) for feed in feeds), strict=True), 9):
+        assert torch.equal(one.tokens.ids, other.tokens.ids)
+
+
 # --- filters ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+import training.feed
 from mmdit.autoencoder import PixelSpace
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from training.corpus import Pieces
 from training.data import DataError, Sample
-from training.feed import ImageFeed, LatentFeed, NothingUsable, WithText, to_signed
+from training.feed import (
+    CPU_BLOCK,
+    ImageFeed,
+    LatentFeed,
+    NothingUsable,
+    WithText,
+    drawn,
+    latents_from,
+    num_ordered,
+    statistics_of,
+    to_signed,
+)
+from training.share import WHOLE, Share
 
 CPU = torch.device("cpu")
 
@@ -38,6 +51,30 @@ class Numbers:
         if i in self.bad:
             return Sample(self.keys[i], None, f"{i}", f"broken {i}")
         return Sample(self.keys[i], np.full((4, 6, 3), i, dtype=np.uint8), f"{i}")
+
+
+class Noisy(PixelSpace):
+    """Its posterior has the pixels as its mean, and a deviation of 1."""
+
+    def draw(self, statistics, generators):
+        if generators is None:
+            return statistics
+        noise = [torch.randn(x.shape, generator=own) for x, own in zip(statistics, generators, strict=True)]
+        return statistics + torch.stack(noise)
+
+
+class Counting(PixelSpace):
+    """It says of each image how many it saw at the same time."""
+
+    def statistics(self, images):
+        return torch.full_like(images, len(images))
+
+
+class Broken(PixelSpace):
+    """It fails."""
+
+    def statistics(self, images):
+        raise RuntimeError("out of memory")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +111,11 @@ def test_signed_is_from_minus_one_to_one():
     x = to_signed(torch.tensor([0, 127, 128, 255], dtype=torch.uint8))
     assert x.dtype == torch.float32
     torch.testing.assert_close(x, torch.tensor([-1, -1 / 255, 1 / 255, 1]))
+
+
+def test_signed_images_are_contiguous_though_decoded_ones_are_not():
+    """So that what an autoencoder rounds does not hang on how they were read."""
+    assert to_signed(torch.zeros(2, 4, 6, 3, dtype=torch.uint8).permute(0, 3, 1, 2)).is_contiguous()
 
 
 @pytest.mark.parametrize("make", [latent_feed, image_feed])
@@ -148,6 +190,76 @@ def test_progress_counts_to_the_end(text, monkeypatch):
     assert seen == [(4, 10), (8, 10), (10, 10)]
 
 
+@pytest.mark.parametrize("kind", [ImageFeed, LatentFeed])
+def test_each_latent_is_drawn_by_its_place_in_the_run_whoever_encodes_it(text, kind):
+    """Another noise for each seed, step and row; of two processes, as of one, also where batches come in parts."""
+    feed = kind(Numbers(), np.arange(10), Noisy(), text, CPU, 0, print, sampled=True)
+
+    def noise(share=WHOLE, seed=0, step=0):
+        batch = next(feed.batches(4, seed, step, share))
+        colours = [int(text.tokenizer.decode(ids)) for ids in batch.tokens.ids]
+        return batch.latents - (torch.tensor(colours) / 127.5 - 1)[:, None, None, None]
+
+    found = [noise(), noise(seed=1), noise(step=1)]
+    assert len({round(x.flatten()[0].item(), 4) for rows in found for x in rows}) == 12
+    for parts in (1, 2):
+        shares = [Share(rank, 2, parts) for rank in range(2)]
+        for share in shares:
+            torch.testing.assert_close(noise(share), found[0][share.rows(4)])
+
+
+def test_latents_of_several_sizes_are_drawn_as_each_by_itself():
+    statistics = [torch.zeros(3, *size) for size in ((4, 4), (2, 6), (4, 4), (2, 6))]
+    found = latents_from(Noisy(), statistics, drawn(True, 0, 5, range(4)), CPU)
+    for row, own in enumerate(statistics):
+        assert torch.equal(found[row], latents_from(Noisy(), own[None], drawn(True, 0, 5, [row]), CPU)[0])
+
+
+def test_latents_are_in_fp32_whatever_a_cache_keeps_them_in():
+    for dtype in (torch.float16, torch.bfloat16):
+        statistics = torch.full((2, 3, 4, 4), 0.1, dtype=dtype)
+        for form in (statistics, list(statistics)):
+            for sampled in (False, True):
+                found = latents_from(Noisy(), form, drawn(sampled, 0, 0, range(2)), CPU)
+                assert {x.dtype for x in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("num", [1, 3, CPU_BLOCK, CPU_BLOCK + 3])
+def test_on_a_cpu_an_image_is_always_seen_among_as_many(num):
+    images = torch.zeros(num, 3, 4, 4, dtype=torch.uint8)
+    for mixed, at_a_time in ((False, CPU_BLOCK), (True, 1)):
+        found = statistics_of(Counting(), images, CPU, mixed)
+        assert len(found) == num and set(found.flatten().tolist()) == {at_a_time}
+
+
+def test_an_error_ends_what_reads_ahead(text, monkeypatch):
+    """Workers too, though the traceback is kept: of the autoencoder's, and of the text beside the pictures."""
+    ended, plain = [], training.feed.loader
+
+    def watched(*args):
+        try:
+            yield from plain(*args)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(training.feed, "loader", watched)
+    broken = ImageFeed(Numbers(), np.arange(10), Broken(), text, CPU, 0, print)
+    none = WithText(image_feed(text, Numbers(), range(10))[0], Pieces(["one"], text.tokenizer, 5, CPU), 1)
+    monkeypatch.setattr(none.text, "batches", lambda *args: iter(()))
+    for feed, message in ((broken, "out of memory"), (none, "shorter")):
+        with pytest.raises((RuntimeError, ValueError), match=message) as kept:
+            next(feed.batches(4, 0))
+        assert ended == [True] and kept.tb is not None
+        ended.clear()
+
+
+def test_the_order_hangs_on_how_many_samples_there_are(text):
+    """Those that are left in memory; of those that are read as they come all, the bad ones too."""
+    source, pieces = Numbers(bad=(2,)), Pieces(["one"], text.tokenizer, 5, CPU)
+    feeds = [make(text, source, range(8))[0] for make in (latent_feed, image_feed)]
+    assert [num_ordered(feed) for feed in feeds] == [num_ordered(WithText(feed, pieces, 1)) for feed in feeds] == [7, 8]
+
+
 @pytest.mark.parametrize("make", [latent_feed, image_feed])
 def test_text_stands_beside_as_many_pictures_less(text, make):
     """From any step on the same batches, of the feed's own pictures and the text's own pieces."""
@@ -162,3 +274,6 @@ def test_text_stands_beside_as_many_pictures_less(text, make):
         if step >= 2:
             again = next(later)
             assert torch.equal(again.latents, batch.latents) and torch.equal(again.text.ids, batch.text.ids)
+    share = Share(1, 2)
+    own, whole = next(WithText(feed, pieces, 4).batches(8, 1, 0, share)), next(WithText(feed, pieces, 4).batches(8, 1))
+    assert torch.equal(own.latents, whole.latents[2:]) and torch.equal(own.text.ids, whole.text.ids[2:])

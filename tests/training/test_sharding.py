@@ -7,18 +7,34 @@ from threading import Timer
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import training
 from mmdit import linear
 from tests.training.processes import free_port
-from tests.training.test_trainer import TRANSFUSION, config_for
+from tests.training.test_trainer import TRANSFUSION, config_for, metrics
+from training.checkpoint import list_checkpoints, read_checkpoint
 from training.config import ConfigError, load_config
 from training.devices import pick_device
 from training.interrupts import Interrupts
 from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, stay
+from training.precision import autocast
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.sharding import check_parallel, kept_ops, strategy
+from training.sharded_checkpoint import read_sharded, save_sharded
+from training.sharding import (
+    accumulating,
+    check_parallel,
+    copied,
+    gathering,
+    kept_ops,
+    local,
+    mesh_of,
+    strategy,
+    weights_digest,
+)
 from training.trainer import Trainer
 
 
@@ -67,9 +83,11 @@ def test_what_the_processes_hold_is_what_the_config_says():
 
 
 def test_one_process_alone_says_that_there_is_nothing_to_share(tmp_path):
-    config = config_for(tmp_path / "run", "parallel.strategy=fsdp")
-    Trainer(config, RunFolder.create(config.run_folder, config))
-    assert "parallel.strategy is fsdp: it takes effect under torchrun" in (tmp_path / "run" / "log.txt").read_text()
+    for way, told in (("fsdp", 1), ("auto", 0), ("none", 0)):
+        config = config_for(tmp_path / way, f"parallel.strategy={way}")
+        Trainer(config, RunFolder.create(config.run_folder, config))
+        line = f"parallel.strategy is {way}: it takes effect under torchrun"
+        assert (tmp_path / way / "log.txt").read_text().count(line) == told
 
 
 @pytest.mark.parametrize(
@@ -89,6 +107,148 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     config = config_for(tmp_path / "run", "training.batch_size=10", "training.grad_accumulation=2")
     with pytest.raises(ValueError, match="batch_size is 10, .*grad_accumulation = 2 times 4 processes: 8 or 16"):
         Trainer(config, RunFolder.create(config.run_folder, config), ranks=Ranks(0, 4, 0, 4))
+
+
+# --- a process alone, which holds all the parts: what FSDP and DDP do is then seen without another one --------------
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """One process with a group of its own, of which the config is asked how it shares."""
+    monkeypatch.setattr("training.sharding.strategy", lambda config, ranks: config.strategy)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_in_parts_a_run_is_what_it_is_in_one_piece(tmp_path, group):
+    """Also when it goes on from a checkpoint in parts."""
+    how = ["training.grad_accumulation=2", "training.batch_size=8", "training.checkpoint_every=1"]
+    parts = [*how, "parallel.strategy=fsdp", "training.num_steps=1"]
+    run = training.train(config_for(tmp_path / "parts", *parts))
+    training.resume(run, ["training.num_steps=2"])
+    whole = training.train(config_for(tmp_path / "whole", *how, "parallel.strategy=none", "training.num_steps=2"))
+    folders = [list_checkpoints(path)[-1] for path in (run, whole)]
+    assert [path.name[:11] for path in folders[0].glob("*.safetensors")] == ["shard-00001"]
+    (_, found), (_, expected) = map(read_checkpoint, folders)
+    assert {group: x.keys() for group, x in found.items()} == {group: x.keys() for group, x in expected.items()}
+    for group, tensors in expected.items():
+        for name, x in tensors.items():
+            torch.testing.assert_close(found[group][name], x, rtol=1e-4, atol=1e-5, msg=f"{group} {name}")
+    assert metrics(run, "loss") == [(step, pytest.approx(loss)) for step, loss in metrics(whole, "loss")]
+
+
+def test_a_checkpoint_in_parts_is_read_into_parts(tmp_path, group):
+    """The optimiser's state of a weight too, in its own type; a weight of another shape is refused."""
+    mesh = init_device_mesh("cpu", (1,))
+    numbers = {"w": torch.randn(4, 2).bfloat16(), "w/exp_avg": torch.randn(4, 2)}
+    w, average = (distribute_tensor(x, mesh, [Shard(0)]) for x in numbers.values())
+    weights = {"model": {"w": w}, "optimizer": {"w/exp_avg": average, "w/step": torch.tensor(3.0)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    into = torch.zeros_like(w)
+    found = read_sharded(folder, {"model": {"w": into}})
+    state = found["optimizer"]
+    assert found["model"]["w"] is into and hasattr(state["w/exp_avg"], "device_mesh") and state["w/step"] == 3
+    for name, x in {"w": into, "w/exp_avg": state["w/exp_avg"]}.items():
+        assert x.dtype == numbers[name].dtype and torch.equal(local(x), numbers[name])
+    with pytest.raises(ValueError, match=r"step-00000001 has model/w of \(4, 2\), the model \(2, 2\)"):
+        read_sharded(folder, {"model": {"w": torch.zeros(2, 2)}})
+
+
+def test_a_checkpoint_in_parts_is_read_without_a_group_and_a_word(tmp_path, recwarn):
+    weights = {"model": {"w": torch.randn(4, 2)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    recwarn.clear()
+    assert torch.equal(read_sharded(folder)["model"]["w"], weights["model"]["w"]) and not recwarn.list
+
+
+def opened(tmp_path, *changes) -> Trainer:
+    """The trainer of a run in parts and bf16, with gradients everywhere."""
+    how = ("training.precision=bf16", "training.batch_size=4", "training.grad_accumulation=2")
+    config = config_for(tmp_path / "run", *how, *changes)
+    trainer = Trainer(config, RunFolder.create(tmp_path / "run", config))
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            local(p).add_(0.05 * torch.randn(local(p).shape, generator=torch.Generator().manual_seed(p.numel())))
+    return trainer
+
+
+def in_parts(module) -> set[bool]:
+    return {hasattr(p, "device_mesh") for p in module.parameters()}
+
+
+@pytest.mark.parametrize(("way", "reshard"), [("fsdp", True), ("hsdp", False)])
+def test_blocks_work_in_bf16_and_gradients_are_summed_in_fp32(tmp_path, group, way, reshard):
+    trainer = opened(tmp_path, f"parallel.strategy={way}", f"parallel.reshard={str(reshard).lower()}")
+    trunk, types = trainer.model.transformer, {}
+    for name in ("patch_in", "patch_out", "blocks.0.img.modulation", "blocks.1.txt.attn.qkv"):
+        trunk.get_submodule(name).register_forward_pre_hook(
+            lambda module, given, name=name: types.update({name: (module.weight.dtype, given[0].dtype)})
+        )
+    for last, part in enumerate(trainer._prepared(next(trainer.feed.batches(4, 0)))):
+        with accumulating(trainer.learner, bool(last)):
+            with autocast(trainer.device, trainer.precision):
+                loss = trainer.learner(*part).total
+            assert in_parts(trunk.blocks[0]) == {reshard}
+            loss.backward()
+        assert {p.grad is None for p in trunk.blocks.parameters()} == {not last}  # exchanged once, at the end
+    half, full = torch.bfloat16, torch.float32
+    assert types == {"patch_in": (full, full), "patch_out": (full, half), "blocks.0.img.modulation": (half, full),
+                     "blocks.1.txt.attn.qkv": (half, half)}  # fmt: skip
+    sums = local(trunk.blocks[0].img.modulation.weight.grad)
+    assert in_parts(trainer.model) == {True} and sums.dtype == full
+    assert (sums.bfloat16() != sums).any()  # of two parts, each in bf16
+
+
+def test_the_average_is_whole_while_it_is_called(tmp_path, group):
+    """In fp32, and not after; what is called of it may be the text encoder or the trunk alone."""
+    trainer = opened(tmp_path, "parallel.strategy=fsdp")
+    average, types = trainer.ema, set()
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    for layer in (average.transformer.blocks[0].img.attn.qkv, average.conditioner.layers[0].qkv):
+        layer.register_forward_pre_hook(lambda module, _: types.add(module.weight.dtype))
+    assert in_parts(average) == {True}
+    with pytest.raises(KeyboardInterrupt), gathering(average):
+        assert in_parts(average.conditioner) == in_parts(average.transformer.patch_in) == {False}
+        trainer.pipe(["a red circle"], num_steps=1)
+        raise KeyboardInterrupt
+    assert in_parts(average) == {True} and types == {torch.float32}
+
+
+def test_processes_begin_alike_where_names_shapes_and_numbers_are_the_same():
+    def digest(numbers, name="w"):
+        return weights_digest(torch.nn.ParameterDict({name: torch.nn.Parameter(torch.tensor(numbers))}))
+
+    found = [digest([1.0, 2.0]), digest([1.0, 3.0]), digest([[1.0, 2.0]]), digest([1.0, 2.0], "v")]
+    assert len({*found}) == 4 and digest([1.0, 2.0]) == found[0]
+
+
+def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypatch):
+    meshes = []
+    monkeypatch.setattr(
+        "torch.distributed.device_mesh.init_device_mesh", lambda _, shape, mesh_dim_names: meshes.append(shape)
+    )
+    for changes in (["hsdp"], ["hsdp", "parallel.shard_size=2"], ["fsdp"]):
+        config = load_config("demo", [f"parallel.strategy={changes[0]}", *changes[1:]])
+        check_parallel(config, Ranks(0, 12, 0, 4), torch.device("cpu"))
+        mesh_of(config.parallel, Ranks(0, 12, 0, 4), torch.device("cpu"))
+    assert meshes == [(3, 4), (6, 2), (12,)]
+    with pytest.raises(ConfigError, match="shard_size is 4, expected a divisor of the 6 processes"):
+        check_parallel(load_config("demo", ["parallel.strategy=hsdp"]), Ranks(0, 6, 0, 4), torch.device("cpu"))
+
+
+def test_copies_exchange_the_gradient_of_the_last_part_alone(group):
+    learner = copied(torch.nn.Linear(2, 2), torch.device("cpu"))
+    for last in (False, True):
+        with accumulating(learner, last):
+            assert learner.require_backward_grad_sync == last
+    plain = torch.nn.Linear(2, 2)
+    with accumulating(plain, False):
+        assert plain(torch.ones(1, 2)).shape == (1, 2)
+
+
+# --- settings, and processes that find each other ------------------------------------------------------------------
 
 
 @pytest.fixture
