@@ -176,7 +176,7 @@ def test_a_run_trains_on_buckets_and_resumes_to_the_bit(mixed, tmp_path, cached,
         training.resume(halves, ["training.batch_size=8"])
     steps = [row["loss"] for row in RunFolder(whole).metrics() if "loss" in row]
     assert steps == [row["loss"] for row in RunFolder(halves).metrics() if "loss" in row]
-    with pytest.raises(ValueError, match="trained with another training.packing: False, not True"):
+    with pytest.raises(ValueError, match="trained with another training.packing: false, not true"):
         training.resume(halves, ["training.packing=true"])
 
 
