@@ -117,6 +117,7 @@ def test_an_sde_solver_takes_kl_where_the_model_has_no_diffusion(client, pipe):
 def test_ctrl_c_ends_the_command_also_while_it_draws(pipe, tmp_path):
     pipe.save(tmp_path)
     command = [sys.executable, "-m", "mmdit_cli.main", "web", str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, all of them
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             url = process.stdout.readline().split()[0]
@@ -129,6 +130,7 @@ def test_ctrl_c_ends_the_command_also_while_it_draws(pipe, tmp_path):
             said, _ = process.communicate(timeout=60)
         finally:
             process.kill()
+            signal.signal(signal.SIGINT, before)
     assert process.returncode == 0, said
     assert not said
 
