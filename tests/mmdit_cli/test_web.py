@@ -117,7 +117,7 @@ def test_an_sde_solver_takes_kl_where_the_model_has_no_diffusion(client, pipe):
 def test_ctrl_c_ends_the_command_also_while_it_draws(pipe, tmp_path):
     pipe.save(tmp_path)
     command = [sys.executable, "-m", "mmdit_cli.main", "web", str(tmp_path)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, all of them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in background jobs
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             url = process.stdout.readline().split()[0]
