@@ -95,8 +95,11 @@ def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def _running_mean(values: Sequence[float], share: int = 20) -> list[float]:
-    """Means over a 1/share of the values before and after each, so that the line does not lag."""
-    num, half = len(values), len(values) // share
+    """Means over as many values before each as after it, up to a 1/share of all, so that the line does not lag; the
+    last ones, which have fewer after them, are means over no fewer before them.
+    """
+    num = len(values)
     sums, at = np.cumsum([0.0, *values]), np.arange(num)
-    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, num)
+    half = np.minimum(at, num // share)
+    first, last = at - half, np.minimum(at + half + 1, num)
     return ((sums[last] - sums[first]) / (last - first)).tolist()  # type: ignore[no-any-return]

@@ -89,6 +89,7 @@ def test_losses_by_time_stand_beside(tmp_path):
 def test_the_running_mean_does_not_lag():
     falling = [float(v) for v in range(200, 0, -1)]
     mean = _running_mean(falling)
-    assert mean[10:-10] == pytest.approx(falling[10:-10])
-    assert mean[0] == np.mean(falling[:11]) and mean[-1] == np.mean(falling[-11:])
+    assert mean[:-10] == pytest.approx(falling[:-10]) and mean[-1] == np.mean(falling[-11:])
+    spike = [0.0] * 100 + [21.0] + [0.0] * 99
+    assert _running_mean(spike) == pytest.approx([0.0] * 90 + [1.0] * 21 + [0.0] * 89)
     assert _running_mean([3.0]) == [3.0]
