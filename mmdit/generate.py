@@ -26,6 +26,7 @@ from mmdit.memory import keeping_memory
 from mmdit.sampling import check_finite, check_solver, pair_of_numbers
 from mmdit.sequences import MixedBatch, Part, check_parts
 from mmdit.transfusion import Transfusion
+from samplers.schedules import widest_float
 
 Stopped = Literal["end", "length"]
 Told = Callable[[int, Part], object]
@@ -59,7 +60,7 @@ class TextSampling:
         """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.double()  # so that a temperature near 0 is none
+        logits = logits.to(widest_float(logits.device))  # so that a temperature near 0 is none
         p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1).float()
         ordered, order = p.sort(dim=-1, descending=True)
         kept = ordered.cumsum(-1) - ordered < self.top_p  # the likeliest one always

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdit_cli.sample import (
+    Device,
     Diffusion,
     Guidance,
     Size,
@@ -51,6 +52,7 @@ def generate(
     guidance: Guidance = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of words and noise.")] = 0,
+    device: Device = None,
 ) -> None:
     """Go on from text and pictures: describe a picture, draw a text, or let the model choose.
 
@@ -72,8 +74,9 @@ def generate(
     import mmdit
     from mmdit.generate import TextSampling
     from mmdit.text_and_images import TransfusionPipeline
+    from training.devices import pick_device
 
-    pipe = mmdit.TextToImage.load(run)
+    pipe = mmdit.TextToImage.load(run, device=None if device is None else pick_device(device.value))
     if not isinstance(pipe, TransfusionPipeline):
         raise ValueError(f"{run} is a text-to-image model, which writes no text: draw with `mmdit sample {run} PROMPT`")
     text = TextSampling(temperature, top_k, top_p, min_p)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,19 @@ Without = Annotated[
 TrunkType = Annotated[DType | None, typer.Option(help="Type of the trunk's numbers, float32 by default.")]
 
 
+class DeviceName(StrEnum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+Device = Annotated[
+    DeviceName | None, typer.Option(help="Where to compute, CUDA by default if there is one; mps is the GPU of a Mac.")
+]
+
+
 def sample(
     run: Run,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture a prompt.", show_default=False)],
@@ -70,6 +84,7 @@ def sample(
     autoencoder: Autoencoder = None,
     without: Without = None,
     dtype: TrunkType = None,
+    device: Device = None,
 ) -> None:
     """Draw pictures for prompts; what is not said, the run's config says.
 
@@ -96,7 +111,7 @@ def sample(
 
     import mmdit
 
-    pipe = open_pipe(run, checkpoint, text, autoencoder, without, dtype)
+    pipe = open_pipe(run, checkpoint, text, autoencoder, without, dtype, device)
     edit = None
     if image is not None:
         given = {} if strength is None else {"strength": strength}
@@ -117,14 +132,17 @@ def open_pipe(
     autoencoder: str | None,
     without: list[str] | None,
     dtype: DType | None,
+    device: DeviceName | None,
 ) -> "TextToImage":
     """The pipeline that the options name."""
     import torch
 
     import mmdit
+    from training.devices import pick_device
 
     parts: dict[str, Any] = dict(text=text, autoencoder=autoencoder, without=without)
     parts["dtype"] = None if dtype is None else getattr(torch, dtype.value)
+    parts["device"] = None if device is None else pick_device(device.value)
     pipe = mmdit.TextToImage.load(run, **{name: value for name, value in parts.items() if value is not None})
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)

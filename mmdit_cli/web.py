@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmdit_cli.errors import end_at_once
-from mmdit_cli.sample import Autoencoder, Checkpoint, Run, Text, TrunkType, Without, open_pipe
+from mmdit_cli.sample import Autoencoder, Checkpoint, Device, Run, Text, TrunkType, Without, open_pipe
 
 
 def web(
@@ -26,6 +26,7 @@ def web(
     autoencoder: Autoencoder = None,
     without: Without = None,
     dtype: TrunkType = None,
+    device: Device = None,
 ) -> None:
     """Draw in the browser; with a model of text and images, write too. Needs pip install 'mmdit\\[web]'.
 
@@ -42,7 +43,7 @@ def web(
     check_gradio()
     from mmdit_cli.page import THEME, make_page
 
-    pipe = open_pipe(run, checkpoint, text, autoencoder, without, dtype)
+    pipe = open_pipe(run, checkpoint, text, autoencoder, without, dtype, device)
     page = make_page(pipe, str(run))
     try:
         page.queue(default_concurrency_limit=1)  # one thing is drawn at a time, the others wait

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samplers.schedules import Coefficients, Schedule, Time, as_time, float_tensor
+from samplers.schedules import Coefficients, Schedule, Time, as_time, float_tensor, widest_float
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,9 @@ class DiscreteVP(Schedule):
         return (index + 1) / len(self)
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        n, table = len(self), self._log_snr.to(t.device)
-        place = t.double() * n
+        wide = widest_float(t.device)
+        n, table = len(self), self._log_snr.to(t.device, wide)
+        place = t.to(wide) * n
         k = place.floor().long().clamp(1, n - 1)  # between the knots k and k + 1, which are the indices k - 1 and k
         low, high = table[k - 1], table[k]
         high = torch.where(high.isneginf(), low, high)  # made below; an infinity here would be a NaN in gradients
@@ -114,9 +115,9 @@ class DiscreteVP(Schedule):
         return Coefficients(*(c.to(t.dtype) for c in (alpha, sigma, d_alpha, d_sigma)))
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        n, table = len(self), self._log_snr
         given = float_tensor(log_snr)
-        table, level = table.to(given.device), given.double()
+        wide = widest_float(given.device)
+        n, table, level = len(self), self._log_snr.to(given.device, wide), given.to(wide)
         k = torch.searchsorted(-table, -level.contiguous()).clamp(1, n - 1)
         low, high = table[k - 1], table[k]
         place = k + ((level - low) / (high - low)).clamp(0, 1)

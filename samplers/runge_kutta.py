@@ -18,7 +18,7 @@ from torch import Tensor
 
 from samplers.field import Field, Prediction
 from samplers.noise import Noise
-from samplers.schedules import Time, check_positive, expand
+from samplers.schedules import Time, check_positive, expand, widest_float
 from samplers.solver import Solver, Step
 from samplers.views import plus
 
@@ -131,7 +131,7 @@ class Adaptive(Solver):
         end, sign = t_next, 1.0 if t_next > t else -1.0
         if not field.determines_velocity(t_next):
             end = t_next - sign * min(1e-4, abs(t_next - t) / 2)
-        now = torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device)
+        now = torch.full((len(x_t),), t, dtype=widest_float(x_t.device), device=x_t.device)
         h, last_error = state or (torch.full_like(now, self.first_step), torch.ones_like(now))
         first = prediction = field.predict(x_t, now)
         slope, x = first.v, x_t
@@ -168,7 +168,7 @@ class Adaptive(Solver):
             x_new = advance(x, dt, a, slopes)
             slopes.append(field.predict(x_new, (1 - c) * now + c * new).v)
         off = advance(torch.zeros_like(x), dt, self.error, slopes)
-        norm = (off / (self.atol + self.rtol * torch.maximum(x.abs(), x_new.abs()))).double()
+        norm = (off / (self.atol + self.rtol * torch.maximum(x.abs(), x_new.abs()))).to(now.dtype)
         error = norm.flatten(1).square().mean(1).sqrt() if norm.ndim > 1 else norm.abs()
         return x_new, torch.where(error.isfinite(), error, torch.inf), slopes[-1]  # a NaN is a step refused
 

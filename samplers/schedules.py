@@ -269,8 +269,13 @@ def _check_batch(t: Tensor, x: Tensor) -> None:
         raise ValueError(f"t holds {len(t)} times for a batch of {len(x)}: give one per sample, or a scalar")
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no wider numbers (the GPU of a Mac)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def float_tensor(value: Time) -> Tensor:
     """A floating tensor as it is, a whole one and a number as float64."""
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else value.double()
+        return value if value.is_floating_point() else value.to(widest_float(value.device))
     return torch.tensor(float(value), dtype=torch.float64)

@@ -84,8 +84,8 @@ class AutoencoderTrainConfig(Settings):
     """Largest norm of the gradient."""
     seed: CountOrZero = 0
     """Decides weights, order, crops and noise."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" takes CUDA if present."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; "auto" takes CUDA if present. "mps" is the GPU of a Mac."""
     evaluate_every: Count = 1000
     """Steps between held-out scores; the weights are saved then too."""
 
@@ -118,7 +118,7 @@ def held_out_psnr(autoencoder: Autoencoder, images: np.ndarray) -> float:
 def channel_statistics(autoencoder: Autoencoder, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (C,) float64, of each channel of the scaled latents of uint8 images (N, H, W, 3)."""
     device = next(autoencoder.parameters()).device
-    latents = torch.cat([autoencoder.encode(x.to(device)).double().cpu() for x in _batches(images)])
+    latents = torch.cat([autoencoder.encode(x.to(device)).cpu().double() for x in _batches(images)])
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3), correction=0)
 
 

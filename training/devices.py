@@ -7,10 +7,20 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a config names: "auto" takes CUDA if present. Raises ValueError for CUDA where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("the config asks for the device cuda, but this torch sees no CUDA device: use cpu or auto")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device called "cpu", "cuda" or "mps" (the GPU of a Mac); "auto" is CUDA if present, else the CPU.
+
+    Raises ValueError for one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if available("cuda") else "cpu"
+    if not available(name):
+        raise ValueError(f"device {name} is asked for, but this torch sees no {name.upper()} device: use cpu or auto")
+    return torch.device(name)
+
+
+def available(name: str) -> bool:
+    """Whether this torch sees a device of this kind."""
+    return name == "cpu" or bool(torch.get_device_module(name).is_available())
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -20,6 +30,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(False)
+    if device.type == "mps":
+        return False
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

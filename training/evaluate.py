@@ -25,6 +25,7 @@ from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes, split_by_key
+from training.devices import available
 from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
@@ -160,9 +161,8 @@ def evaluate_run(
     config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
     config = with_evaluation(config, evaluation or {})
     check_metrics(config.evaluation)
-    pipe = TextToImage.load(
-        path, "cpu" if config.training.device == "cpu" else None
-    )  # a run on CUDA is scored anywhere
+    asked = config.training.device  # a run on a GPU is scored anywhere
+    pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
     feed = held_out_feed(config, pipe, run.index)

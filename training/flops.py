@@ -62,8 +62,7 @@ def measured_peak(device: torch.device, precision: torch.dtype, seconds: float =
     while time.perf_counter() < until or not best:
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.get_device_module(device).synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - start) / 1e12)
     return best
 

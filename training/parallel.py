@@ -152,6 +152,8 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     local, per_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world > 1 and config.parallel.strategy == "none":
         raise ConfigError(f'parallel.strategy is "none", but {world} processes were started: set "auto", or start one')
+    if world > 1 and config.training.device == "mps":
+        raise ConfigError(f'training.device is "mps", which is one GPU, but {world} processes were started: start one')
     on_cuda = pick_device(config.training.device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(local)

@@ -325,8 +325,8 @@ class TrainingConfig(Settings):
     """Type of the numbers in snapshots."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the model; "auto" compiles where a compiler is found and the run is long enough to gain."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" takes CUDA if present."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; "auto" takes CUDA if present. "mps" is the GPU of a Mac."""
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
     """Kernel of the attention; all but "sdpa" need CUDA."""
     packing: bool = False

@@ -112,7 +112,7 @@ class Telemetry:
         self._fill_bins()
         samples, tokens, flops = self._work()
         names = list(self._parts)
-        values = [torch.stack(self._parts[name]).double().mean().item() for name in names]
+        values = [torch.stack(self._parts[name]).cpu().double().mean().item() for name in names]
         norms = {name: float(norm) for name, norm in self._norms.items()}
         # The device has finished: its numbers are read.
         wall = 0.0 if self._began is None else self.clock() - self._began
@@ -147,7 +147,7 @@ class Telemetry:
 
     def _fill_bins(self) -> None:
         if self._timed:
-            t, errors = (torch.cat(parts).double().cpu() for parts in zip(*self._timed, strict=True))
+            t, errors = (torch.cat(parts).cpu().double() for parts in zip(*self._timed, strict=True))
             bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
             self._bins[0] += torch.bincount(bins, errors, TIME_BINS)
             self._bins[1] += torch.bincount(bins, minlength=TIME_BINS)
@@ -163,18 +163,17 @@ class Telemetry:
             if reads_padding(self.model.conditioner):
                 captions = torch.full_like(captions, length)
             samples += images + (0 if documents is None else len(documents))
-            text = captions if documents is None else torch.cat([captions, documents])
+            text = (captions if documents is None else torch.cat([captions, documents])).cpu()
             tokens += sum(patches) + text.sum().item()
             if not self.peak:
                 continue
             if mixed:
                 one_each = torch.zeros_like(text)
-                one_each[:images] = torch.tensor(patches, device=text.device)
+                one_each[:images] = torch.tensor(patches)
                 lead = 2 if self.model.transformer.config.size_tokens else 0
                 flops += step_flops(self.model, of_documents(one_each, text, lead))
             elif self.model.packed:
-                row = torch.tensor(patches, device=text.device)
-                flops += step_flops(self.model, in_one_row(row, captions, int(captions.max())))
+                flops += step_flops(self.model, in_one_row(torch.tensor(patches), text, int(text.max())))
             else:
                 flops += self._padded((images, patches[0], length))
         return samples, tokens, flops
@@ -221,7 +220,7 @@ def bin_names() -> list[str]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """The peak since the start, in GiB: of the process on a CPU, of torch's tensors on a GPU."""
+    """The peak since the start, in GiB: of torch's tensors on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     try:

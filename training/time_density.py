@@ -40,8 +40,11 @@ class TimeDensity(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """n times (n,); stratified: exactly one in each of the n quantile strata, in random order."""
-        drawn_on = device if generator is None else generator.device
+        """n times (n,); stratified: exactly one in each of the n quantile strata, in random order.
+
+        They are drawn where the generator is, without one on the CPU, and go to `device` then.
+        """
+        drawn_on = "cpu" if generator is None else generator.device
         u = torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float64)
         if stratified:
             u = (torch.randperm(n, generator=generator, device=drawn_on) + u) / n

@@ -454,7 +454,8 @@ def compiled(
     by itself, as several processes need it.
     """
     asked = config.training
-    wanted = asked.compile == "on" or (asked.compile == "auto" and asked.num_steps >= COMPILE_MIN_STEPS)
+    gains = asked.num_steps >= COMPILE_MIN_STEPS and device.type != "mps"  # for which torch's compiler is a prototype
+    wanted = asked.compile == "on" or (asked.compile == "auto" and gains)
     if not wanted:
         return model
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):

@@ -219,11 +219,12 @@ def test_sample_writes_one_picture_where_told(pipe, tmp_path):
 
 def test_sample_passes_the_parts_of_a_single_file(pipe, tmp_path):
     words = ["--text", "folder", "--autoencoder", "sd3:ae.safetensors", "--without", "t5", "--dtype", "bfloat16"]
+    words += ["--device", "cpu"]
     result = run("sample", "sd3.safetensors", "a", "--out", tmp_path / "a.png", *words)
     assert result.exit_code == 0, result.output
     assert str(pipe.run) == "sd3.safetensors"
     parts = {"text": "folder", "autoencoder": "sd3:ae.safetensors", "without": ["t5"], "dtype": torch.bfloat16}
-    assert pipe.parts == parts
+    assert pipe.parts == parts | {"device": torch.device("cpu")}
     run("sample", "runs/x", "a", "--out", tmp_path / "a.png")
     assert pipe.parts == {}
 
@@ -267,7 +268,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     from mmdit.generate import Written
     from mmdit.text_and_images import TransfusionPipeline
 
-    asked = []
+    asked, devices = [], []
     picture = Image.new("RGB", (8, 8), "red")
     pipe = TransfusionPipeline.__new__(TransfusionPipeline)
 
@@ -277,10 +278,24 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
             told(0, part)
         return [Written(["two words", picture, picture, "and more"], "length")]
 
-    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
+    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run, device: devices.append(device) or pipe)
     pipe.generate, pipe.image_sampling = generate, lambda *how, free: (how, free)
     picture.save(tmp_path / "given.png")
-    words = ("--top-k", "5", "--temperature", "0.5", "--max-images", "2", "--seed", "3", "--draw", "--size", "16x8")
+    words = (
+        "--top-k",
+        "5",
+        "--temperature",
+        "0.5",
+        "--max-images",
+        "2",
+        "--seed",
+        "3",
+        "--draw",
+        "--size",
+        "16x8",
+        "--device",
+        "cpu",
+    )
     result = run("generate", "r", tmp_path / "given.png", "and then", *words, "--out", tmp_path / "o.png")
     assert result.exit_code == 0, result.stderr
     said = result.stdout.splitlines()
@@ -288,6 +303,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     assert said[4].startswith("stopped at a limit, not at an end: 64 tokens")
     assert (tmp_path / "o-0.png").exists() and (tmp_path / "o-1.png").exists()
     [([prompt], seed, options)] = asked
+    assert devices == [torch.device("cpu")]
     assert prompt[0].size == (8, 8) and prompt[1] == "and then" and seed == 3
     assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
     assert options["max_images"] == 2 and options["max_tokens"] == 64
@@ -299,7 +315,7 @@ def test_generate_says_that_nothing_was_written(monkeypatch):
     from mmdit.text_and_images import TransfusionPipeline
 
     pipe = TransfusionPipeline.__new__(TransfusionPipeline)
-    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run: pipe)
+    monkeypatch.setattr(mmdit.TextToImage, "load", lambda run, device: pipe)
     pipe.generate, pipe.image_sampling = lambda *_, **how: [Written([], "end")], lambda *how, free: how
     result = run("generate", "r", "a star")
     assert (result.exit_code, result.stdout) == (

@@ -7,11 +7,13 @@ from functools import cache
 import pytest
 import torch
 
+import samplers
 from samplers import (
     SOLVERS,
     VE,
     Cosine,
     DerivedField,
+    DiscreteVP,
     Field,
     Inpaint,
     RectifiedFlow,
@@ -287,6 +289,23 @@ def test_dopri5_meets_a_time_that_its_first_step_misses_by_rounding():
     out = sample(GAUSSIAN.field(flow), X, "dopri5", grid=[0.101, 0.051, 0.0])
     torch.testing.assert_close(out.x, GAUSSIAN.solve(X, 0.101, 0.0, flow), rtol=0, atol=1e-4)
     assert out.num_evals == 14  # a step of the grid is one of its own
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), DiscreteVP.linear()])
+def test_where_a_device_has_no_float64_float32_does(monkeypatch, schedule):
+    """Times per sample, their steps, and tables of alpha."""
+
+    def solved():
+        return sample(
+            MIXTURE.field(schedule), X.float(), replace(SOLVERS["dopri5"], atol=1e-4, rtol=1e-4), grid=[0.9, 0.5, 0.1]
+        )
+
+    expected = solved()
+    for module in (samplers.discrete, samplers.runge_kutta):
+        monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
+    out = solved()
+    torch.testing.assert_close(out.x, expected.x, rtol=0, atol=3e-3)
+    assert out.num_evals <= 1.1 * expected.num_evals
 
 
 def test_dopri5_goes_on_with_the_step_it_had_and_not_with_what_was_left_of_a_grid_s_step():

@@ -1,5 +1,7 @@
 """Devices and precisions by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,8 +13,19 @@ def test_devices(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert pick_device("auto") == torch.device(expected)
         assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="no CUDA device: use cpu or auto"):
-        pick_device("cuda")
+    for name in ("cuda", "mps"):
+        monkeypatch.setattr(torch, "get_device_module", lambda name: SimpleNamespace(is_available=lambda: False))
+        with pytest.raises(ValueError, match=f"no {name.upper()} device: use cpu or auto"):
+            pick_device(name)
+
+
+def test_the_gpu_of_a_mac_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    mps = torch.device("mps")
+    assert pick_device("mps") == mps and pick_device("auto").type == "cpu"
+    assert pick_precision("auto", mps) == torch.float32 and pick_precision("bf16", mps) == torch.bfloat16
 
 
 @pytest.mark.parametrize("has", [None, "_is_amx_tile_supported", "_is_avx512_bf16_supported"])

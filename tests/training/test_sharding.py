@@ -371,10 +371,11 @@ def test_a_store_for_all_attempts_is_warned_of_on_several_machines(
     assert capsys.readouterr().out.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned
 
 
-def test_several_processes_for_a_run_of_one_are_refused(started):
+@pytest.mark.parametrize("setting", ["parallel.strategy=none", "training.device=mps"])
+def test_several_processes_for_a_run_of_one_are_refused(started, setting):
     with (
         pytest.raises(ConfigError, match="but 2 processes were started"),
-        ranks_of(load_config("demo", ["parallel.strategy=none"])),
+        ranks_of(load_config("demo", [setting])),
     ):
         pass
     assert not started

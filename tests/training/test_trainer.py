@@ -1267,6 +1267,9 @@ def test_compile_is_asked_for_where_it_should(tmp_path, monkeypatch):
         trainer.config = config_for(tmp_path / "run", f"training.compile={how}", f"training.num_steps={num_steps}")
         assert compiled(trainer.model, trainer.config, trainer.device, trainer.run.log) is trainer.model
         assert asked == [trainer.model] * times
+    asked.clear()
+    compiled(trainer.model, trainer.config, torch.device("mps"), trainer.run.log)  # for which the compiler is new
+    assert not asked
     monkeypatch.setattr(shutil, "which", lambda name: None)
     asked.clear()
     compiled(trainer.model, trainer.config, trainer.device, trainer.run.log)
