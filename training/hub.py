@@ -111,8 +111,7 @@ def image_in(value: Any) -> bytes:
 
     try:
         with fsspec.open(value["path"], "rb") as file:
-            data: bytes = file.read()
-            return data
+            return file.read()
     except FileNotFoundError:
         raise
     except Exception as error:  # each file system has its own

@@ -71,7 +71,7 @@ class Loss(NamedTuple):
 
 def seeds_for(num: int, generator: torch.Generator) -> list[int]:
     """A seed for each of `num` samples; the first of more samples have the same ones."""
-    return torch.randint(2**63 - 1, (num,), generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randint(2**63 - 1, (num,), generator=generator).tolist()
 
 
 def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> list[Tensor]:
@@ -141,7 +141,7 @@ class FlowMatching:
 def _num_encoders(model: nn.Module) -> int:
     """Text encoders whose captions are dropped each alone; also of a model in DistributedDataParallel."""
     conditioner = getattr(getattr(model, "module", model), "conditioner", None)
-    return 1 if conditioner is None else conditioner.num_encoders  # type: ignore[no-any-return]
+    return 1 if conditioner is None else conditioner.num_encoders
 
 
 def _in_row(xs: Sequence[Tensor]) -> Tensor:

@@ -83,9 +83,9 @@ def _schedule_free(groups: list[dict], how: dict[str, Any]) -> torch.optim.Optim
         raise ValueError(
             "optimizer.name is \"schedule-free\", which needs a library: pip install 'mmdit[schedulefree]'"
         ) from error
-    optimizer: Any = AdamWScheduleFree(groups, **how)
+    optimizer = AdamWScheduleFree(groups, **how)
     optimizer.train()  # and so it stays: ema.py computes the averages aside
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -> torch.optim.Optimizer:
@@ -104,7 +104,7 @@ def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -
             f'optimizer.name "adamw-8bit" cannot run here: bitsandbytes has no such step on {device.type} '
             f"({type(error).__name__}: {error}); take adamw, or a CUDA device"
         ) from error
-    return AdamW8bit(groups, **how)  # type: ignore[no-any-return]
+    return AdamW8bit(groups, **how)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -102,4 +102,4 @@ def _running_mean(values: Sequence[float], share: int = 20) -> list[float]:
     sums, at = np.cumsum([0.0, *values]), np.arange(num)
     half = np.minimum(at, num // share)
     first, last = at - half, np.minimum(at + half + 1, num)
-    return ((sums[last] - sums[first]) / (last - first)).tolist()  # type: ignore[no-any-return]
+    return ((sums[last] - sums[first]) / (last - first)).tolist()

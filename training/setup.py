@@ -114,8 +114,7 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     options = SourceOptions(data.buckets, data.bucket_ratio, least, config.mixes_sizes, data.crop, data.flip, wanted)
     if data.source.startswith(STREAM) and not is_mix(data.source):
         size = checked_size(data.image_size)
-        stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
-        return stream  # type: ignore[no-any-return]
+        return StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)  # type: ignore
     source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, need_captions, options)
     if isinstance(source, CachedSource):
         source.check_data(data)

@@ -211,8 +211,7 @@ class Index:
     def read(self, entry: Entry) -> ImageData:
         """The image file of a sample: its bytes or its path. Raises OSError where it cannot be read."""
         if self._rows is not None:
-            data: bytes = self._rows.image(entry)
-            return data
+            return self._rows.image(entry)
         if entry.size is None:
             return entry.path
         if is_url(entry.path):

@@ -161,8 +161,7 @@ class Table(Sequence[Entry]):
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        line: list[Any] = json.loads(self._map[start : self._map.find(b"\n", start)])
-        return line
+        return json.loads(self._map[start : self._map.find(b"\n", start)])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}

@@ -469,8 +469,7 @@ def compiled(
     if config.text.encoder != "learned":  # what is frozen is no part of the graph
         model.transformer.compile()
         return model
-    whole: Any = torch.compile(model)
-    return whole
+    return torch.compile(model)
 
 
 def _example(validation: LatentFeed | CachedFeed | None) -> str:
