@@ -49,7 +49,7 @@ from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
-from training.image_batches import READ_AHEAD, by_shape, layout_of
+from training.image_batches import READ_AHEAD, by_shape
 from training.interrupts import Interrupts
 from training.order import Layout
 from training.progress import Progress
@@ -156,10 +156,10 @@ class _Writer:
             text=None if self.text is None else self.text.about(),
             text_shape=None if self.text is None else self.text.shape,
             size=(height, width),
-            sizes=layout_of(self.source).sizes,
+            sizes=self.source.layout.sizes,
             fit=FIT,
             options={name: getattr(config.data, name) for name in OPTIONS},
-            weights=layout_of(self.source).weights,
+            weights=self.source.layout.weights,
             dtype=self.options.dtype,
             text_dtype=self.options.text_dtype,
             source=config.data.source,
@@ -245,7 +245,7 @@ class _Writer:
             self._tell(sample)
         statistics: dict[int, Tensor] = {}
         for rows, images in read.images:
-            found = statistics_of(self.autoencoder, images, self.device, layout_of(self.source).mixed)
+            found = statistics_of(self.autoencoder, images, self.device, self.source.layout.mixed)
             found = found.to(DTYPES[self.options.dtype]).cpu()
             statistics |= dict(zip(rows, found, strict=True))
         texts = iter(self._texts([caption for sample in good for caption in sample.captions]) if self.text else [])
@@ -302,7 +302,7 @@ class _Read(NamedTuple):
 
 def _read(source: Source, places: range) -> _Read:
     """What a worker does: read and fit the images of a chunk, and say what they are known by."""
-    if getattr(source, "is_remote", False):
+    if source.is_remote:
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             found = list(pool.map(partial(_one, source), places))
     else:
@@ -318,8 +318,8 @@ def _others(folder: Path) -> list[Path]:
 
 def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
     """A sample and its image, which a bad one has not."""
-    one, layout = source[i], layout_of(source)
-    texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
+    one, layout = source[i], source.layout
+    texts, shares = source.captions(i)
     place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
     content = "" if one.image is None else content_of(one.image, texts)
     return CachedSample(one.key, content, list(texts), one.error, list(shares), *place), one.image

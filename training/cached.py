@@ -21,7 +21,7 @@ from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
 from mmdit.weights_io import read_json
 from training.ahead import ahead
 from training.cache import Cache, CacheError, Known, same_text
-from training.captions import choose
+from training.captions import Captions, choose
 from training.config import DataConfig
 from training.data import Sample, Source
 from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn, latents_from
@@ -34,7 +34,7 @@ from training.share import WHOLE, Share
 AHEAD = 2  # batches read before they are asked for
 
 
-class CachedSource:
+class CachedSource(Source):
     """The samples of a cache, in the order of the data that it was made of; it has no images."""
 
     def __init__(
@@ -98,12 +98,10 @@ class CachedSource:
         return len(self.samples)
 
     def caption(self, i: int) -> str:
-        """The first caption; "" where it is missing."""
         captions = self.samples[i].captions
         return captions[0] if captions else ""
 
-    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """All captions, and the shares by which one is drawn (none: equal ones)."""
+    def captions(self, i: int) -> Captions:
         return tuple(self.samples[i].captions), tuple(self.samples[i].shares)
 
     def check_data(self, data: DataConfig) -> None:

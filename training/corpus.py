@@ -24,8 +24,8 @@ import torch
 
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
-from training.image_batches import Order
 from training.listing import printable, walk
+from training.order import Order
 from training.share import WHOLE, Share
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
-from training.captions import Weights, choose, items_in, parse_weights
+from training.captions import Captions, Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
@@ -59,24 +61,58 @@ class Sample:
     flipped: bool = False
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A map-style data set; `skipped` names what could not be indexed: (name, reason).
+class Source(ABC):
+    """A map-style data set: `source[i]` is sample i, in any process and in any order.
 
-    A source may also have `layout`, how its samples fall into buckets and parts (`order.Layout`; without it there is
-    one of each), and `draw(i, rng)`, a sample with what is random about it.
+    A subclass sets `image_size`, `keys` and `skipped`; the rest has defaults that fit a plain data set.
     """
 
     image_size: Size
+    """(height, width) in pixels that images are fitted to; with buckets, the size whose area they keep to."""
     keys: Sequence[str]
+    """A unique name for each sample, in order."""
     skipped: list[tuple[str, str]]
+    """(name, reason) of each file or row that could not be indexed."""
+    left_out: Sequence[tuple[str, int, str]] = ()
+    """(reason, number of samples, key of the first one) for each filter that left samples out."""
+    garbled: Sequence[tuple[int, str]] = ()
+    """(number of samples, key of the first one) whose captions are not valid UTF-8."""
+    version: str = ""
+    """A digest of the data's files where `keys` do not identify the samples, as in a stream."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Sample: ...
+    @abstractmethod
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i with its first caption and a central crop."""
 
+    @abstractmethod
     def caption(self, i: int) -> str:
-        """The caption without the image; "" where it is missing."""
+        """The first caption of sample i, read without its image; "" where it has none."""
+
+    def captions(self, i: int) -> Captions:
+        """All captions of sample i, and the weights by which one is drawn (none: equal weights)."""
+        return (self.caption(i),), ()
+
+    def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
+        """Sample i with its caption, crop and flip drawn at random; rng makes the generator, if one is needed."""
+        return self[i]
+
+    def raw(self, i: int) -> bytes:
+        """Bytes that identify image i: its file's, or its pixels where it has no file; b"" where it is bad."""
+        image = self[i].image
+        return b"" if image is None else image.tobytes()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading a sample is mostly waiting for a server."""
+        return False
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How samples fall into buckets, parts and blocks; by default one size, and neither parts nor blocks."""
+        return Layout((self.image_size,))
 
 
 @dataclass(frozen=True)
@@ -178,7 +214,7 @@ def is_shapes(spec: str) -> bool:
     return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
-class FileSource:
+class FileSource(Source):
     """Images in files, shards or rows. A sample that cannot be used (no caption, bad image) comes with its `error` set.
 
     Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size, or each has
@@ -215,11 +251,9 @@ class FileSource:
         return self._indexes[part], self._tables[part][i - int(self._ends[part])]
 
     def caption(self, i: int) -> str:
-        """The first caption without the image; "" where it is missing."""
         return self._entry(i)[1].caption or ""
 
-    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """All captions, and the shares by which one is drawn (none: equal ones)."""
+    def captions(self, i: int) -> Captions:
         entry = self._entry(i)[1]
         return entry.captions, entry.shares
 
@@ -227,15 +261,11 @@ class FileSource:
         return self._read(i, None)
 
     def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
-        """A sample with one of its captions, cropped and mirrored as the options say: a function of i and the draws.
-
-        The caption is chosen by the first draw.
-        """
+        """Sample i with one of its captions, cropped and flipped as the options say; the caption is drawn first."""
         return self._read(i, rng)
 
     @property
     def is_remote(self) -> bool:
-        """Whether most of the time of a read is waiting."""
         return any(index.is_remote for index in self._indexes)
 
     def _read(self, i: int, rng: Callable[[], np.random.Generator] | None) -> Sample:
@@ -278,7 +308,6 @@ class FileSource:
         return tuple(all_sizes[b] for b in used), numbers.astype(np.int16)
 
     def raw(self, i: int) -> bytes:
-        """The bytes of the image's file; none where they cannot be read."""
         index, entry = self._entry(i)
         try:
             data = index.read(entry)
@@ -330,7 +359,7 @@ def read_sample(
     return Sample(key, found.image, caption, None, found.original, found.crop, found.flipped)
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """The training split of `ShapesWorld` as a source of `num_samples` samples, a pure function of the seed."""
 
     def __init__(self, num_samples: int, image_size: Size = (64, 64), seed: int = 0) -> None:
@@ -345,7 +374,6 @@ class ShapesSource:
         return len(self.keys)
 
     def caption(self, i: int) -> str:
-        """The caption without the image."""
         return self._world.caption(range(len(self))[i])
 
     def __getitem__(self, i: int) -> Sample:

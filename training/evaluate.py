@@ -25,7 +25,7 @@ from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes, split_by_key
-from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
+from training.feed import LatentFeed, NothingUsable, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
@@ -67,7 +67,8 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
             error = loss.parts.get("image", loss.total).item()
             sums[t] += error * len(batch.latents)
             for row, own in zip(rows, loss.errors.tolist(), strict=True):
-                by_size.setdefault("x".join(map(str, size_of(feed, row))), []).append((own, 1))
+                height, width = feed.layout.sizes[feed.layout.bucket_of(row)]
+                by_size.setdefault(f"{height}x{width}", []).append((own, 1))
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
                 first_of = torch.full((len(batch.latents),), image_first)

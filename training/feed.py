@@ -26,9 +26,9 @@ from mmdit.text_encoders import TextEncoder
 from training.captions import choose
 from training.corpus import Pieces
 from training.data import DataError, ImageBatch, Source, loader, one_pass
-from training.image_batches import by_shape, layout_of, rng_for
+from training.image_batches import by_shape, rng_for
 from training.objectives import Batch
-from training.order import Layout, Plan
+from training.order import Plan
 from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
@@ -162,7 +162,7 @@ class LatentFeed:
         sampled: bool = False,
     ) -> None:
         self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
-        layout = layout_of(source)
+        layout = source.layout
         captions: list[str] = []
         kept: list[int] = []
         reasons: list[tuple[str, str]] = []
@@ -229,9 +229,7 @@ class _Alternatives:
     """The captions of some samples, one after the other, and which of them are whose."""
 
     def __init__(self, source: Source, indices: Sequence[int], first: list[str]) -> None:
-        self.captions, self.several = first, False
-        if not hasattr(source, "captions"):
-            return
+        self.captions = first
         found = [source.captions(i) for i in indices]
         self.several = any(len(texts) > 1 for texts, _ in found)
         if self.several:
@@ -250,18 +248,11 @@ class _Alternatives:
 
 def chunks_of(feed: Any, size: int) -> Iterator[range]:
     """All rows of a feed in order, up to `size` at a time; of one bucket, which lie together, unless they are mixed."""
-    layout: Layout | None = getattr(feed, "layout", None)
-    groups = [len(feed)]
-    if layout is not None and layout.bucket is not None and not layout.mixed:
-        groups = [len(list(some)) for _, some in groupby(layout.bucket.tolist())]
+    groups, bucket = [len(feed)], feed.layout.bucket
+    if bucket is not None and not feed.layout.mixed:
+        groups = [len(list(some)) for _, some in groupby(bucket.tolist())]
     for first, last in pairwise(accumulate([0, *groups])):
         yield from (range(row, min(row + size, last)) for row in range(first, last, size))
-
-
-def size_of(feed: Any, row: int) -> tuple[int, ...]:
-    """(height, width) in pixels of the image at a row; of a feed without buckets ()."""
-    layout: Layout | None = getattr(feed, "layout", None)
-    return () if layout is None else layout.sizes[layout.bucket_of(row)]
 
 
 def num_ordered(feed: Any) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from training.errors import DataError
-from training.order import Layout, Order, Plan
+from training.order import Plan
 from training.share import WHOLE, Share
 from training.workers import run
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["ImageBatch", "Order", "by_shape", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
+__all__ = ["ImageBatch", "by_shape", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
 """Samples of a batch that are asked of a server at the same time."""
@@ -109,13 +109,12 @@ class _Shuffled:
 
     def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, rows: list[int]) -> None:
         self.source, self.indices, self.seed, self.rows = source, indices, seed, rows
-        self.plan = Plan(len(indices), layout_of(source).of(indices), batch_size, seed)
-        self.draw = getattr(source, "draw", None)
+        self.plan = Plan(len(indices), source.layout.of(indices), batch_size, seed)
 
     def __call__(self, step: int) -> ImageBatch:
         bucket, places = self.plan.places(step, self.rows)
         asked = [(pool, place, step, row) for (pool, place), row in zip(places, self.rows, strict=True)]
-        if getattr(self.source, "is_remote", False):
+        if self.source.is_remote:
             with ThreadPoolExecutor(READ_AHEAD) as pool:
                 found: Iterable[Any] = list(pool.map(self._good_sample, asked))
         else:
@@ -127,7 +126,7 @@ class _Shuffled:
                 skipped.extend(before)
                 yield i, sample
 
-        layout = layout_of(self.source)
+        layout = self.source.layout
         if layout.mixed:
             return make_row(samples(), skipped)
         return make_batch(layout.sizes[bucket], len(asked), samples(), skipped)
@@ -138,7 +137,7 @@ class _Shuffled:
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
             i = int(self.indices[pool[(place + offset) % len(pool)]])
-            sample = self.source[i] if self.draw is None else self.draw(i, partial(rng_for, self.seed, step, row))
+            sample = self.source.draw(i, partial(rng_for, self.seed, step, row))
             if sample.error is None:
                 return i, sample, skipped
             skipped.append((sample.key, sample.error))
@@ -159,24 +158,18 @@ def by_shape(tensors: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Ten
     return [(places, torch.stack([tensors[place] for place in places])) for places in groups.values()]
 
 
-def layout_of(source: Source) -> Layout:
-    """How a source's samples fall into buckets and parts: by default one of each."""
-    layout: Layout | None = getattr(source, "layout", None)
-    return layout or Layout((source.image_size,))
-
-
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> ImageBatch:
     samples = [(int(i), source[int(i)]) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
-    layout, first = layout_of(source), int(chunks[step][0])
-    size = layout.sizes[0 if layout.bucket is None else layout.bucket[first]]
+    layout, first = source.layout, int(chunks[step][0])
+    size = layout.sizes[layout.bucket_of(first)]
     good = [(i, sample) for i, sample in samples if sample.error is None]
     return make_batch(size, len(good), good, skipped)
 
 
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The indices in order, in batches of one bucket each, bucket after bucket."""
-    bucket = layout_of(source).bucket
+    bucket = source.layout.bucket
     groups = [indices]
     if bucket is not None:
         indices = indices[np.argsort(bucket[indices], kind="stable")]

@@ -17,8 +17,7 @@ def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
     """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files and filters,
     and of the text where there is some.
     """
-    version: str = getattr(source, "version", "")
-    told = {"samples": fingerprint(source)} | ({"version": version} if version else {})
+    told = {"samples": fingerprint(source)} | ({"version": source.version} if source.version else {})
     return told | ({"text": corpus.digest} if corpus else {})
 
 

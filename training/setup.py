@@ -44,7 +44,6 @@ from training.data import (
     split_by_key,
 )
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
-from training.image_batches import layout_of
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
@@ -62,7 +61,7 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
     check_reference(config)
     source = open_run_source(config, factor * config.model.patch_size, run.index)
-    sizes, (height, width) = layout_of(source).sizes, source.image_size
+    sizes, (height, width) = source.layout.sizes, source.image_size
     number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
@@ -77,9 +76,9 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
 
 def tell_flaws(source: Source, log: Callable[[str], None], skipped: Callable[[str, str], None]) -> None:
     """Say what of the data is left out, skipped, or not as it was meant."""
-    for reason, count, key in getattr(source, "left_out", ()):
+    for reason, count, key in source.left_out:
         log(f"left out: {count} samples with {reason}, such as {key}")
-    for count, key in getattr(source, "garbled", ()):
+    for count, key in source.garbled:
         log(f"warning: {count} samples have captions that are no UTF-8, such as {key}: save these as UTF-8")
     for key, reason in source.skipped:
         skipped(key, reason)
@@ -130,7 +129,7 @@ def bucket_text(source: Source) -> str:
     """ "3 buckets: 32 x 128 (20 %), ...", or of many "120 sizes from 32 x 48 to 256 x 256". Of a stream all that there
     may be, and no shares.
     """
-    layout = layout_of(source)
+    layout = source.layout
     if len(layout.sizes) > NAMED_SIZES:
         low, high = (f(layout.sizes, key=math.prod) for f in (min, max))
         return f"{len(layout.sizes)} sizes from {low[0]} x {low[1]} to {high[0]} x {high[1]}"
@@ -143,7 +142,7 @@ def bucket_text(source: Source) -> str:
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of the samples' sizes and of their keys in order: what a resumed run must find again."""
-    sizes = layout_of(source).sizes
+    sizes = source.layout.sizes
     found = hashlib.sha256(str(tuple(source.image_size) if len(sizes) == 1 else sizes).encode())
     for key in source.keys:
         found.update(b"\n" + key.encode())
@@ -192,7 +191,7 @@ def build_model(
 ) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
     height, width = (side // autoencoder.factor for side in source.image_size)
-    largest = max(side for size in layout_of(source).sizes for side in size) // autoencoder.factor
+    largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
         source.check(autoencoder)
     text = _text(config, run, source, chain(_captions(source), corpus or ()), resumed)
@@ -225,10 +224,7 @@ def _captions(source: Source) -> Iterator[str]:
         yield from source.captions(STREAM_CAPTIONS)
         return
     for i in range(0, len(source), -(-len(source) // TOKENIZER_CAPTIONS)):
-        if hasattr(source, "captions"):
-            yield from source.captions(i)[0]
-        else:
-            yield source.caption(i)
+        yield from source.captions(i)[0]
 
 
 def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:

@@ -27,7 +27,7 @@ import numpy as np
 from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
-from training.data import Sample, SourceOptions, place_of_key, read_sample
+from training.data import Sample, Source, SourceOptions, place_of_key, read_sample
 from training.errors import DataError
 from training.hub import image_in, load
 from training.image_batches import ImageBatch, make_batch, make_row, rng_for
@@ -86,6 +86,7 @@ class StreamSource:
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
         self.keys: Sequence[str] = [spec]  # all that is known of them
         self.skipped: list[tuple[str, str]] = []
+        self.left_out = self.garbled = ()
         self.image_size = fit_size(*(size or self._common_size()), step)
         self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
         self.layout = Layout(tuple(self._sizing.sizes), mixed=options.mixes)
@@ -176,7 +177,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
 
-class HeldOut:
+class HeldOut(Source):
     """The first `most` held-out rows of a stream, in memory, as a source; each in its bucket, or of its own size."""
 
     def __init__(self, stream: StreamSource, fraction: float, most: int) -> None:
@@ -194,7 +195,6 @@ class HeldOut:
         return len(self.rows)
 
     def caption(self, i: int) -> str:
-        """The first caption."""
         return self.rows[i].captions[0]
 
     def __getitem__(self, i: int) -> Sample:

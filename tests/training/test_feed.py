@@ -10,7 +10,7 @@ import training.feed
 from mmdit.autoencoder import PixelSpace
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from training.corpus import Pieces
-from training.data import DataError, Sample
+from training.data import DataError, Sample, Source
 from training.feed import (
     CPU_BLOCK,
     ImageFeed,
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Numbers:
+class Numbers(Source):
     """Sample i is an image of colour i with the caption "i"; the bad ones say why."""
 
     n: int = 10
