@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mmdit.weights_io import write_json
 from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
-from training.data import is_shapes, split_by_key
+from training.data import is_shapes
 from training.feed import LatentFeed, NothingUsable, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
@@ -32,10 +33,9 @@ from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder, named
 from training.seeds import generator_for
-from training.setup import held_out_pieces, open_run_source
+from training.setup import held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
-from training.stream import HeldOut, StreamSource
 from training.time_density import Uniform
 
 MOST_SIZES = 50  # of images that are told apart in a validation loss
@@ -104,19 +104,11 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = N
     """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read. index:
     the folder where the run keeps a slow index.
     """
-    source: Any = open_run_source(config, pipe.step, index)
-    if isinstance(source, StreamSource):
-        source = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
-        indices = np.arange(len(source))
-    else:
-        indices = split_by_key(source, config.data.held_out)[1][: config.evaluation.validation_samples]
-    if not len(indices):
-        return None
-    device = pipe.model.transformer.device
-    try:
-        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
-    except NothingUsable:
-        return None
+    source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
+    held_out, device = held_out[: config.evaluation.validation_samples], pipe.model.transformer.device
+    with suppress(NothingUsable):
+        return latent_feed(source, held_out, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
+    return None
 
 
 def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import EvaluationConfig, TrainConfig
-from training.data import DataError, Source, one_pass, open_source, split_by_key
+from training.data import DataError, Source, one_pass, open_source
 from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import LEAST, clip_score, cmmd, fid, kid, need, precision_recall
@@ -29,8 +29,7 @@ from training.progress import drawing
 from training.reference import Log, cache_folder, reference_features
 from training.run import RunFolder
 from training.sections import BY_CLIP, BY_FEATURES
-from training.setup import check_reference, open_run_source
-from training.stream import HeldOut, StreamSource
+from training.setup import check_reference, held_out_samples, open_run_source
 
 KID_SUBSET = 1000
 OF_NETWORKS = ("features", "clip", "reference", "num_reference", "num_images", "cache")  # settings of their scores
@@ -164,17 +163,11 @@ def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage, 
         own = [caption for i in range(len(reference)) if (caption := reference.caption(i))]
         if own:
             return own
-    data = config.data
-    source: Any = open_run_source(config, pipe.step, index)
-    if isinstance(source, StreamSource):
-        source = HeldOut(source, data.held_out, config.evaluation.validation_samples)
-        indices = np.arange(len(source))
-    else:
-        training, held_out = split_by_key(source, data.held_out)
-        indices = held_out if len(held_out) else training
+    source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
+    indices = held_out if len(held_out) else range(len(source))
     found = [caption for i in indices if (caption := source.caption(int(i)))]
     if not found:
-        raise DataError(f"there are no captions to draw in {data.source}: name others by evaluation.reference")
+        raise DataError(f"there are no captions to draw in {config.data.source}: name others by evaluation.reference")
     return found
 
 

@@ -316,24 +316,21 @@ def open_feeds(
 
     Raises DataError where no sample is left to train on.
     """
-    sampled = config.data.posterior == "sample"
+    data, sampled = config.data, config.data.posterior == "sample"
     if sampled and not autoencoder.has_posterior:
         raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
+    common = (autoencoder, text, device, data.num_workers, run.log_skipped)
     if isinstance(source, StreamSource):
-        return open_stream(config, run, source, autoencoder, text, device)
-    training, held_out = split_by_key(source, config.data.held_out)
+        in_memory, held_out = held_out_samples(config, source)
+        validation = _validation_feed(config, run, in_memory, held_out, autoencoder, text, device, 0)
+        return StreamFeed(source, data.held_out, *common, sampled), validation
+    training, held_out = split_by_key(source, data.held_out)
     if not len(training):
-        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
-    held_out = held_out[: config.evaluation.validation_samples]
-    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
-    validation = None
-    with suppress(NothingUsable):
-        validation = latent_feed(source, held_out, *common)
-    if validation is None:
-        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
+    validation = _validation_feed(config, run, source, held_out, autoencoder, text, device, data.num_workers)
     if isinstance(source, CachedSource):
         return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
-    if not config.data.cache_latents:
+    if not data.cache_latents:
         return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
@@ -343,20 +340,19 @@ def open_feeds(
     return feed, validation
 
 
-def open_stream(
-    config: TrainConfig,
-    run: RunFolder,
-    stream: StreamSource,
-    autoencoder: Autoencoder,
-    text: Conditioner,
-    device: torch.device,
-) -> tuple[StreamFeed, LatentFeed | None]:
-    """(training feed, validation feed) of a stream; the latter is None where no held-out row is found."""
-    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
-    held_out = HeldOut(stream, config.data.held_out, config.evaluation.validation_samples)
-    validation = None
+def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tuple[Source, np.ndarray]:
+    """(source, indices) of the samples kept from training; of a stream the first ones, which are read into memory."""
+    if isinstance(source, StreamSource):
+        in_memory = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
+        return in_memory, np.arange(len(in_memory))
+    return source, split_by_key(source, config.data.held_out)[1]
+
+
+def _validation_feed(
+    config: TrainConfig, run: RunFolder, source: Source, held_out: np.ndarray, *how: Any
+) -> LatentFeed | CachedFeed | None:
+    """The first evaluation.validation_samples of the held-out samples, encoded; with a warning where there are none."""
     with suppress(NothingUsable):
-        validation = LatentFeed(held_out, np.arange(len(held_out)), autoencoder, text, device, 0, run.log_skipped)
-    if validation is None:
-        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
-    return StreamFeed(stream, config.data.held_out, *common, config.data.posterior == "sample"), validation
+        return latent_feed(source, held_out[: config.evaluation.validation_samples], *how, run.log_skipped)
+    run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    return None
