@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
 from training.sharding import local, parted
-from training.signed import fsync, sha256, sha256_of
+from training.signed import fsync, read_signed, sha256, sha256_of
 
 
 class CorruptCheckpoint(ValueError):
@@ -107,19 +107,15 @@ def read_checkpoint(
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all as they were written; else raises CorruptCheckpoint."""
+    """The state of a checkpoint. Raises CorruptCheckpoint where one of its files is not as it was written."""
     try:
-        state = read_json(folder / "state.json")
-        if state.pop("sha256") != sha256_of(state):
-            raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
+        state = read_signed(folder / "state.json")
         for name, digest in state["files"].items():
             if sha256(folder / name) != digest:
-                raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
+                raise ValueError(f"{name} has changed since it was written")
         return state
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{folder.name} is incomplete: {error}") from error
-    except CorruptCheckpoint:
-        raise
     except ValueError as error:
         raise CorruptCheckpoint(f"{folder.name}: {error}") from error
 
