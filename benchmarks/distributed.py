@@ -70,7 +70,7 @@ def measure(out: Path, settings: list[str], steps: int) -> None:
         times: list[float] = []
         for _ in range(WARM + steps):
             batch = next(batches)
-            ranks.wait()
+            ranks.barrier()
             start = time.perf_counter()
             trainer._train_step(learner, batch)
             times.append(time.perf_counter() - start)

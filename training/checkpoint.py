@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
-from training.sharding import local, parted
+from training.sharding import local, shard_like
 from training.signed import fsync, read_signed, sha256, sha256_of
 
 
@@ -144,7 +144,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Non
     own = module.state_dict()
     check_fit(own, tensors, source)
     for name, x in own.items():
-        local(x).copy_(local(parted(tensors[name], x)))
+        local(x).copy_(local(shard_like(tensors[name], x)))
 
 
 COUNTERS = ("k", "weight_sum", "lr_max")
@@ -193,4 +193,4 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         # The step count of the fused optimiser lives beside its parameter, in float32.
         value = value.to(p.device, copy=True)
         of_weight = value.ndim > 0 and value.shape == p.shape
-        optimizer.state[p][key] = number if number is not None else parted(value, p) if of_weight else value
+        optimizer.state[p][key] = number if number is not None else shard_like(value, p) if of_weight else value

@@ -26,7 +26,7 @@ from mmdit.mapped import read_metadata
 from mmdit.weights_io import read_weights, save_weights
 from training.checkpoint import assign, load_latest
 from training.config import TrainingConfig
-from training.sharding import local, parted, whole
+from training.sharding import local, shard_like, whole
 
 Profile = tuple[float, float]
 WIDEST = 12**-0.5
@@ -165,7 +165,7 @@ class Power(Exponential):
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         super().load(tensors, source)
         for name, value in self.second.items():
-            local(value).copy_(local(parted(tensors["ema_second"][name], value)))
+            local(value).copy_(local(shard_like(tensors["ema_second"][name], value)))
 
     def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
         updates -= updates % self.every  # those that are taken in

@@ -53,12 +53,12 @@ from training.seeds import generator_for
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
-    accumulating,
     check_parallel,
-    copied,
-    gathering,
-    hold,
-    spread_text,
+    gradient_sync,
+    parallelize,
+    replicated,
+    strategy_text,
+    unsharded,
     weights_digest,
     whole,
 )
@@ -126,14 +126,14 @@ class Trainer:
         config, run, ranks = self.config, self.run, self.ranks
         ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
-        run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
-        held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
-        self.learner, self.ema, self.in_parts, self._skeleton = held
-        self.optimizer = make_optimizer(self.model, config.optimizer, None if self.in_parts else ranks.everyone)
+        run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
+        held = parallelize(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
+        self.learner, self.ema, self.sharded, self._skeleton = held
+        self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.writer = Writer(
-            run.path, config.training.keep_checkpoints, ranks, self.in_parts, config.training.async_checkpoint
+            run.path, config.training.keep_checkpoints, ranks, self.sharded, config.training.async_checkpoint
         )
         self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log, ranks.sum)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
@@ -160,7 +160,7 @@ class Trainer:
         if not resumed:
             self._save_pipeline()
             return
-        self.ranks.wait()
+        self.ranks.barrier()
         self.run.remove_leftovers()
         at_end = self.step == self.config.training.num_steps  # no checkpoint comes any more: its weights may be missing
         pipe, folder = self._whole_pipe() if at_end else self.pipe, self.run.path / "pipeline"
@@ -234,13 +234,13 @@ class Trainer:
         blocks_alone = self.ranks.world > 1
         model = compiled(self.model, self.config, self.device, self.run.log, blocks_alone)
         learner = self.learner if model is self.model else Learner(model, self.learner.objective)
-        return copied(learner, self.device) if self.ranks.world > 1 and not self.in_parts else learner
+        return replicated(learner, self.device) if self.ranks.world > 1 and not self.sharded else learner
 
     def _train_step(self, learner: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of this process's share of the batch, and the norm of the gradient of all of it."""
         parts, losses, total = self._prepared(batch), [], torch.zeros((), device=self.device)
         for i, part in enumerate(parts, start=1):
-            with accumulating(learner, last=i == len(parts)):
+            with gradient_sync(learner, last=i == len(parts)):
                 with autocast(self.device, self.precision):
                     loss = learner(*part)
                 (loss.total / len(parts) * self.scaler.scale).backward()
@@ -335,9 +335,9 @@ class Trainer:
         return self.ranks.mean(torch.stack(self._losses)).tolist() if self._losses else []
 
     def _validate(self, progress: Progress) -> None:
-        if not (self.ranks.first or self.in_parts):  # of a model in parts, all have to compute
+        if not (self.ranks.first or self.sharded):  # of a model in parts, all have to compute
             return
-        with gathering(self.ema):
+        with unsharded(self.ema):
             if self.held_out_text is not None:
                 self.run.write_metrics(self.step, **corpus_loss(self.ema, self.held_out_text, self.config))
             if self.validation is not None:
@@ -347,11 +347,11 @@ class Trainer:
                     progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
-        if not (self.ranks.first or self.in_parts):
+        if not (self.ranks.first or self.sharded):
             return
         prompts = list(self.config.sampling.prompts) or (self.validation.captions if self.validation else [""])
         prompts = (prompts * GRID)[:GRID]
-        with gathering(self.ema):
+        with unsharded(self.ema):
             images = self.pipe(prompts, seed=self.config.sampling.seed)
         if not self.ranks.first:
             return
@@ -361,9 +361,9 @@ class Trainer:
             caption_grid(images, prompts).save(path)
 
     def _score(self) -> None:
-        if not (self.ranks.first or self.in_parts):
+        if not (self.ranks.first or self.sharded):
             return
-        with gathering(self.ema):
+        with unsharded(self.ema):
             self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run)
             self._write_quality(self._judge(self.pipe))
 
@@ -411,7 +411,7 @@ class Trainer:
 
     def _whole_pipe(self) -> TextToImage:
         """The pipeline with the average in one piece, in the first process; one that goes on being as it is now."""
-        if not self.in_parts and not self.config.training.async_checkpoint:
+        if not self.sharded and not self.config.training.async_checkpoint:
             return self.pipe
         pipe, state = copy.copy(self.pipe), {}
         for name, x in self.ema.state_dict().items():
@@ -430,7 +430,7 @@ class Trainer:
 
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
-        state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
+        state, weights = read_checkpoint(folder, self._tensors() if self.sharded else None)
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))

@@ -231,7 +231,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     in_parts(tmp_path, 3)()
-    writer = Writer(tmp_path, 3, ALONE, in_parts=True, beside=beside)
+    writer = Writer(tmp_path, 3, ALONE, sharded=True, background=beside)
     with monkeypatch.context() as patch:
         if where == "a part":
             patch.setattr("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", full)
