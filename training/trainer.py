@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +32,7 @@ from training.checkpoint import (
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import Source
-from training.devices import pick_device, pick_precision, repeatable
+from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
@@ -68,7 +66,6 @@ from training.workers import naming_dead_workers
 from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training
-COMPILE_MIN_STEPS = 1000  # "auto" compiles runs of at least so many steps: compiling takes as long as 150 on a CPU
 
 
 class Diverged(ValueError):
@@ -125,7 +122,7 @@ class Trainer:
             self.run.log(f"warning: {line}")
 
     def _build(self, image_size: tuple[int, int]) -> None:
-        """Place the fresh model on its devices, and make optimiser, average and the pipeline that samples the average."""
+        """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
@@ -473,31 +470,6 @@ class Trainer:
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")
-
-
-def compiled(
-    model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None], blocks_alone: bool = False
-) -> torch.nn.Module:
-    """The model, compiled where the config asks for it and there is a compiler. blocks_alone: compile each block by
-    itself, as DDP and FSDP2 need it.
-    """
-    asked = config.training
-    wanted = asked.compile == "on" or (asked.compile == "auto" and asked.num_steps >= COMPILE_MIN_STEPS)
-    if not wanted:
-        return model
-    if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        log("no C++ compiler found: the model runs uncompiled, a little slower")
-        return model
-    log("compiling the model in the first step, which takes a minute or two")
-    in_rows = config.transfusion.enabled or asked.packing
-    if in_rows or blocks_alone:
-        for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
-            block.compile(dynamic=True if in_rows else None)
-        return model
-    if config.text.encoder != "learned":  # a frozen encoder is not compiled
-        model.transformer.compile()
-        return model
-    return torch.compile(model)
 
 
 def _example(validation: LatentFeed | CachedFeed | None) -> str:

@@ -579,7 +579,7 @@ def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
     run.log("died at once")
     (run.path / "pipeline").mkdir()
-    monkeypatch.setattr(training.trainer.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training.launch.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         training.launch._begun(run.path)
     monkeypatch.undo()
