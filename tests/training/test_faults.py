@@ -581,9 +581,9 @@ def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
     (run.path / "pipeline").mkdir()
     monkeypatch.setattr(training.launch.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        training.launch._begun(run.path)
+        training.launch._can_continue(run.path)
     monkeypatch.undo()
-    assert (run.path / "config.toml").exists() and not training.launch._begun(run.path)
+    assert (run.path / "config.toml").exists() and not training.launch._can_continue(run.path)
     assert not run.path.exists()
 
 
