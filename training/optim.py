@@ -30,12 +30,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, replicas: Any = None) -> torch.optim.Optimizer:
     """The optimiser that `config.name` says, over `parameter_groups`; AdamW in its fused form (CPU and CUDA).
 
-    With `config.base_width`, rates are those of muP, see mup.py. copies: processes that hold the same model, of which
-    each makes a part of Muon's matrices orthogonal. Raises ValueError where the optimiser's library is not
-    there, or cannot run on the model's device.
+    With `config.base_width`, rates are those of muP, see mup.py. replicas: the process group that holds the same model,
+    for Muon to share its work. Raises ValueError where the optimiser's library is missing, or cannot run on the model's
+    device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "muon":
@@ -49,7 +49,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None
         groups = [part for group in groups for part in _by_scale(group, scales)]
     how: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "muon":
-        return Muon(groups, **how, momentum=config.momentum, copies=copies)
+        return Muon(groups, **how, momentum=config.momentum, replicas=replicas)
     if config.name == "schedule-free":
         return _schedule_free(groups, how)
     if config.name == "adamw-8bit":
