@@ -24,6 +24,7 @@ import torch
 
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
+from training.errors import one_line
 from training.listing import printable, walk
 from training.order import Order
 from training.share import WHOLE, Share
@@ -181,4 +182,4 @@ def _parquet(path: Path) -> Iterator[str]:
         for batch in file.iter_batches(columns=[name]):
             yield from filter(None, batch.column(0).to_pylist())
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} is no readable parquet file: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.remote import is_url
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
 
@@ -73,9 +73,7 @@ def load(name: str, streaming: bool) -> tuple[Any, str]:
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # it raises what its readers and servers raise
-        raise DataError(
-            f"hf:{name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+        raise DataError(f"hf:{name} cannot be loaded: {one_line(error)}") from error
     return data, version
 
 
@@ -115,4 +113,4 @@ def image_in(value: Any) -> bytes:
     except FileNotFoundError:
         raise
     except Exception as error:  # each file system has its own
-        raise OSError(f"{value['path']}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise OSError(f"{value['path']}: {one_line(error)}") from error

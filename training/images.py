@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from mmdit.pictures import as_rgb, upright
+from training.errors import one_line
 
 MAX_PIXELS = 80_000_000
 """Images that claim more pixels than this are refused before they are decoded."""
@@ -149,8 +150,7 @@ def _reason(error: Exception) -> str:
         return "not an image in a known format, or its header is corrupt"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, OSError) else f"corrupt image: {text}"
+    return one_line(error) if isinstance(error, OSError) else f"corrupt image: {one_line(error)}"
 
 
 def _open(data: ImageData, max_pixels: int) -> Image.Image:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.order import WINDOW
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
@@ -84,19 +85,15 @@ class _Once:
             return self.found
 
 
-class _reading:
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     """Whatever pyarrow raises becomes OSError."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None or isinstance(error, RemoteError | DataError) or not isinstance(error, Exception):
-            return
-        raise OSError(f"{self.path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    try:
+        yield
+    except (RemoteError, DataError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {one_line(error)}") from error
 
 
 def _pyarrow() -> Any:

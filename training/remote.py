@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from training.errors import one_line
+
 BLOCK = 1 << 20
 """Bytes that are asked for at a time where a file is read from its start on."""
 
@@ -141,7 +143,7 @@ def _open(url: str) -> tuple[Any, str]:
             files.retries = 1  # it would try again in silence, past our time
     except (ImportError, ValueError) as error:
         need = f'; pip install "{_MISSING[scheme]}"' if scheme in _MISSING else ""
-        raise RemoteError(f"{url} cannot be read: {' '.join(str(error).split())}{need}") from error
+        raise RemoteError(f"{url} cannot be read: {one_line(error)}{need}") from error
     return files, path
 
 
@@ -158,18 +160,14 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
             if not reason:
                 raise RemoteError(f"{what}: there is no such file on the server") from error
         except PermissionError as error:
-            why = f"the server refuses it ({_in_one_line(error)}); are the credentials there, and right?"
+            why = f"the server refuses it ({one_line(error)}); are the credentials there, and right?"
             raise RemoteError(f"{what}: {why}") from error
         except TimeoutError:
             reason = f"no answer within {patience.timeout:g} s"
         except Exception as error:  # each file system has its own
-            reason = _in_one_line(error)
+            reason = one_line(error)
     tries = patience.retries + 1
     raise RemoteError(f"{what}: {reason} (tried {tries} time{'s' * (tries > 1)})")
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _behind(error: FileNotFoundError) -> str:
@@ -179,7 +177,7 @@ def _behind(error: FileNotFoundError) -> str:
     status = answer["ResponseMetadata"]["HTTPStatusCode"] if isinstance(answer, dict) else getattr(cause, "status", 0)
     if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
         return ""
-    return _in_one_line(cause)
+    return one_line(cause)
 
 
 def _within(ask: Callable[[], Any], seconds: float) -> Any:

@@ -36,7 +36,7 @@ from training.captions import (
     captions_of,
     joined,
 )
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.images import BadImage, ImageData, Size, read_size
 from training.listing import METADATA_NAMES, PARQUET, list_files, printable
 from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, read_range
@@ -325,8 +325,9 @@ class Index:
         except RemoteError as error:
             raise DataError(str(error)) from error
         except SHARD_ERRORS as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            self.skipped.append((name, f"cut off or corrupt: {why}; the {num_members} files before that are used"))
+            self.skipped.append(
+                (name, f"cut off or corrupt: {one_line(error)}; the {num_members} files before that are used")
+            )
         return samples
 
     def _image(self, path: str, member: tarfile.TarInfo, read: Callable[[int], bytes], unpack: bool) -> Place:
@@ -370,7 +371,7 @@ class Index:
         except RemoteError as error:
             raise DataError(str(error)) from error
         except (OSError, ValueError) as error:
-            self.skipped.append((name, f"not readable: {' '.join(str(error).split())}"))
+            self.skipped.append((name, f"not readable: {one_line(error)}"))
 
     def _add_rows(self, rows: Iterable[Row], name: str, path: str) -> None:
         """Rows of a Parquet file or a dataset; a block is what is read at once."""

@@ -28,7 +28,7 @@ from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
 from training.data import Sample, Source, SourceOptions, place_of_key, read_sample
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.hub import image_in, load
 from training.image_batches import ImageBatch, make_batch, make_row, rng_for
 from training.images import BadImage, Size, fit_size, read_size
@@ -124,7 +124,7 @@ class StreamSource:
             except StopIteration:
                 return
             except Exception as error:
-                raise DataError(f"{self.spec}: {' '.join(str(error).split()) or type(error).__name__}") from error
+                raise DataError(f"{self.spec}: {one_line(error)}") from error
             yield values
 
     # --- how many rows an epoch has ---

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.ahead import ahead
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.interrupts import STOPS
 
 _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -104,7 +104,7 @@ def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
         if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
             raise
