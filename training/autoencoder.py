@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from training.interrupts import Interrupts
 from training.progress import Progress
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
+
+if TYPE_CHECKING:
+    from training.data import Source
 
 PCA_IMAGES = 1024  # images whose patches give the linear start
 PREVIEW_IMAGES = 256  # images that the preview is fitted to
@@ -122,9 +125,9 @@ def channel_statistics(autoencoder: Autoencoder, images: np.ndarray) -> tuple[Te
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3), correction=0)
 
 
-def _batches(images: np.ndarray, batch_size: int = 32) -> Iterator[Tensor]:
-    for first in range(0, len(images), batch_size):
-        yield _to_float(images[first : first + batch_size])
+def _batches(images: np.ndarray) -> Iterator[Tensor]:
+    for first in range(0, len(images), 32):
+        yield _to_float(images[first : first + 32])
 
 
 def _to_float(images: np.ndarray) -> Tensor:
@@ -141,27 +144,41 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
 
     Raises ValueError where nothing readable is left for one of the two.
     """
-    from training.data import one_pass, open_source, split_by_key
+    source, train, held_out = _open(config, PatchAutoencoder.factor)
+    return _read(source, train, "training", config, log), _read(source, held_out, "held-out", config, log)
 
-    source = open_source(
-        config.data, config.image_size, step=PatchAutoencoder.factor, seed=config.seed, need_captions=False
-    )
+
+def read_held_out(config: AutoencoderTrainConfig, factor: int, log: Callable[[str], None] = print) -> np.ndarray:
+    """The held-out images alone, as `read_images` gives them, with sides that are multiples of `factor`."""
+    source, _, held_out = _open(config, factor)
+    return _read(source, held_out, "held-out", config, log)
+
+
+def _open(config: AutoencoderTrainConfig, factor: int) -> tuple[Source, np.ndarray, np.ndarray]:
+    """(source, training indices, held-out indices)."""
+    from training.data import open_source, split_by_key
+
+    source = open_source(config.data, config.image_size, step=factor, seed=config.seed, need_captions=False)
     train, held_out = split_by_key(source, config.held_out)
-    parts = []
-    for name, indices in (("training", train), ("held-out", held_out[: config.num_held_out])):
-        batches = list(one_pass(source, indices, 64))
-        bad = [key for batch in batches for key, _ in batch.skipped]
-        if bad:
-            log(f"skipped {len(bad)} {name} images: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
-        images = [batch.images for batch in batches if len(batch.images)]
-        if not images:
-            or_else = "lower" if name == "training" else "raise"
-            raise ValueError(
-                f"no {name} image in {config.data} (held_out = {config.held_out}): give more images, or {or_else} "
-                "held_out"
-            )
-        parts.append(torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy())
-    return parts[0], parts[1]
+    return source, train, held_out[: config.num_held_out]
+
+
+def _read(
+    source: Source, indices: np.ndarray, part: str, config: AutoencoderTrainConfig, log: Callable[[str], None]
+) -> np.ndarray:
+    from training.data import one_pass
+
+    batches = list(one_pass(source, indices, 64))
+    bad = [key for batch in batches for key, _ in batch.skipped]
+    if bad:
+        log(f"skipped {len(bad)} {part} images: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
+    images = [batch.images for batch in batches if len(batch.images)]
+    if not images:
+        change = "lower" if part == "training" else "raise"
+        raise ValueError(
+            f"no {part} image in {config.data} (held_out = {config.held_out}): give more images, or {change} held_out"
+        )
+    return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _draw(images: np.ndarray, config: AutoencoderTrainConfig, step: int) -> Tensor:

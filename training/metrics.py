@@ -85,16 +85,13 @@ def precision_recall(reference: Tensor, features: Tensor, k: int = NEIGHBOURS) -
 
 
 def _within(points: Tensor, manifold: Tensor, k: int) -> float:
-    radii = torch.cat(
-        [
-            torch.cdist(manifold[i : i + CHUNK], manifold)
-            .diagonal_scatter(torch.full((min(CHUNK, len(manifold) - i),), torch.inf), i)  # not its own neighbour
-            .kthvalue(k)
-            .values
-            for i in range(0, len(manifold), CHUNK)
-        ]
-    )
-    inside = [(torch.cdist(some, manifold) <= radii).any(1) for some in points.split(CHUNK)]
+    """The share of points (M, D) that lie in the manifold of others (N, D)."""
+    radii = []
+    for first, some in zip(range(0, len(manifold), CHUNK), manifold.split(CHUNK), strict=True):
+        distances = torch.cdist(some, manifold)
+        distances.diagonal(first).fill_(torch.inf)  # a point is not its own neighbour
+        radii.append(distances.kthvalue(k).values)
+    inside = [(torch.cdist(some, manifold) <= torch.cat(radii)).any(1) for some in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 

@@ -28,7 +28,7 @@ from mmdit.text import Tokens
 from samplers import RectifiedFlow, Schedule, randn, resolution_shift, shift_time
 from training.config import TrainConfig
 from training.share import WHOLE, Share
-from training.time_density import Shifted, TimeDensity, make_time_density
+from training.time_density import TimeDensity, make_time_density
 
 Draws = torch.Generator | Sequence[int]
 """What a loss draws from; where nothing but noise is to be drawn, a seed for each image's."""
@@ -304,7 +304,7 @@ def next_token_loss(
 def make_objective(config: TrainConfig, share: Share = WHOLE) -> FlowMatching | TextAndImages:
     """What a run's model learns; share: of each batch, the piece that comes to this process."""
     o, mixed = config.objective, config.transfusion
-    density = Shifted(make_time_density(o.time_density, m=o.m, s=o.s), o.shift)
+    density = make_time_density(o.time_density, o.m, o.s, o.shift)
     if not mixed.enabled:
         return FlowMatching(density, o.caption_dropout, o.stratified, share=share)
     names = ("image_weight", "image_first_cap", "z_loss", "caption_first")

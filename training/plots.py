@@ -94,12 +94,12 @@ def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
     axes.legend(frameon=False, ncols=2, title="t about")
 
 
-def _running_mean(values: Sequence[float], share: int = 20) -> list[float]:
-    """Means over as many values before each as after it, up to a 1/share of all, so that the line does not lag; the
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Means over as many values before each as after it, up to a twentieth of all, so that the line does not lag; the
     last ones, which have fewer after them, are means over no fewer before them.
     """
     num = len(values)
     sums, at = np.cumsum([0.0, *values]), np.arange(num)
-    half = np.minimum(at, num // share)
+    half = np.minimum(at, num // 20)
     first, last = at - half, np.minimum(at + half + 1, num)
     return ((sums[last] - sums[first]) / (last - first)).tolist()

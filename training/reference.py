@@ -41,7 +41,6 @@ def reference_features(
     network: ImageNetwork,
     cache: Path,
     batch_size: int = 64,
-    num_workers: int = 0,
     log: Log = lambda text: None,
 ) -> Tensor:
     """Features (N, D) of a source's pictures, read from `cache` if they were made before. Raises DataError where no
@@ -54,7 +53,7 @@ def reference_features(
         return kept
     log(f"reference: {network.name} looks at {len(indices)} pictures, once; what it sees is kept in {cache}")
     features, skipped = [], []
-    for batch in one_pass(source, indices, batch_size, num_workers):
+    for batch in one_pass(source, indices, batch_size):
         skipped += batch.skipped
         if len(batch.captions):
             features.append(network(batch.images).cpu())

@@ -308,18 +308,6 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What changed between two settings of one class, each as "section.key: old -> new"."""
-    found: list[str] = []
-    for name in _hints(type(old)):
-        a, b, key = getattr(old, name), getattr(new, name), _join(prefix, name)
-        if is_dataclass(a):
-            found += differences(a, b, key)
-        elif a != b:
-            found.append(f"{key}: {shown(a)} -> {shown(b)}")
-    return found
-
-
 # --- documentation ----------------------------------------------------------------------------------
 
 
@@ -346,13 +334,9 @@ def field_docs(cls: type, prefix: str = "") -> list[FieldDoc]:
     return docs
 
 
+@cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, in the order of declaration."""
-    return _read_hints(cls)
-
-
-@cache
-def _read_hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls)}
 

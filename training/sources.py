@@ -325,9 +325,8 @@ class Index:
         except RemoteError as error:
             raise DataError(str(error)) from error
         except SHARD_ERRORS as error:
-            self.skipped.append(
-                (name, f"cut off or corrupt: {one_line(error)}; the {num_members} files before that are used")
-            )
+            reason = f"cut off or corrupt: {one_line(error)}; the {num_members} files before that are used"
+            self.skipped.append((name, reason))
         return samples
 
     def _image(self, path: str, member: tarfile.TarInfo, read: Callable[[int], bytes], unpack: bool) -> Place:

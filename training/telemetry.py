@@ -23,6 +23,7 @@ from training.cache import is_cache
 from training.config import TrainConfig
 from training.flops import captioned, in_one_row, of_documents, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
+from training.sharding import whole
 from training.stream import STREAM
 
 TIME_BINS = 8  # equal parts of [0, 1]
@@ -103,7 +104,8 @@ class Telemetry:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 parts[part_of(name)].append(parameter.grad)
-        self._norms = {f"grad_norm_{part}": _norm(gradients) for part, gradients in parts.items()}
+        norms = {part: torch.nn.utils.get_total_norm(gradients) for part, gradients in parts.items()}
+        self._norms = {f"grad_norm_{part}": whole(norm) for part, norm in norms.items()}
 
     # --- when a line is written ---------------------------------------------------------------------------------------
 
@@ -200,10 +202,9 @@ def shared_state(states: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(states) == 1:
         return states[0]
-    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).sum(0).tolist()
-    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0).tolist()
-             for name in states[0]["parts"]}  # fmt: skip
-    return {"bins": bins, "parts": parts}
+    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).sum(0)
+    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0) for name in states[0]["parts"]}
+    return {"bins": bins.tolist(), "parts": {name: values.tolist() for name, values in parts.items()}}
 
 
 def part_of(parameter: str) -> str:
@@ -231,11 +232,6 @@ def memory(device: torch.device) -> dict[str, float]:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    norm: Any = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
 
 def _remedy(config: TrainConfig) -> str:
