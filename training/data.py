@@ -3,9 +3,9 @@
     "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
         -> open_source -> Source -> split_by_key -> loader -> ImageBatch, ImageBatch, ...
 
-A source answers `source[i]` at any time in any process, so that order, workers and resuming are matters of the loader.
+A source gives any sample at any time in any process; the order of samples, workers and resuming are up to the loader.
 Images are uint8 RGB (h, w, 3), all of one size, or of the size of their bucket; sizes are (height, width), multiples of
-the model's step.
+the `step` that the model needs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _PROBED = 100  # images whose headers are looked at to find the most common size
 
 @dataclass(frozen=True)
 class Sample:
-    """One image uint8 RGB (h, w, 3) with its caption; or, with `error` set to the reason, none (image is None).
+    """One image uint8 RGB (h, w, 3) with its caption. Where it cannot be used, image is None and `error` says why.
 
-    original: (height, width) of the upright file; crop: how far (down, right) the image begins in the scaled one, in
-    pixels; flipped: whether it was mirrored.
+    original: (height, width) of the upright file; crop: (top, left) of the crop in the scaled image, in pixels;
+    flipped: whether it was mirrored.
     """
 
     key: str
@@ -117,12 +117,11 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How images are brought to size, and which samples are wanted.
+    """How images are fitted to their size, and which samples are taken.
 
-    buckets: instead of one size, sizes of about the area of image_size, whose sides are at most `max_ratio` to 1; a
-    bucket of fewer than min_bucket samples joins the next. "own": each image's own size, up to that area. mixed: a
-    batch may hold several of these sizes. crop: where an image is cut, at its centre or anywhere. flip: mirror half of
-    the images.
+    buckets: instead of one size, several of about the area of image_size, with aspect ratios up to max_ratio; a bucket
+    of fewer than min_bucket samples is merged into the nearest. "own": each image's own size, up to that area. mixed: a
+    batch may hold several of these sizes. crop: the centre, or a random place. flip: mirror half of the images.
     """
 
     buckets: bool | Literal["own"] = False
@@ -134,11 +133,11 @@ class SourceOptions:
     wanted: Wanted = field(default_factory=Wanted)
 
     def __post_init__(self) -> None:
-        if self.buckets and not self.wanted.measures:  # sizes say which bucket
+        if self.buckets and not self.wanted.measures:  # an image's size decides its bucket
             object.__setattr__(self, "wanted", replace(self.wanted, sizes=True))
 
     def check_size(self, size: Size | None) -> None:
-        """Raises `DataError` where images are to have their own size, and none says up to which area."""
+        """Raises `DataError` where images keep their own size, and no image_size limits their area."""
         if size is None and self.buckets == "own":
             raise DataError('data.buckets is "own": say by data.image_size above which area images are scaled down')
 
@@ -149,7 +148,7 @@ class SourceOptions:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is asked for but images of one size with their captions."""
+        """Whether these are the defaults: images of one size, central crops, first captions, no filters."""
         same = Wanted(cache=self.wanted.cache, patience=self.wanted.patience)
         return not self.buckets and self.crop == "center" and not self.flip and self.wanted == same
 
@@ -174,7 +173,7 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"num_samples must be at least 1, not {num_samples}")
-    if not spec:  # a path would take it as the folder that one is in
+    if not spec:  # Path("") is the current folder
         raise DataError("no data is named: give --data (or data.source) a folder of images with captions, shards, ...")
     size, mix = checked_size(image_size), _mix_in(spec)
     if any(name.partition(":")[0] == "shapes" for name, _ in mix):
@@ -197,7 +196,7 @@ def open_source(
 
 
 def _check_alone(name: str) -> None:
-    """Raises `DataError` for what is no list of images: a stream, and a cache that is to be mixed with others."""
+    """Raises `DataError` for what cannot be read as a list of images: a stream, or a cache in a mix."""
     if name.startswith("hf-stream:"):
         raise DataError(f"{name} is a stream, which training alone reads, and by itself: take hf:NAME, or files")
     if is_cache(name):
@@ -217,8 +216,8 @@ def is_shapes(spec: str) -> bool:
 class FileSource(Source):
     """Images in files, shards or rows. A sample that cannot be used (no caption, bad image) comes with its `error` set.
 
-    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size, or each has
-    its own and no size says what is too large.
+    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no size is given and none can be read
+    from the images.
     """
 
     def __init__(
@@ -275,7 +274,7 @@ class FileSource(Source):
             return Sample(entry.key, None, "", "missing caption")
         try:
             data = index.read(entry)
-        except RemoteError as error:  # the sample is good, the server is not
+        except RemoteError as error:  # a failure of the server, not a bad sample
             raise DataError(str(error)) from error
         except OSError as error:
             return Sample(entry.key, None, entry.caption or "", (error.strerror or str(error)).lower())
@@ -294,7 +293,7 @@ class FileSource(Source):
         return Layout(sizes, bucket, part, weights, block, self.options.mixes)
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
-        """(sizes of the buckets that have images, the bucket of each image)."""
+        """(sizes of the buckets that are not empty, the bucket of each image)."""
         if not all("height" in table.columns for table in self._tables):
             raise DataError("buckets need the images' sizes: index them with Wanted(sizes=True)")
         columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
@@ -316,7 +315,7 @@ class FileSource(Source):
             return b""
 
     def _common_size(self) -> Size:
-        """The size that most of up to 100 images have, evenly spread over the data; of equals the first."""
+        """The most common size among up to 100 images, evenly spread over the data; of several the first."""
         sizes: Counter[Size] = Counter()
         reason = ""
         for i in np.linspace(0, len(self) - 1, min(_PROBED, len(self))).astype(int):
@@ -343,8 +342,8 @@ def read_sample(
 ) -> Sample:
     """A sample of size (h, w) from its image file and captions; its `error` is set where the image is bad.
 
-    One caption is drawn, then the place of the crop, then whether it is mirrored; without rng it is the first caption,
-    the centre, and no. rng: makes the generator, which is asked for where something is to be drawn.
+    rng makes the generator that draws a caption, then the crop, then the flip; it is called only where one of these is
+    random. Without it the sample has its first caption and a central crop.
     """
     caption, place, flip = captions[0] if captions else "", (0.5, 0.5), False
     if rng is not None and (len(captions) > 1 or options.crop == "random" or options.flip):
@@ -382,11 +381,11 @@ class ShapesSource(Source):
 
 
 def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(training indices, held-out indices), both ascending: held out is what has SHA-256(key) / 2^256 < the fraction.
+    """(training indices, held-out indices), both ascending; held out are samples with SHA-256(key) / 2^256 < fraction.
 
-    Whether a sample is held out depends on its key alone, not on what else is in the data set. What follows "#" in a
-    key (further captions of one image) does not count: all captions of an image fall to one side. With few samples
-    either side can be empty. Raises `DataError` unless the fraction is in [0, 1].
+    Whether a sample is held out thus depends on its key alone, not on the rest of the data set. What follows "#" in a
+    key (further captions of one image) does not count, so that all captions of an image fall to one side. With few
+    samples either side can be empty. Raises `DataError` unless the fraction is in [0, 1].
     """
     if not 0 <= held_out_fraction <= 1:
         raise DataError(f"held_out_fraction must be in [0, 1], not {held_out_fraction}")
@@ -395,18 +394,18 @@ def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, 
 
 
 def place_of(text: str) -> float:
-    """Where the SHA-256 of a text falls in [0, 1)."""
+    """The SHA-256 of a text as a number in [0, 1)."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
 
 
 def place_of_key(key: str) -> float:
-    """That of a sample's key, but for what follows "#"."""
+    """`place_of` a sample's key, without what follows "#"."""
     return place_of(key.partition("#")[0])
 
 
 def checked_size(image_size: int | Size | None) -> Size | None:
-    """A side or (height, width) as the latter. Raises `DataError` for anything else."""
+    """(height, width) from a side or a pair. Raises `DataError` for anything else."""
     if image_size is None:
         return None
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -430,7 +429,7 @@ def _count_in(spec: str) -> int | None:
 
 
 def _mix_in(spec: str) -> Weights:
-    """The data sets of "a=0.7,b=0.3" with their weights; a spec that is no such list is one data set of weight 1."""
+    """The data sets of "a=0.7,b=0.3" with their weights; any other spec is one data set of weight 1."""
     parts = items_in(spec)
     if (
         len(parts) < 2

@@ -1,7 +1,7 @@
-"""Images and captions in Parquet files, on disk or behind a URL: read by row groups, of which some stay in memory.
+"""Images and captions in Parquet files, on disk or behind a URL.
 
-A row group is the least that can be read. Samples are therefore shuffled by row groups, then among those of some at a
-time (`order.WINDOW`), which each process keeps: row groups of some tens of MB are best.
+A row group is the least that can be read. The order therefore shuffles row groups, and then the samples of a few of
+them (`order.WINDOW`), which each process keeps in memory: row groups of some tens of MB are best.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ParquetRows:
         _pyarrow()
         self.patience = patience
         self._groups: OrderedDict[tuple[str, int], _Once] = OrderedDict()
-        self._lock = Lock()  # samples of a server are read by several threads
+        self._lock = Lock()  # several threads read the samples of a server
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParquetRows, (self.patience,)
@@ -73,7 +73,7 @@ class ParquetRows:
 
 
 class _Once:
-    """What a function gives, asked for once, whichever thread is the first; the others wait. An error is not kept."""
+    """A function's result, computed once by the first thread that asks; others wait. An error is not kept."""
 
     def __init__(self, ask: Callable[[], Any]) -> None:
         self.ask, self.lock = ask, Lock()
