@@ -39,7 +39,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def compiled(
     model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None], blocks_alone: bool = False
-) -> torch.nn.Module:
+) -> Any:
     """The model, compiled where the config asks for it and there is a compiler. blocks_alone: compile each block by
     itself, as DDP and FSDP2 need it.
     """

@@ -334,9 +334,13 @@ def field_docs(cls: type, prefix: str = "") -> list[FieldDoc]:
     return docs
 
 
-@cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, in the order of declaration."""
+    return _cached_hints(cls)
+
+
+@cache
+def _cached_hints(cls: Any) -> dict[str, Any]:  # apart, since to mypy not every class is hashable
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls)}
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -333,7 +332,7 @@ def open_feeds(
     common = (autoencoder, text, device, data.num_workers, run.log_skipped)
     if isinstance(source, StreamSource):
         in_memory, held_out = held_out_samples(config, source)
-        validation = _validation_feed(config, run, in_memory, held_out, autoencoder, text, device, 0)
+        validation = _validation_feed(config, run, in_memory, held_out, autoencoder, text, device, num_workers=0)
         return StreamFeed(source, data.held_out, *common, sampled), validation
     training, held_out = split_by_key(source, data.held_out)
     if not len(training):
@@ -360,10 +359,18 @@ def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tupl
 
 
 def _validation_feed(
-    config: TrainConfig, run: RunFolder, source: Source, held_out: np.ndarray, *how: Any
+    config: TrainConfig,
+    run: RunFolder,
+    source: Source,
+    held_out: np.ndarray,
+    autoencoder: Autoencoder,
+    text: Conditioner,
+    device: torch.device,
+    num_workers: int,
 ) -> LatentFeed | CachedFeed | None:
     """The first evaluation.validation_samples of the held-out samples, encoded; with a warning where there are none."""
+    some = held_out[: config.evaluation.validation_samples]
     with suppress(NothingUsable):
-        return latent_feed(source, held_out[: config.evaluation.validation_samples], *how, run.log_skipped)
+        return latent_feed(source, some, autoencoder, text, device, num_workers, run.log_skipped)
     run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
     return None

@@ -80,7 +80,7 @@ class Writer:
         self._end += self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def table(self, longer_key: Callable[[int, Entry], str]) -> Table:
-        """The whole table. A key that repeats becomes longer_key(i, entry), and a number is added if that repeats too."""
+        """The whole table. A key that repeats becomes longer_key(i, entry), with a number if that repeats too."""
         self._file.flush()
         table = self._table()
         for i, key in _renamed(table, np.array(self._hashes, dtype=np.uint64), longer_key):
