@@ -1,7 +1,7 @@
 """Batches from a source, in an order that is a pure function of (seed, step), with or without worker processes.
 
-Batch number `step` holds what `order.Plan` says. A batch is thus a function of its number: to resume is to start
-counting elsewhere, each worker process builds whole batches on its own, and each rank its own rows of them.
+`order.Plan` says which samples batch number `step` holds. A batch is thus a function of its number: resuming starts
+at another number, each worker process builds whole batches on its own, and each rank its rows of them.
 
 Shapes: B samples in a batch, h, w the source's image size.
 """
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["ImageBatch", "by_shape", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
-"""Samples of a batch that are asked of a server at the same time."""
+"""Samples of a batch that are read from a server at the same time."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
+    """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists bad samples that were met: (key, reason).
 
-    The images' channels lie last in memory, as decoders leave them.
+    In memory the channels are last, as decoders leave them.
 
-    originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
-    the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source. sizes:
-    (h, w) of each image where batches hold several sizes; `images` is then their pixels in one row, (P, 3).
+    originals (B, 2): height and width of the upright files; crops (B, 2): top and left of the crops in the scaled
+    images, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source. sizes: (h, w) of
+    each image where a batch holds several sizes; `images` is then the pixels of all, (P, 3).
     """
 
     images: torch.Tensor
@@ -55,7 +55,7 @@ class ImageBatch:
     sizes: list[tuple[int, int]] | None = None
 
     def by_size(self) -> list[tuple[list[int], torch.Tensor]]:
-        """(rows of the batch, their images (n, 3, h, w)), for each size that there is."""
+        """(rows of the batch, their images (n, 3, h, w)) for each size in it."""
         if self.sizes is None:
             return [(list(range(len(self.images))), self.images)]
         pixels = self.images.split([height * width for height, width in self.sizes])
@@ -74,11 +74,11 @@ def loader(
 ) -> Generator[ImageBatch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
-    Batches run across the ends of epochs; each is of one bucket, if the source has buckets and does not mix them. In
-    place of a bad sample stands the next good one of its source and, unless they are mixed, bucket. share: the rows of
-    each batch that this process reads; all shares together are the batches of one process. The batches do not depend on
-    `num_workers`. The iterator's `close()` ends the workers. Raises `DataError` for arguments out of range; while
-    iterating, when no sample is good, a server fails or a worker process dies.
+    A batch may span the end of an epoch; it is of one bucket, if the source has buckets and does not mix them. A bad
+    sample is replaced by the next good one of its data set and, unless they are mixed, bucket. share: the rows of each
+    batch that this process reads. The batches depend neither on `num_workers` nor on the number of processes. The
+    iterator's `close()` ends the workers. Raises `DataError` for arguments out of range; while iterating, when no
+    sample is good, a server fails or a worker process dies.
     """
     _at_least("batch_size", batch_size, 1)
     _at_least("seed", seed, 0)
@@ -93,8 +93,8 @@ def loader(
 def one_pass(
     source: Source, indices: Sequence[int] | np.ndarray, batch_size: int, num_workers: int = 0
 ) -> Generator[ImageBatch, None, None]:
-    """All good samples at `indices` once and in order, in batches of `batch_size` less the bad ones; where there are
-    buckets, bucket after bucket. Crops are central, captions the first.
+    """All good samples at `indices` once and in order, in batches of `batch_size` from which bad ones are missing;
+    where there are buckets, bucket after bucket. Crops are central, captions the first.
 
     Raises `DataError` for arguments out of range; while iterating, when a worker process dies.
     """
@@ -132,7 +132,7 @@ class _Shuffled:
         return make_batch(layout.sizes[bucket], len(asked), samples(), skipped)
 
     def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
-        """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
+        """(its number, the sample, the bad ones before it), of the first good sample from the one asked for on."""
         pool, place, step, row = asked
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
@@ -146,12 +146,12 @@ class _Shuffled:
 
 
 def rng_for(seed: int, step: int, row: int) -> np.random.Generator:
-    """What is drawn for a row of a batch: which caption, where to crop."""
+    """The generator of the random choices for a row of a batch: its caption, crop and flip."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(step, row))))
 
 
 def by_shape(tensors: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
-    """(places, the tensors there as one (n, ...)), for each shape that there is."""
+    """(places in the list, the tensors there stacked (n, ...)) for each shape among them."""
     groups: dict[torch.Size, list[int]] = {}
     for place, x in enumerate(tensors):
         groups.setdefault(x.shape, []).append(place)
@@ -180,7 +180,7 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
 def make_batch(
     size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
 ) -> ImageBatch:
-    """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
+    """The batch of `count` good samples of one size (h, w), given with their numbers; an image is freed once copied."""
     images = np.empty((count, *size, 3), dtype=np.uint8)
     told = []
     for slot, (i, sample) in zip(images, numbered, strict=True):
@@ -191,7 +191,7 @@ def make_batch(
 
 
 def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> ImageBatch:
-    """The batch of good samples, each of its own size, with their numbers."""
+    """The batch of good samples of any sizes, given with their numbers."""
     pixels, sizes, told = [], [], []
     for i, sample in numbered:
         assert sample.image is not None
