@@ -187,10 +187,8 @@ class LatentFeed:
         self.latents = {bucket: torch.cat(some) for bucket, some in parts.items()}
         places = np.concatenate([np.arange(len(some)) for some in self.latents.values()])
         order = np.argsort(kept) if layout.mixed else np.arange(len(kept))
-        self._places, kept = (
-            places[order],
-            [kept[k] for k in order],
-        )  # of each row: its place in the latents of its bucket
+        self._places = places[order]  # of each row: its place in the latents of its bucket
+        kept = [kept[k] for k in order]
         self.captions = [captions[k] for k in order]
         self.layout = layout.of(np.array(kept))
         self._alternatives = _Alternatives(source, kept, self.captions)
