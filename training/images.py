@@ -115,7 +115,7 @@ def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> Image.Im
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """np.asarray of an RGB image, but faster: Pillow joins pieces of 64 KB, which takes a tenth of the decoding time."""
+    """np.asarray of an RGB image, but faster: Pillow joins pieces of 64 KB, a tenth of the decoding time."""
     if not hasattr(Image, "_getencoder"):  # not in Pillow's public interface
         return np.asarray(image)
     encoder = Image._getencoder(image.mode, "raw", (image.mode,))

@@ -58,15 +58,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, replicas: Any = No
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step, for each group times its own scale."""
+    """Set the learning rate of the next step: `rate` times each group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def _by_scale(group: dict, scales: Mapping[int, float]) -> Iterable[dict]:
-    """A group in parts of one scale; decay, which is multiplied by the rate, stays what it was in all.
+    """A group divided by muP's scales. Weight decay, which is multiplied by the rate, is divided by the scale.
 
-    Muon's steps are of norm sqrt(width) where AdamW's grow as the width: the root of AdamW's scale makes up for it.
+    Muon's steps have a norm of sqrt(width), AdamW's grow as the width: for Muon the scale is the root of AdamW's.
     """
     parts: dict[float, list[nn.Parameter]] = defaultdict(list)
     for p in group["params"]:
@@ -84,7 +84,7 @@ def _schedule_free(groups: list[dict], how: dict[str, Any]) -> torch.optim.Optim
             "optimizer.name is \"schedule-free\", which needs a library: pip install 'mmdit[schedulefree]'"
         ) from error
     optimizer = AdamWScheduleFree(groups, **how)
-    optimizer.train()  # and so it stays: ema.py computes the averages aside
+    optimizer.train()  # for good: ema.py computes the average by itself
     return optimizer
 
 
@@ -95,7 +95,7 @@ def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -
         raise ValueError(
             "optimizer.name is \"adamw-8bit\", which needs a library: pip install 'mmdit[bitsandbytes]'"
         ) from error
-    probe = nn.Parameter(torch.zeros(4096, device=device))  # the least that it keeps in 8 bits
+    probe = nn.Parameter(torch.zeros(4096, device=device))  # the smallest that has 8-bit moments
     probe.grad = torch.zeros_like(probe)
     try:
         AdamW8bit([probe]).step()
@@ -108,7 +108,7 @@ def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside stacks of blocks: not those that lead into the model or out of it."""
+    """Weights of the linear layers within blocks, not of those at the model's input and output."""
     stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
     linear = {m: None for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)}
     return [m.weight for m in linear if m.weight.requires_grad]  # type: ignore[misc]
@@ -118,8 +118,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], fl
     """The rate at step k (0-based): linear warm-up over `warmup_steps`, then the schedule down to lr *
     final_lr_fraction.
 
-    "wsd" (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv 2404.06395) holds lr, and in the last `decay_fraction`
-    of the run, as far as it is after warm-up, falls in a straight line.
+    "wsd" (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv 2404.06395) holds lr, and falls linearly in the last
+    `decay_fraction` of the run, or from the end of warm-up if that is later.
     """
 
     def rate(step: int) -> float:

@@ -26,8 +26,8 @@ _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class _Steps(Dataset):
-    """The data set of a worker: a step gives `make(step)`, or its error as a value, for the trainer to raise without the
-    worker's traceback.
+    """The data set of a worker: a step gives `make(step)`, or its error as a value, for the trainer to raise without
+    the worker's traceback.
     """
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
@@ -117,8 +117,8 @@ def _as_it_is(item: Any) -> Any:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started within ignore the signals `STOPS`: one that is sent to the whole process group must not
-    kill the workers of a trainer that is still saving. Blocking is inherited, so a new worker is never without it.
+    """Processes that are started within ignore the signals `STOPS`: one that is sent to the whole process group must
+    not kill the workers of a trainer that is still saving. Blocking is inherited, so a new worker is never without it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows, where no group is sent SIGTERM
         yield
