@@ -1,4 +1,4 @@
-"""What a person looks at: a grid of captioned pictures, and the loss."""
+"""Plots of a run: a grid of captioned pictures, and the loss curves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def caption_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, min_width: int = 128
 ) -> Image.Image:
-    """Pictures in rows of `columns` (None: eight, or four wide ones), each over its caption; small ones are enlarged by
-    a whole factor, without smoothing.
+    """Pictures in rows of `columns` (None: eight, or four if they are wide), each above its caption. Small pictures are
+    enlarged by a whole factor, without smoothing.
     """
     columns = columns or (8 if images[0].width <= 2 * images[0].height else 4)
     zoom = max(1, -(-min_width // images[0].width))
@@ -95,8 +95,8 @@ def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Means over as many values before each as after it, up to a twentieth of all, so that the line does not lag; the
-    last ones, which have fewer after them, are means over no fewer before them.
+    """Centred running means over up to a twentieth of all values on each side, so that the line does not lag. At the
+    start the window shrinks on both sides, at the end only on the right.
     """
     num = len(values)
     sums, at = np.cumsum([0.0, *values]), np.arange(num)
