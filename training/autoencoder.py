@@ -1,14 +1,14 @@
-"""Trains a `PatchAutoencoder` on a person's own images, without a perceptual network or a discriminator.
+"""Training of a `PatchAutoencoder` on one's own images, without a perceptual network or a discriminator.
 
-It starts from the principal components of the images' patches, then minimises the mean squared error of the
+It starts from the principal components of the images' patches, and minimises the mean squared error of the
 reconstruction from noisy latents,
 
     loss = mean (D(E(x) + u s n) - x)^2 + 1e-4 (mean E(x)^2 - 1)^2,     n ~ N(0, 1), u ~ U(0, 1) a sample, s =
     latent_noise
 
-The noise, on latents that the last term keeps near unit variance, bounds the bits that a latent can carry: the part
-that the KL term has in a VAE (Kingma & Welling 2014) with a posterior of fixed width. The decoder learns to bear a
-generator's small errors.
+The last term keeps latents near unit variance, so that the noise limits the bits that they can carry, as the KL term
+does in a VAE (Kingma & Welling 2014) whose posterior has a fixed width. The decoder also learns to tolerate the small
+errors of a generator.
 
 Shape letters: B batch, H W image sides, C latent channels, h w latent sides.
 """
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 PCA_IMAGES = 1024  # images whose patches give the linear start
 PREVIEW_IMAGES = 256  # images that the preview is fitted to
 STATISTICS_IMAGES = 2048  # images over which the latents' mean and variance are measured
-LEAST_SCALE = 0.05  # of the latents' standard deviation: pictures of one colour alone have none
+LEAST_SCALE = 0.05  # smallest standard deviation of latents: plain pictures of one colour have 0
 
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig(Settings):
-    """All that decides an autoencoder's training; the defaults make the weights shipped for the drawn shapes."""
+    """Settings of an autoencoder's training; the defaults give the weights in the package, for the drawn shapes."""
 
     data: str = "shapes:12000"
     """Images: "shapes" (drawn), a folder, or .tar shards."""
@@ -102,9 +102,7 @@ class AutoencoderTrainConfig(Settings):
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1] seen with data range
-    1.
-    """
+    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1], scaled to [0, 1]."""
     mse = ((images - others) / 2).square().flatten(1).mean(1)
     return -10 * torch.log10(mse.clamp_min(1e-10))
 
@@ -240,7 +238,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
 
 
 def _optimizer(model: PatchAutoencoder, config: AutoencoderTrainConfig) -> torch.optim.AdamW:
-    """AdamW; the linear code, good from the start, moves at a thirtieth of the rate and does not decay."""
+    """AdamW; the linear layers, which start from principal components, have 1/30 of the rate and no weight decay."""
     linear = [*model.linear_in.parameters(), *model.linear_out.parameters()]
     rest = [*model.encoder.parameters(), *model.decoder.parameters()]
     groups: list[dict[str, Any]] = [
@@ -253,7 +251,7 @@ def _optimizer(model: PatchAutoencoder, config: AutoencoderTrainConfig) -> torch
 def _loss(
     model: PatchAutoencoder, x: Tensor, config: AutoencoderTrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and its PSNR through the noise."""
+    """(the loss of a batch, the mean PSNR of its reconstruction from noisy latents)."""
     precision = pick_precision("auto", x.device)
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         z = model.raw_latents(x).float()
@@ -280,7 +278,7 @@ def _report(
     started: float,
     log: Callable[[str], None],
 ) -> None:
-    """Measure the statistics, save, and score what was saved."""
+    """Measure the latents' statistics, save the weights, and score the saved ones."""
     out, model = Path(config.out), copy.deepcopy(model)
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
     if not mean.isfinite().all():

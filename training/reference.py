@@ -1,8 +1,7 @@
-"""Features of the pictures that others are held against, made once and kept.
+"""Features of reference pictures, computed once and kept in a folder.
 
-A kept file is named by what went into it: the bytes of the pictures in their order, their size, the network's weights
-and the libraries that ran it. It is read only where all of these are the same and its content is whole, so that a wrong
-one cannot be used.
+A file is named by a digest of what went into it: the bytes of the pictures in their order, their size, the network's
+weights and the libraries that ran it. It is used only where all of these are the same and its content is whole.
 
 Shape letters: N pictures, D features.
 """
@@ -25,11 +24,11 @@ from training.data import DataError, Source, one_pass
 from training.image_networks import ImageNetwork
 
 Log = Callable[[str], None]
-FIT = 1  # counts up when `images.fit` makes other pixels of the same file
+FIT = 1  # increased when `images.fit` changes the pixels that it makes of a file
 
 
 def cache_folder(asked: str | None) -> Path:
-    """Where kept features are: the folder asked for, else `mmdit` in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    """The folder of kept features: the one asked for, or mmdit/references in XDG_CACHE_HOME or ~/.cache."""
     if asked is not None:
         return Path(asked).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdit" / "references"
@@ -43,7 +42,7 @@ def reference_features(
     batch_size: int = 64,
     log: Log = lambda text: None,
 ) -> Tensor:
-    """Features (N, D) of a source's pictures, read from `cache` if they were made before. Raises DataError where no
+    """Features (N, D) of a source's pictures, read from `cache` if they were computed before. Raises DataError where no
     picture can be read.
     """
     key = {"pictures": content(source, indices), "size": list(source.image_size), "fit": FIT, "network": network.digest}
@@ -60,7 +59,7 @@ def reference_features(
     if not features:
         raise DataError(f"none of the reference's {len(indices)} pictures can be read")
     found = torch.cat(features)
-    if skipped:  # whatever the reason was, it may be gone the next time
+    if skipped:  # they may be readable the next time
         log(f"reference: {len(skipped)} pictures cannot be read, so nothing is kept; one is {': '.join(skipped[0])}")
         return found
     save_weights({"features": found}, path, {"key": json.dumps(key), "sha256": _sum(found)})
@@ -68,7 +67,7 @@ def reference_features(
 
 
 def content(source: Source, indices: np.ndarray) -> str:
-    """SHA-256 of pictures in their order: of their files' bytes, or of the pixels where there are no files."""
+    """SHA-256 of pictures in their order, by `Source.raw`."""
     digest = hashlib.sha256()
     for i in map(int, indices):
         digest.update(hashlib.sha256(source.raw(i)).digest())
@@ -76,7 +75,7 @@ def content(source: Source, indices: np.ndarray) -> str:
 
 
 def _read(path: Path, key: dict) -> Tensor | None:
-    """The features in a file, None unless it was made from `key` and is whole."""
+    """The features in a file; None where it does not exist, was made from another key, or is not whole."""
     if not path.is_file():
         return None
     try:

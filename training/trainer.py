@@ -45,7 +45,7 @@ from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
-from training.resuming import check_state, told_of
+from training.resuming import check_state, data_digests
 from training.run import RunFolder, named
 from training.seeds import generator_for
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
@@ -96,7 +96,7 @@ class Trainer:
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
-        self.data = told_of(source, corpus)
+        self.data = data_digests(source, corpus)
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
         self._build(source.image_size)
         if resumed:
