@@ -38,6 +38,7 @@ from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
 from training.time_density import Uniform
 
+GRID = 32  # pictures in samples.png
 MOST_SIZES = 50  # most image sizes that get a validation loss of their own
 
 
@@ -133,6 +134,32 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
     return right / len(samples)
 
 
+def _draw(
+    pipe: TextToImage, config: TrainConfig, prompts: list[str], progress: bool
+) -> tuple[dict[str, Any], list[Image.Image], list[str]]:
+    """(scores of drawn pictures, GRID pictures, their captions): ShapesEval's in the drawn world, else the prompts'."""
+    counted: list[int] = []  # network evaluations of a picture; a guided one is two
+
+    def count(step: samplers.Progress) -> None:
+        counted.append(step.num_evals)
+
+    if not (is_shapes(config.data.source) and config.evaluation.prompts_per_question):
+        prompts = (prompts * GRID)[:GRID]
+        with drawing(len(prompts), progress, count) as callback:
+            images = pipe(prompts, seed=config.sampling.seed, callback=callback)
+        return {"network_evaluations": counted[-1]}, images, prompts
+    start = time.perf_counter()
+    with drawing(6 * config.evaluation.prompts_per_question, progress, count) as callback:
+        answers, images, captions = shapes_score(pipe, config, callback=callback)
+    scores: dict[str, Any] = {"shapes_eval": answers}
+    scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
+    if isinstance(pipe, TransfusionPipeline):
+        scores["captions_right"] = caption_score(pipe, config)
+    scores["network_evaluations"] = counted[-1]
+    pick = np.linspace(0, len(images) - 1, GRID).astype(int)  # some of each question
+    return scores, [images[i] for i in pick], [captions[i] for i in pick]
+
+
 def evaluate_run(
     path: str | Path,
     evaluation: dict[str, Any] | None = None,
@@ -165,25 +192,8 @@ def evaluate_run(
         text = held_out_pieces(config, corpus, tokenizer, pipe.model.transformer.device)
         scores |= corpus_loss(pipe.model, text, config) if text is not None else {}
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
-    counted: list[int] = []  # network evaluations of a picture; a guided one is two
-
-    def count(step: samplers.Progress) -> None:
-        counted.append(step.num_evals)
-
-    if is_shapes(config.data.source) and config.evaluation.prompts_per_question:
-        start = time.perf_counter()
-        with drawing(6 * config.evaluation.prompts_per_question, progress, count) as told:
-            scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=told)
-        scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
-        if isinstance(pipe, TransfusionPipeline):
-            scores["captions_right"] = caption_score(pipe, config)
-        pick = np.linspace(0, len(images) - 1, 32).astype(int)  # some of each question
-        images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
-    else:
-        prompts = (prompts * 32)[:32]
-        with drawing(len(prompts), progress, count) as told:
-            images = pipe(prompts, seed=config.sampling.seed, callback=told)
-    scores["network_evaluations"] = counted[-1]
+    drawn, images, prompts = _draw(pipe, config, prompts, progress)
+    scores |= drawn
     if config.evaluation.metrics:
         scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)
     with named(run.path / "samples.png"):
