@@ -65,12 +65,12 @@ def measure(out: Path, settings: list[str], steps: int) -> None:
         path = ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path)
         run = RunFolder(path) if ranks.first else QuietRun(path, ranks.rank)
         trainer = Trainer(config, run, ranks=ranks)
-        learner = trainer._ready()
+        learner = trainer._compiled_learner()
         batches = trainer.feed.batches(config.training.batch_size, config.seed, 0, trainer.share)
         times: list[float] = []
         for _ in range(WARM + steps):
             batch = next(batches)
-            ranks.wait()
+            ranks.barrier()
             start = time.perf_counter()
             trainer._train_step(learner, batch)
             times.append(time.perf_counter() - start)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from training.data import split_by_key
-from training.image_batches import Order
-from training.order import Layout, Plan
+from training.order import Layout, Order, Plan
 from training.table import Entry, Keys, Table, Writer
 
 SHARD = 10_000

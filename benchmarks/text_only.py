@@ -24,15 +24,14 @@ from mmdit.transfusion import Transfusion
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import open_source, split_by_key
-from training.devices import pick_precision, repeatable
+from training.devices import compiled, pick_precision, repeatable
 from training.ema import make_average
-from training.image_batches import Order
 from training.mup import scale_start
 from training.objectives import next_token_loss
 from training.optim import learning_rate, make_optimizer, set_rate
+from training.order import Order
 from training.progress import Progress
 from training.run import RunFolder
-from training.trainer import compiled
 
 
 def captions(config: TrainConfig, pipe: TextToImage) -> tuple[list[str], list[str]]:

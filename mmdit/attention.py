@@ -260,7 +260,7 @@ def _flex(kind: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     flex: Any = flex_attention
-    return torch.compile(flex, dynamic=True) if kind == "cuda" else flex  # type: ignore[no-any-return]
+    return torch.compile(flex, dynamic=True) if kind == "cuda" else flex
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

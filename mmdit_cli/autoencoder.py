@@ -56,26 +56,16 @@ def evaluate(
 
       mmdit autoencoder evaluate runs/autoencoder --data my_images/
     """
-    import torch
-
     from mmdit.autoencoder import PixelSpace, open_autoencoder
     from mmdit_cli.evaluate import show
-    from training.autoencoder import AutoencoderTrainConfig, channel_statistics, held_out_psnr
-    from training.data import one_pass, open_source, split_by_key
+    from training.autoencoder import AutoencoderTrainConfig, channel_statistics, held_out_psnr, read_held_out
     from training.settings import overridden
 
     model = open_autoencoder(folder)
     if isinstance(model, PixelSpace):
         raise ValueError(f'"{folder}" is no autoencoder but pixels, which lose nothing; name a folder or "shapes"')
     config = overridden(AutoencoderTrainConfig(), [*(settings or []), f"data={data}"])
-    source = open_source(config.data, config.image_size, step=model.factor, seed=config.seed, need_captions=False)
-    _, held_out = split_by_key(source, config.held_out)
-    batches = [batch.images for batch in one_pass(source, held_out[: config.num_held_out], 64) if len(batch.images)]
-    if not batches:
-        raise ValueError(
-            f"no held-out image in {data} (held_out = {config.held_out}); give more images or held_out=0.5"
-        )
-    images = torch.cat(batches).permute(0, 2, 3, 1).numpy()
+    images = read_held_out(config, model.factor)
     mean, std = channel_statistics(model, images)
     show(
         {

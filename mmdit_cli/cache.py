@@ -1,4 +1,4 @@
-"""`mmdit cache`: latents and text features computed once, to be trained on; and a look whether they are whole."""
+"""`mmdit cache`: compute latents and text features once, to train on; and verify that they are whole."""
 
 import re
 import shlex
@@ -33,10 +33,10 @@ def cache(
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help="Images and captions, as for `mmdit train`.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder to write; one that is there is gone on with.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write; an unfinished one is continued.")
     ] = None,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Write only part I of N, from 0, beside others that write the rest.")
+        str, typer.Option(metavar="I/N", help="Write only part I of N, from 0, while others write the rest.")
     ] = "0/1",
     dtype: Annotated[Number, typer.Option(help="Type of the latents.")] = Number.fp16,
     text_dtype: Annotated[Number, typer.Option(help="Type of a frozen text encoder's features.")] = Number.fp16,
@@ -44,7 +44,7 @@ def cache(
     verify: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Read a cache to the last byte; with --data also whether the data is what it was."
+            metavar="FOLDER", help="Check every byte of a cache; with --data also whether the data is unchanged."
         ),
     ] = None,
 ) -> None:

@@ -59,6 +59,6 @@ def convert(
 
 
 def check_new(out: Path) -> None:
-    """Raises ValueError where something is that would be written over: weights are dear, and runs hold more."""
+    """Raises ValueError where something exists that would be overwritten."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: name another place to write, or remove it")

@@ -7,11 +7,11 @@ import traceback
 from typing import NoReturn
 
 DEBUG = "MMDIT_DEBUG"
-"""Environment variable that asks for tracebacks; `mmdit --debug` sets it."""
+"""Environment variable that turns tracebacks on; `mmdit --debug` sets it."""
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error tells of bad input, or of a lack of files or memory, and not of a mistake in the program."""
+    """Whether an error is due to bad input, missing files or a lack of memory, and not to a bug in the program."""
     return isinstance(error, ValueError | OSError) or _out_of_memory(error) or _out_of_main_memory(error)
 
 
@@ -29,25 +29,25 @@ def line(error: BaseException) -> str:
 
 
 def complain(text: str, error: BaseException | None = None) -> None:
-    """Print "mmdit: error: ..." to stderr, after the traceback where that is asked for."""
+    """Print "mmdit: error: ..." to stderr; before it the traceback, if `DEBUG` is set."""
     if error is not None and os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(error)
-    rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
+    rank = os.environ.get("RANK", "0")  # processes other than the first say which they are
     who = "mmdit" if rank == "0" else f"mmdit (process {rank})"
     print(f"{who}: error: {text}", file=sys.stderr, flush=True)
 
 
 def of_thread(died: threading.ExceptHookArgs) -> None:
-    """What is printed where a thread dies: of a lack of files or room nothing, since its writer raises the same again
-    for the command to say; of all else the traceback.
+    """`threading.excepthook` of the command. It prints nothing for an OSError, such as of a full disk, since whoever
+    waits for the thread raises it again; for any other error the traceback.
     """
     if not isinstance(died.exc_value, OSError) or os.environ.get(DEBUG, "0") not in ("", "0"):
         threading.__excepthook__(died)
 
 
 def end_at_once(code: int | str) -> NoReturn:
-    """End a process of several that failed. torch's threads may wait for the others still, and where the interpreter is
-    taken down under them the process aborts, with another status.
+    """End a process without Python's usual shutdown. torch's threads may still wait for other processes; a shutdown in
+    which they run aborts the process, with another exit status.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,11 +11,9 @@ def evaluate(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Where the run's samples are, if they were moved.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="SPEC", help="The run's samples, if they were moved.")] = None,
     images: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Score these pictures, of whatever made them, and no run.")
+        str | None, typer.Option(metavar="FOLDER", help="Score these pictures instead of a run's.")
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Of fid,kid,precision-recall,clip-score,cmmd.")
@@ -25,17 +23,17 @@ def evaluate(
     ] = None,
     clip: Annotated[str | None, typer.Option(metavar="PATH", help="Network of clip-score and cmmd.")] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Pictures to hold these against, as data.source names them.")
+        str | None, typer.Option(metavar="SPEC", help="Pictures to compare with, named as in data.source.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures that are scored.")] = None,
-    num_reference: Annotated[int | None, typer.Option(min=1, metavar="N", help="Take N of the reference.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of pictures to score.")] = None,
+    num_reference: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only N of the reference.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --images: write the scores there, as JSON.")
     ] = None,
 ) -> None:
     """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    What is not said, the run's config says (\\[evaluation]).
+    What is not given is taken from the run's config (\\[evaluation]).
 
     [bold]Examples[/bold]
 
@@ -49,7 +47,7 @@ def evaluate(
         raise ValueError("what is to be scored? name a run (mmdit evaluate RUN), or pictures with --images FOLDER")
     if run is None and data is not None:
         raise ValueError(
-            "--data is for a run; pictures are named by --images, and what they are held against by --reference"
+            "--data is for a run; pictures are named by --images, and those to compare with by --reference"
         )
     if run is not None and out is not None:
         raise ValueError("--out is for --images: the scores of a run go into its scores.json")

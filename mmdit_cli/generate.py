@@ -83,27 +83,27 @@ def generate(
     free, noise = bool(prompt) and prompt != [""], parse_diffusion(diffusion)
     image = pipe.image_sampling(steps, solver, guidance, height, width, noise, free=free)
     out.parent.mkdir(parents=True, exist_ok=True)
-    told = _Told(files)
+    output = _Output(files)
     limits = dict(max_tokens=max_tokens, max_images=max_images)
     begin = "image" if draw else "text"
-    [written] = pipe.generate([prompt], seed, told, text=text, image=image, begin=begin, **limits)
-    told.end_line()
+    [written] = pipe.generate([prompt], seed, output, text=text, image=image, begin=begin, **limits)
+    output.end_line()
     if not any(written.parts):
         print("the model wrote nothing: it ended at once", file=sys.stderr)
     elif written.stopped == "length" and max_tokens:
         print(f"stopped at a limit, not at an end: {max_tokens} tokens (--max-tokens), or the longest the model takes")
 
 
-class _Told:
+class _Output:
     """Prints words as they come, and writes each picture into the next of some files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.files, self.midway = iter(files), False  # in a line of text
+        self.files, self.in_line = iter(files), False  # whether a line of text is not ended
 
     def __call__(self, _: int, part: "str | Image") -> None:
         if isinstance(part, str):
             print(part, end="", flush=True)
-            self.midway = True
+            self.in_line = True
         else:
             self.end_line()
             file = next(self.files)
@@ -111,17 +111,18 @@ class _Told:
             print(f"{file}  {part.height}x{part.width}", flush=True)
 
     def end_line(self) -> None:
-        """Whatever comes next begins a line."""
-        print("\n" * self.midway, end="", flush=True)
-        self.midway = False
+        """End the line of text, if there is one."""
+        if self.in_line:
+            print(flush=True)
+        self.in_line = False
 
 
 def _part(part: str) -> "str | Image":
-    """A picture where the part names one's file, else the text itself. ValueError for one word that would be a file."""
+    """The picture, if the part names a picture's file, else the text itself. ValueError if that file is missing."""
     from PIL import Image
 
     suffix = Path(part).suffix.lower()
-    if suffix and os.path.isfile(part):  # which a text of any length may be asked
+    if suffix and os.path.isfile(part):  # unlike Path.is_file, it takes a text of any length
         return read_picture(Path(part))
     if suffix in Image.registered_extensions() and len(part.split()) == 1:
         raise ValueError(f"there is no picture {part}")

@@ -31,7 +31,7 @@ from mmdit_cli.web import web
 
 
 class _Group(TyperGroup):
-    """Ends expected errors, the parser's own too, with one line and status 2."""
+    """Ends expected errors, also those of the argument parser, with one line and exit status 2."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _one_line():
@@ -47,7 +47,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError" or _reader_left(error):  # no error but the help page
+        if type(error).__name__ == "NoArgsIsHelpError" or _reader_left(error):  # not an error: shows the help page
             raise
         if hasattr(error, "format_message"):  # a usage error of the parser, with the context of its subcommand
             place = getattr(getattr(error, "ctx", None), "command_path", "mmdit")
@@ -61,7 +61,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _reader_left(error: Exception) -> bool:
-    """Whether nobody reads any more what is printed, as after `| head`: click then ends in silence, with status 1."""
+    """Whether the reader of our output has ended, as with `| head`: click then exits silently, with status 1."""
     if not isinstance(error, BrokenPipeError):
         return False
     try:
@@ -120,18 +120,18 @@ def options(
         raise ValueError(f"`mmdit {command}` is one process, and torchrun started several: start it alone{shares}")
 
 
-def _share_cores() -> None:
-    """Threads that wait for the others of a step soon leave their core to other programs.
+def _spin_less() -> None:
+    """Let OpenMP threads that wait for others give up their core sooner.
 
-    torch's OpenMP on Linux (GCC's libgomp) reads this when torch is loaded. Left to itself it lets them spin 300 times
-    as long, and where other programs want the cores, the thread that all wait for then gets none.
+    torch's OpenMP on Linux (GCC's libgomp) reads this when torch is loaded. By default they spin 300 times as long, and
+    where other programs want the cores, the thread that all wait for then gets none.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _one_voice() -> None:
-    """Of several processes the first alone shows the bars of Hugging Face's libraries, which read this when loaded."""
+def _one_progress_bar() -> None:
+    """Let process 0 alone show the progress bars of Hugging Face's libraries, which read this when they are loaded."""
     if os.environ.get("RANK", "0") != "0":
         for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the first
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -139,11 +139,11 @@ def _one_voice() -> None:
 
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
-    _share_cores()
-    _one_voice()
+    _spin_less()
+    _one_progress_bar()
     threading.excepthook = errors.of_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a caption that it cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # so that no caption fails to print
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The page of `mmdit web`: what it shows, and how pictures and words reach it while they are made."""
+"""The page of `mmdit web`, and how pictures and words reach it while they are being made."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no font is fetched
 TALL = 660  # height of the pictures, in the page's pixels
 MOST = 16  # pictures at once
-EVERY = 0.5  # seconds between two looks at pictures that are being drawn
-KEPT = 3600  # seconds that pictures which were shown stay in gradio's temporary folder
+EVERY = 0.5  # seconds between two previews of pictures that are being drawn
+KEPT = 3600  # seconds that shown pictures stay in gradio's temporary folder
 
 Tell = Callable[[Any], None]
 
 
 def make_page(pipe: TextToImage, name: str) -> gr.Blocks:
-    """A page that draws with a pipeline, and writes where it can. name: what the page calls the model."""
+    """A page that draws with a pipeline, and writes text if the model can. name: the page's name for the model."""
     with gr.Blocks(title=f"mmdit: {name}", delete_cache=(KEPT, KEPT), analytics_enabled=False) as page:
         gr.Markdown(f"## {name}")
         if isinstance(pipe, TransfusionPipeline):
@@ -47,7 +47,7 @@ def make_page(pipe: TextToImage, name: str) -> gr.Blocks:
 
 
 def _drawing(pipe: TextToImage) -> None:
-    """Prompts to pictures."""
+    """The controls that draw pictures for a prompt."""
     own = Sampling.of(pipe.sampling, {})
     with gr.Row():
         with gr.Column(scale=2):
@@ -96,7 +96,7 @@ def _drawing(pipe: TextToImage) -> None:
 
 
 def _draw(pipe: TextToImage, tell: Tell, *asked: Any, **how: Any) -> None:
-    """Tell of each step, with pictures now and then, and of the pictures at the end: (pictures or None, the step)."""
+    """Call `tell((pictures or None, step in words))` at each step, with a preview every so often, and at the end."""
     looked = time.perf_counter()
 
     def look(progress: samplers.Progress) -> None:
@@ -110,7 +110,7 @@ def _draw(pipe: TextToImage, tell: Tell, *asked: Any, **how: Any) -> None:
 
 
 def _noise(solver: str | None, own: Sampling) -> str | float | None:
-    """The diffusion for a solver of the page, which asks for none: the model's own, else "kl" where one has to be."""
+    """The diffusion for a solver chosen on the page: the model's own if the solver takes one, "kl" if it needs one."""
     chosen = samplers.make_solver(solver or own.solver, samplers.RectifiedFlow())
     if not chosen.takes_diffusion:
         return None
@@ -120,7 +120,7 @@ def _noise(solver: str | None, own: Sampling) -> str | float | None:
 
 
 def _writing(pipe: TransfusionPipeline) -> None:
-    """Text and a picture to more of both."""
+    """The controls that continue a picture and a text."""
     with gr.Row():
         with gr.Column(scale=2):
             picture = gr.Image(label="Picture", type="pil", image_mode=None)
@@ -170,12 +170,12 @@ def _fit(picture: Image, height: int, width: int) -> Image:
 
 
 class _Stopped(Exception):
-    """Nobody waits for the work any more."""
+    """Raised in the thread of the work when its result is no longer wanted."""
 
 
 def while_made(work: Callable[[Tell], None]) -> Iterator[Any]:
-    """What `work(tell)` tells, as it comes; the work has a thread of its own, and ends at the next `tell` after this
-    iterator is closed. What is wrong with the input is raised as the page's own error, which it shows.
+    """The values that `work` passes to `tell`, as they come. The work runs in a thread, which ends at its next `tell`
+    once this iterator is closed. Its ValueError is raised as the page's own error, which the page shows.
     """
     told: queue.SimpleQueue[tuple[Any, BaseException | None] | None] = queue.SimpleQueue()
     closed = threading.Event()

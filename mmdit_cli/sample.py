@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmdit import TextToImage
 
 
-# Options of what draws, here and in `mmdit generate`.
+# Options of the sampler, here and in `mmdit generate`.
 Solver = Annotated[str | None, typer.Option(metavar="NAME", help="Solver: euler, heun, dpmpp-2m, ...")]
 Diffusion = Annotated[
     str | None, typer.Option(metavar="NAME", help="Noise of an SDE solver: kl, sigma, sin2, constant, or a number eta.")
@@ -28,7 +28,7 @@ Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of th
 Guidance = Annotated[float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")]
 
-# What is opened, here and in `mmdit web`.
+# Options of the pipeline to open, here and in `mmdit web`.
 Run = Annotated[
     Path,
     typer.Argument(
@@ -86,7 +86,7 @@ def sample(
     dtype: TrunkType = None,
     device: Device = None,
 ) -> None:
-    """Draw pictures for prompts; what is not said, the run's config says.
+    """Draw pictures for prompts; what is not given is taken from the run's config.
 
     [bold]Examples[/bold]
 
@@ -134,7 +134,7 @@ def open_pipe(
     dtype: DType | None,
     device: DeviceName | None,
 ) -> "TextToImage":
-    """The pipeline that the options name."""
+    """The pipeline that the options describe."""
     import torch
 
     import mmdit
@@ -150,7 +150,7 @@ def open_pipe(
 
 
 def read_picture(file: Path) -> "Image":
-    """The picture in a file, as a viewer shows it. ValueError that names the file where it cannot be read."""
+    """The picture in a file, as a viewer shows it. Raises ValueError, which names the file, if it cannot be read."""
     from PIL import Image
 
     from training.images import BadImage, read_image
@@ -162,7 +162,7 @@ def read_picture(file: Path) -> "Image":
 
 
 def parse_diffusion(text: str | None) -> str | float | None:
-    """ "0.5" to 0.5; a name as it is."""
+    """A number from "0.5"; a name as it is."""
     try:
         return text if text is None else float(text)
     except ValueError:
@@ -170,7 +170,7 @@ def parse_diffusion(text: str | None) -> str | float | None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "64x96" to (64, 96), "64" to (64, 64): height, width in pixels. Raises ValueError for anything else."""
+    """(height, width) in pixels from "64x96", or from one side "64". Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", text.strip())
     sides = [int(side) for side in match.groups() if side is not None] if match else []
     if not sides or min(sides) < 1:
@@ -179,7 +179,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def out_files(out: Path, count: int) -> list[Path]:
-    """Where each of `count` pictures goes: out.png, or out-0.png, out-1.png, ... ValueError if no picture ends so."""
+    """The files of `count` pictures: out.png, or out-0.png, out-1.png, ... ValueError for an unknown picture format."""
     from PIL import Image
 
     if out.suffix.lower() not in Image.registered_extensions():
@@ -190,7 +190,7 @@ def out_files(out: Path, count: int) -> list[Path]:
 
 
 def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
-    """Replace the pipeline's weights by a checkpoint's (the average where there is one). ValueError if not there."""
+    """Replace the pipeline's weights by a checkpoint's, by its average if it has one. ValueError if it is missing."""
     from training.checkpoint import list_checkpoints, load_checkpoint
 
     known = {folder.name: folder for folder in list_checkpoints(run)}
@@ -202,7 +202,7 @@ def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
 
 
 def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]", source: str) -> None:
-    """Replace the pipeline's weights by those of a run's whole model; adapters are added to theirs."""
+    """Replace the pipeline's weights by the state of a run's whole model; LoRA adapters are merged into the weights."""
     from mmdit.weights_io import assign_weights
 
     if any(".lora_A." in key for key in state):

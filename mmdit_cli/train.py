@@ -37,7 +37,7 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run where it stopped.")] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Continue the run if its folder has a checkpoint, else begin it.")
+        bool, typer.Option("--restart", help="Continue the run if its folder has a checkpoint, else start it.")
     ] = False,
 ) -> None:
     """Train a model; Ctrl-C saves, --resume goes on.

@@ -1,4 +1,4 @@
-"""`mmdit web`: a page in the browser that draws with a model, each picture shown while it comes."""
+"""`mmdit web`: a page in the browser that draws with a model, and shows pictures while they are being drawn."""
 
 import os
 import threading
@@ -53,23 +53,23 @@ def web(
             inbrowser=browser,
             share=False,
             quiet=True,
-            show_error=True,  # also one that nobody foresaw, which is printed here besides
+            show_error=True,  # also an unexpected one, which is printed here too
             prevent_thread_lock=True,
             footer_links=[],
             theme=THEME,
         )
-    except OSError as error:  # gradio's own line speaks of its parameters
+    except OSError as error:  # gradio's own message names its own parameters
         raise ValueError(
             f"cannot listen at {host}, port {port or '7860 to 7959'}: taken, or no address here"
         ) from error
     print(f"{url}  draws with {run}; Ctrl-C ends it", flush=True)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    end_at_once(0)  # a browser that waits for a picture would hold it up for seconds, and what draws it abort
+    end_at_once(0)  # else a drawing thread may abort the process, and an open page delay it for seconds
 
 
 def check_gradio() -> None:
-    """Tell the library of the page to call nobody. Raises ValueError where it is not there."""
+    """Turn gradio's analytics off. Raises ValueError where gradio is not installed."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401

@@ -1,6 +1,6 @@
-"""Items that a thread fetches before they are asked for: what is waited for is then an answer, not the work for it.
+"""An iterator that a thread reads ahead, so that its consumer does not wait for the work behind an item.
 
-A loop that computes in torch leaves the interpreter to the thread meanwhile.
+The thread runs while the consumer computes in torch, which releases the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 GRACE = 2.0
-"""Seconds for which `close` waits for a fetch that has begun; after these it is left to its thread."""
+"""Seconds that `close` waits for an item that is being fetched; after these the thread is left alone."""
 
 
 def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
-    """The same items in order, of which up to `most` are fetched before they are asked for; errors come in their place.
+    """The same items in order, up to `most` of them fetched ahead; an error is raised in the place where it came.
 
     Its `close()` ends the thread.
     """
@@ -34,7 +34,7 @@ def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
                 raise item
             room.release()
             yield item
-            del item  # let go of it before the next one comes
+            del item  # free it before the next one comes
     finally:
         stopped.set()
         room.release()

@@ -1,14 +1,14 @@
-"""Trains a `PatchAutoencoder` on a person's own images, without a perceptual network or a discriminator.
+"""Training of a `PatchAutoencoder` on one's own images, without a perceptual network or a discriminator.
 
-It starts from the principal components of the images' patches, then minimises the mean squared error of the
+It starts from the principal components of the images' patches, and minimises the mean squared error of the
 reconstruction from noisy latents,
 
     loss = mean (D(E(x) + u s n) - x)^2 + 1e-4 (mean E(x)^2 - 1)^2,     n ~ N(0, 1), u ~ U(0, 1) a sample, s =
     latent_noise
 
-The noise, on latents that the last term keeps near unit variance, bounds the bits that a latent can carry: the part
-that the KL term has in a VAE (Kingma & Welling 2014) with a posterior of fixed width. The decoder learns to bear a
-generator's small errors.
+The last term keeps latents near unit variance, so that the noise limits the bits that they can carry, as the KL term
+does in a VAE (Kingma & Welling 2014) whose posterior has a fixed width. The decoder also learns to tolerate the small
+errors of a generator.
 
 Shape letters: B batch, H W image sides, C latent channels, h w latent sides.
 """
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -38,15 +38,18 @@ from training.progress import Progress
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
+if TYPE_CHECKING:
+    from training.data import Source
+
 PCA_IMAGES = 1024  # images whose patches give the linear start
 PREVIEW_IMAGES = 256  # images that the preview is fitted to
 STATISTICS_IMAGES = 2048  # images over which the latents' mean and variance are measured
-LEAST_SCALE = 0.05  # of the latents' standard deviation: pictures of one colour alone have none
+LEAST_SCALE = 0.05  # smallest standard deviation of latents: plain pictures of one colour have 0
 
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig(Settings):
-    """All that decides an autoencoder's training; the defaults make the weights shipped for the drawn shapes."""
+    """Settings of an autoencoder's training; the defaults give the weights in the package, for the drawn shapes."""
 
     data: str = "shapes:12000"
     """Images: "shapes" (drawn), a folder, or .tar shards."""
@@ -99,9 +102,7 @@ class AutoencoderTrainConfig(Settings):
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1] seen with data range
-    1.
-    """
+    """Peak signal-to-noise ratio of each image in dB, (B,), for images (B, 3, H, W) in [-1, 1], scaled to [0, 1]."""
     mse = ((images - others) / 2).square().flatten(1).mean(1)
     return -10 * torch.log10(mse.clamp_min(1e-10))
 
@@ -122,9 +123,9 @@ def channel_statistics(autoencoder: Autoencoder, images: np.ndarray) -> tuple[Te
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3), correction=0)
 
 
-def _batches(images: np.ndarray, batch_size: int = 32) -> Iterator[Tensor]:
-    for first in range(0, len(images), batch_size):
-        yield _to_float(images[first : first + batch_size])
+def _batches(images: np.ndarray) -> Iterator[Tensor]:
+    for first in range(0, len(images), 32):
+        yield _to_float(images[first : first + 32])
 
 
 def _to_float(images: np.ndarray) -> Tensor:
@@ -141,27 +142,41 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
 
     Raises ValueError where nothing readable is left for one of the two.
     """
-    from training.data import one_pass, open_source, split_by_key
+    source, train, held_out = _open(config, PatchAutoencoder.factor)
+    return _read(source, train, "training", config, log), _read(source, held_out, "held-out", config, log)
 
-    source = open_source(
-        config.data, config.image_size, step=PatchAutoencoder.factor, seed=config.seed, need_captions=False
-    )
+
+def read_held_out(config: AutoencoderTrainConfig, factor: int, log: Callable[[str], None] = print) -> np.ndarray:
+    """The held-out images alone, as `read_images` gives them, with sides that are multiples of `factor`."""
+    source, _, held_out = _open(config, factor)
+    return _read(source, held_out, "held-out", config, log)
+
+
+def _open(config: AutoencoderTrainConfig, factor: int) -> tuple[Source, np.ndarray, np.ndarray]:
+    """(source, training indices, held-out indices)."""
+    from training.data import open_source, split_by_key
+
+    source = open_source(config.data, config.image_size, step=factor, seed=config.seed, need_captions=False)
     train, held_out = split_by_key(source, config.held_out)
-    parts = []
-    for name, indices in (("training", train), ("held-out", held_out[: config.num_held_out])):
-        batches = list(one_pass(source, indices, 64))
-        bad = [key for batch in batches for key, _ in batch.skipped]
-        if bad:
-            log(f"skipped {len(bad)} {name} images: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
-        images = [batch.images for batch in batches if len(batch.images)]
-        if not images:
-            or_else = "lower" if name == "training" else "raise"
-            raise ValueError(
-                f"no {name} image in {config.data} (held_out = {config.held_out}): give more images, or {or_else} "
-                "held_out"
-            )
-        parts.append(torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy())
-    return parts[0], parts[1]
+    return source, train, held_out[: config.num_held_out]
+
+
+def _read(
+    source: Source, indices: np.ndarray, part: str, config: AutoencoderTrainConfig, log: Callable[[str], None]
+) -> np.ndarray:
+    from training.data import one_pass
+
+    batches = list(one_pass(source, indices, 64))
+    bad = [key for batch in batches for key, _ in batch.skipped]
+    if bad:
+        log(f"skipped {len(bad)} {part} images: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
+    images = [batch.images for batch in batches if len(batch.images)]
+    if not images:
+        change = "lower" if part == "training" else "raise"
+        raise ValueError(
+            f"no {part} image in {config.data} (held_out = {config.held_out}): give more images, or {change} held_out"
+        )
+    return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _draw(images: np.ndarray, config: AutoencoderTrainConfig, step: int) -> Tensor:
@@ -223,7 +238,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
 
 
 def _optimizer(model: PatchAutoencoder, config: AutoencoderTrainConfig) -> torch.optim.AdamW:
-    """AdamW; the linear code, good from the start, moves at a thirtieth of the rate and does not decay."""
+    """AdamW; the linear layers, which start from principal components, have 1/30 of the rate and no weight decay."""
     linear = [*model.linear_in.parameters(), *model.linear_out.parameters()]
     rest = [*model.encoder.parameters(), *model.decoder.parameters()]
     groups: list[dict[str, Any]] = [
@@ -236,7 +251,7 @@ def _optimizer(model: PatchAutoencoder, config: AutoencoderTrainConfig) -> torch
 def _loss(
     model: PatchAutoencoder, x: Tensor, config: AutoencoderTrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and its PSNR through the noise."""
+    """(the loss of a batch, the mean PSNR of its reconstruction from noisy latents)."""
     precision = pick_precision("auto", x.device)
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         z = model.raw_latents(x).float()
@@ -263,7 +278,7 @@ def _report(
     started: float,
     log: Callable[[str], None],
 ) -> None:
-    """Measure the statistics, save, and score what was saved."""
+    """Measure the latents' statistics, save the weights, and score the saved ones."""
     out, model = Path(config.out), copy.deepcopy(model)
     mean, std = channel_statistics(model, train[:STATISTICS_IMAGES])
     if not mean.isfinite().all():

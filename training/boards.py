@@ -15,8 +15,8 @@ from training.run import Board, RunFolder
 
 
 def open_board(config: TrainConfig, run: RunFolder) -> Board | None:
-    """What `training.wandb` asks for, None where that is nothing. Raises ValueError where wandb is not installed, or
-    nobody is logged in.
+    """The board that `training.wandb` asks for, or None. Raises ValueError where wandb is not installed or nobody is
+    logged in.
     """
     if config.training.wandb is None:
         return None
@@ -33,15 +33,15 @@ def open_board(config: TrainConfig, run: RunFolder) -> Board | None:
 
 
 class Wandb:
-    """One run there for one run folder: a resumed run goes on in it. Begins with the first metrics."""
+    """A run of Weights & Biases for a run folder, which a resumed run continues. It starts with the first metrics."""
 
     def __init__(self, config: TrainConfig, run: RunFolder) -> None:
         self.config, self.folder = config, run.path.resolve()
         self._run: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers of a step; those of a step that was there before are drawn over it. Raises ValueError where no
-        run can begin there.
+        """Send the values of a step, which may be one that was sent before. Raises ValueError where the run cannot be
+        started.
         """
         if self._run is None:
             import wandb
@@ -55,18 +55,18 @@ class Wandb:
                     dir=self.folder,
                     config=to_dict(self.config),
                 )
-            self._run.define_metric("*", step_metric="step")  # a resumed run may go back some steps
+            self._run.define_metric("*", step_metric="step")  # so that a resumed run may go back some steps
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send what is left; the next `write` goes on."""
+        """Finish the run; the next `write` continues it."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
 def _identity(folder: Path) -> str:
-    """The id of a folder's run, which moves with it; a copy has one of its own while the other lies where it was."""
+    """The id of a folder's run. A folder that was moved keeps it; a copy, whose original is in place, gets its own."""
     own, place = _noted(folder)
     if own and place == folder:
         return own
@@ -78,7 +78,7 @@ def _identity(folder: Path) -> str:
 
 
 def _noted(folder: Path) -> tuple[str, Path]:
-    """(the id that is noted in a folder, where that was), "" where none is."""
+    """(the id in a folder, the path that the folder had then); ("", folder) where it has none."""
     try:
         own, place = (folder / "wandb" / "id").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -88,7 +88,7 @@ def _noted(folder: Path) -> tuple[str, Path]:
 
 @contextmanager
 def _said() -> Iterator[None]:
-    """What wandb refuses is an error of one line."""
+    """Errors of wandb become ValueError of one line."""
     import wandb
 
     try:

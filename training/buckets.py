@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: sizes of about one area, of which each image takes the nearest in shape; or each its own size.
 
-SD3 (arXiv 2403.03206, section 5.3.2) fine-tunes at mixed aspect ratios with H x W near S^2. Here the heights are all
-multiples of the step, and to each belongs the multiple of the step that brings the area nearest to S^2.
+SD3 (arXiv 2403.03206, section 5.3.2) fine-tunes at mixed aspect ratios with H x W near S^2. Here a bucket's height is
+any multiple of the step, and its width the multiple that brings the area nearest to S^2.
 
 Shapes: n images, b buckets; sizes are (height, width).
 """
@@ -13,14 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-Size = tuple[int, int]
+from training.images import Size
 
 
 def bucket_sizes(height: int, width: int, step: int, max_ratio: float) -> list[Size]:
-    """All buckets of about the area height * width, longer side over shorter at most max_ratio, by falling width.
+    """All buckets of about the area height * width, with aspect ratios up to max_ratio, from the widest to the tallest.
 
-    Sides are multiples of `step`. Both the bucket of a height and that of its mirror image are there. Raises ValueError
-    for a ratio below 1.
+    Sides are multiples of `step`; with (h, w) there always is (w, h). Raises ValueError for a ratio below 1.
     """
     if max_ratio < 1:
         raise ValueError(f"the largest aspect ratio of a bucket must be at least 1, not {max_ratio:g}")
@@ -39,15 +38,15 @@ def _nearest_square(area: int, step: int) -> Size:
 
 
 def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.ndarray:
-    """Which bucket (n,) each image takes: the one whose ratio is nearest on the logarithmic scale, so least is cropped.
+    """The bucket (n,) of each image: the nearest in log aspect ratio, so that least is cropped.
 
-    sizes: as `bucket_sizes` gives them, by falling width.
+    sizes: as `bucket_sizes` gives them, sorted by aspect ratio.
     """
     return np.searchsorted(_edges(sizes), np.log(heights / widths)).astype(np.int16)
 
 
 def _edges(sizes: list[Size]) -> np.ndarray:
-    """Logarithms of the ratios between which the nearest bucket is another."""
+    """The log aspect ratios halfway between neighbouring buckets."""
     logs = np.log([height / width for height, width in sizes])
     return (logs[1:] + logs[:-1]) / 2
 
@@ -55,10 +54,10 @@ def _edges(sizes: list[Size]) -> np.ndarray:
 def own_sizes(
     heights: np.ndarray, widths: np.ndarray, area: int, step: int, max_ratio: float
 ) -> tuple[list[Size], np.ndarray]:
-    """The sizes that are nearest to the images' own, and which of them (n,) each image takes.
+    """(the sizes nearest to the images' own, the number (n,) of the size that each image takes).
 
-    Sides are multiples of `step`. An image of more than `area` is scaled down to it, and one whose longer side is over
-    max_ratio times the shorter is cut to that; none is scaled up, but for what rounding to the step asks for.
+    Sides are multiples of `step`. An image of more than `area` pixels is scaled down to it, one with an aspect ratio
+    above max_ratio is cropped to it; none is scaled up by more than rounding to the step takes.
     """
     h, w = np.minimum(heights, widths * max_ratio), np.minimum(widths, heights * max_ratio)
     scale = np.minimum(1.0, np.sqrt(area / (h * w)))
@@ -69,11 +68,11 @@ def own_sizes(
 
 
 def all_own_sizes(area: int, step: int, max_ratio: float) -> list[Size]:
-    """All sizes that `own_sizes` may find, whatever the images."""
-    area_in_steps = area / step**2 * (1 + 1e-9)  # a rounding error more
+    """All sizes that `own_sizes` can give, for any images."""
+    area_in_steps = area / step**2 * (1 + 1e-9)  # with room for rounding errors
     sides = np.arange(1, max(1, math.floor(math.sqrt(area_in_steps * max_ratio) + 0.5)) + 1)
     h, w = np.meshgrid(sides, sides, indexing="ij")
-    low_h, low_w = (np.where(side == 1, 0.0, side - 0.5) for side in (h, w))  # what is rounded to them begins here
+    low_h, low_w = (np.where(side == 1, 0.0, side - 0.5) for side in (h, w))  # the least that rounds to each side
     least_h, least_w = np.maximum(low_h, low_w / max_ratio), np.maximum(low_w, low_h / max_ratio)
     found = least_h * least_w <= area_in_steps
     h, w = h[found], w[found]
@@ -82,10 +81,10 @@ def all_own_sizes(area: int, step: int, max_ratio: float) -> list[Size]:
 
 
 class Sizing:
-    """`sizing(size)` -> the size that an image of that size is fitted to, of all `sizes` that there may be.
+    """`sizing(size)` is the one of `sizes` that an image of that size is fitted to; used where images come singly.
 
-    It is image_size, or the nearest in shape of the buckets of about its area, or the image's own, up to that area. An
-    image of no known size takes what one of image_size takes. Raises ValueError for a ratio below 1.
+    That is image_size, the nearest bucket of about its area, or with "own" the image's own size up to that area. None,
+    an unknown size, counts as image_size. Raises ValueError for a ratio below 1.
     """
 
     def __init__(
@@ -110,9 +109,9 @@ class Sizing:
 
 
 def merge_small(bucket: np.ndarray, sizes: list[Size], least: int) -> np.ndarray:
-    """Buckets (n,) where those of fewer than `least` images have joined the neighbour in shape, the smallest first.
+    """The buckets (n,) of images after merging: one of fewer than `least` images joins the nearest, the smallest first.
 
-    A batch of a bucket that cannot fill it would show an image twice. With fewer images than that in all, one is left.
+    Otherwise a batch could hold an image twice. Where there are fewer images in all, one bucket is left.
     """
     counts = np.bincount(bucket, minlength=len(sizes))
     into = np.arange(len(sizes))

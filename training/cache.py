@@ -1,17 +1,17 @@
-"""A cache: latents and text features on disk, computed once (`mmdit cache`), and what makes it the right one.
+"""A cache: latents and text features on disk, computed once (`mmdit cache`); and the checks that it fits a run.
 
-    cache.json                 what it was made of: autoencoder, text encoders, fitting, types, data (`About`)
-    empty.*                    the text features of the empty caption, kept as a shard is
-    shard-00000.json           its samples' keys, content and captions, and the SHA-256 of both files
-    shard-00000.safetensors    what the autoencoder says of each image (a posterior's mean and log variance, or the
+    cache.json                 what it was made from: autoencoder, text encoders, fitting, types, data (`About`)
+    empty.*                    the text features of the empty caption, as a shard of one sample
+    shard-00000.json           its samples' keys, digests and captions, and the SHA-256 of both files
+    shard-00000.safetensors    the autoencoder's statistics of each image (mean and log variance of a posterior, or the
                                latents), the text features, and a digest of each sample
 
 Shard k has the samples from k * shard_samples on, in the order of the data: its bytes do not depend on who writes it
-and when. All is written aside and renamed, a shard's .json last: where it is, the shard is whole. A sample's digest is
-checked the first time that it is read.
+or when. Files are written under another name and renamed, a shard's .json last: where it exists, the shard is whole. A
+sample's digest is checked the first time that it is read.
 
-Shape letters: N samples with an image, M their captions, S channels and h w sides of what the autoencoder says, L
-tokens, D width of a text state, P width of the pooled vector, T all tokens of a shard.
+Shape letters: N samples with an image, M their captions, S channels and h w sides of the statistics, L tokens, D width
+of a text state, P width of the pooled vector, T all tokens of a shard.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from training.signed import fsync, read_signed, sha256, write_signed
 
 FORMAT = "mmdit cache 1"
 FIT = "scaled to cover, centre-cropped"
-"""How images become those of one size (`training.images.fit`)."""
+"""How images are fitted to their size (`training.images.fit`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = ("buckets", "bucket_ratio", "captions", "min_side", "max_aspect", "min_caption", "max_caption")
 _WORDS = {
@@ -57,65 +57,65 @@ _AGAIN = "delete {0}.* and run `mmdit cache` again"
 
 
 class CacheError(DataError):
-    """A cache that is not there, not whole, changed, or of another model; the message is one line."""
+    """A cache that is missing, not whole, changed, or made for another model; the message is one line."""
 
 
-# --- what a cache is of ----------------------------------------------------------------------------------------------
+# --- what a cache was made from --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class About:
-    """What a cache was made of."""
+    """What a cache was made from, as cache.json has it."""
 
     autoencoder: str
     """SHA-256 of the autoencoder's kind, settings and weights."""
     text: dict[str, Any] | None
-    """What the frozen text encoders say of themselves (`about()`); None where text is learnt."""
+    """What the frozen text encoders say of themselves (`about()`); None where the text encoder is learned."""
     text_shape: TextShape | None
-    """Of their features."""
+    """Shape of the text features."""
     size: tuple[int, int]
-    """Height and width in pixels that images were fitted to, or that the buckets are about the area of."""
+    """Height and width in pixels that images were fitted to; with buckets, the size whose area they keep to."""
     sizes: tuple[tuple[int, int], ...]
-    """The sizes themselves: one, or those of the buckets."""
+    """All sizes of images: one, or those of the buckets."""
     fit: str
-    """How."""
+    """How images were fitted: `FIT`."""
     options: dict[str, Any]
-    """Settings of [data] that say which samples there are, and with which captions: those of `OPTIONS`."""
+    """The settings of [data] that choose samples and captions, named in `OPTIONS`."""
     weights: tuple[float, ...]
-    """Of the data sets, where several are mixed."""
+    """Weights of the data sets, where several are mixed."""
     dtype: str
     """Type of the latents, a name of `DTYPES`."""
     text_dtype: str
     """Type of the text features."""
     source: str
-    """The data's name."""
+    """The data, as data.source names it."""
     step: int
-    """What sides were multiples of, in pixels."""
+    """Pixels that all sides are multiples of."""
     min_bucket: int
-    """Samples of the smallest bucket: a batch's."""
+    """Fewest samples in a bucket: those of a batch."""
     num_samples: int | None
-    """Of each data set the first so many were taken; None: all."""
+    """Number of samples taken of each data set; None: all."""
     seed: int | None
-    """Of data that is drawn; None where it is files."""
+    """Seed of drawn data; None for files."""
     samples: int
-    """Number of samples, bad ones counted."""
+    """Number of samples, bad ones included."""
     keys: str
     """SHA-256 of the image size and the samples' keys in order."""
     shard_samples: int
-    """Samples a shard."""
+    """Samples in a shard."""
     autoencoder_name: str = ""
-    """What the autoencoder was named by; not said of a cache by an earlier version."""
+    """The autoencoder as the config named it; "" in caches of earlier versions."""
 
     def differences(self, other: About) -> list[str]:
-        """What is another there, in words. Where data and text encoders are kept does not count."""
+        """What differs, in words; paths of data and text encoders do not count."""
         found = [name for name in _WORDS if self._of(name) != other._of(name)]
-        follow = {"sizes": "size" in found, "shard_samples": len(found) > 1}  # from what else is another
+        implied = {"sizes": "size" in found, "shard_samples": len(found) > 1}  # differ because others do
         words = _WORDS | {"autoencoder": self.its_autoencoder}
-        return [words[name] for name in found if not follow.get(name)]
+        return [words[name] for name in found if not implied.get(name)]
 
     @property
     def its_autoencoder(self) -> str:
-        """In words, with its name."""
+        """The autoencoder in words, with its name where it is known."""
         return f'autoencoder ("{self.autoencoder_name}")' if self.autoencoder_name else "autoencoder"
 
     def _of(self, name: str) -> Any:
@@ -124,16 +124,16 @@ class About:
 
     @property
     def num_shards(self) -> int:
-        """How many a whole cache has."""
+        """The number of shards of the whole cache."""
         return -(-self.samples // self.shard_samples)
 
     def places(self, shard: int) -> range:
-        """The samples of a shard."""
+        """The numbers of the samples in a shard."""
         first = shard * self.shard_samples
         return range(first, min(first + self.shard_samples, self.samples))
 
     def write(self, folder: Path) -> None:
-        """As cache.json."""
+        """Write it as cache.json."""
         write_signed(folder / "cache.json", {"format": FORMAT, **asdict(self)})
 
     @classmethod
@@ -151,12 +151,12 @@ class About:
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Whether `mmdit cache` has begun to write there."""
+    """Whether a folder has a cache.json, which `mmdit cache` writes first."""
     return os.path.isfile(Path(folder) / "cache.json")  # also of a spec that is too long for a name
 
 
 def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What text encoders say of themselves, but for where they are kept."""
+    """A description of text encoders without their path."""
     return None if about is None else {name: value for name, value in about.items() if name != "encoder"}
 
 
@@ -164,8 +164,8 @@ def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class CachedSample(NamedTuple):
-    """A sample as a shard's .json names it: SHA-256 of its pixels and captions; why it has no image, if so; the shares
-    by which its captions are drawn (none: equal ones); its bucket, data set and block (`order.Layout`).
+    """A sample in a shard's .json. content: SHA-256 of its pixels and captions; error: why it has no image; shares: the
+    weights of its captions (none: equal ones); bucket, part, block: as in `order.Layout`.
     """
 
     key: str
@@ -179,15 +179,15 @@ class CachedSample(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a sample: `statistics` (S, h, w) as the autoencoder gives them, and for each caption, and then
-    each encoder, states (L, D) of its real tokens and pooled vector (P,).
+    """What a cache holds of a sample. statistics (S, h, w): what the autoencoder gives of its image; text[caption][k]:
+    states (L, D) of the real tokens and pooled vector (P,) by encoder k.
     """
 
     statistics: Tensor
     text: list[list[tuple[Tensor, Tensor]]]
 
     def digest(self) -> bytes:
-        """SHA-256 of all numbers, and of the latents' shape."""
+        """SHA-256 of all its tensors, and of the statistics' shape."""
         digest = hashlib.sha256(str(tuple(self.statistics.shape)).encode())
         digest.update(_bytes(self.statistics))
         for states, pooled in (pair for caption in self.text for pair in caption):
@@ -197,7 +197,7 @@ class Known(NamedTuple):
 
 
 def content_of(pixels: np.ndarray, captions: Sequence[str]) -> str:
-    """What a sample is known by: SHA-256 of its image, uint8 (h, w, 3), and of its captions."""
+    """SHA-256 of a sample's image, uint8 (h, w, 3), and its captions, by which a change of the data is noticed."""
     digest = hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
     for caption in captions:
         digest.update(b"\0" + caption.encode())
@@ -212,7 +212,7 @@ class Shard:
     """Samples in two files, `stem`.json and `stem`.safetensors; the latter is opened when a sample is read."""
 
     def __init__(self, stem: Path) -> None:
-        """Raises CacheError where the files are not there, cut, or changed."""
+        """Raises CacheError where a file is missing, cut or changed."""
         self.stem, self.file = stem, stem.with_name(stem.name + ".safetensors")
         table = _read(stem.with_name(stem.name + ".json"))
         self._sha256, self._size = table["file"], table["bytes"]
@@ -220,7 +220,7 @@ class Shard:
         if not self.file.is_file() or self.file.stat().st_size != self._size:
             raise CacheError(f"{self.file} is not as it was written: {_AGAIN.format(stem.name)}")
         good = [sample.error is None for sample in self.samples]
-        self._rows = np.cumsum([0, *good[:-1]])  # of the tensors, for each sample
+        self._rows = np.cumsum([0, *good[:-1]])  # of each sample: its row in the tensors
         self._captions = np.cumsum(
             [0, *(len(sample.captions) * ok for sample, ok in zip(self.samples, good, strict=True))]
         )
@@ -228,8 +228,8 @@ class Shard:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """latents (flat), shapes (N, 3), digests (N, 32); for each encoder text.i.states (T, D), .lengths (M,), .pooled
-        (M, P): mapped. Raises CacheError where they do not belong together.
+        """latents (flat), shapes (N, 3), digests (N, 32); of each encoder text.i.states (T, D), .lengths (M,), .pooled
+        (M, P); all memory-mapped. Raises CacheError where their sizes do not fit each other.
         """
         try:
             tensors = read_weights(self.file)
@@ -251,15 +251,15 @@ class Shard:
 
     @cached_property
     def _starts(self) -> list[np.ndarray]:
-        """Where each sample's numbers begin in the latents, and each caption's states in those of each encoder."""
+        """The offsets of the samples in the latents; then, for each encoder, those of the captions in its states."""
         counts = [self.tensors["shapes"].long().prod(1)]
         counts += [self.tensors[f"text.{i}.lengths"].long() for i in range(num_encoders(self.tensors))]
         return [np.concatenate([[0], count.cumsum(0).numpy()]) for count in counts]
 
     def read(self, place: int) -> Known:
-        """What is known of a good sample, as it lies in the file; its digest is checked the first time.
+        """The tensors of a good sample, mapped from the file; its digest is checked the first time.
 
-        Raises CacheError that names the sample where it has changed.
+        Raises CacheError, which names the sample, where they have changed.
         """
         row, tensors = int(self._rows[place]), self.tensors
         first, last = self._starts[0][row : row + 2]
@@ -273,7 +273,7 @@ class Shard:
         return known
 
     def _text(self, m: int) -> list[tuple[Tensor, Tensor]]:
-        """Of caption m of the shard, for each encoder."""
+        """(states, pooled) of caption m of the shard by each encoder."""
         text = []
         for i, starts in enumerate(self._starts[1:]):
             states, pooled = self.tensors[f"text.{i}.states"], self.tensors[f"text.{i}.pooled"]
@@ -281,11 +281,11 @@ class Shard:
         return text
 
     def good(self) -> Iterator[int]:
-        """Places of the samples that are no bad ones."""
+        """The places of the samples that have an image."""
         return (place for place, sample in enumerate(self.samples) if sample.error is None)
 
     def problems(self) -> list[str]:
-        """What has changed since it was written, read to the last byte: the file, and which samples."""
+        """What has changed since the shard was written, one line for each sample; every byte is read."""
         if sha256(self.file) == self._sha256:
             return []
         found = []
@@ -299,12 +299,12 @@ class Shard:
 
 
 def num_encoders(tensors: dict[str, Tensor]) -> int:
-    """How many have features there."""
+    """The number of text encoders that have features among a shard's tensors."""
     return sum(name.endswith(".pooled") for name in tensors)
 
 
 def write_shard(stem: Path, samples: Sequence[CachedSample], tensors: dict[str, Tensor]) -> None:
-    """Write a shard's two files, to the disk, its .json last."""
+    """Write a shard's two files and sync them to disk, the .json last."""
     file = stem.with_name(stem.name + ".safetensors")
     write = weights_writer(tensors)
 
@@ -319,7 +319,7 @@ def write_shard(stem: Path, samples: Sequence[CachedSample], tensors: dict[str, 
 
 
 def as_tensors(known: Sequence[Known], empty: Known) -> dict[str, Tensor]:
-    """The tensors of a shard of such samples; `empty`, any of that kind, tells types and widths where none is."""
+    """The tensors of a shard. empty: the empty caption, which gives types and widths where there is no sample."""
     kind = empty.statistics.dtype
     tensors = {
         "latents": torch.cat([torch.empty(0, dtype=kind), *(one.statistics.flatten() for one in known)]),
@@ -335,7 +335,7 @@ def as_tensors(known: Sequence[Known], empty: Known) -> dict[str, Tensor]:
 
 
 def merged(parts: Sequence[Shard]) -> tuple[list[CachedSample], dict[str, Tensor]]:
-    """The samples and tensors of shards that follow each other, as of one."""
+    """The samples and tensors of consecutive shards, joined into one."""
     samples = [sample for part in parts for sample in part.samples]
     return samples, {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
 
@@ -349,7 +349,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CacheError(f"{error}; delete it and run `mmdit cache` again") from error
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the whole cache -------------------------------------------------------------------------------------------------
 
 
 class Cache:
@@ -373,21 +373,21 @@ class Cache:
         self.empty = Shard(self.folder / "empty") if self.about.text else None
 
     def read(self, i: int) -> Known:
-        """What is known of sample i, which is no bad one. Raises CacheError where it has changed."""
+        """The tensors of sample i, which has to be a good one. Raises CacheError where they have changed."""
         shard, place = divmod(i, self.about.shard_samples)
         return self.shards[shard].read(place)
 
-    def problems(self, told: Any = lambda done: None) -> list[str]:
-        """What has changed since it was written, every byte read; `told` of each shard that has been."""
+    def problems(self, progress: Any = lambda done: None) -> list[str]:
+        """What has changed since the cache was written; every byte is read. progress: called after each shard."""
         found = []
         for done, shard in enumerate([*self.shards, *([self.empty] if self.empty else [])], start=1):
             found += shard.problems()
-            told(done)
+            progress(done)
         return found
 
 
 def stem_of(folder: Path, shard: int) -> Path:
-    """A shard's path, without the ending."""
+    """The path of a shard's files, without their suffix."""
     return folder / f"shard-{shard:05d}"
 
 

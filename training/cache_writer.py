@@ -1,10 +1,10 @@
-"""Writing a cache (`training/cache.py`), so that it may stop at any moment and go on, in parts and with workers.
+"""Writing a cache (`training/cache.py`), in worker processes and in parts; it can be stopped and resumed at any moment.
 
     source -> [worker processes: read, fit, digest] -> [autoencoder, text encoders] -> chunks -> shards
 
-A chunk is `BATCH` samples, kept as a small shard in the hidden folder of the shard that it becomes part of: a kill
-loses one chunk's work at most. What a shard holds follows from the data alone, so that parts, workers, stops and
-restarts give the same bytes.
+A chunk is `BATCH` samples, kept as a small shard in a hidden folder of the shard that it will be part of, so that a
+kill loses at most one chunk's work. A shard depends on the data alone: it has the same bytes whatever the number of
+parts, workers and restarts.
 """
 
 from __future__ import annotations
@@ -49,16 +49,15 @@ from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
-from training.image_batches import READ_AHEAD, by_shape, layout_of
+from training.image_batches import READ_AHEAD, by_shape
 from training.interrupts import Interrupts
-from training.order import Layout
 from training.progress import Progress
 from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws
 from training.stream import STREAM
 from training.workers import run
 
-BATCH = 64  # samples of a chunk
-NAMED = 10  # bad samples that are named
+BATCH = 64  # samples in a chunk
+NAMED = 10  # most bad samples that are named
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class CacheOptions:
     text_dtype: str = "fp16"
     """Type of the text features."""
     shard_mb: float = 256
-    """Size of a shard at most, in 10^6 bytes, but for one chunk at least."""
+    """Largest size of a shard, in 10^6 bytes; a shard has at least one chunk."""
     part: tuple[int, int] = (0, 1)
-    """(i, n): write only every n-th shard from the i-th on, beside processes that write the others."""
+    """(i, n): write only every n-th shard from the i-th on; other processes write the others."""
 
     def __post_init__(self) -> None:
         for name in ("dtype", "text_dtype"):
@@ -86,8 +85,8 @@ class CacheOptions:
 
 
 class Written(NamedTuple):
-    """What was written: samples this time, bad ones among them, seconds; and what is still missing of the part, and of
-    all shards.
+    """What a call wrote: number of samples, bad ones among them, seconds; and the number of shards that are still
+    missing, of this part and of all.
     """
 
     samples: int
@@ -100,9 +99,9 @@ class Written(NamedTuple):
 def write_cache(
     config: TrainConfig, folder: str | Path, options: CacheOptions | None = None, log: Callable[[str], None] = print
 ) -> Written:
-    """Write what a folder lacks of the cache of a config's data, autoencoder and frozen text encoder.
+    """Write the cache of a config's data, autoencoder and frozen text encoder, or what a folder still lacks of it.
 
-    An interrupt (Ctrl-C, SIGTERM) ends the chunk that is being made and returns. Raises CacheError where the folder
+    On an interrupt (Ctrl-C, SIGTERM) it completes the current chunk and returns. Raises CacheError where the folder
     holds something else, or a cache of other data, encoders or options, or another process writes the same part.
     """
     with Interrupts() as interrupts:
@@ -119,7 +118,7 @@ def write_cache(
 
 
 class _Writer:
-    """All that one call holds."""
+    """The state of one `write_cache` call."""
 
     def __init__(self, config: TrainConfig, folder: Path, options: CacheOptions, log: Callable[[str], None]) -> None:
         if folder.exists() and not is_cache(folder) and (not folder.is_dir() or _others(folder)):
@@ -136,7 +135,7 @@ class _Writer:
         self.about = self._about(config)
 
     def _empty(self) -> Known:
-        """The empty caption, and no image."""
+        """The text features of the empty caption, without an image."""
         text = self._texts([""]) if self.text is not None else []
         empty = Known(torch.empty(0, 0, 0, dtype=DTYPES[self.options.dtype]), text)
         _check_finite("the empty caption", empty, self.options)
@@ -147,7 +146,7 @@ class _Writer:
         latent = statistics_of(self.autoencoder, torch.zeros(1, 3, height, width, dtype=torch.uint8), self.device)
         size = latent.numel() * DTYPES[self.options.dtype].itemsize
         size += sum(x.numel() * x.element_size() for pair in (self.empty.text or [[]])[0] for x in pair)
-        if self.text is not None:  # of as many tokens as there can be
+        if self.text is not None:  # as large as they can be
             per_token = DTYPES[self.options.text_dtype].itemsize
             size += sum(length * width * per_token for length, width, _ in self.text.shape.present)
         about = About(
@@ -156,10 +155,10 @@ class _Writer:
             text=None if self.text is None else self.text.about(),
             text_shape=None if self.text is None else self.text.shape,
             size=(height, width),
-            sizes=layout_of(self.source).sizes,
+            sizes=self.source.layout.sizes,
             fit=FIT,
             options={name: getattr(config.data, name) for name in OPTIONS},
-            weights=layout_of(self.source).weights,
+            weights=self.source.layout.weights,
             dtype=self.options.dtype,
             text_dtype=self.options.text_dtype,
             source=config.data.source,
@@ -178,10 +177,10 @@ class _Writer:
             return old
         return about
 
-    # --- what is left to do ---
+    # --- the chunks that are missing ---
 
     def run(self, interrupts: Interrupts) -> Written:
-        """Write all that is missing of the part."""
+        """Write all shards of the part that are missing."""
         if not is_cache(self.folder):
             self.about.write(self.folder)
         if self.text is not None and not (self.folder / "empty.json").is_file():
@@ -210,7 +209,7 @@ class _Writer:
         return Written(done, self.bad, time.perf_counter() - start, len(here), len(missing))
 
     def _jobs(self, shard: int) -> list[_Job]:
-        """The chunks that a shard lacks; what an earlier run left half done goes."""
+        """The chunks that a shard lacks; removes half-written files of an earlier call."""
         for rest in self.folder.glob(f".{stem_of(self.folder, shard).name}.*.part"):
             rest.unlink()
         if is_there(self.folder, shard):
@@ -230,22 +229,22 @@ class _Writer:
         return self.folder / f".{stem_of(self.folder, shard).name}" / f"{chunk:05d}"
 
     def _merge(self, shard: int) -> None:
-        """Make a shard of its chunks, if all are there."""
+        """Join the chunks of a shard into it, if all are there."""
         stems = [self._chunk(shard, c) for c in range(len(self._chunks(shard)))]
         if all(stem.with_name(stem.name + ".json").is_file() for stem in stems):
             write_shard(stem_of(self.folder, shard), *merged([Shard(stem) for stem in stems]))
             shutil.rmtree(stems[0].parent)
 
-    # --- what is known of samples ---
+    # --- encoding ---
 
     def _known(self, read: _Read) -> list[Known]:
-        """What autoencoder and text encoders say of the good samples of a chunk, in order."""
+        """The statistics and text features of the good samples of a chunk, in order."""
         good = [sample for sample in read.samples if sample.error is None]
         for sample in read.samples:
             self._tell(sample)
         statistics: dict[int, Tensor] = {}
         for rows, images in read.images:
-            found = statistics_of(self.autoencoder, images, self.device, layout_of(self.source).mixed)
+            found = statistics_of(self.autoencoder, images, self.device, self.source.layout.mixed)
             found = found.to(DTYPES[self.options.dtype]).cpu()
             statistics |= dict(zip(rows, found, strict=True))
         texts = iter(self._texts([caption for sample in good for caption in sample.captions]) if self.text else [])
@@ -258,7 +257,7 @@ class _Writer:
         return known
 
     def _texts(self, captions: Sequence[str]) -> list[list[tuple[Tensor, Tensor]]]:
-        """For each caption, and each encoder, the states of its real tokens and the pooled vector."""
+        """For each caption and each encoder, the states of its real tokens and the pooled vector."""
         assert self.text is not None
         if not captions:
             return []
@@ -284,7 +283,7 @@ class _Writer:
 
 
 class _Job(NamedTuple):
-    """A chunk to be made."""
+    """A chunk to be written, and the numbers of its samples."""
 
     shard: int
     chunk: int
@@ -292,17 +291,15 @@ class _Job(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """The samples of a chunk; their images uint8 (B, 3, h, w), those of one size together, with the places of each
-    among the good samples.
-    """
+    """The samples of a chunk, and for each image size ([place among the good samples], images uint8 (B, 3, h, w))."""
 
     samples: list[CachedSample]
     images: list[tuple[list[int], Tensor]]
 
 
 def _read(source: Source, places: range) -> _Read:
-    """What a worker does: read and fit the images of a chunk, and say what they are known by."""
-    if getattr(source, "is_remote", False):
+    """What a worker does: read and fit the images of a chunk, and compute their digests."""
+    if source.is_remote:
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             found = list(pool.map(partial(_one, source), places))
     else:
@@ -312,26 +309,29 @@ def _read(source: Source, places: range) -> _Read:
 
 
 def _others(folder: Path) -> list[Path]:
-    """What is in a folder, but for what a kill left of a cache that had hardly begun."""
+    """The files in a folder, except what a killed `write_cache` leaves before cache.json is there."""
     return [path for path in folder.iterdir() if not (path.name.startswith(".cache.json.") and path.suffix == ".part")]
 
 
 def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
-    """A sample and its image, which a bad one has not."""
-    one, layout = source[i], layout_of(source)
-    texts, shares = source.captions(i) if hasattr(source, "captions") else ((one.caption,), ())
-    place = (layout.bucket_of(i), *(int(x[i]) if x is not None else low for x, low in _lines(layout)))
-    content = "" if one.image is None else content_of(one.image, texts)
-    return CachedSample(one.key, content, list(texts), one.error, list(shares), *place), one.image
-
-
-def _lines(layout: Layout) -> tuple[tuple[np.ndarray | None, int], tuple[np.ndarray | None, int]]:
-    """What tells the data set and the block of each sample, and what they are where nothing does."""
-    return (layout.part, 0), (layout.block, -1)
+    """(the sample as the cache names it, its image or None)."""
+    one, layout = source[i], source.layout
+    texts, shares = source.captions(i)
+    sample = CachedSample(
+        key=one.key,
+        content="" if one.image is None else content_of(one.image, texts),
+        captions=list(texts),
+        error=one.error,
+        shares=list(shares),
+        bucket=layout.bucket_of(i),
+        part=0 if layout.part is None else int(layout.part[i]),
+        block=-1 if layout.block is None else int(layout.block[i]),
+    )
+    return sample, one.image
 
 
 def _is_whole(chunk: Path) -> bool:
-    """Whether a chunk is there as it was written."""
+    """Whether a chunk exists and is as it was written."""
     try:
         return not Shard(chunk).problems()
     except CacheError:
@@ -359,8 +359,9 @@ def _source(config: TrainConfig, factor: int) -> Source:
 
 
 def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = lambda done: None) -> list[str]:
-    """Which samples of a cache are others in a config's data now: their images, once fitted, or their captions; one
-    line each. Raises DataError where the data cannot be read, or its samples are others altogether.
+    """One line for each sample whose fitted image or captions in a config's data differ from the cache's.
+
+    told: called with the number of samples compared. Raises DataError where the data cannot be read, or has other keys.
     """
     source = open_run_source(config, cache.about.step)
     if list(source.keys) != [sample.key for sample in cache.samples]:
@@ -376,7 +377,7 @@ def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = l
 
 
 def data_of(cache: Cache, source: str) -> TrainConfig:
-    """A config of the data that a cache was made of, as it is in `source` now."""
+    """A config that reads `source` as the data of the cache was read."""
     about = cache.about
     data = DataConfig(source=source, image_size=about.size, num_samples=about.num_samples, **about.options)
     training = TrainingConfig(batch_size=about.min_bucket, packing=data.buckets == "own")

@@ -1,4 +1,4 @@
-"""Training from a cache: a source of samples whose images are not opened, and the feed of what is known of them.
+"""Training from a cache: a source whose images need not be opened, and a feed of their latents and text features.
 
 Shape letters: B batch, C channels, h w latent sides, L text tokens, D width of a text state.
 """
@@ -21,21 +21,21 @@ from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
 from mmdit.weights_io import read_json
 from training.ahead import ahead
 from training.cache import Cache, CacheError, Known, same_text
-from training.captions import choose
+from training.captions import Captions, choose
 from training.config import DataConfig
 from training.data import Sample, Source
-from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, drawn, latents_from
+from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, latent_generators, latents_from
 from training.image_batches import rng_for
 from training.images import Size, fit_size
 from training.objectives import Batch
 from training.order import Layout, Plan
 from training.share import WHOLE, Share
 
-AHEAD = 2  # batches read before they are asked for
+AHEAD = 2  # batches that are read ahead
 
 
-class CachedSource:
-    """The samples of a cache, in the order of the data that it was made of; it has no images."""
+class CachedSource(Source):
+    """The samples of a cache, in the order of the data that it was made from; it has no images."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class CachedSource:
         num_samples: int | None = None,
         mixed: bool = False,
     ) -> None:
-        """mixed: whether a batch may hold several sizes. Raises CacheError where the cache is not whole, or of images
-        of another size than is asked for, or of too many.
+        """mixed: whether a batch may hold several sizes. Raises CacheError where the cache is not whole, or its images
+        have other sizes than the model needs or the config asks for.
         """
         self.cache = Cache(folder)
         about = self.cache.about
@@ -70,7 +70,7 @@ class CachedSource:
         self.layout = self._layout()
 
     def _first(self, num_samples: int | None) -> list[int]:
-        """The first so many of each data set."""
+        """The numbers of the first `num_samples` samples of each data set."""
         counts: dict[int, int] = {}
         found = []
         for i, sample in enumerate(self.cache.samples):
@@ -80,7 +80,7 @@ class CachedSource:
         return found
 
     def _layout(self) -> Layout:
-        """As that of the data."""
+        """The layout of the data that the cache was made from."""
         about = self.cache.about
         bucket, part, block = (
             np.array([getattr(s, name) for s in self.samples]) for name in ("bucket", "part", "block")
@@ -98,17 +98,15 @@ class CachedSource:
         return len(self.samples)
 
     def caption(self, i: int) -> str:
-        """The first caption; "" where it is missing."""
         captions = self.samples[i].captions
         return captions[0] if captions else ""
 
-    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """All captions, and the shares by which one is drawn (none: equal ones)."""
+    def captions(self, i: int) -> Captions:
         return tuple(self.samples[i].captions), tuple(self.samples[i].shares)
 
     def check_data(self, data: DataConfig) -> None:
-        """Raises CacheError where a config asks for other samples or captions than the cache was made of; what it
-        leaves as it is by default is as the cache has it.
+        """Raises CacheError where a config asks for other samples or captions than the cache has. Settings that are at
+        their default ask for nothing.
         """
         if data.crop != "center" or data.flip:
             raise CacheError(f"{self.cache.folder} has one crop of each image: leave out data.crop and data.flip")
@@ -130,9 +128,11 @@ class CachedSource:
             )
 
     def text(self, encoder: str, max_length: int, written: Path | None) -> KnownText:
-        """The conditioner of the frozen encoders in a folder, or of those that a run has `written` about.
+        """The conditioner that gives the cached features of frozen encoders: of those in a folder, or in a resumed run
+        of those that its own folder `written` describes.
 
-        Their weights are not read, but for their digest. Raises CacheError for others than the cache was made with.
+        The encoders are not loaded; a digest of their weights is computed. Raises CacheError where the cache was made
+        with others.
         """
         known, shape = self.cache.about.text, self.cache.about.text_shape
         if known is None or shape is None or self.cache.empty is None:
@@ -154,9 +154,9 @@ class CachedSource:
 
 
 def features(captions: Sequence[Sequence[tuple[Tensor, Tensor]]], shape: TextShape) -> Features:
-    """The features of captions that are known, padded with zeros to the encoders' length.
+    """The features of captions from the cached (states, pooled) of each encoder, padded with zeros to its length.
 
-    An encoder by itself says which tokens are real; to the three of SD3 padding is text.
+    One encoder comes with a mask of its real tokens; SD3's three have none, since SD3 attends to padding too.
     """
     parts = []
     for i, (length, width, _) in enumerate(shape.present):
@@ -170,7 +170,7 @@ def features(captions: Sequence[Sequence[tuple[Tensor, Tensor]]], shape: TextSha
 
 
 class CachedFeed:
-    """What is known of samples, read where it lies: nothing is encoded, and little stays in memory.
+    """Reads latents and text features from the cache: nothing is encoded, and little stays in memory.
 
     With `KnownText` a batch has the features of its captions, with any other conditioner their tokens.
     """
@@ -204,7 +204,7 @@ class CachedFeed:
 
     @property
     def captions(self) -> list[str]:
-        """The first one of all samples."""
+        """The first caption of each sample."""
         return [self.source.caption(i) for i in self.rows]
 
     def at(
@@ -217,9 +217,7 @@ class CachedFeed:
         return self._batch(self._read(rows, draws), generators)
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
-        """Endless shuffled batches from number `start_step` on, of each the rows of this share; the next ones are read
-        meanwhile.
-        """
+        """Endless shuffled batches from number `start_step` on, of each this share's rows; a thread reads ahead."""
         plan, rows = Plan(len(self), self.layout, batch_size, seed), share.rows(batch_size)
 
         def reads() -> Iterator[tuple[Tensor | list[Tensor], Any]]:
@@ -229,10 +227,10 @@ class CachedFeed:
                 yield self._read([int(pool[place]) for pool, place in places], draws)
 
         for step, read in enumerate(ahead(reads(), AHEAD), start=start_step):
-            yield self._batch(read, drawn(self.sampled, seed, step, rows))
+            yield self._batch(read, latent_generators(self.sampled, seed, step, rows))
 
     def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor | list[Tensor], Any]:
-        """Statistics (B, S, h, w), a list of (S, h, w) where sizes are mixed, and text, as they lie in the cache."""
+        """(statistics (B, S, h, w), or a list of (S, h, w) where sizes are mixed; features or tokens of captions)."""
         indices = [self.rows[row] for row in rows]
         known: list[Known] = [self.source.cache.read(self.source.numbers[i]) for i in indices]
         chosen = [0] * len(rows)
@@ -263,7 +261,7 @@ def latent_feed(
     skipped: Skipped,
     **options: Any,
 ) -> LatentFeed | CachedFeed:
-    """A feed whose samples can be asked for by row: from the cache, or else encoded now."""
+    """A feed whose samples can be asked for by row: read from the cache, or encoded now."""
     if isinstance(source, CachedSource):
         return CachedFeed(source, indices, autoencoder, text, device, skipped)
     return LatentFeed(source, indices, autoencoder, text, device, num_workers, skipped, **options)

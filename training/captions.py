@@ -1,8 +1,8 @@
-"""Captions: found in text, JSON and rows of metadata, cleaned, and chosen among where a sample has several.
+"""Captions: found in text, JSON and rows of metadata, cleaned, and drawn from where a sample has several.
 
-A sample's captions come with shares, the chances to be chosen. `data.captions = "original=0.5,synthetic=0.5"` names
-fields and their weights; a field that holds a list gives each of its captions an equal part of its weight, and a field
-that a sample lacks leaves its weight to the others. Without it the first caption found is taken.
+A sample's captions come with shares, the weights by which one is drawn. `data.captions =
+"original=0.5,synthetic=0.5"` names fields and their weights; the captions of a list divide its field's weight equally,
+and where a sample lacks a field the others keep theirs. Without this setting the first caption that is found is taken.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MAX_CAPTION = 10_000
 MAX_TEXT = 8 * MAX_CAPTION
 """Bytes of a .txt file that are read."""
 MAX_JSON = 16_000_000
-"""A JSON file of more bytes than this is none that holds captions."""
+"""Most bytes of a JSON file with captions; a larger one is not read."""
 REPLACED = "\ufffd"
-"""What stands in a caption for bytes that are no UTF-8."""
+"""The character that replaces bytes which are not UTF-8."""
 
 Weights = tuple[tuple[str, float], ...]
 Captions = tuple[tuple[str, ...], tuple[float, ...]]
@@ -31,7 +31,9 @@ NONE: Captions = ((), ())
 
 
 def parse_weights(text: str, what: str) -> Weights:
-    """ "a=0.7,b=0.3" as pairs; a name alone has weight 1. Raises `DataError` for no name, and no number above 0."""
+    """ "a=0.7,b=0.3" as pairs; a name alone has weight 1. Raises `DataError` for an empty name or a weight that is not
+    a number above 0; `what` is the setting that it names.
+    """
     pairs = []
     for part in items_in(text):
         name, _, number = part.rpartition("=") if "=" in part else (part, "", "1")
@@ -48,12 +50,12 @@ def parse_weights(text: str, what: str) -> Weights:
 
 
 def items_in(text: str) -> list[str]:
-    """What commas separate, but those within braces."""
+    """The text split at commas, but not at those within braces."""
     return re.split(r",(?![^{]*\})", text)
 
 
 def captions_in(kind: str, data: bytes, fields: Weights = ()) -> Captions:
-    """The captions in the bytes of a ".txt" or ".json" file; that of a .txt is the field "txt"."""
+    """The captions in the bytes of a ".txt" file, which counts as the field "txt", or of a ".json" file."""
     if kind == ".txt":
         return captions_of({"txt": data[:MAX_TEXT].decode("utf-8-sig", errors="replace")}, fields)
     if len(data) > MAX_JSON:
@@ -65,7 +67,7 @@ def captions_in(kind: str, data: bytes, fields: Weights = ()) -> Captions:
 
 
 def captions_of(row: Any, fields: Weights = ()) -> Captions:
-    """The captions in a row: those of the fields, or the first of "caption", "text" and "txt" (as of a file)."""
+    """The captions in a row: those of the given fields, or else the first of "caption", "text" and "txt"."""
     if not isinstance(row, dict):
         return NONE
     if not fields:
@@ -81,14 +83,14 @@ def captions_of(row: Any, fields: Weights = ()) -> Captions:
 
 
 def joined(first: Captions, second: Captions, fields: Weights) -> Captions:
-    """Captions from two files of one sample: all of them where fields are chosen among, else the first that has any."""
+    """The captions of two files of one sample: of both, where fields are given, else of the first that has any."""
     if not fields:
         return first if first[0] else second
     return first[0] + second[0], first[1] + second[1]
 
 
 def choose(num: int, shares: tuple[float, ...], u: float) -> int:
-    """Which of `num` captions a number u in [0, 1) chooses; equal shares where none are given."""
+    """The number of the caption, out of `num`, that a draw u in [0, 1) chooses; equal shares where none are given."""
     if not shares:
         return int(u * num)
     total, place = sum(shares), 0.0
@@ -107,4 +109,4 @@ def _all(value: Any) -> list[str]:
 def clean(text: str) -> str | None:
     """One line of valid Unicode, at most MAX_CAPTION characters; None if nothing is left."""
     text = " ".join(text[: 2 * MAX_CAPTION].split())[:MAX_CAPTION]
-    return text.encode("utf-8", "replace").decode() or None  # json can hold lone surrogates, which tokenizers refuse
+    return text.encode("utf-8", "replace").decode() or None  # JSON allows lone surrogates, tokenizers do not

@@ -1,9 +1,10 @@
-"""Checkpoints: a folder a step, complete or absent, verified when read.
+"""Checkpoints: one folder each, which is either complete or absent, and is verified when it is read.
 
 `checkpoints/step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json`
-with the step, the seed, a digest of the list of samples, and the SHA-256 of each file and of itself. It is written
-aside and renamed, so a kill at any moment leaves the one before whole. Every random draw of a run is a function of
-(seed, step), so step and seed are the whole state of RNG and data cursor. Models in parts: sharded_checkpoint.py.
+with the step, the seed, a digest of the list of samples, and the SHA-256 of each file and of itself. A checkpoint is
+written under another name and renamed, so that a kill at any moment leaves the one before it whole. Every random draw
+of a run is a function of (seed, step), so these two are the whole state of the RNG and of the data order. For sharded
+models see sharded_checkpoint.py.
 """
 
 import re
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
-from training.sharding import local, parted
-from training.signed import fsync, sha256, sha256_of
+from training.sharding import local, shard_like
+from training.signed import fsync, read_signed, sha256, sha256_of
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint folder whose files are missing, cut or changed."""
+    """A checkpoint with files that are missing, cut or changed."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first; what is there by any other name is not the run's."""
+    """The checkpoint folders of a run, oldest first; other names in its folder of checkpoints are ignored."""
     found = (run / "checkpoints").glob("step-*")
     own = [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(own, key=lambda path: int(path.name.removeprefix("step-")))
@@ -43,7 +44,7 @@ def save_checkpoint(
 
 
 def fresh_aside(run: Path, step: int) -> Path:
-    """An empty folder beside those of the checkpoints; what a kill left of others is removed."""
+    """A new folder to write a checkpoint into; removes unfinished ones that a kill has left."""
     aside = run / "checkpoints" / f".step-{step:08d}.part"
     for leftover in aside.parent.glob(".step-*.part"):
         shutil.rmtree(leftover)
@@ -52,7 +53,7 @@ def fresh_aside(run: Path, step: int) -> Path:
 
 
 def seal(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Write the state, with the digests of the other files and its own, and bring all to the disk."""
+    """Write the state with the digests of all files, and sync the folder to disk."""
     written = {**state, "files": dict(files)}
     write_json(aside / "state.json", {**written, "sha256": sha256_of(written)})
     for path in (*aside.iterdir(), aside):
@@ -60,7 +61,7 @@ def seal(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> Non
 
 
 def put_in_place(run: Path, aside: Path, keep: int) -> Path:
-    """Make a sealed folder a checkpoint, and remove all but the newest `keep`."""
+    """Rename a sealed folder to its final name, and remove all checkpoints but the newest `keep`."""
     folder = aside.with_name(aside.name.removeprefix(".").removesuffix(".part"))
     if folder.exists():
         _set_aside(folder)
@@ -74,19 +75,19 @@ def put_in_place(run: Path, aside: Path, keep: int) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename a checkpoint that will be removed, so that a kill meanwhile leaves no part of it under its name."""
+    """Rename a checkpoint before it is removed, so that a kill leaves no incomplete one under its name."""
     folder.rename(folder.with_name(f".{folder.name}.old.part"))
 
 
 def _outdated(run: Path, newest: Path, keep: int) -> list[Path]:
-    """All but `newest` and the keep - 1 before it; later ones are of a future that the run fell back from."""
+    """All but `newest` and the keep - 1 before it. Later steps go too: the run has fallen back to before them."""
     found = list_checkpoints(run)
     place = found.index(newest)
     return [*found[place + 1 :], *found[: max(0, place - keep + 1)]]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """State and weights of a checkpoint. Raises CorruptCheckpoint that says which file is bad, and how."""
+    """The state and weights of a checkpoint. Raises CorruptCheckpoint, which says which file is bad, and how."""
     verify(folder)
     return read_checkpoint(folder)
 
@@ -94,9 +95,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
 def read_checkpoint(
     folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """State and weights of a checkpoint that was found whole.
+    """The state and weights of a checkpoint that has been verified.
 
-    into: what is in parts is read into these tensors, by group and name, where they are there (see `read_sharded`).
+    into: of a sharded checkpoint, tensors to read into, by group and name (see `read_sharded`).
     """
     state = read_json(folder / "state.json")
     if state.get("sharded"):
@@ -107,32 +108,28 @@ def read_checkpoint(
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all as they were written; else raises CorruptCheckpoint."""
+    """The state of a checkpoint. Raises CorruptCheckpoint where one of its files is not as it was written."""
     try:
-        state = read_json(folder / "state.json")
-        if state.pop("sha256") != sha256_of(state):
-            raise CorruptCheckpoint(f"{folder.name}/state.json has changed since it was written")
+        state = read_signed(folder / "state.json")
         for name, digest in state["files"].items():
             if sha256(folder / name) != digest:
-                raise CorruptCheckpoint(f"{folder.name}/{name} has changed since it was written")
+                raise ValueError(f"{name} has changed since it was written")
         return state
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{folder.name} is incomplete: {error}") from error
-    except CorruptCheckpoint:
-        raise
     except ValueError as error:
         raise CorruptCheckpoint(f"{folder.name}: {error}") from error
 
 
 def load_latest(run: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The newest whole checkpoint of a run; each one passed over is named through `log`. Raises FileNotFoundError if
-    none is.
+    """The state and weights of a run's newest whole checkpoint; corrupt ones are named in the log. Raises
+    FileNotFoundError where there is none.
     """
     return read_checkpoint(newest_whole(run, log))
 
 
 def newest_whole(run: Path, log: Callable[[str], None]) -> Path:
-    """The folder of the newest whole checkpoint; named and raised as `load_latest` does."""
+    """The folder of the newest whole checkpoint; logs and raises as `load_latest` does."""
     for folder in reversed(list_checkpoints(run)):
         try:
             verify(folder)
@@ -144,21 +141,21 @@ def newest_whole(run: Path, log: Callable[[str], None]) -> Path:
 
 @torch.no_grad()
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module, which may hold parts of them. Raises ValueError where they do not fit it."""
+    """Copy full tensors into a module, which may be sharded. Raises ValueError where they do not fit it."""
     own = module.state_dict()
     check_fit(own, tensors, source)
     for name, x in own.items():
-        local(x).copy_(local(parted(tensors[name], x)))
+        local(x).copy_(local(shard_like(tensors[name], x)))
 
 
 COUNTERS = ("k", "weight_sum", "lr_max")
-"""What schedule-free optimisers count in a group of parameters."""
+"""Counters that schedule-free optimisers keep in a group of parameters."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimiser's state as named tensors: `<parameter>/<key>`, and `group <number>/<counter>`.
 
-    Python's whole numbers are int64, its other numbers float64.
+    Python's ints become int64 tensors, its floats float64.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     found = {
@@ -173,15 +170,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def _copied(value: Any) -> Tensor:
-    """A small tensor on its own, as parameters may share it, or a number as one."""
+    """A number as a tensor, or a copy of a small tensor, which several parameters may share."""
     if torch.is_tensor(value):
         return value.clone()
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took. Raises CorruptCheckpoint for a name or shape that the model does not
-    have.
+    """Restore the optimiser from `optimizer_tensors`. Raises CorruptCheckpoint for a name or shape that the model does
+    not have.
     """
     parameters = dict(model.named_parameters())
     groups = {f"group {i}": group for i, group in enumerate(optimizer.param_groups)}
@@ -194,7 +191,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         p = parameters.get(owner)
         if p is None or (value.ndim and value.shape != p.shape and not key.startswith(("qmap", "absmax"))):
             raise CorruptCheckpoint(f"the optimiser's {name} does not fit the model")
-        # The step count of the fused optimiser lives beside its parameter, in float32.
+        # The fused optimiser wants its step count on the parameter's device, in float32.
         value = value.to(p.device, copy=True)
         of_weight = value.ndim > 0 and value.shape == p.shape
-        optimizer.state[p][key] = number if number is not None else parted(value, p) if of_weight else value
+        optimizer.state[p][key] = number if number is not None else shard_like(value, p) if of_weight else value

@@ -1,6 +1,6 @@
-"""What a training run is made of: frozen dataclasses, put together of the sections in `sections.py`.
+"""The config of a training run: a frozen dataclass of the sections in `sections.py`.
 
-A config comes from a preset (`training/presets.py`) or a TOML file with the same section names, and overrides on top:
+It comes from a preset (`training/presets.py`) or a TOML file with the same section names, and overrides on top:
 
     config = load_config("my.toml", ["training.num_steps=20000", "optimizer.lr=3e-4"])
 
@@ -55,9 +55,8 @@ __all__ = [
 
 WRITTEN = "config.toml"
 """The config as used, in a run folder."""
-MAX_CHARACTERS = 1_000_000
-MAX_DOTS = 1_000
-"""Of a config file, and of a line of it: what a key costs to parse grows with the square of its parts."""
+MAX_CHARACTERS = 1_000_000  # of a config file
+MAX_DOTS = 1_000  # of a line in it: the time to parse a key grows with the square of its parts
 
 
 @dataclass(frozen=True)
@@ -88,39 +87,49 @@ class TrainConfig(Settings):
     def check(self) -> None:
         if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
             raise ConfigError(f'name is "{self.name}", expected one word that can name a folder')
-        if self.transfusion.enabled and self.text.encoder != "learned":
-            raise ConfigError(
-                f'text.encoder is "{self.text.encoder}": a transfusion trunk reads words itself, expected "learned"'
-            )
-        if self.transfusion.enabled and self.model.dual_attention_layers:
-            raise ConfigError(
-                "model.dual_attention_layers is for the MMDiT: a transfusion trunk has no second attention"
-            )
-        if self.transfusion.enabled and (self.model.positions == "sincos" or self.model.head_dim % 8):
-            raise ConfigError(
-                f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
-                'a transfusion trunk needs "rope" or "both", which give text its places too, and a multiple of 8'
-            )
-        if self.transfusion.enabled and self.training.packing:
-            raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
+        if not self.autoencoder:
+            raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
+        if self.transfusion.enabled:
+            self._check_transfusion()
+        elif self.transfusion.text is not None:
+            raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
+        elif isinstance(self.init, tuple):
+            raise ConfigError(f"init names {len(self.init)} folders: an MMDiT starts from one")
         if self.data.buckets == "own" and not self.mixes_sizes:
             raise ConfigError(
                 'data.buckets is "own": a batch then holds images of many sizes, set training.packing=true'
             )
-        if self.transfusion.text is not None and not self.transfusion.enabled:
-            raise ConfigError("transfusion.text is for models of text and images: set transfusion.enabled=true too")
+        if self.transfusion.freeze_text and not self.init:
+            raise ConfigError("transfusion.freeze_text needs a language model in init, which is none")
+        if self.lora.rank and (self.transfusion.enabled or not self.init):
+            raise ConfigError("lora.rank needs an MMDiT's weights to adapt: name them in init, without transfusion")
+        self._check_optimizer()
+        self._check_sampling()
+
+    def _check_transfusion(self) -> None:
+        if self.text.encoder != "learned":
+            raise ConfigError(
+                f'text.encoder is "{self.text.encoder}": a transfusion trunk reads words itself, expected "learned"'
+            )
+        if self.model.dual_attention_layers:
+            raise ConfigError(
+                "model.dual_attention_layers is for the MMDiT: a transfusion trunk has no second attention"
+            )
+        if self.model.positions == "sincos" or self.model.head_dim % 8:
+            raise ConfigError(
+                f'model.positions is "{self.model.positions}" and model.head_dim {self.model.head_dim}: '
+                'a transfusion trunk needs "rope" or "both", which give text its positions too, and a multiple of 8'
+            )
+        if self.training.packing:
+            raise ConfigError("training.packing is for the MMDiT: text and images are always packed in a transfusion")
         if self.transfusion.text is not None and not 0 < self.text_documents < self.training.batch_size:
             raise ConfigError(
                 f"transfusion.text_fraction is {self.transfusion.text_fraction:g}: of training.batch_size = "
                 f"{self.training.batch_size} that is {self.text_documents} documents of text; at least one, and one "
                 "picture, have to be in each of training.grad_accumulation's parts"
             )
-        if self.transfusion.freeze_text and not self.init:
-            raise ConfigError("transfusion.freeze_text needs a language model in init, which is none")
-        if isinstance(self.init, tuple) and not self.transfusion.enabled:
-            raise ConfigError(f"init names {len(self.init)} folders: an MMDiT starts from one")
-        if self.lora.rank and (self.transfusion.enabled or not self.init):
-            raise ConfigError("lora.rank needs an MMDiT's weights to adapt: name them in init, without transfusion")
+
+    def _check_optimizer(self) -> None:
         if self.optimizer.name == "schedule-free" and (self.training.ema_decay or self.training.ema != "exponential"):
             raise ConfigError(
                 'optimizer.name "schedule-free" averages its weights itself: set training.ema_decay=0 and '
@@ -132,12 +141,9 @@ class TrainConfig(Settings):
                 f"optimizer.base_width is {base}, expected a multiple of model.head_dim = {self.model.head_dim}, and "
                 "no lora.rank: widths grow by their number of heads, and adapters have no width"
             )
-        if not self.autoencoder:
-            raise ConfigError('autoencoder is empty, expected "none", "shapes" or a folder')
-        self._check_sampling()
 
     def _check_sampling(self) -> None:
-        """A solver that cannot take the run's steps would end it at its first grid of samples."""
+        """Refuse a solver that cannot take sampling.num_steps steps now, not at the run's first grid of samples."""
         from mmdit.sampling import check_solver
         from samplers import time_grid
 
@@ -151,31 +157,31 @@ class TrainConfig(Settings):
 
     @property
     def mixes_sizes(self) -> bool:
-        """Whether a batch may hold images of several sizes: where its samples stand in one row."""
+        """Whether a batch may hold images of several sizes, which it can where its samples are packed."""
         return self.training.packing or self.transfusion.enabled
 
     @property
     def text_documents(self) -> int:
-        """How many of a batch's samples are documents of text alone: the same number in each part of the batch."""
+        """How many of a batch's samples are documents of text alone; each part of the batch has as many."""
         parts = self.training.grad_accumulation
         return parts * round(self.training.batch_size // parts * self.transfusion.text_fraction)
 
     @property
     def init_paths(self) -> tuple[str, ...]:
-        """What `init` names."""
+        """The paths that `init` names, none or several."""
         return (self.init,) if isinstance(self.init, str) else self.init or ()
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is written."""
+        """The folder of the run."""
         return Path(self.training.out) if self.training.out is not None else Path("runs") / self.name
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a preset's name, a TOML file or a run folder, with "section.key=value" overrides applied.
 
-    Raises ConfigError for a file that is not there or no TOML, an unknown key, a wrong type, a value out of range, and
-    a key of a person's file or of the overrides that takes no effect (idle.py).
+    Raises ConfigError for a file that is missing or not TOML, an unknown key, a wrong type, a value out of range, and a
+    key that takes no effect (idle.py), if the overrides or a file set it that a person wrote.
     """
     from training.presets import preset, preset_names
 
@@ -190,15 +196,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
         near = get_close_matches(str(source), preset_names(), n=1)
         hint = f'; did you mean the preset "{near[0]}"?' if near else f"; the presets are {', '.join(preset_names())}"
         raise ConfigError(f'there is no config file "{path}"{hint}')
-    config, said = read_config(path)
+    config, set_keys = read_config(path)
     final = apply_overrides(config, overrides)
-    if path.name != WRITTEN and {*settings.keys(TrainConfig)} - {*said}:  # a run's says every key, whoever chose it
-        refuse_idle(final, idle_settings(config, said), f"{path}: ")
+    if path.name != WRITTEN and {*settings.keys(TrainConfig)} - {*set_keys}:  # a run's file has every key
+        refuse_idle(final, idle_settings(config, set_keys), f"{path}: ")
     return final
 
 
 def read_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
-    """The config in a TOML file, on top of the preset that it names, if any; and the keys that the file says."""
+    """(the config in a TOML file, on top of the preset that it names, if any; the keys that the file sets)."""
     from training.presets import preset
 
     path = Path(path)
@@ -222,7 +228,7 @@ def read_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """The config with "section.key=value" assignments; values are TOML, or bare strings where that needs no quotes.
 
-    Raises ConfigError for one that is unknown, does not fit, or takes no effect with the others.
+    Raises ConfigError for a key that is unknown or takes no effect with the others, and for a value that does not fit.
     """
     table = settings.table_of(TrainConfig, overrides)
     config = settings.merged(config, table)

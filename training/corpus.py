@@ -1,9 +1,9 @@
-"""Text alone, to be learnt beside captioned pictures: documents from files, cut into pieces, drawn by number.
+"""Documents of text alone, to train on beside captioned pictures: read from files, cut into pieces, drawn by number.
 
     file | folder | glob -> Corpus (documents) -> part (training, held out) -> Pieces -> batches of Tokens
 
-Plain text (any file but those below): a blank line ends a document, as in the corpora of BERT and fairseq. `.jsonl`: a
-document a line, its field "text" ("content", "caption"). `.parquet`: a document a row, its column of such a name.
+In plain text (any file but those below) a blank line ends a document, as in the corpora of BERT and fairseq. `.jsonl`
+has a document in each line, in its field "text" (or "content", "caption"); `.parquet` in each row, in such a column.
 
 Shape letters: D documents of a batch, P tokens of the longest one.
 """
@@ -24,20 +24,21 @@ import torch
 
 from mmdit.text import Tokenizer, Tokens
 from training.data import DataError, place_of
-from training.image_batches import Order
+from training.errors import one_line
 from training.listing import printable, walk
+from training.order import Order
 from training.share import WHOLE, Share
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FIELDS = ("text", "content", "caption")
-TOKENIZED = 1000  # documents turned to numbers at a time
-Skipped = Callable[[str, str], None]  # told (place, reason) of every line that cannot be used
+TOKENIZED = 1000  # documents that are tokenized at a time
+Skipped = Callable[[str, str], None]  # called with (place, reason) for every line that cannot be used
 
 
 class Corpus:
     """The documents of a file, a folder (its .txt, .jsonl and .parquet files, nested ones too) or a glob.
 
-    Iterating reads them anew: only the files' names stay in memory. digest: SHA-256 of all documents in order. Raises
+    Iterating reads the files again; only their names stay in memory. digest: SHA-256 of all documents in order. Raises
     DataError where there is no text, for parquet without pyarrow, and for parquet without a column of text.
     """
 
@@ -57,9 +58,9 @@ class Corpus:
             yield from filter(None, map(str.strip, read(path)))
 
     def part(self, held_out: bool, fraction: float) -> Iterator[str]:
-        """The documents held out, those whose SHA-256 / 2^256 is below the fraction, or the others.
+        """The held-out documents, those with SHA-256 / 2^256 below the fraction, or else the others.
 
-        A document stays on its side wherever it stands, and its copies with it.
+        A document and all its copies are on the same side, wherever they stand.
         """
         return (document for document in self if (place_of(document) < fraction) == held_out)
 
@@ -78,10 +79,10 @@ class Corpus:
 
 
 class Pieces:
-    """Documents as numbers in memory (4 bytes a token), cut into pieces of at most `length` tokens.
+    """Documents as token ids in memory (4 bytes each), cut into pieces of at most `length` tokens.
 
-    A document ends with the end token. A piece begins with the last token of the one before, so that every token but a
-    document's first is predicted once. most: keep only so many pieces. Raises DataError where there is none.
+    A document ends with the end token. A piece begins with the last token of the piece before it, so that every token
+    but a document's first is predicted once. most: keep only so many pieces. Raises DataError where there is none.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class Pieces:
 
     @property
     def num_tokens(self) -> int:
-        """Of all documents."""
+        """The number of tokens in all documents."""
         return len(self.ids)
 
     def at(self, rows: Iterable[int]) -> Tokens:
-        """Some pieces (D, P)."""
+        """The pieces at some rows (D, P), padded to the longest."""
         parts = [self.ids[first:last].long() for first, last in self.places[list(rows)]]
         ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=self.pad)
         return Tokens(ids, ids != self.pad).to(self.device)
@@ -138,7 +139,7 @@ def _files(spec: str) -> list[Path]:
 
 
 def _plain(path: Path) -> Iterator[str]:
-    """Runs of lines between blank ones."""
+    """The runs of lines between blank lines."""
     lines: list[str] = []
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
@@ -151,7 +152,7 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _field(line: str) -> tuple[str, str]:
-    """(the text in a line of JSON, "") or ("", why there is none)."""
+    """(the text in a line of JSON, ""), or ("", the reason why there is none)."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -181,4 +182,4 @@ def _parquet(path: Path) -> Iterator[str]:
         for batch in file.iter_batches(columns=[name]):
             yield from filter(None, batch.column(0).to_pylist())
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} is no readable parquet file: {one_line(error)}") from error

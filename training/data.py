@@ -3,9 +3,9 @@
     "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
         -> open_source -> Source -> split_by_key -> loader -> ImageBatch, ImageBatch, ...
 
-A source answers `source[i]` at any time in any process, so that order, workers and resuming are matters of the loader.
+A source gives any sample at any time in any process; the order of samples, workers and resuming are up to the loader.
 Images are uint8 RGB (h, w, 3), all of one size, or of the size of their bucket; sizes are (height, width), multiples of
-the model's step.
+the `step` that the model needs.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small, own_sizes
 from training.cache import About, is_cache
-from training.captions import Weights, choose, items_in, parse_weights
+from training.captions import Captions, Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
@@ -44,10 +46,10 @@ _PROBED = 100  # images whose headers are looked at to find the most common size
 
 @dataclass(frozen=True)
 class Sample:
-    """One image uint8 RGB (h, w, 3) with its caption; or, with `error` set to the reason, none (image is None).
+    """One image uint8 RGB (h, w, 3) with its caption. Where it cannot be used, image is None and `error` says why.
 
-    original: (height, width) of the upright file; crop: how far (down, right) the image begins in the scaled one, in
-    pixels; flipped: whether it was mirrored.
+    original: (height, width) of the upright file; crop: (top, left) of the crop in the scaled image, in pixels;
+    flipped: whether it was mirrored.
     """
 
     key: str
@@ -59,34 +61,67 @@ class Sample:
     flipped: bool = False
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A map-style data set; `skipped` names what could not be indexed: (name, reason).
+class Source(ABC):
+    """A map-style data set: `source[i]` is sample i, in any process and in any order.
 
-    A source may also have `layout`, how its samples fall into buckets and parts (`order.Layout`; without it there is
-    one of each), and `draw(i, rng)`, a sample with what is random about it.
+    A subclass sets `image_size`, `keys` and `skipped`; the rest has defaults that fit a plain data set.
     """
 
     image_size: Size
+    """(height, width) in pixels that images are fitted to; with buckets, the size whose area they keep to."""
     keys: Sequence[str]
+    """A unique name for each sample, in order."""
     skipped: list[tuple[str, str]]
+    """(name, reason) of each file or row that could not be indexed."""
+    left_out: Sequence[tuple[str, int, str]] = ()
+    """(reason, number of samples, key of the first one) for each filter that left samples out."""
+    garbled: Sequence[tuple[int, str]] = ()
+    """(number of samples, key of the first one) whose captions are not valid UTF-8."""
+    version: str = ""
+    """A digest of the data's files where `keys` do not identify the samples, as in a stream."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Sample: ...
+    @abstractmethod
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i with its first caption and a central crop."""
 
+    @abstractmethod
     def caption(self, i: int) -> str:
-        """The caption without the image; "" where it is missing."""
+        """The first caption of sample i, read without its image; "" where it has none."""
+
+    def captions(self, i: int) -> Captions:
+        """All captions of sample i, and the weights by which one is drawn (none: equal weights)."""
+        return (self.caption(i),), ()
+
+    def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
+        """Sample i with its caption, crop and flip drawn at random; rng makes the generator, if one is needed."""
+        return self[i]
+
+    def raw(self, i: int) -> bytes:
+        """Bytes that identify image i: its file's, or its pixels where it has no file; b"" where it is bad."""
+        image = self[i].image
+        return b"" if image is None else image.tobytes()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading a sample is mostly waiting for a server."""
+        return False
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How samples fall into buckets, parts and blocks; by default one size, and neither parts nor blocks."""
+        return Layout((self.image_size,))
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How images are brought to size, and which samples are wanted.
+    """How images are fitted to their size, and which samples are taken.
 
-    buckets: instead of one size, sizes of about the area of image_size, whose sides are at most `max_ratio` to 1; a
-    bucket of fewer than min_bucket samples joins the next. "own": each image's own size, up to that area. mixed: a
-    batch may hold several of these sizes. crop: where an image is cut, at its centre or anywhere. flip: mirror half of
-    the images.
+    buckets: instead of one size, several of about the area of image_size, with aspect ratios up to max_ratio; a bucket
+    of fewer than min_bucket samples is merged into the nearest. "own": each image's own size, up to that area. mixed: a
+    batch may hold several of these sizes. crop: the centre, or a random place. flip: mirror half of the images.
     """
 
     buckets: bool | Literal["own"] = False
@@ -98,11 +133,11 @@ class SourceOptions:
     wanted: Wanted = field(default_factory=Wanted)
 
     def __post_init__(self) -> None:
-        if self.buckets and not self.wanted.measures:  # sizes say which bucket
+        if self.buckets and not self.wanted.measures:  # an image's size decides its bucket
             object.__setattr__(self, "wanted", replace(self.wanted, sizes=True))
 
     def check_size(self, size: Size | None) -> None:
-        """Raises `DataError` where images are to have their own size, and none says up to which area."""
+        """Raises `DataError` where images keep their own size, and no image_size limits their area."""
         if size is None and self.buckets == "own":
             raise DataError('data.buckets is "own": say by data.image_size above which area images are scaled down')
 
@@ -113,7 +148,7 @@ class SourceOptions:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is asked for but images of one size with their captions."""
+        """Whether these are the defaults: images of one size, central crops, first captions, no filters."""
         same = Wanted(cache=self.wanted.cache, patience=self.wanted.patience)
         return not self.buckets and self.crop == "center" and not self.flip and self.wanted == same
 
@@ -138,7 +173,7 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"num_samples must be at least 1, not {num_samples}")
-    if not spec:  # a path would take it as the folder that one is in
+    if not spec:  # Path("") is the current folder
         raise DataError("no data is named: give --data (or data.source) a folder of images with captions, shards, ...")
     size, mix = checked_size(image_size), _mix_in(spec)
     if any(name.partition(":")[0] == "shapes" for name, _ in mix):
@@ -161,7 +196,7 @@ def open_source(
 
 
 def _check_alone(name: str) -> None:
-    """Raises `DataError` for what is no list of images: a stream, and a cache that is to be mixed with others."""
+    """Raises `DataError` for what cannot be read as a list of images: a stream, or a cache in a mix."""
     if name.startswith("hf-stream:"):
         raise DataError(f"{name} is a stream, which training alone reads, and by itself: take hf:NAME, or files")
     if is_cache(name):
@@ -178,11 +213,11 @@ def is_shapes(spec: str) -> bool:
     return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
-class FileSource:
+class FileSource(Source):
     """Images in files, shards or rows. A sample that cannot be used (no caption, bad image) comes with its `error` set.
 
-    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no image tells the size, or each has
-    its own and no size says what is too large.
+    Several indexes are read as one, mixed by `weights`. Raises `DataError` where no size is given and none can be read
+    from the images.
     """
 
     def __init__(
@@ -215,11 +250,9 @@ class FileSource:
         return self._indexes[part], self._tables[part][i - int(self._ends[part])]
 
     def caption(self, i: int) -> str:
-        """The first caption without the image; "" where it is missing."""
         return self._entry(i)[1].caption or ""
 
-    def captions(self, i: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """All captions, and the shares by which one is drawn (none: equal ones)."""
+    def captions(self, i: int) -> Captions:
         entry = self._entry(i)[1]
         return entry.captions, entry.shares
 
@@ -227,15 +260,11 @@ class FileSource:
         return self._read(i, None)
 
     def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
-        """A sample with one of its captions, cropped and mirrored as the options say: a function of i and the draws.
-
-        The caption is chosen by the first draw.
-        """
+        """Sample i with one of its captions, cropped and flipped as the options say; the caption is drawn first."""
         return self._read(i, rng)
 
     @property
     def is_remote(self) -> bool:
-        """Whether most of the time of a read is waiting."""
         return any(index.is_remote for index in self._indexes)
 
     def _read(self, i: int, rng: Callable[[], np.random.Generator] | None) -> Sample:
@@ -245,7 +274,7 @@ class FileSource:
             return Sample(entry.key, None, "", "missing caption")
         try:
             data = index.read(entry)
-        except RemoteError as error:  # the sample is good, the server is not
+        except RemoteError as error:  # a failure of the server, not a bad sample
             raise DataError(str(error)) from error
         except OSError as error:
             return Sample(entry.key, None, entry.caption or "", (error.strerror or str(error)).lower())
@@ -264,7 +293,7 @@ class FileSource:
         return Layout(sizes, bucket, part, weights, block, self.options.mixes)
 
     def _buckets(self, step: int) -> tuple[tuple[Size, ...], np.ndarray]:
-        """(sizes of the buckets that have images, the bucket of each image)."""
+        """(sizes of the buckets that are not empty, the bucket of each image)."""
         if not all("height" in table.columns for table in self._tables):
             raise DataError("buckets need the images' sizes: index them with Wanted(sizes=True)")
         columns = [np.concatenate([table.columns[name] for table in self._tables]) for name in ("height", "width")]
@@ -278,7 +307,6 @@ class FileSource:
         return tuple(all_sizes[b] for b in used), numbers.astype(np.int16)
 
     def raw(self, i: int) -> bytes:
-        """The bytes of the image's file; none where they cannot be read."""
         index, entry = self._entry(i)
         try:
             data = index.read(entry)
@@ -287,7 +315,7 @@ class FileSource:
             return b""
 
     def _common_size(self) -> Size:
-        """The size that most of up to 100 images have, evenly spread over the data; of equals the first."""
+        """The most common size among up to 100 images, evenly spread over the data; of several the first."""
         sizes: Counter[Size] = Counter()
         reason = ""
         for i in np.linspace(0, len(self) - 1, min(_PROBED, len(self))).astype(int):
@@ -314,8 +342,8 @@ def read_sample(
 ) -> Sample:
     """A sample of size (h, w) from its image file and captions; its `error` is set where the image is bad.
 
-    One caption is drawn, then the place of the crop, then whether it is mirrored; without rng it is the first caption,
-    the centre, and no. rng: makes the generator, which is asked for where something is to be drawn.
+    rng makes the generator that draws a caption, then the crop, then the flip; it is called only where one of these is
+    random. Without it the sample has its first caption and a central crop.
     """
     caption, place, flip = captions[0] if captions else "", (0.5, 0.5), False
     if rng is not None and (len(captions) > 1 or options.crop == "random" or options.flip):
@@ -330,7 +358,7 @@ def read_sample(
     return Sample(key, found.image, caption, None, found.original, found.crop, found.flipped)
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """The training split of `ShapesWorld` as a source of `num_samples` samples, a pure function of the seed."""
 
     def __init__(self, num_samples: int, image_size: Size = (64, 64), seed: int = 0) -> None:
@@ -345,7 +373,6 @@ class ShapesSource:
         return len(self.keys)
 
     def caption(self, i: int) -> str:
-        """The caption without the image."""
         return self._world.caption(range(len(self))[i])
 
     def __getitem__(self, i: int) -> Sample:
@@ -354,11 +381,11 @@ class ShapesSource:
 
 
 def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(training indices, held-out indices), both ascending: held out is what has SHA-256(key) / 2^256 < the fraction.
+    """(training indices, held-out indices), both ascending; held out are samples with SHA-256(key) / 2^256 < fraction.
 
-    Whether a sample is held out depends on its key alone, not on what else is in the data set. What follows "#" in a
-    key (further captions of one image) does not count: all captions of an image fall to one side. With few samples
-    either side can be empty. Raises `DataError` unless the fraction is in [0, 1].
+    Whether a sample is held out thus depends on its key alone, not on the rest of the data set. What follows "#" in a
+    key (further captions of one image) does not count, so that all captions of an image fall to one side. With few
+    samples either side can be empty. Raises `DataError` unless the fraction is in [0, 1].
     """
     if not 0 <= held_out_fraction <= 1:
         raise DataError(f"held_out_fraction must be in [0, 1], not {held_out_fraction}")
@@ -367,18 +394,18 @@ def split_by_key(source: Source, held_out_fraction: float) -> tuple[np.ndarray, 
 
 
 def place_of(text: str) -> float:
-    """Where the SHA-256 of a text falls in [0, 1)."""
+    """The SHA-256 of a text as a number in [0, 1)."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # exact in float64, and below 1
 
 
 def place_of_key(key: str) -> float:
-    """That of a sample's key, but for what follows "#"."""
+    """`place_of` a sample's key, without what follows "#"."""
     return place_of(key.partition("#")[0])
 
 
 def checked_size(image_size: int | Size | None) -> Size | None:
-    """A side or (height, width) as the latter. Raises `DataError` for anything else."""
+    """(height, width) from a side or a pair. Raises `DataError` for anything else."""
     if image_size is None:
         return None
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -402,7 +429,7 @@ def _count_in(spec: str) -> int | None:
 
 
 def _mix_in(spec: str) -> Weights:
-    """The data sets of "a=0.7,b=0.3" with their weights; a spec that is no such list is one data set of weight 1."""
+    """The data sets of "a=0.7,b=0.3" with their weights; any other spec is one data set of weight 1."""
     parts = items_in(spec)
     if (
         len(parts) < 2

@@ -1,9 +1,15 @@
-"""Where to compute, in which precision, and how repeatably."""
+"""Where to compute, in which precision, compiled or not, and how repeatably."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from training.config import TrainConfig
+
+COMPILE_MIN_STEPS = 1000  # "auto" compiles runs of at least so many steps: compiling takes as long as 150 on a CPU
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,6 +47,32 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.float16
     native = multiplies_bf16(device)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+def compiled(
+    model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None], blocks_alone: bool = False
+) -> Any:
+    """The model, compiled where the config asks for it and there is a compiler. blocks_alone: compile each block by
+    itself, as DDP and FSDP2 need it.
+    """
+    asked = config.training
+    gains = asked.num_steps >= COMPILE_MIN_STEPS and device.type != "mps"  # for which torch's compiler is a prototype
+    wanted = asked.compile == "on" or (asked.compile == "auto" and gains)
+    if not wanted:
+        return model
+    if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        log("no C++ compiler found: the model runs uncompiled, a little slower")
+        return model
+    log("compiling the model in the first step, which takes a minute or two")
+    in_rows = config.transfusion.enabled or asked.packing
+    if in_rows or blocks_alone:
+        for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
+            block.compile(dynamic=True if in_rows else None)
+        return model
+    if config.text.encoder != "learned":  # a frozen encoder is not compiled
+        model.transformer.compile()
+        return model
+    return torch.compile(model)
 
 
 @contextmanager

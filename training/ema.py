@@ -1,14 +1,15 @@
-"""Averages of the weights: what is sampled, validated and exported.
+"""Averages of the weights, which are sampled, validated and exported.
 
-Exponential, with a fixed decay a step; by a power of the step (Karras et al. 2023, EDM2, arXiv 2312.02696, section 3),
-two of which, kept from time to time, give one of any other width afterwards; or the optimiser's own.
+There are three: exponential, with a fixed decay a step; power-function averages (Karras et al. 2023, EDM2, arXiv
+2312.02696, section 3), of which snapshots of two give one of any other width after training; and the average of a
+schedule-free optimiser.
 
-After step t an average of the power g weighs the weights of times tau in (0, t] by the density
+After step t a power-function average of exponent g weighs the weights of times tau in (0, t] by the density
 
     p(tau) = (g + 1) tau^g / t^(g + 1),      sigma_rel = sqrt(g + 1) / ((g + 2) sqrt(g + 3))
 
-its standard deviation over t. Here time is the number of updates of the weights, which a step that is left out does
-not make, and a profile is such a (t, g).
+with sigma_rel its standard deviation divided by t. Time is the number of updates of the weights, which a skipped step
+does not make. A profile is such a (t, g).
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from mmdit.mapped import read_metadata
 from mmdit.weights_io import read_weights, save_weights
 from training.checkpoint import assign, load_latest
 from training.config import TrainingConfig
-from training.sharding import local, parted, whole
+from training.sharding import local, shard_like, whole
 
 Profile = tuple[float, float]
 WIDEST = 12**-0.5
-"""sigma_rel of the power 0, which weighs all steps alike."""
+"""sigma_rel of the exponent 0, which weighs all steps equally."""
 
 
 # --- the mathematics ----------------------------------------------------------------------------------------------
 
 
 def power_of(sigma_rel: float) -> float:
-    """The power g of a relative width in (0, 0.2887). Raises ValueError for another width.
+    """The exponent g of a relative width in (0, 0.2887). Raises ValueError for another width.
 
     The positive root of g^3 + 7 g^2 + (16 - s) g + 12 - s with s = sigma_rel^-2 (EDM2, equation 126 and algorithm 2).
     """
@@ -48,22 +49,22 @@ def power_of(sigma_rel: float) -> float:
 
 
 def sigma_rel_of(power: float) -> float:
-    """The relative width of a power (EDM2, equation 123)."""
+    """The relative width of an exponent (EDM2, equation 123)."""
     return float((power + 1) ** 0.5 / ((power + 2) * (power + 3) ** 0.5))
 
 
 def power_decay(power: float, done: int, every: int = 1) -> float:
-    """How much of the average stays at the update that makes `done` of them, the last `every` taken in at once:
-    (1 - every / done)^(g + 1), 0 at the first.
+    """The factor on the old average after `done` updates, the last `every` of them taken in at once:
+    (1 - every / done)^(g + 1), which is 0 at the first.
 
-    The weight of update k then is the density's integral from k - every to k, exactly.
+    The weight of an update that is taken in is then exactly the density's integral over the `every` updates before it.
     """
     return float((1 - every / done) ** (power + 1))
 
 
 def exponential_decay(decay: float, done: int, every: int = 1) -> float:
-    """The same of a fixed decay d an update: the product of the last `every` of min(d, (1 + k) / (10 + k)), k from 0,
-    with which early weights are forgotten fast.
+    """The same factor for a fixed decay d: the product of min(d, (1 + k) / (10 + k)) over the last `every` updates k
+    (from 0), which forgets early weights fast.
     """
     return math.prod(min(decay, (1 + k) / (10 + k)) for k in range(done - every, done))
 
@@ -77,7 +78,7 @@ def overlaps(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
 
 
 def mixture(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """The factors with which the snapshots' sum is nearest, in least squares, to the wanted profile."""
+    """The factors on the snapshots whose sum is nearest, in least squares, to the wanted profile."""
     found = np.linalg.lstsq(overlaps(snapshots, snapshots), overlaps(snapshots, [wanted])[:, 0], rcond=None)[0]
     return np.asarray(found)
 
@@ -96,13 +97,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int, every: in
 
 
 class Exponential:
-    """The average of a fixed decay an update, in `ema`, a copy of the model; `every` updates are taken in at once."""
+    """The exponential average, kept in `ema`, a copy of the model; every `every`-th update is taken in."""
 
     def __init__(self, ema: nn.Module, decay: float, every: int = 1) -> None:
         self.ema, self.decay, self.every = ema, decay, every
 
     def update(self, model: nn.Module, k: int) -> None:
-        """Take in the weights that update number `k`, from 0, has made, if it is one that is taken in."""
+        """Called after update number `k`, from 0: take in the weights, if it is an update that is taken in."""
         if (k + 1) % self.every == 0:
             self._take_in(model, k)
 
@@ -110,25 +111,24 @@ class Exponential:
         update_ema(self.ema, model, self.decay, k, self.every)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of it, by file."""
+        """The tensors for a checkpoint, by file."""
         return {"ema": self.ema.state_dict()}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-        """Put back what `tensors` gave. Raises ValueError that names `source` where it does not fit."""
+        """Restore what `tensors` gave. Raises ValueError, which names `source`, where it does not fit."""
         assign(self.ema, tensors["ema"], source)
 
     def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
-        """Keep in the run's folder what the average is after `step` steps, if it is one that is kept. updates: of the
-        weights in these.
+        """Write a snapshot of the average after `step` steps into the run's folder, where this average has snapshots.
 
-        Of an average in parts all processes have to ask, and one to write.
+        updates: number of updates in these steps. Of a sharded average all processes have to call this, and one writes.
         """
 
 
 class ScheduleFree(Exponential):
     """The optimiser's own average x = y + (1 - 1 / beta) (z - y), in `ema` (Defazio et al. 2024, arXiv 2405.15682).
 
-    The parameters stay y, where gradients are taken, and z is in the optimiser's state: nothing is moved to and fro.
+    The parameters stay y, at which gradients are taken, and z is in the optimiser's state: weights are never swapped.
     """
 
     def __init__(self, ema: nn.Module, optimizer: torch.optim.Optimizer, beta: float) -> None:
@@ -139,12 +139,14 @@ class ScheduleFree(Exponential):
     def _take_in(self, model: nn.Module, k: int) -> None:
         averages, weights = _pairs(self.ema, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        ends = [self.optimizer.state[p].get("z", p.detach()) for p in parameters]  # unused: it has not moved
+        ends = [
+            self.optimizer.state[p].get("z", p.detach()) for p in parameters
+        ]  # a parameter without gradient has no z
         torch._foreach_copy_(averages, torch._foreach_lerp(weights, ends, 1 - 1 / self.beta))
 
 
 class Power(Exponential):
-    """Two averages by powers of the number of updates, the first in `ema`, and their snapshots every so often."""
+    """Two power-function averages, the first in `ema`, and their snapshots every so often."""
 
     def __init__(self, ema: nn.Module, model: nn.Module, config: TrainingConfig) -> None:
         super().__init__(ema, 0.0, config.ema_every)
@@ -165,7 +167,7 @@ class Power(Exponential):
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         super().load(tensors, source)
         for name, value in self.second.items():
-            local(value).copy_(local(parted(tensors["ema_second"][name], value)))
+            local(value).copy_(local(shard_like(tensors["ema_second"][name], value)))
 
     def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
         updates -= updates % self.every  # those that are taken in
@@ -183,7 +185,7 @@ class Power(Exponential):
 def make_average(
     ema: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig
 ) -> Exponential:
-    """The average that the config asks for, in `ema`, a copy of the model; schedule-free optimisers have their own."""
+    """The average that the config asks for, kept in `ema`, a copy of the model."""
     if "weight_sum" in optimizer.param_groups[0]:
         return ScheduleFree(ema, optimizer, optimizer.param_groups[0]["betas"][0])
     if config.ema == "power":
@@ -192,7 +194,7 @@ def make_average(
 
 
 def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The averages of what is trained, and it."""
+    """(averages, weights) of the parameters that are trained."""
     pairs = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
     return [local(e) for e, _ in pairs], [local(p).to(e.device) for e, p in pairs]
 
@@ -211,22 +213,22 @@ def snapshots(run: Path) -> list[tuple[int, float, Path]]:
 
 
 def remove_snapshots(run: Path, step: int) -> None:
-    """Forget the snapshots past `step`: a resumed run writes them again."""
+    """Remove the snapshots past `step`, which a resumed run will write again."""
     for at, _, path in snapshots(run):
         if at > step:
             path.unlink()
 
 
 def _updates(snapshot: Path, step: int) -> int:
-    """How many updates a snapshot averages: as many as steps, unless it says otherwise."""
+    """The number of updates behind a snapshot; its metadata has it, in older ones it is the number of steps."""
     return int(read_metadata(snapshot).get("updates", step))
 
 
 def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
-    """The weights, averaged with a relative width of any size, after `step` steps (None: those of the last snapshot).
+    """The average of the weights with any relative width, after `step` steps (None: at the last snapshot).
 
-    A state of the whole model: what is not trained is as in the newest checkpoint. Raises ValueError where the run has
-    no snapshots, or none of that step, FileNotFoundError where it has no checkpoint.
+    Returns the state of the whole model, with frozen weights from the newest checkpoint. Raises ValueError where the
+    run has no snapshots, or none of that step, FileNotFoundError where it has no checkpoint.
     """
     run, power = Path(run), power_of(sigma_rel)
     found = snapshots(run)

@@ -1,6 +1,6 @@
-"""How good a model is: the validation loss at fixed times, and ShapesEval's six questions for the drawn world.
+"""Evaluating a model: the validation loss at fixed times, and ShapesEval's six questions for the drawn world.
 
-SD3 (arXiv 2403.03206, section 5.1) found the validation loss at evenly spaced times to go with human preference.
+SD3 (arXiv 2403.03206, section 5.1) found the validation loss at evenly spaced times to correlate with human preference.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +25,36 @@ from mmdit.weights_io import write_json
 from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
-from training.data import is_shapes, split_by_key
+from training.data import is_shapes
 from training.devices import available
-from training.feed import LatentFeed, NothingUsable, chunks_of, size_of
+from training.feed import LatentFeed, NothingUsable, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder, named
 from training.seeds import generator_for
-from training.setup import held_out_pieces, open_run_source
+from training.setup import held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
-from training.stream import HeldOut, StreamSource
 from training.time_density import Uniform
 
-MOST_SIZES = 50  # of images that are told apart in a validation loss
+GRID = 32  # pictures in samples.png
+MOST_SIZES = 50  # most image sizes that get a validation loss of their own
 
 
 def fixed_times(n: int) -> list[float]:
-    """n evenly spaced times inside (0, 1): the middles of n equal intervals."""
+    """n evenly spaced times in (0, 1): the middles of n equal intervals."""
     return [(2 * i + 1) / (2 * n) for i in range(n)]
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
-    """Mean squared error of the velocity at each fixed time, and their mean, over held-out samples, each with noise of
-    its own; where there are several sizes of images, but no more than MOST_SIZES, also of each.
+    """Mean squared error of the velocity over held-out samples, at each fixed time, and the mean over times.
 
-    A model of text and images is also asked for the captions: nats a token of captions alone ("validation_text"), and
-    of captions after their clean image ("validation_caption").
+    Each sample has its own noise. Where there are several image sizes, but no more than MOST_SIZES, each also gets its
+    loss. For a model of text and images also the nats per token of captions alone ("validation_text"), and of captions
+    after their clean image ("validation_caption").
     """
     times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
     objective: Any = TextAndImages(Uniform()) if config.transfusion.enabled else FlowMatching(Uniform())
@@ -63,12 +64,13 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
     seeds = seeds_for(len(feed), generator_for(config.evaluation.seed))
     for rows in chunks_of(feed, size):
         batch, own_seeds = feed.at(rows), seeds[rows.start : rows.stop]
-        for t in times:  # the same noise at every time: the curve over t is then smooth
+        for t in times:  # with the same noise at every time, for a smooth curve over t
             loss = objective(model, batch, own_seeds, t)
             error = loss.parts.get("image", loss.total).item()
             sums[t] += error * len(batch.latents)
             for row, own in zip(rows, loss.errors.tolist(), strict=True):
-                by_size.setdefault("x".join(map(str, size_of(feed, row))), []).append((own, 1))
+                height, width = feed.layout.sizes[feed.layout.bucket_of(row)]
+                by_size.setdefault(f"{height}x{width}", []).append((own, 1))
         if config.transfusion.enabled:
             for name, image_first in (("validation_text", False), ("validation_caption", True)):
                 first_of = torch.full((len(batch.latents),), image_first)
@@ -83,13 +85,13 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
 
 
 def _mean(rows: list[tuple[float, int]]) -> float:
-    """Of values, each with its weight."""
+    """The mean of (value, weight) pairs."""
     return sum(x * n for x, n in rows) / sum(n for _, n in rows)
 
 
 @torch.no_grad()
 def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str, float]:
-    """Nats a token of held-out text without pictures ("validation_corpus"), which is a mean over all its tokens."""
+    """Nats per token of held-out text without pictures ("validation_corpus"), a mean over all its tokens."""
     total, count = 0.0, 0
     for first in range(0, len(text), config.evaluation.batch_size):
         ids, mask = text.at(range(first, min(first + config.evaluation.batch_size, len(text))))
@@ -101,26 +103,18 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
 
 
 def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> LatentFeed | CachedFeed | None:
-    """The held-out samples of a run's data, encoded; None where nothing is held out, or none of it can be read. index:
-    the folder where the run keeps a slow index.
+    """The held-out samples of a run's data, encoded; None where there are none, or none can be read. index: the folder
+    in which the run keeps a slow index.
     """
-    source: Any = open_run_source(config, pipe.step, index)
-    if isinstance(source, StreamSource):
-        source = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
-        indices = np.arange(len(source))
-    else:
-        indices = split_by_key(source, config.data.held_out)[1][: config.evaluation.validation_samples]
-    if not len(indices):
-        return None
-    device = pipe.model.transformer.device
-    try:
-        return latent_feed(source, indices, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
-    except NothingUsable:
-        return None
+    source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
+    held_out, device = held_out[: config.evaluation.validation_samples], pipe.model.transformer.device
+    with suppress(NothingUsable):
+        return latent_feed(source, held_out, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
+    return None
 
 
 def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:
-    """ShapesEval's answers by question and their mean; with the pictures and captions that were asked."""
+    """(ShapesEval's score for each question and their mean, the pictures, the captions that they were drawn for)."""
     judge = ShapesEval(pipe.size, config.evaluation.prompts_per_question, config.evaluation.seed)
     captions = [prompt.caption for prompt in judge.prompts]
     images = pipe(captions, seed=config.evaluation.seed, batch_size=config.evaluation.batch_size, **sampling)
@@ -128,7 +122,7 @@ def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tup
 
 
 def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
-    """Share of right descriptions (`describes`) of drawn pictures whose captions were held out, greedily written."""
+    """Share of pictures of held-out captions that the model, decoding greedily, describes correctly (`describes`)."""
     world = ShapesWorld(pipe.size, config.evaluation.seed, split="held-out")
     samples = [world[i] for i in range(6 * config.evaluation.prompts_per_question)]
     right = 0
@@ -141,6 +135,32 @@ def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
     return right / len(samples)
 
 
+def _draw(
+    pipe: TextToImage, config: TrainConfig, prompts: list[str], progress: bool
+) -> tuple[dict[str, Any], list[Image.Image], list[str]]:
+    """(scores of drawn pictures, GRID pictures, their captions): ShapesEval's in the drawn world, else the prompts'."""
+    counted: list[int] = []  # network evaluations of a picture; a guided one is two
+
+    def count(step: samplers.Progress) -> None:
+        counted.append(step.num_evals)
+
+    if not (is_shapes(config.data.source) and config.evaluation.prompts_per_question):
+        prompts = (prompts * GRID)[:GRID]
+        with drawing(len(prompts), progress, count) as callback:
+            images = pipe(prompts, seed=config.sampling.seed, callback=callback)
+        return {"network_evaluations": counted[-1]}, images, prompts
+    start = time.perf_counter()
+    with drawing(6 * config.evaluation.prompts_per_question, progress, count) as callback:
+        answers, images, captions = shapes_score(pipe, config, callback=callback)
+    scores: dict[str, Any] = {"shapes_eval": answers}
+    scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
+    if isinstance(pipe, TransfusionPipeline):
+        scores["captions_right"] = caption_score(pipe, config)
+    scores["network_evaluations"] = counted[-1]
+    pick = np.linspace(0, len(images) - 1, GRID).astype(int)  # some of each question
+    return scores, [images[i] for i in pick], [captions[i] for i in pick]
+
+
 def evaluate_run(
     path: str | Path,
     evaluation: dict[str, Any] | None = None,
@@ -150,10 +170,10 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
 
-    `evaluation` overrides settings of the run's [evaluation], `sampling` its solver, num_steps or guidance. data: where
-    the run's samples are now, if not where they were (of others, those held out are scored by the same rule). progress:
-    show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is no run,
-    PermissionError where nothing can be written there, ValueError where a network of evaluation.metrics is not there.
+    evaluation: settings that replace the run's [evaluation]; sampling: its solver, num_steps or guidance. data: where
+    the run's samples are, if they were moved; of other data, the samples that the same rule holds out are scored.
+    progress: show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is not a
+    run, PermissionError where it cannot be written, ValueError where a network for evaluation.metrics is missing.
     """
     run = RunFolder.open(path)
     if not os.access(run.path, os.W_OK):
@@ -173,25 +193,8 @@ def evaluate_run(
         text = held_out_pieces(config, corpus, tokenizer, pipe.model.transformer.device)
         scores |= corpus_loss(pipe.model, text, config) if text is not None else {}
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
-    counted: list[int] = []  # network evaluations a picture; a guided one is two
-
-    def count(step: samplers.Progress) -> None:
-        counted.append(step.num_evals)
-
-    if is_shapes(config.data.source) and config.evaluation.prompts_per_question:
-        start = time.perf_counter()
-        with drawing(6 * config.evaluation.prompts_per_question, progress, count) as told:
-            scores["shapes_eval"], images, captions = shapes_score(pipe, config, callback=told)
-        scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
-        if isinstance(pipe, TransfusionPipeline):
-            scores["captions_right"] = caption_score(pipe, config)
-        pick = np.linspace(0, len(images) - 1, 32).astype(int)  # some of each question
-        images, prompts = [images[i] for i in pick], [captions[i] for i in pick]
-    else:
-        prompts = (prompts * 32)[:32]
-        with drawing(len(prompts), progress, count) as told:
-            images = pipe(prompts, seed=config.sampling.seed, callback=told)
-    scores["network_evaluations"] = counted[-1]
+    drawn, images, prompts = _draw(pipe, config, prompts, progress)
+    scores |= drawn
     if config.evaluation.metrics:
         scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)
     with named(run.path / "samples.png"):

@@ -1,8 +1,8 @@
-"""From images to what the objective takes: batches of scaled latents and tokens, number after number.
+"""From images to what the objective takes: numbered batches of scaled latents and tokens.
 
-Two feeds answer the same calls. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` has encoded every
-image once and keeps the latents in memory. `WithText` adds documents of text to either. In all, batch number `step` is
-a pure function of (seed, step).
+Feeds share one method, `batches`. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` encodes every
+image once and keeps the latents in memory; `cached.CachedFeed` reads them from disk. `WithText` adds documents of text
+to any of them. Batch number `step` always is a pure function of (seed, step).
 
 Shape letters: B batch, C channels, h w latent sides.
 """
@@ -26,17 +26,17 @@ from mmdit.text_encoders import TextEncoder
 from training.captions import choose
 from training.corpus import Pieces
 from training.data import DataError, ImageBatch, Source, loader, one_pass
-from training.image_batches import by_shape, layout_of, rng_for
+from training.image_batches import by_shape, rng_for
 from training.objectives import Batch
-from training.order import Layout, Plan
+from training.order import Plan
 from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
 
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
-CPU_BLOCK = 8  # and of these, at a time on a CPU; one where sizes are mixed, of most of which there is one in a batch
+CPU_BLOCK = 8  # images that a CPU encodes at a time; 1 where sizes are mixed, since most come once in a batch
 Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
-Skipped = Callable[[str, str], None]  # told (key, reason) of every sample that cannot be used
+Skipped = Callable[[str, str], None]  # called with (key, reason) for every sample that cannot be used
 
 
 class NothingUsable(DataError):
@@ -50,10 +50,11 @@ def to_signed(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def statistics_of(autoencoder: Autoencoder, images: Tensor, device: torch.device, mixed: bool = False) -> Tensor:
-    """What the autoencoder says of uint8 images (B, 3, H, W): (B, S, h, w), on the device.
+    """`Autoencoder.statistics` (B, S, h, w) of uint8 images (B, 3, H, W), on the device.
 
-    On a CPU in blocks of one length, the last one filled up: sums are taken in one order then, and an image's numbers
-    do not depend on how many come with it. mixed: whether batches hold several sizes.
+    On a CPU, images are encoded in blocks of a fixed length, the last one filled up, because kernels add up in another
+    order for another batch size: an image's latent then does not depend on the images around it. mixed: whether batches
+    hold several sizes.
     """
     if device.type != "cpu":
         return autoencoder.statistics(to_signed(images.to(device)))
@@ -68,8 +69,8 @@ def latents_from(
     generators: Sequence[torch.Generator] | None,
     device: torch.device,
 ) -> Tensor | list[Tensor]:
-    """Scaled latents of such statistics, (B, S, h, w) or a list of (S, h, w), in the same form; generators: what each
-    is drawn with.
+    """Scaled latents from statistics (B, S, h, w) or a list of (S, h, w), in the same form. generators: one for each
+    image, to sample its latent with; None takes the mode.
     """
     if isinstance(statistics, Tensor):
         return autoencoder.latents_of(statistics.to(device).float(), generators)
@@ -81,13 +82,13 @@ def latents_from(
     return out
 
 
-def drawn(sampled: bool, seed: int, step: int, rows: Sequence[int]) -> list[torch.Generator] | None:
-    """What the latents of some rows of a batch are drawn with: functions of (seed, step, row); None for the mode."""
+def latent_generators(sampled: bool, seed: int, step: int, rows: Sequence[int]) -> list[torch.Generator] | None:
+    """The generators for the latents of some rows of a batch, functions of (seed, step, row); None for the mode."""
     return [generator_for(seed, step, row, 1) for row in rows] if sampled else None
 
 
 class ImageFeed:
-    """Images are read, by worker processes if there are any, and encoded when their batch comes."""
+    """Reads images, in worker processes if there are any, and encodes them batch by batch."""
 
     def __init__(
         self,
@@ -114,14 +115,14 @@ class ImageFeed:
             for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
                     self.skipped(key, reason)
-                generators = drawn(self.sampled, seed, step, share.rows(batch_size))
+                generators = latent_generators(self.sampled, seed, step, share.rows(batch_size))
                 latents = latents_from(self.autoencoder, self._statistics(batch), generators, self.device)
                 yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
 
     def _statistics(self, batch: ImageBatch) -> Tensor | list[Tensor]:
-        """What the autoencoder says of a batch; of several sizes, size by size."""
+        """The statistics of a batch's images; where they have several sizes, a list."""
         if batch.sizes is None:
             return statistics_of(self.autoencoder, batch.images, self.device)
         found: dict[int, Tensor] = {}
@@ -142,11 +143,11 @@ class StreamFeed(ImageFeed):
 
 
 class LatentFeed:
-    """Every image is read and encoded once, now; its latent (float32) stays in memory, in `latents` by bucket; where
-    latents are sampled, what they are drawn from.
+    """Reads and encodes every image once, when it is made, and keeps the latents (float32) in memory, by bucket; where
+    latents are sampled, the statistics.
 
-    Rows are in the order of `indices`; where there are buckets that are not mixed, bucket after bucket. Where a sample
-    has several captions each batch draws one, as `ImageFeed` does; `captions` are the first ones.
+    Rows are in the order of `indices`, or bucket after bucket where buckets are not mixed. Of a sample's captions each
+    batch draws one, as `ImageFeed` does; `captions` are the first ones.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class LatentFeed:
         sampled: bool = False,
     ) -> None:
         self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
-        layout = layout_of(source)
+        layout = source.layout
         captions: list[str] = []
         kept: list[int] = []
         reasons: list[tuple[str, str]] = []
@@ -186,7 +187,8 @@ class LatentFeed:
         self.latents = {bucket: torch.cat(some) for bucket, some in parts.items()}
         places = np.concatenate([np.arange(len(some)) for some in self.latents.values()])
         order = np.argsort(kept) if layout.mixed else np.arange(len(kept))
-        self._places, kept = places[order], [kept[k] for k in order]  # of each row, among the latents of its bucket
+        self._places = places[order]  # of each row: its place in the latents of its bucket
+        kept = [kept[k] for k in order]
         self.captions = [captions[k] for k in order]
         self.layout = layout.of(np.array(kept))
         self._alternatives = _Alternatives(source, kept, self.captions)
@@ -201,8 +203,8 @@ class LatentFeed:
         draws: Sequence[float] | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Batch:
-        """The samples at some rows, of one bucket unless they are mixed, as a batch. draws in [0, 1): which of its
-        captions each has; generators: what latents are drawn with, where they are sampled.
+        """The samples at some rows as a batch; they are of one bucket, unless buckets are mixed. draws in [0, 1) choose
+        among each sample's captions (None: the first); generators sample each latent, where latents are sampled.
         """
         latents: Tensor | list[Tensor]
         places = self._places[list(rows)]
@@ -221,17 +223,15 @@ class LatentFeed:
         for step in count(start_step):
             _, places = plan.places(step, rows)
             draws = [rng_for(seed, step, row).random() for row in rows] if self._alternatives.several else None
-            generators = drawn(self.sampled, seed, step, rows)
+            generators = latent_generators(self.sampled, seed, step, rows)
             yield self.at([int(pool[place]) for pool, place in places], draws, generators)
 
 
 class _Alternatives:
-    """The captions of some samples, one after the other, and which of them are whose."""
+    """All captions of some samples as one list, and where the captions of each sample are in it."""
 
     def __init__(self, source: Source, indices: Sequence[int], first: list[str]) -> None:
-        self.captions, self.several = first, False
-        if not hasattr(source, "captions"):
-            return
+        self.captions = first
         found = [source.captions(i) for i in indices]
         self.several = any(len(texts) > 1 for texts, _ in found)
         if self.several:
@@ -240,7 +240,7 @@ class _Alternatives:
             self.captions = [text for texts, _ in found for text in texts or ("",)]
 
     def at(self, rows: Sequence[int], draws: Sequence[float] | None) -> list[int]:
-        """Which caption the sample of each row has: that of its draw, or its first."""
+        """The place of a caption for each row: the one that its draw chooses, or the first."""
         if not self.several:
             return list(rows)
         if draws is None:
@@ -249,32 +249,24 @@ class _Alternatives:
 
 
 def chunks_of(feed: Any, size: int) -> Iterator[range]:
-    """All rows of a feed in order, up to `size` at a time; of one bucket, which lie together, unless they are mixed."""
-    layout: Layout | None = getattr(feed, "layout", None)
-    groups = [len(feed)]
-    if layout is not None and layout.bucket is not None and not layout.mixed:
-        groups = [len(list(some)) for _, some in groupby(layout.bucket.tolist())]
+    """All rows of a feed in order, up to `size` at a time, and of one bucket at a time unless buckets are mixed."""
+    groups, bucket = [len(feed)], feed.layout.bucket
+    if bucket is not None and not feed.layout.mixed:
+        groups = [len(list(some)) for _, some in groupby(bucket.tolist())]
     for first, last in pairwise(accumulate([0, *groups])):
         yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
 
-def size_of(feed: Any, row: int) -> tuple[int, ...]:
-    """(height, width) in pixels of the image at a row; of a feed without buckets ()."""
-    layout: Layout | None = getattr(feed, "layout", None)
-    return () if layout is None else layout.sizes[layout.bucket_of(row)]
-
-
 def num_ordered(feed: Any) -> int:
-    """How many samples batches are made of, on which their order hangs; 0 for a stream."""
+    """The number of samples in the training order, which depends on it; 0 for a stream."""
     pictures = getattr(feed, "feed", feed)
     return len(pictures.indices) if isinstance(pictures, ImageFeed) else len(pictures)
 
 
 class WithText:
-    """A feed of pictures in which `num_documents` of each batch are text alone."""
+    """A feed of pictures with `num_documents` documents of text alone added to each batch."""
 
     def __init__(self, feed: Any, text: Pieces, num_documents: int) -> None:
-        """feed: any of pictures alone."""
         self.feed, self.text, self.num_documents = feed, text, num_documents
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:

@@ -1,9 +1,8 @@
-"""How much arithmetic a training step is, and how much a device could do: the two sides of MFU.
+"""The FLOPs of a training step, and the peak FLOPS of a device: the two sides of MFU.
 
-MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the arithmetic that the model's
-matrix products ask for, over what the hardware could do in that time. What is computed again (activation
-checkpointing) does not count, nor do frozen encoders and autoencoders, norms and activations. A multiplication and an
-addition are two.
+MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the FLOPs of the model's matrix
+products over what the hardware could compute in the same time. Recomputation (activation checkpointing), frozen
+encoders and autoencoders, norms and activations do not count. A multiplication and an addition are two FLOPs.
 
 Shape letters: B batch, N patches of an image, L text tokens, T text tokens of a document, D width.
 """
@@ -39,14 +38,14 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090", 71, 35.6),
     ("MI300X", 1307, 163.4),
 )
-"""Part of a device's name, and its makers' dense peaks in TFLOPS: bf16 matrices (fp32 sums), fp32 without TF32. The
-first that fits a name counts."""
+"""(part of a device's name, dense peak TFLOPS in bf16 with fp32 accumulation, in fp32 without TF32), by datasheet. The
+first entry that fits a name counts."""
 
 
 def datasheet_peak(name: str, precision: torch.dtype) -> float | None:
-    """TFLOPS that the makers of a device of that name promise for matrix products; None for one that is not known."""
+    """The datasheet's TFLOPS of matrix products on a device of that name; None for an unknown one."""
     words = {word.partition("-")[0] for word in name.split()}  # "A100-SXM4-80GB"
-    if words & {"MIG", "Laptop", "D"}:  # a part of one, or a smaller one of the same name
+    if words & {"MIG", "Laptop", "D"}:  # a slice of a GPU, or a smaller one of the same name
         return None
     for part, half, single in PEAKS:
         if words.issuperset(part.split()):
@@ -55,7 +54,7 @@ def datasheet_peak(name: str, precision: torch.dtype) -> float | None:
 
 
 def measured_peak(device: torch.device, precision: torch.dtype, seconds: float = 0.3) -> float:
-    """TFLOPS that a large product of square matrices reaches here, the best of as many as fit in `seconds`."""
+    """The TFLOPS of a product of large square matrices, the best of as many as fit into `seconds`."""
     side = 1024 if device.type == "cpu" else 8192
     a, best = torch.ones(side, side, device=device, dtype=precision), 0.0
     until = time.perf_counter() + seconds
@@ -80,10 +79,12 @@ def peak_tflops(asked: float | str, device: torch.device, precision: torch.dtype
 
 @dataclass(frozen=True)
 class Sizes:
-    """What passes through a model: so many images, patches, text tokens and places that predict the next one, and the
-    sums over sequences of their squared lengths, together, of patches alone, and of text alone. asked: that of patches
-    times all tokens, of the block in which text ends. read: the text tokens that the text encoder sees, where the trunk
-    sees fewer.
+    """The numbers that the FLOPs of a batch depend on.
+
+    Totals of images, patches, text tokens, and positions that predict a token (predicting). Sums over sequences, for
+    attention: of squared lengths (joint), of squared numbers of patches (image) and of text tokens (words), and of
+    patches times length (asked), for the last block, where text gives keys and values alone. read: text tokens in the
+    text encoder, where the trunk has fewer.
     """
 
     images: float
@@ -98,15 +99,15 @@ class Sizes:
 
 
 def captioned(images: int, patches: int, text: int) -> Sizes:
-    """Sizes of an MMDiT's batch: images of so many patches each, with so many places for text, padding counted."""
+    """Sizes of an MMDiT's padded batch: images with so many patches and text positions each, padding included."""
     both = patches + text
     squares = [images * n for n in (both**2, patches**2, text**2, patches * both)]
     return Sizes(images, images * patches, images * text, 0, *squares)
 
 
 def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
-    """Sizes of an MMDiT's batch in one row: images of so many patches (B,), with `text` (B,) real tokens; longest:
-    tokens that the text encoder has for each, its padding counted.
+    """Sizes of an MMDiT's packed batch: images of so many patches (B,) with `text` (B,) real tokens. longest: positions
+    of each caption in the text encoder, padding included.
     """
     images, patches, text = len(text), patches.double(), text.double()
     rows = [patches, text, (patches + text).square(), patches.square(), patches * (patches + text)]
@@ -115,9 +116,9 @@ def in_one_row(patches: Tensor, text: Tensor, longest: int) -> Sizes:
 
 
 def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
-    """Sizes of a `Transfusion`'s batch: documents (n,) of at most one image, of so many patches (0: none), with text.
+    """Sizes of a `Transfusion`'s batch: documents with so many patches (n,), 0 for no image, and text tokens (n,).
 
-    lead: tokens that say the image's size.
+    lead: number of tokens for an image's size.
     """
     images = patches > 0
     length = text + images * (2 + lead)  # and the tokens around the image
@@ -127,12 +128,12 @@ def of_documents(patches: Tensor, text: Tensor, lead: int = 0) -> Sizes:
 
 
 def text_places(conditioner: nn.Module, tokens: int) -> int:
-    """Of so many tokens of a caption, the places that the trunk has for them: SD3's CLIPs share theirs."""
+    """The trunk's text positions for a caption of so many tokens; SD3's two CLIPs share theirs, and T5's follow."""
     return CLIP_TOKENS + conditioner.shape.encoders[2][0] if reads_padding(conditioner) else tokens  # type: ignore
 
 
 def reads_padding(conditioner: nn.Module) -> bool:
-    """Whether to the trunk padding is text like any other: so it is of SD3's three encoders, computed or cached."""
+    """Whether the trunk attends to padding like to text, as it does with SD3's three encoders, computed or cached."""
     shape: Any = getattr(conditioner, "shape", None)
     return shape is not None and len(shape.encoders) > 1
 
@@ -140,8 +141,8 @@ def reads_padding(conditioner: nn.Module) -> bool:
 def step_flops(model: Any, sizes: Sizes) -> float:
     """FLOPs of a forward and backward pass of a captioned model.
 
-    Each matrix product forward is one more for the gradient of what came in, and one more for that of its weight; what
-    is frozen has no gradient, nor has what comes from the data.
+    Each matrix product of the forward pass has two in the backward pass: for the gradient of its input, unless that
+    comes from the data, and for that of its weight, unless that is frozen.
     """
     width = model.transformer.config.width
     learned = any(p.requires_grad for p in model.conditioner.parameters())
@@ -161,14 +162,14 @@ def step_flops(model: Any, sizes: Sizes) -> float:
 
 
 def _reads_data(name: str, learned: bool) -> bool:
-    """Whether what a layer reads has no gradient: latents, times, and all about captions unless that is learned."""
+    """Whether a layer's input has no gradient: latents, times, and what comes from a frozen text encoder."""
     first = ("transformer.patch_in", "transformer.patch_in.conv", "transformer.time_in.fc1")
     text = ("transformer.context_in", "transformer.pooled_in.fc1")
     return name in first or (not learned and (name in text or name.startswith("conditioner.")))
 
 
 def _rows(name: str, module: nn.Module, trunk: Any, sizes: Sizes) -> float:
-    """Rows that a layer sees; for a convolution, places."""
+    """The rows that a layer is applied to; for a convolution, the pixels."""
     part = name.removeprefix("transformer.")
     if part.startswith(("time_in.", "pooled_in.")) or part.endswith((".modulation", "modulation_out")):
         return sizes.images
@@ -185,7 +186,7 @@ def _rows(name: str, module: nn.Module, trunk: Any, sizes: Sizes) -> float:
 
 
 def _level(words: list[str], last: int) -> int:
-    """How often a U-Net has halved the sides where a convolution writes."""
+    """How many times a U-Net has halved the sides of a convolution's output."""
     if words[1] in ("blocks", "up", "down"):
         return int(words[2]) + (words[1] == "down")
     return 0 if words[1] == "conv" else last

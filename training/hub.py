@@ -1,7 +1,7 @@
 """Hugging Face datasets, by name or from disk: "hf:NAME", "hf:NAME:SPLIT", "hf:NAME@CONFIG:SPLIT", "hf:FOLDER".
 
-A folder is one that `Dataset.save_to_disk` wrote, or of files that `load_dataset` reads. Map-style datasets are read at
-any row; `training/stream.py` reads those that come one row after another.
+A folder is one that `Dataset.save_to_disk` wrote, or one with files that `load_dataset` reads. Here are map-style
+datasets, with access to any row; `training/stream.py` reads streams.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.remote import is_url
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
 
@@ -47,9 +47,9 @@ class HubRows:
 
 
 def load(name: str, streaming: bool) -> tuple[Any, str]:
-    """(a dataset whose images are left encoded, of a stream what changes with its files; "" where that is not known).
+    """(the dataset, with images left encoded; a text that changes with its files, "" where they are not known).
 
-    Raises `DataError` in one line, whatever went wrong.
+    Raises `DataError` of one line, whatever went wrong.
     """
     path, config, split = parse(name)
     try:
@@ -72,21 +72,19 @@ def load(name: str, streaming: bool) -> tuple[Any, str]:
         for column, feature in features.items():
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # it raises what its readers and servers raise
-        raise DataError(
-            f"hf:{name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+    except Exception as error:  # of any reader or server behind it
+        raise DataError(f"hf:{name} cannot be loaded: {one_line(error)}") from error
     return data, version
 
 
 def _version(builder: Any, split: str) -> str:
-    """A digest of the names of a split's files, with the sizes of those on a disk, and of others with the revision or
-    the mark of their content that their server gave.
+    """A digest of the names of a split's files, with the size of local ones, and for remote ones the revision or
+    content tag that their server gives.
     """
     files = (builder.config.data_files or {}).get(split) or []
     told = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
     if any(map(is_url, files)):
-        told += map(str, getattr(files, "origin_metadata", ()))  # of files that are passed over too
+        told += map(str, getattr(files, "origin_metadata", ()))  # of skipped files too
     return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else ""
 
 
@@ -100,8 +98,8 @@ def parse(name: str) -> tuple[str, str | None, str]:
 
 
 def image_in(value: Any) -> bytes:
-    """The image file in a cell, which may lie beside the dataset, of a stream also on its server (`datasets` names
-    that as fsspec does, "zip://1.jpg::https://..."). Raises OSError where it cannot be read.
+    """The image file in a cell. A cell may hold a path instead, to a local file, or in a stream to one on a server, as
+    fsspec names it ("zip://1.jpg::https://..."). Raises OSError where it cannot be read.
     """
     if not (isinstance(value, dict) and value.get("bytes") is None and value.get("path")):
         return bytes_in(value)
@@ -111,9 +109,8 @@ def image_in(value: Any) -> bytes:
 
     try:
         with fsspec.open(value["path"], "rb") as file:
-            data: bytes = file.read()
-            return data
+            return file.read()
     except FileNotFoundError:
         raise
     except Exception as error:  # each file system has its own
-        raise OSError(f"{value['path']}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise OSError(f"{value['path']}: {one_line(error)}") from error

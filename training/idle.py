@@ -1,7 +1,7 @@
-"""Settings that take no effect beside others: which ones, and which other one decides.
+"""Idle settings: those that take no effect because of another setting.
 
-What a person has set and nobody would notice is an error: `load_config` refuses it. What a preset has set, or a file
-that something on the command line speaks over, is let be, and a run says so in its log.
+`load_config` refuses an idle key that a person has set, since it is likely a mistake. One that a preset sets, or a file
+whose other keys are overridden on the command line, is allowed, and the run warns of it in its log.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """Keys that take effect where `works` says so, which hangs on the key `by`; wants: what of that they are for.
+    """Keys that take effect only where `works(config)`, which depends on the key `by`.
 
-    A 0, false or "none" switches something off, and off it is: such a value is idle where `off` says so alone.
+    wants: the value of `by` that they are for, in words for the message. off: whether 0, false or "none" is idle too;
+    usually such a value turns something off that is off anyway, and is fine.
     """
 
     keys: tuple[str, ...]
@@ -56,7 +57,7 @@ RULES = (
     Rule(
         ("data.bucket_ratio",),
         "data.buckets",
-        lambda c: bool(c.data.buckets) or _is_cache(c.data.source),  # a cache has its own
+        lambda c: bool(c.data.buckets) or _is_cache(c.data.source),  # a cache has buckets of its own
         "true",
     ),
     Rule(("data.shuffle_buffer",), "data.source", lambda c: c.data.source.startswith("hf-stream:"), '"hf-stream:NAME"'),
@@ -182,13 +183,13 @@ def _is_cache(source: str) -> bool:
 def _is_shapes(source: str) -> bool:
     from training.data import is_shapes
 
-    with suppress(OSError, ValueError):  # a cache that cannot be read: what opens it says so
+    with suppress(OSError, ValueError):  # a cache that cannot be read: opening it will raise the error
         return is_shapes(source)
     return True
 
 
 def idle_settings(config: TrainConfig, keys: Iterable[str] | None = None) -> dict[str, str]:
-    """Of some keys (None: all), those that are not as by default and take no effect, each with a line that says why."""
+    """The keys, out of some (None: all), that are not at their default and take no effect, each with the reason."""
     asked = set(settings.keys(type(config)) if keys is None else keys)
     default, found = type(config)(), dict[str, str]()
     for rule in RULES:
@@ -203,11 +204,11 @@ def idle_settings(config: TrainConfig, keys: Iterable[str] | None = None) -> dic
 
 
 def idle_warnings(config: TrainConfig) -> list[str]:
-    """What a run says of its config; nothing of what is idle on other data alone, to which one config is often put."""
+    """The warnings of a run about its config, except for keys that depend on the data, which is often exchanged."""
     return [line for key, line in idle_settings(config).items() if key not in OF_THE_DATA]
 
 
 def refuse_idle(config: TrainConfig, keys: Iterable[str], where: str = "") -> None:
-    """Raises ConfigError for a key that somebody has set, and that takes no effect."""
+    """Raises ConfigError for the first of some keys that takes no effect; where: put before the message."""
     for line in idle_settings(config, keys).values():
         raise ConfigError(f"{where}{line}; leave the one out, or change the other")

@@ -1,7 +1,7 @@
 """Batches from a source, in an order that is a pure function of (seed, step), with or without worker processes.
 
-Batch number `step` holds what `order.Plan` says. A batch is thus a function of its number: to resume is to start
-counting elsewhere, each worker process builds whole batches on its own, and each rank its own rows of them.
+`order.Plan` says which samples batch number `step` holds. A batch is thus a function of its number: resuming starts
+at another number, each worker process builds whole batches on its own, and each rank its rows of them.
 
 Shapes: B samples in a batch, h, w the source's image size.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from training.errors import DataError
-from training.order import Layout, Order, Plan
+from training.order import Plan
 from training.share import WHOLE, Share
 from training.workers import run
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from training.data import Sample, Source
 
 
-__all__ = ["ImageBatch", "Order", "by_shape", "layout_of", "loader", "make_batch", "one_pass", "rng_for"]
+__all__ = ["ImageBatch", "by_shape", "loader", "make_batch", "one_pass", "rng_for"]
 
 READ_AHEAD = 16
-"""Samples of a batch that are asked of a server at the same time."""
+"""Samples of a batch that are read from a server at the same time."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists the bad samples met: (key, reason).
+    """Images uint8 RGB (B, 3, h, w), captions and keys; `skipped` lists bad samples that were met: (key, reason).
 
-    The images' channels lie last in memory, as decoders leave them.
+    In memory the channels are last, as decoders leave them.
 
-    originals (B, 2): height and width of the upright files; crops (B, 2): how far down and right the images begin in
-    the scaled ones, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source. sizes:
-    (h, w) of each image where batches hold several sizes; `images` is then their pixels in one row, (P, 3).
+    originals (B, 2): height and width of the upright files; crops (B, 2): top and left of the crops in the scaled
+    images, in pixels; flipped (B,): which are mirrored; indices: the samples' numbers in the source. sizes: (h, w) of
+    each image where a batch holds several sizes; `images` is then the pixels of all, (P, 3).
     """
 
     images: torch.Tensor
@@ -55,7 +55,7 @@ class ImageBatch:
     sizes: list[tuple[int, int]] | None = None
 
     def by_size(self) -> list[tuple[list[int], torch.Tensor]]:
-        """(rows of the batch, their images (n, 3, h, w)), for each size that there is."""
+        """(rows of the batch, their images (n, 3, h, w)) for each size in it."""
         if self.sizes is None:
             return [(list(range(len(self.images))), self.images)]
         pixels = self.images.split([height * width for height, width in self.sizes])
@@ -74,11 +74,11 @@ def loader(
 ) -> Generator[ImageBatch, None, None]:
     """Endless shuffled batches of exactly `batch_size` of the samples at `indices`, from batch number `start_step` on.
 
-    Batches run across the ends of epochs; each is of one bucket, if the source has buckets and does not mix them. In
-    place of a bad sample stands the next good one of its source and, unless they are mixed, bucket. share: the rows of
-    each batch that this process reads; all shares together are the batches of one process. The batches do not depend on
-    `num_workers`. The iterator's `close()` ends the workers. Raises `DataError` for arguments out of range; while
-    iterating, when no sample is good, a server fails or a worker process dies.
+    A batch may span the end of an epoch; it is of one bucket, if the source has buckets and does not mix them. A bad
+    sample is replaced by the next good one of its data set and, unless they are mixed, bucket. share: the rows of each
+    batch that this process reads. The batches depend neither on `num_workers` nor on the number of processes. The
+    iterator's `close()` ends the workers. Raises `DataError` for arguments out of range; while iterating, when no
+    sample is good, a server fails or a worker process dies.
     """
     _at_least("batch_size", batch_size, 1)
     _at_least("seed", seed, 0)
@@ -93,8 +93,8 @@ def loader(
 def one_pass(
     source: Source, indices: Sequence[int] | np.ndarray, batch_size: int, num_workers: int = 0
 ) -> Generator[ImageBatch, None, None]:
-    """All good samples at `indices` once and in order, in batches of `batch_size` less the bad ones; where there are
-    buckets, bucket after bucket. Crops are central, captions the first.
+    """All good samples at `indices` once and in order, in batches of `batch_size` from which bad ones are missing;
+    where there are buckets, bucket after bucket. Crops are central, captions the first.
 
     Raises `DataError` for arguments out of range; while iterating, when a worker process dies.
     """
@@ -109,13 +109,12 @@ class _Shuffled:
 
     def __init__(self, source: Source, indices: np.ndarray, batch_size: int, seed: int, rows: list[int]) -> None:
         self.source, self.indices, self.seed, self.rows = source, indices, seed, rows
-        self.plan = Plan(len(indices), layout_of(source).of(indices), batch_size, seed)
-        self.draw = getattr(source, "draw", None)
+        self.plan = Plan(len(indices), source.layout.of(indices), batch_size, seed)
 
     def __call__(self, step: int) -> ImageBatch:
         bucket, places = self.plan.places(step, self.rows)
         asked = [(pool, place, step, row) for (pool, place), row in zip(places, self.rows, strict=True)]
-        if getattr(self.source, "is_remote", False):
+        if self.source.is_remote:
             with ThreadPoolExecutor(READ_AHEAD) as pool:
                 found: Iterable[Any] = list(pool.map(self._good_sample, asked))
         else:
@@ -127,18 +126,18 @@ class _Shuffled:
                 skipped.extend(before)
                 yield i, sample
 
-        layout = layout_of(self.source)
+        layout = self.source.layout
         if layout.mixed:
             return make_row(samples(), skipped)
         return make_batch(layout.sizes[bucket], len(asked), samples(), skipped)
 
     def _good_sample(self, asked: tuple[np.ndarray, int, int, int]) -> tuple[int, Sample, list[tuple[str, str]]]:
-        """(number and sample, or those of the next good one of its pool; the bad ones before it)."""
+        """(its number, the sample, the bad ones before it), of the first good sample from the one asked for on."""
         pool, place, step, row = asked
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
             i = int(self.indices[pool[(place + offset) % len(pool)]])
-            sample = self.source[i] if self.draw is None else self.draw(i, partial(rng_for, self.seed, step, row))
+            sample = self.source.draw(i, partial(rng_for, self.seed, step, row))
             if sample.error is None:
                 return i, sample, skipped
             skipped.append((sample.key, sample.error))
@@ -147,36 +146,30 @@ class _Shuffled:
 
 
 def rng_for(seed: int, step: int, row: int) -> np.random.Generator:
-    """What is drawn for a row of a batch: which caption, where to crop."""
+    """The generator of the random choices for a row of a batch: its caption, crop and flip."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(step, row))))
 
 
 def by_shape(tensors: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
-    """(places, the tensors there as one (n, ...)), for each shape that there is."""
+    """(places in the list, the tensors there stacked (n, ...)) for each shape among them."""
     groups: dict[torch.Size, list[int]] = {}
     for place, x in enumerate(tensors):
         groups.setdefault(x.shape, []).append(place)
     return [(places, torch.stack([tensors[place] for place in places])) for places in groups.values()]
 
 
-def layout_of(source: Source) -> Layout:
-    """How a source's samples fall into buckets and parts: by default one of each."""
-    layout: Layout | None = getattr(source, "layout", None)
-    return layout or Layout((source.image_size,))
-
-
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> ImageBatch:
     samples = [(int(i), source[int(i)]) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
-    layout, first = layout_of(source), int(chunks[step][0])
-    size = layout.sizes[0 if layout.bucket is None else layout.bucket[first]]
+    layout, first = source.layout, int(chunks[step][0])
+    size = layout.sizes[layout.bucket_of(first)]
     good = [(i, sample) for i, sample in samples if sample.error is None]
     return make_batch(size, len(good), good, skipped)
 
 
 def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The indices in order, in batches of one bucket each, bucket after bucket."""
-    bucket = layout_of(source).bucket
+    bucket = source.layout.bucket
     groups = [indices]
     if bucket is not None:
         indices = indices[np.argsort(bucket[indices], kind="stable")]
@@ -187,7 +180,7 @@ def _chunks(source: Source, indices: np.ndarray, batch_size: int) -> list[np.nda
 def make_batch(
     size: tuple[int, int], count: int, numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]
 ) -> ImageBatch:
-    """The batch of `count` good samples of one size (h, w), with their numbers; each image is let go when copied."""
+    """The batch of `count` good samples of one size (h, w), given with their numbers; an image is freed once copied."""
     images = np.empty((count, *size, 3), dtype=np.uint8)
     told = []
     for slot, (i, sample) in zip(images, numbered, strict=True):
@@ -198,7 +191,7 @@ def make_batch(
 
 
 def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> ImageBatch:
-    """The batch of good samples, each of its own size, with their numbers."""
+    """The batch of good samples of any sizes, given with their numbers."""
     pixels, sizes, told = [], [], []
     for i, sample in numbered:
         assert sample.image is not None

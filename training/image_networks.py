@@ -1,10 +1,10 @@
-"""Networks that look at pictures for a score: Inception, any vision model of transformers, CLIP.
+"""Networks that compute features of pictures for scores: Inception, any vision model of transformers, CLIP.
 
     open_features("inception.safetensors" | "dinov2-large/")      pictures -> features
     open_clip_model("clip-vit-large-patch14-336/")                pictures and captions -> embeddings
 
-Each carries `digest`, a hash of its weights and of what reads them, so that kept features are of this network and no
-other. Weights come from the disk, or with "hf-hub:ORG/NAME" from the hub; never from a pickle.
+`digest` is a hash of a network's weights and of the libraries that run it, to know which network kept features are of.
+Weights are read from disk, or with "hf-hub:ORG/NAME" from the hub; never from a pickle.
 
 Shape letters: B pictures, H W their sides, D features.
 """
@@ -33,7 +33,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 class ImageNetwork(nn.Module, ABC):
-    """`network(images)`: uint8 (B, 3, H, W) of any size to features (B, D) in float32. name: what it is, in short."""
+    """`network(images)`: uint8 (B, 3, H, W) of any size to features (B, D) in float32. name: a short description."""
 
     num_features: int
 
@@ -44,7 +44,7 @@ class ImageNetwork(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return next(self.network.parameters()).device
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class ImageNetwork(nn.Module, ABC):
 
 
 class Inception(ImageNetwork):
-    """FID's InceptionV3 with its own resizing, as torchmetrics runs it: 2048 features of the last pooling."""
+    """FID's InceptionV3 with its own resizing, as torchmetrics runs it: the 2048 features of the last pooling."""
 
     num_features = 2048
 
@@ -66,14 +66,14 @@ class Inception(ImageNetwork):
 
 
 class Vision(ImageNetwork):
-    """A vision model of transformers, with its own preprocessing: its pooled output, or its first token."""
+    """A vision model of transformers, with its own preprocessing: its pooled output, or else its first token."""
 
     def __init__(self, network: Any, processor: Any, name: str, digest: str) -> None:
         super().__init__(network, name, digest)
         self.processor, self.num_features = processor, network.config.hidden_size
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Uint8 pictures (B, 3, H, W) as the network takes them: float (B, 3, h, w) of its own size, normalised."""
+        """Uint8 pictures (B, 3, H, W) as the network's input: normalised float (B, 3, h, w) of its own size."""
         out = self.processor(images=list(images.cpu()), return_tensors="pt", input_data_format="channels_first")
         return out["pixel_values"].to(self.device)
 
@@ -122,14 +122,14 @@ class OpenClip(ImageNetwork):
 
 
 def _embeddings(out: Any) -> Tensor:
-    """Those that transformers 4 gives as they are, and 5 within an output."""
+    """The embeddings: transformers 4 returns them as a tensor, 5 within an output."""
     return getattr(out, "pooler_output", out)
 
 
 def open_features(path: str) -> ImageNetwork:
-    """The network that a path names: a .safetensors file of FID's Inception, a vision model's folder, a CLIP's.
+    """The network that a path names: a .safetensors file of FID's Inception, or the folder of a vision model or a CLIP.
 
-    Raises ValueError where there is none, for pickles, for weights that do not fit, and for want of a library.
+    Raises ValueError where there is none, for pickles, for weights that do not fit, and for a missing library.
     """
     where = find_weights(path)
     if where.is_dir():
@@ -146,9 +146,9 @@ def open_clip_model(path: str) -> Clip | OpenClip:
 
 
 def find_weights(path: str) -> Path:
-    """Where a path's weights are on this disk, brought from the hub for "hf-hub:ORG/NAME".
+    """The local path of some weights, downloaded from the hub for "hf-hub:ORG/NAME".
 
-    Raises ValueError where they are not, and for pickles.
+    Raises ValueError where there are none, and for pickles.
     """
     if path.startswith(HUB):
         return _from_hub(path)
@@ -174,7 +174,7 @@ def _from_hub(path: str) -> Path:
     name = path.removeprefix(HUB)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # of many kinds: no network, no such name, no right to it
+    except Exception as error:  # of many kinds: no network, unknown name, no access
         raise ValueError(
             f"{path} is not in {constants.HF_HUB_CACHE} and cannot be downloaded ({_first_line(error)}): download it "
             "where there is a network, and name its folder"
@@ -187,7 +187,7 @@ def _open_inception(path: Path) -> Inception:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     state, content = read_weights(path), io.BytesIO()
-    # The library takes a file, and this one is ours.
+    # The library reads weights from a file of torch.save: this one we have written, in memory.
     torch.save({name: tensor.clone() for name, tensor in state.items()}, content)
     content.seek(0)
     try:
@@ -220,7 +220,7 @@ def _open_folder(folder: Path) -> ImageNetwork:
         loader = transformers.CLIPModel if kind == "clip" else transformers.AutoModel
         network, info = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local) if kind == "clip" else None
-    except Exception as error:  # transformers raises many kinds; a person needs the one line
+    except Exception as error:  # transformers raises many kinds
         raise ValueError(f"cannot read the model in {folder}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"the weights in {folder} do not fit its config: {len(missing)} missing: {missing[0]}, ...")

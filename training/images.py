@@ -1,8 +1,8 @@
 """Image files of any kind -> uint8 RGB arrays of the model's size.
 
-`read_image` decodes one file: CMYK, palette, 16-bit, transparent (over white) and EXIF-rotated images come out as a
-viewer shows them, and whatever cannot be decoded is one exception, `BadImage`, that says why. `fit` brings an image to
-the size of the model.
+`read_image` decodes one file. CMYK, palette, 16-bit, transparent (over white) and EXIF-rotated images come out as a
+viewer shows them; for what cannot be decoded it raises `BadImage`, which says why. `fit` scales and crops an image to
+the model's size.
 
 Shapes: H, W the height and width of the file's image, upright; h, w those of the model; sizes are (height, width).
 """
@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from mmdit.pictures import as_rgb, upright
+from training.errors import one_line
 
 MAX_PIXELS = 80_000_000
-"""Images that claim more pixels than this are refused before they are decoded."""
+"""An image whose header claims more pixels is refused before it is decoded."""
 
 ImageData: TypeAlias = bytes | str | PathLike[str]
 Size: TypeAlias = tuple[int, int]
@@ -38,17 +39,17 @@ class BadImage(ValueError):
 def read_image(data: ImageData, max_pixels: int = MAX_PIXELS, at_least: Size | None = None) -> np.ndarray:
     """Decode an image file, given as bytes or a path, to uint8 RGB (H, W, 3), upright, transparency over white.
 
-    `at_least=(h, w)` lets a JPEG be decoded at a half, a quarter or an eighth of its size, never below twice (h, w):
-    many times faster for photographs, and to be used only where `fit` follows. Raises `BadImage` for what is missing,
-    empty, truncated, corrupt, or larger than `max_pixels`.
+    `at_least=(h, w)` allows to decode a JPEG at a half, a quarter or an eighth of its size, never below twice (h, w):
+    that is many times faster for photographs, and is for callers that then call `fit`. Raises `BadImage` for a file
+    that is missing, empty, truncated, corrupt, or larger than `max_pixels`.
     """
     with _reading():
         return np.array(_decoded(data, max_pixels, at_least)[0])
 
 
 class Fitted(NamedTuple):
-    """An image fitted to the model's size, uint8 (h, w, 3), and what was done to it: `original` the (H, W) of the
-    upright file; `crop` how far (down, right) the crop begins in the scaled image, in pixels; whether it was mirrored.
+    """An image fitted to the model's size, uint8 (h, w, 3). original: (H, W) of the upright file; crop: (top, left) of
+    the crop in the scaled image, in pixels; flipped: whether it was mirrored.
     """
 
     image: np.ndarray
@@ -62,11 +63,10 @@ def read_fitted(
     size: Size,
     place: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
-    max_pixels: int = MAX_PIXELS,
 ) -> Fitted:
-    """`read_image` and `fit` in one go, without the copies between. Raises `BadImage` as `read_image` does."""
+    """`read_image` and `fit` in one step, without copies between them. Raises `BadImage` as `read_image` does."""
     with _reading():
-        image, original = _decoded(data, max_pixels, at_least=size)
+        image, original = _decoded(data, MAX_PIXELS, at_least=size)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         scale = max(size[0] / original[0], size[1] / original[1])
@@ -88,9 +88,9 @@ def _decoded(data: ImageData, max_pixels: int, at_least: Size | None) -> tuple[I
         return as_rgb(upright(image) if turned else image), original
 
 
-def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
+def read_size(data: ImageData) -> Size:
     """(H, W) of the upright image, from the file's header alone; raises `BadImage` as `read_image` does."""
-    with _reading(), _open(data, max_pixels) as image:
+    with _reading(), _open(data, MAX_PIXELS) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
@@ -98,7 +98,7 @@ def read_size(data: ImageData, max_pixels: int = MAX_PIXELS) -> Size:
 def fit(image: np.ndarray, size: Size, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """Scale uint8 (H, W, 3) to cover `size` = (h, w), antialiased (Lanczos), and crop: uint8 (h, w, 3).
 
-    place: where the crop lies, down and right, in [0, 1]; 0.5 is the centre.
+    place: (vertical, horizontal) place of the crop in [0, 1], from the top left; 0.5 is the centre.
     """
     return image if image.shape[:2] == tuple(size) else np.asarray(_fit(Image.fromarray(image), size, place))
 
@@ -115,8 +115,8 @@ def _fit(image: Image.Image, size: Size, place: tuple[float, float]) -> Image.Im
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """np.asarray of an RGB image in one piece; Pillow joins it of pieces of 64 KB, which takes a tenth of decoding."""
-    if not hasattr(Image, "_getencoder"):  # no promise of Pillow's
+    """np.asarray of an RGB image, but faster: Pillow joins pieces of 64 KB, a tenth of the decoding time."""
+    if not hasattr(Image, "_getencoder"):  # not in Pillow's public interface
         return np.asarray(image)
     encoder = Image._getencoder(image.mode, "raw", (image.mode,))
     encoder.setimage(image.im, (0, 0, *image.size))
@@ -136,7 +136,7 @@ def _reading() -> Iterator[None]:
     """Whatever a decoder raises becomes `BadImage`: Pillow's plugins raise OSError, SyntaxError, struct.error ..."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow can read in spite of a flaw is read
+            warnings.simplefilter("ignore")  # Pillow warns of flaws in images that it can read
             yield
     except BadImage:
         raise
@@ -149,12 +149,11 @@ def _reason(error: Exception) -> str:
         return "not an image in a known format, or its header is corrupt"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, OSError) else f"corrupt image: {text}"
+    return one_line(error) if isinstance(error, OSError) else f"corrupt image: {one_line(error)}"
 
 
 def _open(data: ImageData, max_pixels: int) -> Image.Image:
-    """Read the header, and refuse a decompression bomb by the size that it claims."""
+    """Open a file and read its header; refuse a decompression bomb by the size that the header claims."""
     if len(data) == 0 if isinstance(data, bytes) else Path(data).stat().st_size == 0:
         raise BadImage("the file is empty (zero bytes)")
     try:
@@ -171,8 +170,8 @@ def _open(data: ImageData, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag where it asks to turn or mirror the opened image, else 0; Pillow has turned a TIFF itself."""
-    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # nowhere else is it looked for
+    """The EXIF orientation where the opened image is to be turned or mirrored, else 0; Pillow itself turns a TIFF."""
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # saves the search for EXIF data
         return 0
     with suppress(Exception):  # broken EXIF data does not make a bad image
         turned = int(image.getexif().get(_ORIENTATION, 1))

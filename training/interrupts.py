@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM as a scheduler sends it, a terminal that closes, and the end of torchrun: they lose nothing."""
+"""Stopping a run without loss: on Ctrl-C, a scheduler's SIGTERM, a terminal that closes, or the end of torchrun."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ STOPS = tuple(sig for sig in (signal.SIGINT, signal.SIGTERM, HANGUP) if sig is n
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of `STOPS` came while no step was in progress."""
+    """One of the signals `STOPS` came while no step was in progress."""
 
 
 class Interrupts:
-    """While entered, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; where deferred, so that the step in progress ends,
-    they only leave a mark: `caught`. A second one acts at once, but for SIGHUP, which both kernel and shell may send;
-    under nohup that one is left alone. It is `caught` too where torchrun has ended before this process that it started:
-    nobody would end it any more, or start it again.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; within `deferred`, where a step is in progress,
+    they only set `caught`.
+
+    A second signal acts at once, except SIGHUP, which kernel and shell may both send; under nohup SIGHUP is ignored.
+    `caught` is also set where the torchrun that started this process has ended, since nothing would stop it any more.
     """
 
     def __enter__(self) -> Interrupts:
@@ -38,19 +39,19 @@ class Interrupts:
 
     @property
     def caught(self) -> bool:
-        """Whether to end after the step in progress."""
+        """Whether to stop after the step in progress."""
         return self._caught or self.orphaned
 
     @property
     def orphaned(self) -> bool:
-        """Whether torchrun has ended."""
+        """Whether the torchrun that started this process has ended."""
         return self._parent is not None and os.getppid() != self._parent
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         self._deferred = True
         yield
-        self._deferred = False  # but not after an error: that is on its way to be said, and no signal takes its place
+        self._deferred = False  # not after an error: a signal must not take its place
 
     def _catch(self, sig: int, frame: Any) -> None:
         self._caught = True

@@ -1,6 +1,6 @@
-"""How a run begins and goes on: a new folder, or the one that is there, in one process or several.
+"""Starting and resuming a run in its folder, in one process or several.
 
-A resumed run keeps what its weights and its order of samples hang on; the rest of its config may change.
+A resumed run keeps the settings that its weights and its order of samples depend on (`KEPT`); others may change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
 from training.settings import keys
 from training.trainer import Trainer
 
-# What a resumed run keeps; of data.source it keeps the samples, wherever they are now.
+# Settings, or whole sections, that a resumed run keeps. data.source may change: the samples may have moved.
 KEPT = (
     "model",
     "text",
@@ -48,21 +48,21 @@ KEPT = (
     "data.shuffle_buffer",
 )
 KEPT_IN_BUCKETS = ("training.batch_size", "training.packing")
-"""Which images are too few for a bucket of their own, and whose turn it is, hangs on it too."""
+"""With buckets, which of them are merged, and which one each batch is of, depends on these."""
 KEPT_SCHEDULE_FREE = ("optimizer.betas",)
-"""What is trained lies between two others by the first of these, of which one alone is kept."""
+"""The optimiser keeps y and z, and x, its average, follows from these by the first beta."""
 
 
 def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool = False) -> Path:
     """Train a model as `config` says, from scratch, or continue the run in its folder; returns the run folder.
 
-    config: a config, or what `load_config` takes: a preset's name, a file.
+    config: a config, or what `load_config` takes (a preset's name, a file). resume: continue the run in its folder.
+    restart: continue it where it has a checkpoint, else begin; implied where torchrun restarts failed processes.
 
-    restart: continue the run where it has a checkpoint, else begin; so it is too where torchrun starts its processes
-    again after a failure. An interrupt (Ctrl-C, SIGTERM, SIGHUP) saves a checkpoint and returns; before the first step
-    there is nothing to save, and the folder of a new run is removed. Raises ValueError for settings and data that do
-    not work, FileExistsError where the run folder is taken, RunTaken where another run still writes in it, NotShared
-    where a process on another machine does not see it, Diverged, and ProcessLost where another process of it ends.
+    An interrupt (Ctrl-C, SIGTERM, SIGHUP) saves a checkpoint and returns; before the first step there is nothing to
+    save, and the folder of a new run is removed. Raises ValueError for settings and data that do not work,
+    FileExistsError where the run folder is in use, RunTaken where another run still writes in it, NotShared where a
+    process on another machine does not see it, Diverged, and ProcessLost where another process of the run ends.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -70,16 +70,16 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
         held.enter_context(keeping_memory(pick_device(config.training.device)))
         if resume or restart:
             held.enter_context(only_run_in(config.run_folder, ranks))
-        if resume or (restart and ranks.from_first(lambda: _begun(config.run_folder))):
-            run = _known(RunFolder.open(config.run_folder), ranks)
+        if resume or (restart and ranks.from_first(lambda: _can_continue(config.run_folder))):
+            run = _for_rank(RunFolder.open(config.run_folder), ranks)
             return _continue(run, config, ranks, interrupts)
-        run = _known(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
+        run = _for_rank(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
         try:
             held.enter_context(only_run_in(run.path, ranks))
         except NotShared:
-            if ranks.first:  # it has just made the folder: leave the name free
+            if ranks.first:  # it has just made the folder
                 _check_new(run.path)
-                _freed(run.path)
+                _remove_new(run.path)
             raise
         ranks.from_first(lambda: _check_new(run.path))
         try:
@@ -87,26 +87,27 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
         except BaseException as error:
             if list_checkpoints(run.path) or run.metrics() or not ranks.first:
                 raise
-            _freed(run.path)  # nothing was trained
+            _remove_new(run.path)  # nothing was trained
             if not isinstance(error, Interrupted):
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
     return run.path
 
 
-def _begun(folder: Path) -> bool:
-    """Whether a folder has a run with a checkpoint; one that got to none is removed, since nothing of it can be used.
+def _can_continue(folder: Path) -> bool:
+    """Whether a folder holds a run with a checkpoint. Removes a run that has none, so that it can begin again.
 
-    One that was scored got to its end, and has weights to sample from: it stays, whatever became of its checkpoints. So
-    does what a person has put there, in a folder that is no run's or beside one, and all with it.
+    Two things stay: a run that was scored, for it has weights to sample from; and a folder that holds anything which a
+    run does not write, for that is a person's.
     """
     if list_checkpoints(folder):
         return True
     config = folder / "config.toml"
     found = {*folder.iterdir()} if folder.is_dir() else set()
-    barely = bool(found) and all(map(_of_beginning, found))
-    if barely or (all(map(_of_run, found)) and folder / "scores.json" not in found and _written(config)):
-        last = {config, folder / LOCK}  # a kill in the middle leaves what can be removed again
+    no_config_yet = bool(found) and all(map(_precedes_config, found))
+    unscored_run = all(map(_of_run, found)) and folder / "scores.json" not in found and _is_written_config(config)
+    if no_config_yet or unscored_run:
+        last = {config, folder / LOCK}  # by these a folder that a kill left half removed is known again
         for path in sorted(found - last):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.unlink(missing_ok=True)
@@ -114,8 +115,8 @@ def _begun(folder: Path) -> bool:
     return False
 
 
-def _freed(folder: Path) -> None:
-    """Leave the name free for another run; where it is a link, the folder that it leads to stays, and is empty."""
+def _remove_new(folder: Path) -> None:
+    """Remove the folder of a run that has just begun; where it is a link, empty the folder that it leads to."""
     with suppress(OSError):
         for path in folder.iterdir() if folder.is_symlink() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -123,43 +124,44 @@ def _freed(folder: Path) -> None:
 
 
 def _of_run(path: Path) -> bool:
-    """Whether it is named as what a run writes."""
-    return path.name in OWN or path.match(".*.part") or _of_beginning(path)
+    """Whether a file or folder is named as one that a run writes."""
+    return path.name in OWN or path.match(".*.part") or _precedes_config(path)
 
 
-def _written(config: Path) -> bool:
-    """Whether there is such a config, and a run wrote it: it says every key, as a person's hardly does."""
+def _is_written_config(config: Path) -> bool:
+    """Whether a run wrote this config: it has every key, which a person's hardly has."""
     with suppress(ConfigError, FileNotFoundError):
         return not {*keys(TrainConfig)} - {*read_config(config)[1]}
     return False
 
 
-def _of_beginning(path: Path) -> bool:
-    """Whether it is there before a run has its config."""
+def _precedes_config(path: Path) -> bool:
+    """Whether a file is one that a run folder may hold before its config is written."""
     return path.name == LOCK or any(map(path.match, (".config.toml.*.part", UNLINKED)))
 
 
 def _check_new(folder: Path) -> None:
-    """Raises FileExistsError where a run that began at the same moment was the first to lock the folder."""
-    if any(path.name != "config.toml" and not _of_beginning(path) for path in folder.iterdir()):
+    """Raises FileExistsError where another run, which began at the same moment, has locked the folder first."""
+    if any(path.name != "config.toml" and not _precedes_config(path) for path in folder.iterdir()):
         raise taken(folder)
 
 
-def _known(run: RunFolder, ranks: Ranks) -> RunFolder:
+def _for_rank(run: RunFolder, ranks: Ranks) -> RunFolder:
+    """The run folder as this process uses it: process 0 alone writes."""
     return run if ranks.first else QuietRun(run.path, ranks.rank)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
 
-    `overrides`: changed settings, such as "training.num_steps=20000". Raises ValueError where the model, the text
-    encoder or the samples are others, FileNotFoundError where there is no run or no checkpoint.
+    overrides: settings that change, such as "training.num_steps=20000". Raises ValueError where one of them would
+    change the model, the text encoder or the samples, FileNotFoundError where there is no run or no checkpoint.
     """
     path = Path(path)
     with Interrupts() as interrupts, ranks_of(_config_of(path, overrides)) as ranks:
         ranks.from_first(lambda: RunFolder.open(path))
         with only_run_in(path, ranks):
-            run = _known(RunFolder.open(path), ranks)
+            run = _for_rank(RunFolder.open(path), ranks)
             old = run.config()
             config = apply_overrides(old, overrides)
             if config.training.out != old.training.out:
@@ -171,8 +173,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def _config_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The config of a run, where it is now; any where no run is here, with which processes can connect: on another
-    machine there may be one, and they have to tell each other.
+    """The config of the run in a folder. Where this machine does not see it, a default one: with it the processes can
+    connect, and process 0, which may see the run, says what is wrong.
     """
     try:
         config = apply_overrides(RunFolder.open(path).config(), overrides)
@@ -194,7 +196,7 @@ def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Int
 
 
 def _check_same(run: RunFolder, key: str, old: Any, new: Any) -> None:
-    """Raises ValueError where a setting, or one of a section's, is another than the run's."""
+    """Raises ValueError where a setting, or one of a section, differs from the run's."""
     if is_dataclass(old):
         for part in fields(old):
             _check_same(run, f"{key}.{part.name}", getattr(old, part.name), getattr(new, part.name))

@@ -1,6 +1,4 @@
-"""Which files a data set's name stands for: a folder, a file, a glob, a list in braces or a URL of these, in an order
-of names alone.
-"""
+"""The files that a data set's name stands for: a folder, a file, a glob, names in braces, or a URL of these; sorted."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from training.shards import SHARD_SUFFIXES
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 PARQUET = ".parquet"
 MAX_NAMES = 1_000_000
-"""Names that braces may stand for."""
+"""Most names that braces may stand for."""
 
 
 def list_files(spec: str, patience: Patience) -> tuple[Path, list[Listed]]:
@@ -47,7 +45,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    for braces in re.finditer(r"\{([^{}]*)\}", pattern):  # those that hold no others
+    for braces in re.finditer(r"\{([^{}]*)\}", pattern):  # innermost ones
         if choices := _choices(braces[1]):
             for choice in choices:
                 yield from _expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])
@@ -56,7 +54,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def _choices(text: str) -> Iterable[str]:
-    """What braces around a text stand for; nothing where they are a part of the name."""
+    """The choices that a text in braces stands for; none where the braces belong to the name."""
     if not (ends := re.fullmatch(r"(\d{1,15})\.\.(\d{1,15})", text)):
         return text.split(",") if "," in text else ()
     first, last = int(ends[1]), int(ends[2])
@@ -66,7 +64,7 @@ def _choices(text: str) -> Iterable[str]:
 
 
 def _listed(root: Path, name: str) -> Listed:
-    if not name.lower().endswith((*SHARD_SUFFIXES, PARQUET)):  # of other files nothing is kept
+    if not name.lower().endswith((*SHARD_SUFFIXES, PARQUET)):  # only an index of these is kept, and needs size and time
         return Listed(name, 0, "")
     about = (root / name).stat()
     return Listed(name, about.st_size, str(about.st_mtime_ns))
@@ -84,7 +82,7 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
             f"{spec} is one file; expected a folder, a shard ({' '.join(suffixes)}), or a table that is called "
             "metadata.jsonl or metadata.csv, with the columns file_name and text"
         )
-    itself = "{" in spec and any(glob.iglob(str(path), recursive=True))  # braces that are in names
+    itself = "{" in spec and any(glob.iglob(str(path), recursive=True))  # the braces are part of names
     patterns = [str(path)] if itself else expanded(str(path))
     if glob.has_magic(spec) or patterns != [str(path)]:
         found = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) or _alone(pattern)}
@@ -98,7 +96,7 @@ def _local_files(spec: str) -> tuple[Path, list[str]]:
 
 
 def _alone(pattern: str) -> list[str]:
-    """Nothing, for a glob; a file that is missing is an error."""
+    """[] for a glob that matches nothing. Raises `DataError` where it is a file's name."""
     if not glob.has_magic(pattern):
         raise DataError(f"no images found: there is no file {pattern}")
     return []
@@ -121,5 +119,5 @@ def walk(root: Path) -> Iterator[str]:
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be written to a log: bytes that are no UTF-8 are replaced."""
+    """A file name as text for a log: bytes that are not UTF-8 are replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

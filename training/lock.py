@@ -1,8 +1,8 @@
-"""One run at a time in a run folder: locks that end with the process that holds them, however it ends.
+"""One run at a time in a run folder, by locks that end with the process that holds them.
 
-`.lock` in the folder is locked byte by byte: process k of a run holds byte k while it may write, so that one that
-outlives the others keeps a new run out. Locks are POSIX records: of this process alone (a data worker holds none), and
-of other machines too where the file system carries them. Where it has none (nor has Windows), nothing is locked.
+Process k of a run locks byte k of `.lock` in the folder, so that a process which outlives the others still keeps a new
+run out. These are POSIX record locks: a data worker does not inherit them, and they hold between machines where the
+file system supports that. Where there are no such locks (some file systems, Windows), nothing is locked.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK = ".lock"
-PATIENCE = 30.0  # seconds that a new run waits for processes of one that ends: they may have to save
+PATIENCE = 30.0  # seconds that a new run waits for one that is ending, which may have to save
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class RunTaken(ValueError):
-    """Other processes train the run in this folder."""
+    """Another run writes in this folder."""
 
 
 class NotShared(ValueError):
-    """Processes of one run, on several machines, see other folders by that name."""
+    """The processes of a run are on machines that do not share the run's folder."""
 
 
 @contextmanager
 def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """While entered, by all processes, no other run writes in the folder. One that is no run yet is left as it is.
+    """While entered (by all processes of a run), no other run writes in the folder. One without a run is not locked.
 
-    Raises RunTaken where another run is still there after `PATIENCE`, NotShared where a process does not see the lock
-    that the first one holds.
+    Raises RunTaken where another run still holds the lock after `PATIENCE`, NotShared where a process does not see the
+    lock of process 0.
     """
     path, file = folder / LOCK, None
 
@@ -64,14 +64,14 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         ended = True
     finally:
         if file is not None:
-            if ranks.first and (ended or ranks.world == 1):  # else others may write still
+            if ranks.first and (ended or ranks.world == 1):  # else other processes may still write
                 path.unlink(missing_ok=True)
             file.close()
 
 
 def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
-    """The file in which the first process has said something, a byte of it locked; None where that is not seen here."""
-    last = time.monotonic() + PATIENCE  # a file system over the network may show it late
+    """The lock file with this process's byte locked; None where it does not hold the text that process 0 wrote."""
+    last = time.monotonic() + PATIENCE  # a network file system may show the text late
     while True:
         with suppress(FileNotFoundError):
             file = path.open("r+")
@@ -85,7 +85,7 @@ def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
 
 
 def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
-    """Raises NotShared, in all processes, where one does not see it."""
+    """Raises NotShared in all processes where one does not see the lock of process 0."""
     told = ranks.gather((seen, socket.gethostname()))
     if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(told) if not sees]:
         raise NotShared(
@@ -95,8 +95,8 @@ def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
 
 
 def _first_byte(path: Path, said: str) -> IO[str] | None:
-    """The file, its first byte locked once no byte of it was, and that written in it; None where there are no locks.
-    Raises RunTaken.
+    """The lock file with its first byte locked, and `said` written in it, once no other process has a byte of it; None
+    where the file system has no locks. Raises RunTaken.
     """
     last = time.monotonic() + PATIENCE
     owner = ""
@@ -130,7 +130,7 @@ def _first_byte(path: Path, said: str) -> IO[str] | None:
 
 
 def _said_by(path: Path) -> str:
-    """Whose lock it is."""
+    """Who holds the lock, in words; "" where that is not known."""
     with suppress(FileNotFoundError):
         said = path.read_text().partition("\n")[0]
         return f" ({said} began it)"
@@ -138,7 +138,7 @@ def _said_by(path: Path) -> str:
 
 
 def _all_bytes(path: Path) -> IO[str]:
-    """The file with all of it locked. Raises BlockingIOError where another process has some."""
+    """The lock file with all bytes locked. Raises BlockingIOError where another process has locked one."""
     while True:
         file = path.open("a")
         try:
@@ -149,4 +149,4 @@ def _all_bytes(path: Path) -> IO[str]:
         except BaseException:
             file.close()
             raise
-        file.close()  # it was removed by the one that had it
+        file.close()  # its last owner removed it meanwhile

@@ -1,8 +1,8 @@
-"""Distances between sets of pictures, on features that a network has made of them, and how well pictures fit captions.
+"""Scores from features of pictures: distances between two sets of pictures, and how well pictures fit their captions.
 
-FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are torchmetrics' own;
-precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), CMMD (Jayasumana et al. 2024, arXiv 2401.09603) and
-CLIPScore (Hessel et al. 2021, arXiv 2104.08718, in torchmetrics' scale) are few lines each.
+FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are computed by
+torchmetrics; precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), CMMD (Jayasumana et al. 2024, arXiv
+2401.09603) and CLIPScore (Hessel et al. 2021, arXiv 2104.08718, on torchmetrics' scale) here.
 
 Shape letters: N pictures of the reference, M pictures scored, D features.
 """
@@ -20,14 +20,14 @@ from torch.nn import functional as F
 CHUNK = 2048  # rows of a matrix of distances at a time
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""For torchmetrics: of several processes that train each has all pictures, or the first one alone scores."""
+"""Options for torchmetrics: do not gather from other processes; each has all pictures, or process 0 alone scores."""
 NEIGHBOURS = 3
 LEAST = {"fid": 2, "kid": 2, "precision-recall": NEIGHBOURS + 1, "cmmd": 1, "clip-score": 1}
-"""Pictures on either side that a score needs."""
+"""Fewest pictures, on either side, that a score needs."""
 
 
 class _Features(nn.Identity):
-    """What torchmetrics takes for a network: the features are there already."""
+    """A network for torchmetrics that passes on features which were computed before."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Features(nn.Identity):
 
 
 def need(module: str, what: str) -> None:
-    """Raises ValueError where a library is not installed, with what installs it."""
+    """Raises ValueError, which says how to install it, where a library is missing."""
     if find_spec(module) is None:
         raise ValueError(f"{what} needs {module}, which is not installed: pip install 'mmdit[evaluation]'")
 
@@ -62,7 +62,7 @@ def kid(
 
     _enough("kid", LEAST["kid"], reference, features)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # that it keeps all features, which are here anyway
+        warnings.simplefilter("ignore")  # of the memory for all features, which we have anyway
         torch.manual_seed(seed)
         size = min(subset_size, len(reference), len(features))
         metric = KernelInceptionDistance(_Features(reference.shape[1]), subsets, size, **ALONE)
@@ -77,31 +77,28 @@ def _fed(metric: Any, reference: Tensor, features: Tensor) -> Any:
 
 
 def precision_recall(reference: Tensor, features: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """(precision, recall): the share of pictures (M, D) within the reference's manifold, and of the reference (N, D)
-    within theirs. A manifold is the union of spheres about its points that reach their k-th nearest neighbour.
+    """(precision, recall): the share of the pictures (M, D) in the reference's manifold, and of the reference (N, D) in
+    theirs. A manifold is the union of the spheres around its points that reach to their k-th nearest neighbours.
     """
     _enough("precision-recall", k + 1, reference, features)
     return _within(features, reference, k), _within(reference, features, k)
 
 
 def _within(points: Tensor, manifold: Tensor, k: int) -> float:
-    radii = torch.cat(
-        [
-            torch.cdist(manifold[i : i + CHUNK], manifold)
-            .diagonal_scatter(torch.full((min(CHUNK, len(manifold) - i),), torch.inf), i)  # not its own neighbour
-            .kthvalue(k)
-            .values
-            for i in range(0, len(manifold), CHUNK)
-        ]
-    )
-    inside = [(torch.cdist(some, manifold) <= radii).any(1) for some in points.split(CHUNK)]
+    """The share of points (M, D) that lie in the manifold of others (N, D)."""
+    radii = []
+    for first, some in zip(range(0, len(manifold), CHUNK), manifold.split(CHUNK), strict=True):
+        distances = torch.cdist(some, manifold)
+        distances.diagonal(first).fill_(torch.inf)  # a point is not its own neighbour
+        radii.append(distances.kthvalue(k).values)
+    inside = [(torch.cdist(some, manifold) <= torch.cat(radii)).any(1) for some in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 
 def cmmd(reference: Tensor, embeddings: Tensor) -> float:
     """1000 times the squared MMD of a Gaussian kernel, sigma 10, on CLIP embeddings (N, D), (M, D) of any length.
 
-    The estimator of least variance, which counts each picture beside itself, as the paper's code does.
+    The biased estimator, which counts pairs of a picture with itself, as in the paper's code; it has less variance.
     """
     _enough("cmmd", LEAST["cmmd"], reference, embeddings)
     x, y = (F.normalize(z.double(), dim=1) for z in (reference, embeddings))

@@ -1,13 +1,14 @@
-"""Rates and first weights that fit any width: muP (Yang et al. 2022, Tensor Programs V, arXiv 2203.03466, table 3).
+"""Learning rates and initial weights that transfer across widths: muP (Yang et al. 2022, Tensor Programs V, arXiv
+2203.03466, table 3).
 
-A trunk of `base_width` trains as it does without; in a wider one, r times as wide, with Adam
+A trunk of `base_width` is not changed by it. In a trunk r times as wide, with Adam,
 
-    matrix from width to width:   rate / r,   first weights of variance as 1 / r
-    matrix from width to a fixed number (the way out, the head):   rate / r,   first weights of variance as 1 / r^2
-    matrix from a fixed number to width, biases, gains, embeddings:   as in the trunk of base_width
+    matrix from width to width:   rate / r,   initial variance as 1 / r
+    matrix from width to a fixed size (output layers, the head):   rate / r,   initial variance as 1 / r^2
+    matrix from a fixed size to width, biases, gains, embeddings:   as in the trunk of base_width
 
-so that activations move alike, and the best rate of a narrow trunk is that of a wide one. Widths grow by their number
-of heads: heads keep their width, and with it the attention its scale. The learned text encoder keeps its width.
+so that activations change by as much in a step, and the best rate of a narrow trunk is best in a wide one too. A wider
+trunk has more heads of the same width, so the attention's scale stays. The learned text encoder keeps its width.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def fan_ratios(trunk: Any, base_width: int) -> dict[str, tuple[float, float]]:
 
 
 def rate_scales(trunk: Any, base_width: int) -> dict[int, float]:
-    """What the rates of weights are scaled by, by the id of the parameter; those that are not there keep theirs."""
+    """The factor on the learning rate by id of the parameter; parameters that are missing keep their rate."""
     ratios = fan_ratios(trunk, base_width)
     return {id(trunk.get_parameter(name)): 1 / fan_in for name, (fan_in, _) in ratios.items() if fan_in != 1}
 
 
 @torch.no_grad()
 def scale_start(trunk: Any, base_width: int) -> None:
-    """Bring fresh weights to the size that they have in a trunk of `base_width`, by the table above; zeros stay."""
+    """Scale initial weights from their size in a trunk of `base_width`, by the table above; zeros stay."""
     with torch.random.fork_rng(devices=[]):
         base = _of_width(trunk, base_width)
     for name, (fan_in, fan_out) in fan_ratios(trunk, base_width).items():
@@ -59,7 +60,7 @@ def _matrices(trunk: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _of_width(trunk: Any, base_width: int) -> Any:
-    """A fresh trunk like it, of that width."""
+    """A fresh trunk of the same config, but of that width."""
     heads, rest = divmod(base_width, trunk.config.head_dim)
     if rest or not heads:
         raise ValueError(

@@ -1,11 +1,10 @@
 """What a model learns: one interface, `objective(model, batch, generator) -> Loss`.
 
 Flow matching (Lipman et al. 2022; SD3, arXiv 2403.03206, section 2): x_t = (1 - t) x_0 + t eps, the network predicts
-the velocity v = eps - x_0, the loss is the mean square error, and t is drawn from a density that says where to learn
-most.
+the velocity v = eps - x_0, the loss is the mean squared error, and t is drawn from a density over [0, 1].
 
-Text and images (Transfusion, Zhou et al. 2024, arXiv 2408.11039, section 3.3): the cross entropy of the next token, and
-the same loss for each image.
+Text and images (Transfusion, Zhou et al. 2024, arXiv 2408.11039, section 3.3): the cross entropy of the next token,
+plus the same loss for each image.
 
 Shape letters: B batch, C channels, h w latent sides, L text tokens, E text encoders; T tokens and I images of a packed
 batch, V vocabulary, D width.
@@ -28,16 +27,17 @@ from mmdit.text import Tokens
 from samplers import RectifiedFlow, Schedule, randn, resolution_shift, shift_time
 from training.config import TrainConfig
 from training.share import WHOLE, Share
-from training.time_density import Shifted, TimeDensity, make_time_density
+from training.time_density import TimeDensity, make_time_density
 
 Draws = torch.Generator | Sequence[int]
-"""What a loss draws from; where nothing but noise is to be drawn, a seed for each image's."""
+"""The randomness of a loss: a generator, or where only noise is drawn, a seed for each image's noise."""
 
 
 class Batch(NamedTuple):
-    """Scaled latents (B, C, h, w) of the images, or of several sizes a list of (C, h, w); the tokens (B, L) of their
-    captions, or their features where frozen encoders' are known; and documents of text alone, if there are any: their
-    tokens (D, P).
+    """Captioned images, and perhaps documents of text alone.
+
+    latents: scaled, (B, C, h, w), or a list of (C, h, w) where sizes differ. tokens: of the captions, (B, L), or cached
+    features of frozen encoders. text: tokens of the documents, (D, P).
     """
 
     latents: Tensor | list[Tensor]
@@ -45,13 +45,13 @@ class Batch(NamedTuple):
     text: Tokens | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """All of it on a device."""
+        """The batch on a device."""
         latents = self.latents
         moved = latents.to(device) if isinstance(latents, Tensor) else [x.to(device) for x in latents]
         return Batch(moved, self.tokens.to(device), self.text and self.text.to(device))
 
     def split(self, parts: int) -> list[Batch]:
-        """In equal parts, each with its share of images and of text."""
+        """Equal parts of the batch, each with its share of images and of documents."""
         size = len(self.latents) // parts
         text = self.text.split(len(self.text.ids) // parts) if self.text else [None] * parts
         latents = [self.latents[part * size : (part + 1) * size] for part in range(parts)]
@@ -59,8 +59,8 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`total` is what is minimised, `parts` what is written down: scalars by name. `errors` (I,) are the losses of the
-    images, each alone, and `t` (I,) their times, where there are any.
+    """`total` is minimised; `parts` are scalars to log, by name; `errors` (I,) are the losses of the single images, and
+    `t` (I,) their times.
     """
 
     total: Tensor
@@ -70,15 +70,13 @@ class Loss(NamedTuple):
 
 
 def seeds_for(num: int, generator: torch.Generator) -> list[int]:
-    """A seed for each of `num` samples; the first of more samples have the same ones."""
-    return torch.randint(2**63 - 1, (num,), generator=generator).tolist()  # type: ignore[no-any-return]
+    """A seed for each of `num` samples; with a larger `num` the first ones stay the same."""
+    return torch.randint(2**63 - 1, (num,), generator=generator).tolist()
 
 
 def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> list[Tensor]:
-    """Noise of this share's samples, shaped like the tensors given, each from a seed of its own: no process draws
-    another's.
-
-    num: samples of all processes.
+    """Noise for this share's samples, shaped like the given tensors, each from its own seed, so that no process draws
+    noise for another. num: samples of all processes.
     """
     seeds = share.of(seeds_for(num, draws)) if isinstance(draws, torch.Generator) else draws
     return [randn(x.shape, torch.Generator().manual_seed(s), x.dtype).to(x) for x, s in zip(like, seeds, strict=True)]
@@ -86,9 +84,11 @@ def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> l
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The rectified-flow objective: each image's mean square error, and their mean. A caption is dropped with
-    `caption_dropout`, for each sample and each encoder alone. In a batch of several sizes the times of each image are
-    shifted for its size, as in sampling. share: the piece of each batch that comes here; draws are made for the whole.
+    """The rectified-flow objective: the mean over images of their mean squared errors.
+
+    Captions are dropped with probability `caption_dropout`, independently for each sample and each text encoder. In a
+    batch of several sizes the time of each image is shifted for its size, as in sampling. share: this process's piece
+    of each batch; random numbers are drawn for the whole batch.
     """
 
     density: TimeDensity
@@ -98,16 +98,16 @@ class FlowMatching:
     share: Share = WHOLE
 
     def prepared(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Batch, None]:
-        """The batch, and no counts: every sample weighs the same."""
+        """The batch as it is, and no counts, since every sample has the same weight (see `TextAndImages.prepared`)."""
         return batch, None
 
     def __call__(self, model: nn.Module, batch: Batch, generator: Draws, t: Tensor | float | None = None) -> Loss:
-        """Loss of `model(x_t, t, tokens, drop)` on a batch; drop is boolean, (B, E), E = 1 for a model without a
+        """Loss of `model(x_t, t, tokens, drop)` on a batch; drop is boolean (B, E), with E = 1 for a model without a
         `conditioner`.
 
-        Draws, in this order, from `generator` (on the CPU, so that every device sees the same): times, noise, dropped
-        captions. A given `t` (validation) replaces the drawn times, and then no caption is dropped: the noise is all
-        that is drawn, and seeds may be given for it.
+        Draws from `generator`, which is on the CPU so that every device sees the same, in this order: times, noise,
+        dropped captions. With a given `t` (validation) only noise is drawn, for which seeds may be given instead; no
+        caption is dropped.
         """
         x_0, device = list(batch.latents), batch.latents[0].device
         fixed, num = t is not None, len(x_0) * self.share.world
@@ -123,7 +123,7 @@ class FlowMatching:
         return Loss(loss, {"loss": loss.detach()}, t, errors.detach())
 
     def _errors(self, model: nn.Module, batch: Batch, eps: list[Tensor], t: Tensor, drop: Tensor) -> Tensor:
-        """Mean square error of the velocity of each image (B,); images of several sizes are computed as one row."""
+        """Mean squared error of the velocity of each image (B,); images of several sizes are computed as one tensor."""
         x_0 = batch.latents
         if isinstance(x_0, Tensor):
             noise = torch.stack(eps)
@@ -139,18 +139,18 @@ class FlowMatching:
 
 
 def _num_encoders(model: nn.Module) -> int:
-    """Text encoders whose captions are dropped each alone; also of a model in DistributedDataParallel."""
+    """The number of text encoders of a model, also of one within DistributedDataParallel; 1 without a conditioner."""
     conditioner = getattr(getattr(model, "module", model), "conditioner", None)
-    return 1 if conditioner is None else conditioner.num_encoders  # type: ignore[no-any-return]
+    return 1 if conditioner is None else conditioner.num_encoders
 
 
 def _in_row(xs: Sequence[Tensor]) -> Tensor:
-    """All numbers of some tensors, one tensor after another."""
+    """Some tensors, flattened and concatenated."""
     return torch.cat([x.flatten() for x in xs])
 
 
 def _shifted_by_size(t: Tensor, latents: Sequence[Tensor], model: Any) -> Tensor:
-    """Times (B,) shifted for each latent's size against that of the model, as sampling does (SD3, section 5.3.2)."""
+    """Times (B,) shifted by each latent's size relative to the model's, as in sampling (SD3, section 5.3.2)."""
     trained = model.transformer.config.sample_size**2
     shifts = [resolution_shift(x.shape[1] * x.shape[2], trained) for x in latents]
     return torch.tensor([shift_time(s, shift) for s, shift in zip(t.tolist(), shifts, strict=True)], dtype=t.dtype)
@@ -158,12 +158,12 @@ def _shifted_by_size(t: Tensor, latents: Sequence[Tensor], model: Any) -> Tensor
 
 @dataclass(frozen=True)
 class TextAndImages:
-    """L_LM + image_weight L_image: next tokens, each with the same weight, and images, each with the same weight.
+    """L_LM + image_weight L_image: the mean loss over predicted tokens, and the mean over images.
 
-    Flow matching, or with `schedule=samplers.Cosine(), prediction="noise"` the paper's own diffusion loss. Images that
-    open a document with text after them are there to be described: their times are scaled by `image_first_cap`, 0.5 in
-    the paper (table 8). z_loss adds that much of log^2 Z, which keeps logits from drifting (Chameleon, arXiv
-    2405.09818).
+    The image loss is flow matching, or with `schedule=samplers.Cosine(), prediction="noise"` the paper's diffusion
+    loss. An image that opens a document, with text after it, is there to be described, so its time is scaled by
+    `image_first_cap` (0.5 in the paper, table 8). z_loss is the weight of log^2 Z, which keeps logits from drifting
+    (Chameleon, arXiv 2405.09818).
     """
 
     density: TimeDensity
@@ -186,10 +186,10 @@ class TextAndImages:
             raise ValueError("expected caption_first and caption_dropout in [0, 1]")
 
     def prepared(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[MixedBatch, Tensor]:
-        """The batch as documents, and what its means are taken over: (tokens to predict, images), float32 (2,).
+        """(the batch as documents, float32 (2,): the number of predicted tokens and of images).
 
-        Captions stand before their images with chance `caption_first`, and are then left out with chance
-        `caption_dropout`, else after them.
+        A caption comes before its image with probability `caption_first`, and is then dropped with probability
+        `caption_dropout`; otherwise it comes after the image.
         """
         first, dropped = self._orders(len(batch.latents), generator)
         mixed = documents(batch, first, dropped, model.pack)  # type: ignore[arg-type]
@@ -203,13 +203,14 @@ class TextAndImages:
         t: Tensor | float | None = None,
         counts: Tensor | None = None,
     ) -> Loss:
-        """Loss of `model(batch, t)` on clean documents; parts "text" (nats a token) and "image" (per number).
+        """Loss of `model(batch, t)` on clean documents; parts "text" (nats per token) and "image" (mean squared error).
 
-        Captioned images become documents first (see `prepared`). Draws from `generator`, on the CPU: these, times, then
-        noise image by image. A given `t` (validation) replaces the drawn times, and then all captions stand before: the
-        noise is all that is drawn, and seeds may be given for it.
-        counts (2,): tokens and images that the means are taken over, in place of the batch's own; with their mean over
-        the pieces of a larger batch, the mean of the pieces' losses is the loss of that batch.
+        Captioned images become documents first (see `prepared`). Draws from `generator`, on the CPU, in this order: the
+        documents' forms, times, noise image by image. With a given `t` (validation) only noise is drawn, for which
+        seeds may be given instead; all captions come first.
+
+        counts (2,): numbers of tokens and images to divide the sums by, instead of the batch's own. Where a large batch
+        is computed in pieces, these are the means over the pieces: the mean of the pieces' losses then is its loss.
         """
         if isinstance(batch, Batch):
             batch = self.prepared(model, batch, generator)[0] if t is None else documents(batch, pack=model.pack)  # type: ignore[arg-type]
@@ -235,7 +236,7 @@ class TextAndImages:
         return Loss(text + self.image_weight * image, parts, t, each.detach())
 
     def _orders(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Which samples have their image first, and which no caption."""
+        """(which samples have their image first, which have no caption), boolean (B,)."""
         image_first, dropped = torch.rand(2, num * self.share.world, generator=generator) < torch.tensor(
             [[1 - self.caption_first], [self.caption_dropout]]
         )
@@ -248,9 +249,11 @@ def documents(
     dropped: Tensor | None = None,
     pack: Callable[[list[list[Tensor]]], MixedBatch] = pack,
 ) -> MixedBatch:
-    """Captioned images as documents that end with the end token: caption and image, image and caption where
-    `image_first` (B,); the image alone where `dropped` (B,), with no end, which would say that a picture first has no
-    caption; then the documents of text alone. pack: the model's own, which knows its tokens.
+    """Captioned images as documents with the end token at their end; then the documents of text alone.
+
+    A document is caption and image, or where `image_first` (B,) image and caption. Where `dropped` (B,) it is the image
+    alone, without the end token, from which the model would learn that an image in front has no caption. pack: the
+    model's own method, which knows its special tokens.
     """
     out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
@@ -265,10 +268,10 @@ def documents(
 
 
 def opens_text(batch: MixedBatch) -> Tensor:
-    """Which images (I,) open a document that goes on with text after them; the end token alone is none."""
+    """Which images (I,) open a document and have text after them; the end token alone is not text."""
     counts = torch.bincount(batch.document, minlength=batch.num_documents)
-    first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the place where each image's document begins
-    lead = batch.lead  # of tokens that say a size
+    first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the first position of each image's document
+    lead = batch.lead  # number of tokens for an image's size
     return (batch.opened == first + lead) & (counts[batch.document[batch.opened]] > 3 + lead)
 
 
@@ -282,12 +285,13 @@ def next_token_loss(
 ) -> Tensor:
     """Mean cross entropy of the next token, in nats, over `batch.predicting`; 0 where there is none.
 
-    states (T, D). num_tokens: what the sum is divided by, None: the tokens there are. Logits are made `chunk` tokens at
-    a time, and again in the backward pass: of a large vocabulary they would be the largest tensor of the step.
+    states (T, D). num_tokens: what the sum is divided by; None is the number of predicted tokens. Logits are computed
+    for `chunk` tokens at a time, and recomputed in the backward pass: with a large vocabulary all of them together
+    would be the largest tensor of the step.
     """
     rows = batch.predicting
     total = states.new_zeros((), dtype=torch.float32)
-    if not len(rows):  # all processes exchange the gradients of the same weights, and others may have text here
+    if not len(rows):  # the head still needs a gradient: other processes may have text, and all reduce the same ones
         return total + 0 * (states.sum() + head(states[:1]).sum())
 
     def part(x: Tensor, targets: Tensor) -> Tensor:
@@ -302,9 +306,9 @@ def next_token_loss(
 
 
 def make_objective(config: TrainConfig, share: Share = WHOLE) -> FlowMatching | TextAndImages:
-    """What a run's model learns; share: of each batch, the piece that comes to this process."""
+    """The objective of a run. share: this process's piece of each batch."""
     o, mixed = config.objective, config.transfusion
-    density = Shifted(make_time_density(o.time_density, m=o.m, s=o.s), o.shift)
+    density = make_time_density(o.time_density, o.m, o.s, o.shift)
     if not mixed.enabled:
         return FlowMatching(density, o.caption_dropout, o.stratified, share=share)
     names = ("image_weight", "image_first_cap", "z_loss", "caption_first")

@@ -30,12 +30,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, replicas: Any = None) -> torch.optim.Optimizer:
     """The optimiser that `config.name` says, over `parameter_groups`; AdamW in its fused form (CPU and CUDA).
 
-    With `config.base_width`, rates are those of muP, see mup.py. copies: processes that hold the same model, of which
-    each makes a part of Muon's matrices orthogonal. Raises ValueError where the optimiser's library is not
-    there, or cannot run on the model's device.
+    With `config.base_width`, rates are those of muP, see mup.py. replicas: the process group that holds the same model,
+    for Muon to share its work. Raises ValueError where the optimiser's library is missing, or cannot run on the model's
+    device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "muon":
@@ -49,7 +49,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None
         groups = [part for group in groups for part in _by_scale(group, scales)]
     how: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "muon":
-        return Muon(groups, **how, momentum=config.momentum, copies=copies)
+        return Muon(groups, **how, momentum=config.momentum, replicas=replicas)
     if config.name == "schedule-free":
         return _schedule_free(groups, how)
     if config.name == "adamw-8bit":
@@ -58,15 +58,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, copies: Any = None
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step, for each group times its own scale."""
+    """Set the learning rate of the next step: `rate` times each group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def _by_scale(group: dict, scales: Mapping[int, float]) -> Iterable[dict]:
-    """A group in parts of one scale; decay, which is multiplied by the rate, stays what it was in all.
+    """A group divided by muP's scales. Weight decay, which is multiplied by the rate, is divided by the scale.
 
-    Muon's steps are of norm sqrt(width) where AdamW's grow as the width: the root of AdamW's scale makes up for it.
+    Muon's steps have a norm of sqrt(width), AdamW's grow as the width: for Muon the scale is the root of AdamW's.
     """
     parts: dict[float, list[nn.Parameter]] = defaultdict(list)
     for p in group["params"]:
@@ -83,9 +83,9 @@ def _schedule_free(groups: list[dict], how: dict[str, Any]) -> torch.optim.Optim
         raise ValueError(
             "optimizer.name is \"schedule-free\", which needs a library: pip install 'mmdit[schedulefree]'"
         ) from error
-    optimizer: Any = AdamWScheduleFree(groups, **how)
-    optimizer.train()  # and so it stays: ema.py computes the averages aside
-    return optimizer  # type: ignore[no-any-return]
+    optimizer = AdamWScheduleFree(groups, **how)
+    optimizer.train()  # for good: ema.py computes the average by itself
+    return optimizer
 
 
 def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -> torch.optim.Optimizer:
@@ -95,7 +95,7 @@ def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -
         raise ValueError(
             "optimizer.name is \"adamw-8bit\", which needs a library: pip install 'mmdit[bitsandbytes]'"
         ) from error
-    probe = nn.Parameter(torch.zeros(4096, device=device))  # the least that it keeps in 8 bits
+    probe = nn.Parameter(torch.zeros(4096, device=device))  # the smallest that has 8-bit moments
     probe.grad = torch.zeros_like(probe)
     try:
         AdamW8bit([probe]).step()
@@ -104,11 +104,11 @@ def _adamw_8bit(groups: list[dict], how: dict[str, Any], device: torch.device) -
             f'optimizer.name "adamw-8bit" cannot run here: bitsandbytes has no such step on {device.type} '
             f"({type(error).__name__}: {error}); take adamw, or a CUDA device"
         ) from error
-    return AdamW8bit(groups, **how)  # type: ignore[no-any-return]
+    return AdamW8bit(groups, **how)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside stacks of blocks: not those that lead into the model or out of it."""
+    """Weights of the linear layers within blocks, not of those at the model's input and output."""
     stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
     linear = {m: None for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)}
     return [m.weight for m in linear if m.weight.requires_grad]  # type: ignore[misc]
@@ -118,8 +118,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], fl
     """The rate at step k (0-based): linear warm-up over `warmup_steps`, then the schedule down to lr *
     final_lr_fraction.
 
-    "wsd" (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv 2404.06395) holds lr, and in the last `decay_fraction`
-    of the run, as far as it is after warm-up, falls in a straight line.
+    "wsd" (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv 2404.06395) holds lr, and falls linearly in the last
+    `decay_fraction` of the run, or from the end of warm-up if that is later.
     """
 
     def rate(step: int) -> float:

@@ -1,7 +1,7 @@
-"""Which samples make which batch: pure functions of (seed, number), so that a run resumes by counting on.
+"""Which samples make which batch: pure functions of (seed, batch number), so that resuming needs no stored state.
 
-`Order` shuffles epochs, `Mix` deals positions to sources by weight, `Turns` deals batches to buckets (images of one
-size), and `Plan` joins them: number of a batch -> the bucket, and the places of its samples.
+`Order` shuffles epochs, `Mix` assigns positions to data sets by weight, `Turns` assigns batches to buckets (images of
+one size), and `Plan` joins them: the number of a batch gives its bucket and the places of its samples.
 
 Shapes: B samples in a batch, n samples in all, n_b those of bucket b.
 """
@@ -15,15 +15,14 @@ from fractions import Fraction
 import numpy as np
 
 WINDOW = 8
-"""Blocks (row groups of a Parquet file) whose samples are shuffled among each other."""
+"""Number of blocks (row groups of a Parquet file) whose samples are shuffled together."""
 
 
 class Order:
     """Places 0 .. n - 1 in the endless concatenation of shuffled epochs: `order[position]`.
 
-    Epoch e is the permutation drawn by default_rng([seed, e, *stream]); of each, 4 bytes a sample are kept. blocks: the
-    block of each place, where those of one block are best read together: blocks are shuffled, then the samples within
-    WINDOW blocks.
+    Epoch e is the permutation drawn by default_rng([seed, e, *stream]), at 4 bytes a sample. blocks: the block of each
+    place, where a block is read as one; then blocks are shuffled, and samples within every WINDOW blocks.
     """
 
     def __init__(self, n: int, seed: int, stream: tuple[int, ...] = (), blocks: np.ndarray | None = None) -> None:
@@ -48,10 +47,10 @@ class Order:
 
 
 class Mix:
-    """Positions 0, 1, 2 ... dealt to parts by weight: `mix[position]` = (part, k), the k-th position of that part.
+    """Positions 0, 1, 2 ... assigned to parts by weight: `mix[position]` = (part, k), the k-th position of that part.
 
-    Of the first p positions the first part has floor(p w), and the others are dealt likewise what is left: each part
-    has its share of any stretch, but for a few positions.
+    Of the first p positions the first part has floor(p w), and the others divide the rest in the same way. Any stretch
+    of positions thus has the parts in proportion to their weights, up to a few positions.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -71,10 +70,10 @@ class Mix:
 
 
 class Turns:
-    """Batches dealt to buckets: `turns[step]` = (bucket, k), the k-th batch of that bucket.
+    """Batches assigned to buckets: `turns[step]` = (bucket, k), the k-th batch of that bucket.
 
-    After e epochs bucket b has had floor(e n_b / B) batches; those of an epoch come in shuffled order. So a bucket's
-    samples come once an epoch, and what does not fill its last batch is carried into the next.
+    After e epochs bucket b has had floor(e n_b / B) batches; those of an epoch come in shuffled order. A bucket's
+    samples thus come once an epoch, and those that do not fill a last batch begin the first batch of the next epoch.
     """
 
     def __init__(self, counts: Sequence[int], batch_size: int, seed: int) -> None:
@@ -90,11 +89,11 @@ class Turns:
         return int(bucket), int(k)
 
     def _done(self, epoch: int) -> np.ndarray:
-        """Batches of each bucket before an epoch."""
+        """The number of batches of each bucket before an epoch."""
         return np.array([epoch * count // self.batch_size for count in self.counts], dtype=np.int64)
 
     def _load(self, step: int) -> None:
-        epoch = step * self.batch_size // sum(self.counts)  # never more than are due by then
+        epoch = step * self.batch_size // sum(self.counts)  # the right epoch, or one too early
         while self._done(epoch + 1).sum() <= step:
             epoch += 1
         before, after = self._done(epoch), self._done(epoch + 1)
@@ -106,10 +105,10 @@ class Turns:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a source's samples fall into buckets (sizes) and parts (sources with weights), and in which blocks they lie.
+    """How samples fall into buckets (sizes), parts (data sets with weights) and blocks (samples that are read as one).
 
-    bucket, part, block: one number a sample, None where all are 0 (or, for blocks, where each lies alone). mixed: a
-    batch holds samples of any bucket.
+    bucket, part, block: a number for each sample; None where there is one bucket, one part, or no block. mixed: a batch
+    may hold samples of any bucket.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -124,22 +123,22 @@ class Layout:
         return 0 if self.bucket is None else int(self.bucket[i])
 
     def of(self, indices: np.ndarray) -> Layout:
-        """That of some of the samples."""
+        """The layout of a selection of the samples."""
         bucket, part, block = (None if x is None else x[indices] for x in (self.bucket, self.part, self.block))
         return replace(self, bucket=bucket, part=part, block=block)
 
 
 class Plan:
-    """`plan[step]` -> (bucket, pool of places, positions in the pool): see `places`.
+    """The samples of each batch: `plan.places(step, rows)`.
 
-    A pool is what one source has of one bucket, in its own shuffled epochs; where buckets are mixed, of all.
+    A pool is the samples of one part in one bucket (in all of them, where they are mixed); each has its own `Order`.
     """
 
     def __init__(self, n: int, layout: Layout, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
         if layout.mixed:
             layout = replace(layout, sizes=layout.sizes[:1], bucket=None)
-        self.pools: list[list[np.ndarray]] = []  # of each bucket, of each part: places
+        self.pools: list[list[np.ndarray]] = []  # pools[bucket][part]: places
         self._orders: list[list[Order]] = []
         self._mixes: list[Mix] = []
         counts = []
@@ -154,7 +153,7 @@ class Plan:
         self.turns = Turns(counts, batch_size, seed)
 
     def places(self, step: int, rows: Sequence[int]) -> tuple[int, list[tuple[np.ndarray, int]]]:
-        """(bucket, [(pool, place in the pool)]) of some rows of a batch."""
+        """(bucket, [(pool, index in the pool)]) of some rows of batch number `step`."""
         bucket, k = self.turns[step]
         found = []
         for row in rows:
@@ -164,7 +163,7 @@ class Plan:
 
 
 def _pools(n: int, layout: Layout, bucket: int) -> tuple[list[tuple[np.ndarray, int]], list[float]]:
-    """(places and number of each part that has samples of a bucket, their weights, which add up to 1 over buckets)."""
+    """([(places, part)] of the parts that have samples in a bucket, their weights, which over all buckets sum to 1)."""
     inside = np.ones(n, dtype=bool) if layout.bucket is None else layout.bucket == bucket
     pools, weights = [], []
     sizes = np.bincount(layout.part, minlength=len(layout.weights)) if layout.part is not None else np.array([n])
@@ -178,5 +177,5 @@ def _pools(n: int, layout: Layout, bucket: int) -> tuple[list[tuple[np.ndarray, 
 
 
 def _blocks(layout: Layout, pool: np.ndarray) -> np.ndarray | None:
-    """The block of each place of a pool; those of one source have numbers of their own, or are all -1: none."""
+    """The block of each place of a pool; None where its part has no blocks, which is -1 for all."""
     return None if layout.block is None or layout.block[pool[0]] < 0 else layout.block[pool]

@@ -1,11 +1,12 @@
-"""The processes of one run, as torchrun starts them: which one this is, and what they tell each other.
+"""The processes of one run, as torchrun starts them: the rank of this one, and small collectives between all of them.
 
-Numbers go over a group of their own on the CPU (gloo), so that asking costs no wait for a GPU; gradients and weights go
-over the device's (nccl on CUDA). Without torchrun a run is one process, `ALONE`, and nothing of this does anything.
+Small values go over a process group of their own on the CPU (gloo), so that exchanging one does not wait for the GPU;
+gradients and weights go over the device's group (nccl on CUDA). Without torchrun a run is one process, `ALONE`, for
+which every collective returns at once.
 
     with ranks_of(config) as ranks:
-        path = ranks.from_first(lambda: make_folder())     # made by process 0 alone, known to all
-        stop = ranks.any(interrupted)                      # all stop at the same step
+        path = ranks.from_first(lambda: make_folder())     # called in process 0 alone; all get what it returns
+        stop = ranks.any(interrupted)                      # all processes stop at the same step
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,78 +27,74 @@ from training.config import ConfigError, TrainConfig
 from training.devices import pick_device
 
 T = TypeVar("T")
-CONNECT = timedelta(minutes=2)  # to a torchrun that serves since before it started this process
-MEET = timedelta(minutes=5)  # until all have begun: of one that ends before, torchrun tells other machines nothing
+CONNECT = timedelta(minutes=2)  # to reach the store of a torchrun, which was there before this process
+MEET = timedelta(minutes=5)  # for all processes to start: torchrun tells other machines nothing of one that failed
 ENDED = "process 0 ended"
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
-COMMAND = "torchrun --nproc-per-node 2 -m mmdit_cli train"
 
 
 class ProcessLost(ValueError):
-    """Another process of the run ended, or does not answer any more; or the torchrun that started them."""
+    """Another process of the run, or the torchrun that started them, has ended or no longer responds."""
 
 
 class ToldByFirst(SystemExit):
-    """Process 0 failed and says why; this one ends with it, and says nothing."""
+    """Process 0 failed and prints the error; this process exits too, without a message."""
 
 
+@dataclass
 class Ranks:
-    """Process `rank` of `world`, number `local` of the `per_node` on its machine.
+    """Process `rank` of `world`, of which `per_node` run on each machine.
 
-    group: their channel on the CPU; timeout: how long one waits on it for another.
+    group: their process group on the CPU (None for one process); timeout: how long a collective on it may take.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        world: int = 1,
-        local: int = 0,
-        per_node: int = 1,
-        group: Any = None,
-        timeout: timedelta | None = None,
-    ) -> None:
-        self.rank, self.world, self.local, self.per_node, self._group = rank, world, local, per_node, group
-        self.timeout = timeout
+    rank: int = 0
+    world: int = 1
+    per_node: int = 1
+    group: Any = None
+    timeout: timedelta | None = None
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is process 0, which writes files and prints for all."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in one process at least."""
+        """Whether the flag is set in at least one process."""
         if self.world == 1:
             return flag
         found = torch.tensor(float(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
         return bool(found)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over all processes, on the CPU."""
+        """The mean of a tensor over all processes, on the CPU."""
         if self.world > 1:
             x = x.detach().cpu().clone()
-            dist.all_reduce(x, group=self._group)
+            dist.all_reduce(x, group=self.group)
             x /= self.world
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, on the CPU."""
+        """The sum of a tensor over all processes, on the CPU."""
         return self.mean(x) * self.world
 
     def gather(self, value: T) -> list[T]:
-        """What each process says, in order."""
+        """The values of all processes, by rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, self._group)
+        dist.all_gather_object(values, value, self.group)
         return values
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
         self.gather(None)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What process 0 makes. Where that fails, it raises its error and the others end with status 2, silently."""
+        """What `make` returns in process 0, in all processes. Where it fails, process 0 raises its error and the others
+        exit with status 2, without a message.
+        """
         if self.world == 1:
             return make()
         told: list[Any] = [None, False]
@@ -106,33 +104,28 @@ class Ranks:
                 told = [make(), True]
             except BaseException as caught:
                 error = caught
-        dist.broadcast_object_list(told, src=0, group=self._group)
+        dist.broadcast_object_list(told, src=0, group=self.group)
         if error is not None:
             raise error
         if not told[1]:
             raise ToldByFirst(2)
         return told[0]
 
-    def agree(self, **said: Any) -> None:
-        """Raises ValueError in all processes where one says another value than the first."""
-        everyone = self.gather(said)
-        for rank, other in enumerate(everyone):
-            if wrong := [name for name, value in other.items() if value != everyone[0][name]]:
+    def agree(self, **values: Any) -> None:
+        """Raises ValueError in all processes where a value of one differs from that of process 0."""
+        gathered = self.gather(values)
+        for rank, other in enumerate(gathered):
+            if wrong := [name for name, value in other.items() if value != gathered[0][name]]:
                 raise ValueError(f"process {rank} has other {' and '.join(wrong)} than process 0: start all alike")
 
-    def apart(self) -> Ranks:
-        """The same processes with a channel of their own, for a thread beside the one that trains."""
+    def with_own_group(self) -> Ranks:
+        """The same processes with another group, for a thread whose collectives run beside those of training."""
         group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world > 1 else None
-        return Ranks(self.rank, self.world, self.local, self.per_node, group, self.timeout)
+        return replace(self, group=group)
 
     @property
-    def group(self) -> Any:
-        """The channel on the CPU; None where there is one process."""
-        return self._group
-
-    @property
-    def everyone(self) -> Any:
-        """The channel on the device; None where there is one process."""
+    def device_group(self) -> Any:
+        """The process group that the device's tensors go over; None where there is one process."""
         return dist.group.WORLD if self.world > 1 else None
 
 
@@ -143,26 +136,27 @@ ALONE = Ranks()
 def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     """The processes that torchrun started, connected; `ALONE` where it did not.
 
-    Raises ConfigError where several are there and the config wants one, ProcessLost when one of them ends early.
+    Raises ConfigError where several were started and the config wants one, ProcessLost when one of them ends early.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield ALONE
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local, per_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world > 1 and config.parallel.strategy == "none":
         raise ConfigError(f'parallel.strategy is "none", but {world} processes were started: set "auto", or start one')
     if world > 1 and config.training.device == "mps":
         raise ConfigError(f'training.device is "mps", which is one GPU, but {world} processes were started: start one')
     on_cuda = pick_device(config.training.device).type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = timedelta(seconds=config.parallel.timeout)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     store = _store(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    try:  # a group takes its own timeout, not the first one's
-        yield Ranks(rank, world, local, per_node, dist.new_group(backend="gloo", timeout=timeout), timeout)
+    try:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        group = dist.new_group(backend="gloo", timeout=timeout)  # without it the group has torch's own timeout
+        yield Ranks(rank, world, per_node, group, timeout)
         if rank > 0:
             stay(store, timeout)
     except RuntimeError as error:
@@ -174,14 +168,16 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         ) from error
     finally:
         if rank == 0:
-            with suppress(RuntimeError):  # of a store that is gone
+            with suppress(RuntimeError):  # the store may be gone
                 store.set(ENDED, "")
         dist.destroy_process_group()
 
 
 def stay(store: dist.Store, timeout: timedelta) -> None:
-    """Until process 0 has ended, which scores last, so long or until a signal comes: where its processes have ended
-    torchrun does, and on other machines those that met at it are ended too.
+    """Wait until process 0 has ended, which scores after training; at most `timeout`, or until a signal comes.
+
+    A torchrun whose processes have all ended exits, and with it go the processes of other machines that connected
+    through its store.
     """
     last = time.monotonic() + timeout.total_seconds()
     with suppress(RuntimeError, KeyboardInterrupt):
@@ -190,9 +186,11 @@ def stay(store: dist.Store, timeout: timedelta) -> None:
 
 
 def _store(timeout: timedelta) -> dist.Store:
-    """Where processes find each other. torchrun may serve one store to all its attempts, in which the addresses of
-    those that died are left: on one machine, where attempts have one count, each has keys of its own. Raises
-    ProcessLost where nobody answers, or one does not come.
+    """The key-value store at which the processes find each other.
+
+    torchrun may serve one store to all its restarts, and the addresses of processes that died stay in it. On one
+    machine, where the number of restarts is the same for all, each attempt therefore has its own prefix of keys. Raises
+    ProcessLost where the store does not answer, or a process does not come to it in time.
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -219,7 +217,7 @@ def _store(timeout: timedelta) -> dist.Store:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error of torch says that another process is gone."""
+    """Whether torch raised this error because another process is gone."""
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket")
     return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))

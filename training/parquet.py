@@ -1,18 +1,19 @@
-"""Images and captions in Parquet files, on disk or behind a URL: read by row groups, of which some stay in memory.
+"""Images and captions in Parquet files, on disk or behind a URL.
 
-A row group is the least that can be read. Samples are therefore shuffled by row groups, then among those of some at a
-time (`order.WINDOW`), which each process keeps: row groups of some tens of MB are best.
+A row group is the least that can be read. The order therefore shuffles row groups, and then the samples of a few of
+them (`order.WINDOW`), which each process keeps in memory: row groups of some tens of MB are best.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.order import WINDOW
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls
 from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
@@ -29,7 +30,7 @@ class ParquetRows:
         _pyarrow()
         self.patience = patience
         self._groups: OrderedDict[tuple[str, int], _Once] = OrderedDict()
-        self._lock = Lock()  # samples of a server are read by several threads
+        self._lock = Lock()  # several threads read the samples of a server
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParquetRows, (self.patience,)
@@ -72,7 +73,7 @@ class ParquetRows:
 
 
 class _Once:
-    """What a function gives, asked for once, whichever thread is the first; the others wait. An error is not kept."""
+    """A function's result, computed once by the first thread that asks; others wait. An error is not kept."""
 
     def __init__(self, ask: Callable[[], Any]) -> None:
         self.ask, self.lock = ask, Lock()
@@ -84,19 +85,15 @@ class _Once:
             return self.found
 
 
-class _reading:
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     """Whatever pyarrow raises becomes OSError."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None or isinstance(error, RemoteError | DataError) or not isinstance(error, Exception):
-            return
-        raise OSError(f"{self.path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    try:
+        yield
+    except (RemoteError, DataError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {one_line(error)}") from error
 
 
 def _pyarrow() -> Any:

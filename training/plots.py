@@ -1,4 +1,4 @@
-"""What a person looks at: a grid of captioned pictures, and the loss."""
+"""Plots of a run: a grid of captioned pictures, and the loss curves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def caption_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, min_width: int = 128
 ) -> Image.Image:
-    """Pictures in rows of `columns` (None: eight, or four wide ones), each over its caption; small ones are enlarged by
-    a whole factor, without smoothing.
+    """Pictures in rows of `columns` (None: eight, or four if they are wide), each above its caption. Small pictures are
+    enlarged by a whole factor, without smoothing.
     """
     columns = columns or (8 if images[0].width <= 2 * images[0].height else 4)
     zoom = max(1, -(-min_width // images[0].width))
@@ -94,12 +94,12 @@ def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
     axes.legend(frameon=False, ncols=2, title="t about")
 
 
-def _running_mean(values: Sequence[float], share: int = 20) -> list[float]:
-    """Means over as many values before each as after it, up to a 1/share of all, so that the line does not lag; the
-    last ones, which have fewer after them, are means over no fewer before them.
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Centred running means over up to a twentieth of all values on each side, so that the line does not lag. At the
+    start the window shrinks on both sides, at the end only on the right.
     """
     num = len(values)
     sums, at = np.cumsum([0.0, *values]), np.arange(num)
-    half = np.minimum(at, num // share)
+    half = np.minimum(at, num // 20)
     first, last = at - half, np.minimum(at + half + 1, num)
-    return ((sums[last] - sums[first]) / (last - first)).tolist()  # type: ignore[no-any-return]
+    return ((sums[last] - sums[first]) / (last - first)).tolist()

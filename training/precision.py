@@ -1,12 +1,12 @@
-"""Half precision in training: matrix products in bf16 or fp16, all that adds up in fp32.
+"""Mixed precision: matrix products in bf16 or fp16, all that accumulates in fp32.
 
 Weights, gradients as the optimiser sees them, its state and the average are fp32 (Micikevicius et al. 2018, arXiv
 1710.03740: a weight plus an update a thousand times smaller is that weight again in fp16). torch.autocast computes
-matrix products in half precision and norms, softmax and the loss in fp32; what autocast does not know keeps fp32 by its
-own code: the sinusoids of time, QK-norm, and the error of the velocity.
+matrix products in half precision and norms, softmax and the loss in fp32; what autocast does not cover is kept in fp32
+by its own code: the sinusoids of time, QK-norm, and the error of the velocity.
 
 fp16 has 5 bits of exponent: gradients below 6e-8 vanish. The loss is scaled up before the backward pass and the
-gradient scaled down after it; a step whose scaled gradient overflows is left out, and the scale halved.
+gradient scaled down after it; a step whose scaled gradient overflows is skipped, and the scale halved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 @dataclass
 class LossScaler:
-    """The factor on the loss, a power of two: 1 and fixed but for fp16. `good`: finite steps since it last changed."""
+    """The factor on the loss, a power of two; fixed at 1 except for fp16. good: finite steps since it last changed."""
 
     scale: float = 1.0
     good: int = 0
@@ -39,7 +39,7 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: torch.dtype) -> LossScaler:
-        """One that scales for fp16, and for any other type does not."""
+        """A scaler for fp16; for any other type one that leaves the loss as it is."""
         return cls(FIRST_SCALE) if precision == torch.float16 else cls(grow_every=0)
 
     @property
@@ -54,7 +54,9 @@ class LossScaler:
             torch._foreach_mul_(gradients, 1 / self.scale)
 
     def update(self, finite: bool) -> bool:
-        """Take note of a step; whether a gradient that is not finite is the scale's doing, and not the batch's."""
+        """Adapt the scale after a step. Returns whether the scale, not the batch, is blamed for a gradient that is not
+        finite.
+        """
         if not self.enabled:
             return False
         if not finite:

@@ -20,12 +20,12 @@ from training.settings import suggestion
 
 
 def demo() -> TrainConfig:
-    """64x64 pictures of the drawn world, from nothing, in a quarter of an hour on two CPU cores with AVX-512."""
+    """64x64 pictures of the drawn world, from scratch, in a quarter of an hour on two CPU cores with AVX-512."""
     return TrainConfig(
         name="demo",
         autoencoder="shapes",
         data=DataConfig(source="shapes", num_samples=24_000, image_size=64),
-        # One token for each 8x8 pixels, and a narrow model: many quick steps teach more here than few of a larger one.
+        # One token for each 8x8 pixels, and a narrow model: many quick steps learn more here than few of a larger one.
         model=ModelConfig(depth=4, num_heads=2, head_dim=64, patch_size=1, pos_embed_max_size=32),
         text=TextConfig(vocab_size=512, max_length=17, width=128, depth=2, num_heads=4),
         # Towards noise: layout and shape are settled at t = 0.6 to 0.9; below, little is left to learn from captions.
@@ -71,7 +71,7 @@ def latent() -> TrainConfig:
 
 
 def pixels_tiny() -> TrainConfig:
-    """A few steps on 32x32 pixels without an autoencoder: shows in seconds that all works, and learns nothing."""
+    """A few steps on 32x32 pixels without an autoencoder: tests in seconds that all works, and learns nothing."""
     return TrainConfig(
         name="pixels-tiny",
         data=DataConfig(source="shapes", num_samples=64, image_size=32, held_out=0.125),

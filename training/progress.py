@@ -1,4 +1,4 @@
-"""What a person watches while a run goes on: a bar in a terminal, a line now and then anywhere else."""
+"""Progress of a run: a bar in a terminal, a line every so often anywhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def duration(seconds: float) -> str:
-    """A time in seconds, from a minute on in minutes, from an hour on in hours, from two days on in days."""
+    """A time in words: seconds, minutes, hours or, from two days on, days."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -21,8 +21,9 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, or nothing where nobody reads any more: a `tee` that ended by the Ctrl-C at which a run saves, or a
-    terminal that is closed. What the stream (None: standard output) has no bytes for comes as an escape.
+    """Print a line; nothing where the stream is closed, as by a `tee` that ends at the Ctrl-C at which the run saves.
+
+    Characters that the stream (None: standard output) cannot encode are escaped.
     """
     stream = sys.stdout if stream is None else stream
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -31,10 +32,10 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class Progress:
-    """Progress of `total` steps of so many images each, from `start` on; `rate` is steps a second of late.
+    """Progress of `total` steps of so many images each, from `start` on; `rate` is the recent number of steps a second.
 
-    The rate leaves the first step out, which may hold compiling or the start of workers; until the second it is 0, and
-    not shown. quiet: show nothing, and count alone. stream: where to show; None: standard output.
+    The rate leaves out the first step, which may include compiling or starting workers; before the second step it is 0
+    and not shown. quiet: count, but show nothing. stream: where to show; None is standard output.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Images a second of late; 0 before the second `show`."""
+        """The recent number of images a second; 0 before the second `show`."""
         return self.rate * self.images
 
     def __enter__(self) -> Progress:
@@ -72,7 +73,7 @@ class Progress:
         return self
 
     def show(self, done: int, **values: float) -> None:
-        """Move to `done` steps, with numbers to show beside."""
+        """Show that `done` steps are done, with some values."""
         now = time.perf_counter()
         self.done = done
         self._values |= values
@@ -88,7 +89,7 @@ class Progress:
             say("  ".join(filter(None, words)), self.stream)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays, above the bar."""
         if self.quiet:
             return
         if self._bar is not None:
@@ -99,7 +100,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within is no step: its time does not count."""
+        """Within, time does not count for the rate."""
         start = time.perf_counter()
         yield
         paused = time.perf_counter() - start
@@ -117,11 +118,12 @@ class Progress:
 
 @contextmanager
 def drawing(count: int, shown: bool, callback: Any = None) -> Iterator[Callable[[Any], None]]:
-    """A callback of solver steps that shows on standard error how many of `count` pictures are drawn.
+    """A callback for the sampler that shows on standard error how many of `count` pictures are done.
 
-    Each step counts as its part of the pictures of its batch. shown: False shows nothing. callback: is told too.
+    A solver step counts as its fraction of the pictures in its batch. shown: False shows nothing. callback: another one
+    to call.
     """
-    parts = 0  # pictures times their steps
+    parts = 0  # pictures times solver steps
     with Progress("drawing pictures", count, quiet=not shown, stream=sys.stderr) as progress:
 
         def told(step: Any) -> None:

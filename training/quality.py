@@ -1,8 +1,8 @@
-"""Scores of pictures by networks: FID, KID, precision and recall, CLIPScore, CMMD, of a model's or of any others.
+"""Scores of pictures by networks: FID, KID, precision and recall, CLIPScore, CMMD; of a model's pictures or any others.
 
     pictures (, captions) -> networks -> features -> metrics <- features <- networks <- reference
 
-Pictures come in parts, so that a hundred thousand need no memory but their features.
+Pictures are added in batches, and only their features are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
 from training.config import EvaluationConfig, TrainConfig
-from training.data import DataError, Source, one_pass, open_source, split_by_key
+from training.data import DataError, Source, one_pass, open_source
 from training.devices import pick_device
 from training.image_networks import find_weights, open_clip_model, open_features
 from training.metrics import LEAST, clip_score, cmmd, fid, kid, need, precision_recall
@@ -29,16 +29,15 @@ from training.progress import drawing
 from training.reference import Log, cache_folder, reference_features
 from training.run import RunFolder
 from training.sections import BY_CLIP, BY_FEATURES
-from training.setup import check_reference, open_run_source
-from training.stream import HeldOut, StreamSource
+from training.setup import check_reference, held_out_samples, open_run_source
 
 KID_SUBSET = 1000
-OF_NETWORKS = ("features", "clip", "reference", "num_reference", "num_images", "cache")  # settings of their scores
-AGAINST = (*BY_FEATURES, "cmmd")  # what needs a reference
+OF_NETWORKS = ("features", "clip", "reference", "num_reference", "num_images", "cache")  # settings for these scores
+AGAINST = (*BY_FEATURES, "cmmd")  # scores that compare with a reference
 
 
 def check_metrics(config: EvaluationConfig) -> None:
-    """Raises ValueError where what `evaluation.metrics` needs is not there: libraries, weights, enough pictures."""
+    """Raises ValueError where `evaluation.metrics` needs a library, weights or more pictures than there are."""
     for name in config.metrics:
         for key in ("num_images", "num_reference") if name in AGAINST else ("num_images",):
             asked = getattr(config, key)
@@ -52,10 +51,10 @@ def check_metrics(config: EvaluationConfig) -> None:
 
 
 class Judge:
-    """Holds pictures against a reference: `add` some and some more, then `scores`.
+    """Scores pictures against a reference: `add` batches of them, then call `scores`.
 
-    reference: pictures of the size that is scored, None where no metric asks for any. Raises ValueError for weights
-    that are not there or do not fit.
+    reference: pictures of the same size; None where no metric needs any. Raises ValueError for weights that are missing
+    or do not fit.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Judge:
         return any(name in self.config.metrics for name in names)
 
     def add(self, images: Tensor, captions: Sequence[str] = ()) -> None:
-        """Pictures, uint8 (B, 3, H, W), and for CLIPScore a caption each."""
+        """Add pictures, uint8 (B, 3, H, W), and for CLIPScore a caption for each."""
         for name, network in self._networks.items():
             self._seen[name].append(network(images).cpu())
         if self._asks("clip-score"):
@@ -90,7 +89,7 @@ class Judge:
             self._seen["captions"].append(self._networks["clip"].read(captions).cpu())
 
     def scores(self) -> dict[str, Any]:
-        """What `evaluation.metrics` asks for, of all pictures added; then it begins anew. Raises DataError for none."""
+        """The scores in `evaluation.metrics` of all pictures added since the last call. Raises DataError for none."""
         seen = {name: torch.cat(parts) for name, parts in self._seen.items() if parts}
         if not seen:
             raise DataError("none of the pictures can be read: there is nothing to score")
@@ -116,7 +115,7 @@ class Judge:
         return {**out, "num_images": len(next(iter(seen.values()))), **counts}
 
     def _held_against(self, name: str) -> Tensor:
-        """What a network sees in the reference."""
+        """The reference's features by a network."""
         if name not in self._references:
             assert self.reference is not None
             self._references[name] = reference_features(
@@ -131,10 +130,10 @@ class Judge:
 
 
 class ModelJudge:
-    """Scores a run's model on pictures of captions, again and again as it learns."""
+    """Scores a run's model on pictures drawn from captions; can be called at any step."""
 
     def __init__(self, config: TrainConfig, pipe: TextToImage, run: RunFolder | None = None) -> None:
-        """run: what is said goes into its log, and its index of the data is taken."""
+        """run: its log gets the messages, and its index of the data is used."""
         self.config, index = config.evaluation, run.index if run is not None else None
         check_reference(config)
         if self.config.reference is None:
@@ -146,8 +145,8 @@ class ModelJudge:
         self.judge = Judge(self.config, reference, pipe.device, run.log if run else lambda text: None)
 
     def __call__(self, pipe: TextToImage, progress: bool = False, **sampling: Any) -> dict[str, Any]:
-        """Draw `evaluation.num_images` pictures and score them; picture i starts from the noise of seed + i. progress:
-        show on standard error how many are drawn.
+        """Draw `evaluation.num_images` pictures and score them; picture i has the noise of seed + i. progress: show on
+        standard error how many are drawn.
         """
         config, prompts = self.config, list(islice(cycle(self.captions), self.config.num_images))
         with drawing(len(prompts), progress, sampling.pop("callback", None)) as told:
@@ -159,22 +158,16 @@ class ModelJudge:
 
 
 def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage, index: Path | None = None) -> list[str]:
-    """The captions of a reference that is named; of the run's own data, those that were held out from training."""
+    """The captions of evaluation.reference, if it has any; else the held-out ones of the run's own data."""
     if config.evaluation.reference:
         own = [caption for i in range(len(reference)) if (caption := reference.caption(i))]
         if own:
             return own
-    data = config.data
-    source: Any = open_run_source(config, pipe.step, index)
-    if isinstance(source, StreamSource):
-        source = HeldOut(source, data.held_out, config.evaluation.validation_samples)
-        indices = np.arange(len(source))
-    else:
-        training, held_out = split_by_key(source, data.held_out)
-        indices = held_out if len(held_out) else training
+    source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
+    indices = held_out if len(held_out) else range(len(source))
     found = [caption for i in indices if (caption := source.caption(int(i)))]
     if not found:
-        raise DataError(f"there are no captions to draw in {data.source}: name others by evaluation.reference")
+        raise DataError(f"there are no captions to draw in {config.data.source}: name others by evaluation.reference")
     return found
 
 
@@ -184,7 +177,7 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def spread(length: int, count: int | None) -> np.ndarray:
-    """`count` of the numbers below `length`, evenly spread, or all."""
+    """`count` evenly spread numbers below `length`; all of them for None or a larger count."""
     return np.arange(length) if count is None or count >= length else np.arange(count) * length // count
 
 
@@ -197,8 +190,8 @@ def evaluate_images(
 ) -> dict[str, Any]:
     """Score a folder of pictures (or shards) by `config.metrics`, against `config.reference`; writes JSON to `out`.
 
-    Captions stand beside the pictures as in training data. num_images: score so many, evenly spread. The reference is
-    fitted to the pictures' size. Raises DataError for no pictures, ValueError for networks that are not there.
+    Captions are beside the pictures as in training data. num_images: score only so many, evenly spread. The reference
+    is fitted to the pictures' size. Raises DataError where there are no pictures, ValueError for missing networks.
     """
     if not config.metrics:
         raise ValueError("which scores? name some: fid, kid, precision-recall, clip-score, cmmd")
@@ -222,7 +215,7 @@ def evaluate_images(
 def with_evaluation(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The config with some settings of [evaluation] replaced; None leaves one as it is.
 
-    Raises ValueError where they are about scores by networks, and no such score is asked for.
+    Raises ValueError where a setting is for scores by networks, and evaluation.metrics names none.
     """
     given = {name: value for name, value in given.items() if value is not None}
     about = [name for name in given if name in OF_NETWORKS]

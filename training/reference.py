@@ -1,8 +1,7 @@
-"""Features of the pictures that others are held against, made once and kept.
+"""Features of reference pictures, computed once and kept in a folder.
 
-A kept file is named by what went into it: the bytes of the pictures in their order, their size, the network's weights
-and the libraries that ran it. It is read only where all of these are the same and its content is whole, so that a wrong
-one cannot be used.
+A file is named by a digest of what went into it: the bytes of the pictures in their order, their size, the network's
+weights and the libraries that ran it. It is used only where all of these are the same and its content is whole.
 
 Shape letters: N pictures, D features.
 """
@@ -25,11 +24,11 @@ from training.data import DataError, Source, one_pass
 from training.image_networks import ImageNetwork
 
 Log = Callable[[str], None]
-FIT = 1  # counts up when `images.fit` makes other pixels of the same file
+FIT = 1  # increased when `images.fit` changes the pixels that it makes of a file
 
 
 def cache_folder(asked: str | None) -> Path:
-    """Where kept features are: the folder asked for, else `mmdit` in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    """The folder of kept features: the one asked for, or mmdit/references in XDG_CACHE_HOME or ~/.cache."""
     if asked is not None:
         return Path(asked).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdit" / "references"
@@ -41,10 +40,9 @@ def reference_features(
     network: ImageNetwork,
     cache: Path,
     batch_size: int = 64,
-    num_workers: int = 0,
     log: Log = lambda text: None,
 ) -> Tensor:
-    """Features (N, D) of a source's pictures, read from `cache` if they were made before. Raises DataError where no
+    """Features (N, D) of a source's pictures, read from `cache` if they were computed before. Raises DataError where no
     picture can be read.
     """
     key = {"pictures": content(source, indices), "size": list(source.image_size), "fit": FIT, "network": network.digest}
@@ -54,14 +52,14 @@ def reference_features(
         return kept
     log(f"reference: {network.name} looks at {len(indices)} pictures, once; what it sees is kept in {cache}")
     features, skipped = [], []
-    for batch in one_pass(source, indices, batch_size, num_workers):
+    for batch in one_pass(source, indices, batch_size):
         skipped += batch.skipped
         if len(batch.captions):
             features.append(network(batch.images).cpu())
     if not features:
         raise DataError(f"none of the reference's {len(indices)} pictures can be read")
     found = torch.cat(features)
-    if skipped:  # whatever the reason was, it may be gone the next time
+    if skipped:  # they may be readable the next time
         log(f"reference: {len(skipped)} pictures cannot be read, so nothing is kept; one is {': '.join(skipped[0])}")
         return found
     save_weights({"features": found}, path, {"key": json.dumps(key), "sha256": _sum(found)})
@@ -69,22 +67,15 @@ def reference_features(
 
 
 def content(source: Source, indices: np.ndarray) -> str:
-    """SHA-256 of pictures in their order: of their files' bytes, or of the pixels where there are no files."""
+    """SHA-256 of pictures in their order, by `Source.raw`."""
     digest = hashlib.sha256()
-    raw = getattr(source, "raw", None)
     for i in map(int, indices):
-        one = hashlib.sha256()
-        if raw is not None:
-            one.update(raw(i))
-        else:
-            image = source[i].image
-            one.update(b"" if image is None else image.tobytes())
-        digest.update(one.digest())
+        digest.update(hashlib.sha256(source.raw(i)).digest())
     return digest.hexdigest()
 
 
 def _read(path: Path, key: dict) -> Tensor | None:
-    """The features in a file, None unless it was made from `key` and is whole."""
+    """The features in a file; None where it does not exist, was made from another key, or is not whole."""
     if not path.is_file():
         return None
     try:

@@ -1,7 +1,7 @@
-"""Files on any server that fsspec knows (s3://, https://, memory://), read in ranges, with patience, not without end.
+"""Files on any server that fsspec knows (s3://, https://, memory://), read in ranges, with a limited number of retries.
 
-A read that fails or does not answer in time is tried again, after a pause that doubles each time; after the last try
-`RemoteError` says what was asked and why it failed. Nothing is downloaded whole.
+A read that fails or times out is tried again, after a pause that doubles each time; after the last try `RemoteError`
+says what was asked for and why it failed. Nothing is downloaded whole.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from training.errors import one_line
+
 BLOCK = 1 << 20
-"""Bytes that are asked for at a time where a file is read from its start on."""
+"""Fewest bytes to ask for at a time."""
 
 AT_ONCE = 16
-"""Files of a server that are asked for at the same time."""
+"""Files to ask a server for at the same time."""
 
 _MISSING = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
 
 class RemoteError(OSError):
-    """A server that did not give what was asked of it; the message is one line."""
+    """A read from a server that failed; the message is one line."""
 
     @property
     def strerror(self) -> str:  # type: ignore[override]  # what a log line shows of an OSError
@@ -34,7 +36,7 @@ class RemoteError(OSError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait: `timeout` seconds for each answer, `retries` further tries after pauses from `pause` s on."""
+    """How long to wait: `timeout` seconds for an answer, `retries` further tries, `pause` seconds before the first."""
 
     timeout: float = 30.0
     retries: int = 5
@@ -42,7 +44,7 @@ class Patience:
 
 
 class Listed(NamedTuple):
-    """A file on a server: its URL, its size in bytes, and what changes with its content."""
+    """A file on a server or a disk: its URL or path, its size in bytes, and a text that changes with its content."""
 
     url: str
     size: int
@@ -95,7 +97,7 @@ def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a server to be read and sought in; keeps the last block: going forward asks for each byte once."""
+    """A seekable file on a server. It keeps the last block, so that reading forward asks for each byte once."""
 
     def __init__(self, file: Listed, patience: Patience) -> None:
         self.file, self.patience = file, patience
@@ -126,27 +128,27 @@ class RemoteFile(io.RawIOBase):
         return data
 
 
-# --- patience --------------------------------------------------------------------------------------------------------
+# --- retries ---------------------------------------------------------------------------------------------------------
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """(the file system, the path on it): made anew in each process, for connections do not outlive a fork."""
+    """(the file system, the path on it); opened anew each time, for connections do not survive a fork."""
     import fsspec
 
     scheme = url.partition("://")[0]
-    own = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}  # so that it is nobody else's
+    own = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}  # an instance that no one else has
     try:
         files, path = fsspec.core.url_to_fs(url, **own)
         if own:
-            files.retries = 1  # it would try again in silence, past our time
+            files.retries = 1  # its own retries would go on past the timeout
     except (ImportError, ValueError) as error:
         need = f'; pip install "{_MISSING[scheme]}"' if scheme in _MISSING else ""
-        raise RemoteError(f"{url} cannot be read: {' '.join(str(error).split())}{need}") from error
+        raise RemoteError(f"{url} cannot be read: {one_line(error)}{need}") from error
     return files, path
 
 
 def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
-    """The answer to `ask`, asked again while it fails or takes too long."""
+    """The result of `ask`, called again while it fails or times out."""
     reason = ""
     for attempt in range(patience.retries + 1):
         if attempt:
@@ -158,32 +160,28 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
             if not reason:
                 raise RemoteError(f"{what}: there is no such file on the server") from error
         except PermissionError as error:
-            why = f"the server refuses it ({_in_one_line(error)}); are the credentials there, and right?"
+            why = f"the server refuses it ({one_line(error)}); are the credentials there, and right?"
             raise RemoteError(f"{what}: {why}") from error
         except TimeoutError:
             reason = f"no answer within {patience.timeout:g} s"
         except Exception as error:  # each file system has its own
-            reason = _in_one_line(error)
+            reason = one_line(error)
     tries = patience.retries + 1
     raise RemoteError(f"{what}: {reason} (tried {tries} time{'s' * (tries > 1)})")
 
 
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _behind(error: FileNotFoundError) -> str:
-    """What fsspec calls a missing file where it has not reached the server; "" where the server said so."""
+    """Why fsspec reports a missing file although it has not reached the server; "" where the file is missing there."""
     cause = error.__cause__
     answer = getattr(cause, "response", None)  # of s3
     status = answer["ResponseMetadata"]["HTTPStatusCode"] if isinstance(answer, dict) else getattr(cause, "status", 0)
     if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
         return ""
-    return _in_one_line(cause)
+    return one_line(cause)
 
 
 def _within(ask: Callable[[], Any], seconds: float) -> Any:
-    """The answer to `ask`, or TimeoutError; a call that hangs is left to its thread, which no exit waits for."""
+    """The result of `ask`. Raises TimeoutError after so long; a call that hangs is left to its daemon thread."""
     answer: list[Any] = []
     failed: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint goes on with a config and its data: what differs is refused, or said."""
+"""Checks that a checkpoint fits the config and the data of a run that resumes from it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from training.settings import said
 from training.setup import fingerprint
 
 
-def told_of(source: Source, corpus: Corpus | None) -> dict[str, str]:
-    """What a checkpoint holds of the data, to know it again: digests of the samples, of a stream's files and filters,
-    and of the text where there is some.
+def data_digests(source: Source, corpus: Corpus | None) -> dict[str, str]:
+    """The digests by which a checkpoint recognises its data: of the samples, of a stream's files and filters, and of
+    the documents of text alone.
     """
-    version: str = getattr(source, "version", "")
-    told = {"samples": fingerprint(source)} | ({"version": version} if version else {})
-    return told | ({"text": corpus.digest} if corpus else {})
+    digests = {"samples": fingerprint(source)} | ({"version": source.version} if source.version else {})
+    return digests | ({"text": corpus.digest} if corpus else {})
 
 
 def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
-    """What is said where a resumed run would not keep a setting."""
+    """The error for a resumed run that would change a setting which it has to keep."""
     return ValueError(
         f"{run.path} was trained with another {key}: {said(old)}, not {said(new)}; "
         "a resumed run keeps it, train afresh into another folder to change it"
@@ -31,8 +30,8 @@ def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
 
 
 def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], data: Mapping[str, str]) -> None:
-    """Raises ValueError where a checkpoint's state is of another run than the config says; warns where the samples have
-    changed, or the size of a batch. data: what `told_of` says now.
+    """Raises ValueError where a checkpoint does not fit the config; warns where the samples or the size of a batch have
+    changed. data: the `data_digests` of now.
     """
     if state["seed"] != config.seed:
         raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {config.seed}")
@@ -46,7 +45,7 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
         what = f"{moved} samples are passed over" if moved > 0 else f"{-moved} samples come once more"
         run.log(f"warning: training.batch_size was {before}: batches are those of a run of {batch} now, so that {what}")
     version, now = state.get("version"), data.get("version")
-    alike = version is not None and version == now  # a stream, which is otherwise known by its name alone
+    alike = version is not None and version == now  # of a stream, whose "samples" are its name alone
     if state.get("samples", data["samples"]) != data["samples"] and not alike:
         old, new = run.config().data.source, config.data.source
         if new != old:

@@ -1,4 +1,4 @@
-"""Rows of images and captions, as Parquet files and Hugging Face datasets have them: which columns are which."""
+"""The columns of Parquet files and Hugging Face datasets: which hold images, captions and keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JSON = "json"
 
 
 class Row(NamedTuple):
-    """A row that can be read again as number `row` of block `block`; image: its bytes, where they were asked for."""
+    """Row number `row` of block number `block` (a row group); image: its bytes, where they were asked for."""
 
     block: int
     row: int
@@ -39,7 +39,7 @@ def caption_columns(names: Sequence[str], fields: Weights) -> list[str]:
 
 
 def captions_in_row(values: dict[str, Any], fields: Weights) -> Captions:
-    """The captions in the values of columns, and in the object that a column "json" holds."""
+    """The captions in a row's columns, and in the object in its column "json"."""
     return joined(captions_of(values, fields), captions_of(values.get(JSON), fields), fields)
 
 
@@ -49,7 +49,7 @@ def key_column(names: Sequence[str]) -> str | None:
 
 
 def row_of(block: int, row: int, values: dict[str, Any], key: str | None, image: str | None, fields: Weights) -> Row:
-    """A row from the values of its columns; image: the column to take the bytes of."""
+    """A row from the values of its columns; key, image: names of these columns, None where they were not read."""
     name = values.get(key) if key else None
     captions = captions_in_row(values, fields)
     return Row(

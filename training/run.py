@@ -22,13 +22,13 @@ from training.progress import say
 
 OWN = {"config.toml", "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
-"""All that a run writes in its folder, but for what is hidden."""
+"""All names that a run writes in its folder, except hidden ones."""
 UNLINKED = ".nfs*"
-"""What NFS makes of a file that is removed while it is open (of a lock): it is gone when that is closed."""
+"""The name under which NFS keeps a file that is removed while it is open, as a lock may be, until it is closed."""
 
 
 class Board(Protocol):
-    """Another place that metrics go to."""
+    """Another place to write metrics to, such as Weights & Biases."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -36,14 +36,14 @@ class Board(Protocol):
 
 
 def taken(path: Path) -> FileExistsError:
-    """What is said where a new run finds its folder in use."""
+    """The error for a new run whose folder is in use."""
     return FileExistsError(
         f"{path} exists: continue it with `mmdit train --resume {path}`, or name another folder with --out"
     )
 
 
 class RunFolder:
-    """Paths of a run, and the two files that grow: the log and the metrics. quiet: nothing is printed."""
+    """The folder of a run: its config, log and metrics. quiet: this process prints no progress."""
 
     quiet = False
 
@@ -52,11 +52,11 @@ class RunFolder:
         self._skipped: set[str] = set()
         self.board: Board | None = None  # gets the metrics too
         self._board: Any = None
-        self._purge: int | None = None  # the first step that tensorboard must forget
+        self._purge: int | None = None  # tensorboard is to drop this step and later ones
 
     @property
     def index(self) -> Path:
-        """Folder where indexes of the data are kept that are slow to make."""
+        """The folder that keeps indexes of the data which are slow to make."""
         return self.path / "index"
 
     @classmethod
@@ -76,7 +76,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """A run that exists. Raises FileNotFoundError where the folder is none."""
+        """A run that exists. Raises FileNotFoundError where the folder is not a run's."""
         if not (Path(path) / "config.toml").exists():
             raise FileNotFoundError(f"{path} is not a run folder: it has no config.toml")
         return cls(path)
@@ -86,7 +86,7 @@ class RunFolder:
         return load_config(self.path / "config.toml", [])
 
     def write_config(self, config: TrainConfig) -> None:
-        """Keep the config as used."""
+        """Write the config as used."""
         write_aside(self.path / "config.toml", lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
 
     def log(self, text: str) -> None:
@@ -96,13 +96,13 @@ class RunFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log_skipped(self, key: str, reason: str) -> None:
-        """Name a sample that cannot be used, the first time that it is met."""
+        """Log a sample that cannot be used, the first time that it is met."""
         if key not in self._skipped:
             self._skipped.add(key)
             self.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
-        """Append one line to metrics.jsonl, and the same to tensorboard."""
+        """Append a line to metrics.jsonl, and write the same values to tensorboard and the board."""
         with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         with named(self.path / "tensorboard"):
@@ -116,7 +116,7 @@ class RunFolder:
             self.board.write(step, values)
 
     def metrics(self) -> list[dict[str, float]]:
-        """All lines of metrics.jsonl; a line that a kill cut short is left out."""
+        """All lines of metrics.jsonl, without those that a kill has cut short."""
         path = self.path / "metrics.jsonl"
         rows = []
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -127,20 +127,20 @@ class RunFolder:
         return rows
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
-        """Forget the lines past `step`, and those of it that have one of `names`: a resumed run writes them again."""
-        again = {*names}
-        rows = [row for row in self.metrics() if row["step"] < step + (not again & row.keys())]
+        """Remove the lines past `step`, and those of that step that have one of `names`: they will be written again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
         self._purge = step + 1
 
     def remove_leftovers(self) -> None:
-        """Remove the files and folders that were being written when a process was killed; while nobody else writes."""
+        """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
         for path in sorted(self.path.rglob(".*.part"), reverse=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
-        """Send what is left; the next metrics go on."""
+        """Flush tensorboard and the board; writing metrics opens them again."""
         if self._board is not None:
             with named(self.path / "tensorboard"):
                 self._board.close()
@@ -151,7 +151,7 @@ class RunFolder:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of writing that say where: those of a file that is open do not, such as of a full disk."""
+    """Adds the path to an OSError that names none, as when a write to an open file fails on a full disk."""
     try:
         yield
     except OSError as error:
@@ -161,9 +161,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 class QuietRun(RunFolder):
-    """The run of a process that is not the first of several: it reads, and leaves writing and printing to the first.
+    """The run folder of a process other than process 0, which leaves writing and printing to that one.
 
-    A sample that cannot be used is still named, since each process reads others.
+    It still prints samples that cannot be used, since each process reads different ones.
     """
 
     quiet = True

@@ -1,6 +1,6 @@
-"""The sections of a run's config: every field with its type, default and one line of meaning and unit.
+"""The sections of a run's config: every field with its type, default, and a line of meaning and unit.
 
-`training/config.py` puts them together; `config_page.py` writes docs/config.md from the fields below.
+`training/config.py` joins them; `config_page.py` writes docs/config.md from the fields below.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     source: str = "shapes"
-    """Where pictures come from: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a
-    folder, a glob or a URL), "hf:NAME", or a mix of such by weight, "a=0.7,b=0.3"; or what `mmdit cache` made of
-    one of these (docs/data.md)."""
+    """The pictures: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a folder, a glob
+    or a URL), "hf:NAME", a mix of these by weight, "a=0.7,b=0.3", or a cache of them by `mmdit cache`
+    (docs/data.md)."""
     num_samples: Count | None = None
-    """Use only the first so many samples ("none": all; 100,000 for "shapes")."""
+    """Number of samples to use, the first ones ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
-    """Pixels that every image is fitted to: a side, or [height, width]; "none" takes the commonest size of the data."""
+    """Pixels that every image is fitted to: a side, or [height, width]; "none" is the most common size of the data."""
     held_out: BelowOne = 0.02
-    """Fraction of the samples kept from training, for the validation loss; chosen by a hash of each sample's key."""
+    """Fraction of the samples that is held out for the validation loss, chosen by a hash of each sample's key."""
     num_workers: CountOrZero = 0
-    """Processes that read images beside the trainer; the order of samples does not depend on it."""
+    """Worker processes that read images; the order of samples does not depend on it."""
     cache_latents: bool = True
-    """Encode each image once and keep its latent in memory (float32), instead of encoding it again every epoch."""
+    """Encode each image once and keep its latent in memory (float32), instead of encoding it every epoch."""
     posterior: Literal["mode", "sample"] = "mode"
-    """What is trained on of an AutoencoderKL's distribution of latents: its mode, or a sample drawn anew each time."""
+    """Latents of an AutoencoderKL to train on: the mode of their distribution, or a sample drawn anew each time."""
     buckets: bool | Literal["own"] = False
-    """Train at several aspect ratios: sizes of about the area of image_size, of which an image takes the nearest in
-    shape. A batch has one size, with training.packing any. "own", with packing: each near its own size, up to that
-    area."""
+    """Train at several aspect ratios: sizes of about the area of image_size, of which each image takes the nearest in
+    shape. A batch has one size, or with training.packing any. "own", which needs packing: each image has about its own
+    size, up to that area."""
     bucket_ratio: Annotated[float, Range(1)] = 2.0
-    """Longest side of a bucket over its shortest."""
+    """Largest aspect ratio of a bucket: its longer side over its shorter."""
     crop: Literal["center", "random"] = "center"
-    """Where an image is cropped whose shape differs from the size it is fitted to."""
+    """Where an image is cropped if its shape differs from the size it is fitted to."""
     flip: bool = False
-    """Mirror each image with probability 1/2, drawn anew each time; not for captions that say left and right."""
+    """Mirror each image with probability 1/2, drawn anew each time; not for captions that mention left and right."""
     captions: str | None = None
     """Fields of captions to draw from and their weights, such as "original=0.5,synthetic=0.5"; the captions of a list
-    share its weight equally. "none" takes the first caption that is found."""
+    divide its field's weight equally. "none" takes the first caption that is found."""
     min_side: CountOrZero = 0
-    """Leave out images with a side below so many pixels."""
+    """Leave out images with a side of fewer pixels."""
     max_aspect: Annotated[float, Range(0)] = 0.0
-    """Leave out images whose longer side is more than so many times the shorter; 0 takes any."""
+    """Leave out images with a larger aspect ratio (longer side over shorter); 0 takes any."""
     min_caption: CountOrZero = 0
-    """Leave out captions of fewer characters, and samples that have no other."""
+    """Leave out captions of fewer characters, and samples that have no others."""
     max_caption: CountOrZero = 0
-    """Leave out captions of more characters, and samples that have no other; 0 takes any, cut at 10,000."""
+    """Leave out captions of more characters, and samples that have no others; 0 takes any, cut at 10,000."""
     shuffle_buffer: Count = 1000
     """Rows of a stream ("hf-stream:NAME") that are shuffled at a time."""
     timeout: Positive = 30.0
     """Seconds that a server may take for an answer."""
     retries: CountOrZero = 5
-    """Further tries where a server fails, after pauses that begin at half a second and double."""
+    """Further tries where a server fails, after pauses that start at half a second and double."""
 
     def check(self) -> None:
         if self.cache_latents and self.source.startswith("hf-stream:"):
@@ -138,14 +138,14 @@ class TextConfig(Settings):
     section: ClassVar[str] = "text"
 
     encoder: str = "learned"
-    """"learned", or the folder of a frozen one: a CLIP, T5 or causal language model, or a diffusers SD3 pipeline, of
-    which all three are taken. Of this section a frozen one takes max_length alone (CLIP at most 77, SD3's three: T5's).
+    """"learned", or the folder of a frozen one: a CLIP, T5 or causal language model, or a diffusers SD3 pipeline, whose
+    three encoders are used. A frozen one uses only max_length of this section (at most 77 for CLIP; for SD3's, T5's).
     """
     vocab_size: Annotated[int, Range(258)] = 4096
-    """Most tokens of the tokenizer. A trained one includes 256 bytes and two special tokens, four in models of text and
-    images."""
+    """Most tokens of the tokenizer. A trained one has 256 tokens for bytes, and two special tokens, or four in models
+    of text and images."""
     tokenizer: str = "train"
-    """How text becomes numbers: "train" learns it from captions and transfusion.text; or a tokenizer's folder."""
+    """The tokenizer: "train" trains one on the captions and transfusion.text; else the folder of one."""
     max_length: Annotated[int, Range(2)] = 64
     """Tokens per caption, including the end token; longer captions are cut."""
     width: Count = 256
@@ -166,7 +166,7 @@ class TextConfig(Settings):
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Settings):
-    """Flow matching: which times are trained, and how often a caption is dropped."""
+    """Flow matching: the times to train at, and how often a caption is dropped."""
 
     section: ClassVar[str] = "objective"
 
@@ -177,12 +177,13 @@ class ObjectiveConfig(Settings):
     s: float = 1.0
     """Scale of the logit-normal density (> 0), or of the mode density (in [-1, 1.75], 0 is uniform)."""
     stratified: bool = True
-    """Draw one of a batch's times from each of batch_size equal slices of probability: same density, less variance.
-    With training.grad_accumulation so for each part of the batch."""
+    """Draw one time of a batch from each of batch_size equal slices of probability: same density, less variance. With
+    training.grad_accumulation, within each part of the batch."""
     shift: Positive = 1.0
-    """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): over 1 is more noise."""
+    """Resolution-dependent shift a of training and sampling times, t -> a t / (1 + (a - 1) t): above 1 is more noise.
+    """
     caption_dropout: Fraction = 0.1
-    """Chance that a sample is trained without its caption, which classifier-free guidance needs."""
+    """Probability to train a sample without its caption, which classifier-free guidance needs."""
 
     def check(self) -> None:
         if self.time_density == "logit-normal" and self.s <= 0:
@@ -198,37 +199,37 @@ class TransfusionConfig(Settings):
     section: ClassVar[str] = "transfusion"
 
     enabled: bool = False
-    """Train such a trunk, of [model]'s size; of [text] it takes vocab_size, tokenizer and max_length."""
+    """Train such a trunk, of [model]'s size; of [text] it uses vocab_size, tokenizer and max_length."""
     weights: Literal["shared", "separate"] = "shared"
     """One set of weights for all tokens (the paper), or one for text and one for patches (mixture of transformers)."""
     time: Literal["added", "image"] = "added"
-    """How an image's time enters: added to its patches, or as adaLN of its patches."""
+    """How an image's time enters: added to its patches, or by adaLN of its patches."""
     attention: Literal["transfusion", "causal"] = "transfusion"
-    """Whether patches of an image see each other, or only those before them."""
+    """Whether the patches of an image attend to each other, or only to those before them."""
     codec: Literal["linear", "unet"] = "linear"
-    """How patches become tokens, and tokens velocities: by one matrix each, or by the halves of a U-Net, with skips."""
+    """How patches become tokens, and tokens velocities: by a linear layer each, or by the two halves of a U-Net."""
     codec_width: Annotated[int, Range(4)] = 64
     """Channels of the U-Net at the latent's own size, a multiple of 4; doubled at each halving of the size."""
     size_tokens: CountOrZero = 0
-    """Add tokens for sizes of up to so many rows or columns of patches, by which the model chooses an image's size."""
+    """Add tokens for image sizes, up to so many rows or columns of patches, by which the model chooses a size."""
     max_tokens: Count = 4096
     """Most tokens of a document, patches included, in training and in generation."""
     image_weight: NotNegative = 5.0
-    """Weight of the image loss beside the loss of the next token."""
+    """Weight of the image loss relative to the next-token loss."""
     caption_first: Fraction = 0.8
-    """Chance that a sample's caption comes before its picture (to draw it) and not after it (to describe it)."""
+    """Probability that a caption comes before its picture (to draw it) and not after it (to describe it)."""
     image_first_cap: Annotated[float, Range(0, 1, open_low=True)] = 0.5
-    """Factor on the times of pictures before their captions, since such a picture has to be recognisable."""
+    """Factor on the times of pictures that come before their captions, so that they stay recognisable."""
     z_loss: NotNegative = 0.0
-    """Weight of log^2 Z of the logits, which keeps them from drifting."""
+    """Weight of log^2 Z of the logits, which keeps these from drifting."""
     text: str | None = None
-    """Text without pictures to learn from too: a .txt, .jsonl or .parquet file, a folder or a glob of such."""
+    """Text without pictures to train on too: a .txt, .jsonl or .parquet file, a folder or a glob of these."""
     text_fraction: BelowOne = 0.0
-    """Share of training.batch_size that is documents of that text (rounded in each of grad_accumulation's parts)."""
+    """Share of training.batch_size that is documents of this text (rounded in each of grad_accumulation's parts)."""
     text_length: Annotated[int, Range(2, 4096)] = 256
-    """Tokens of such a document, including the end; longer ones are cut into pieces."""
+    """Most tokens of such a document, the end token included; longer ones are cut into pieces."""
     freeze_text: bool = False
-    """Leave the text's weights as `init` (at the top) gave them: its stream, embedding and head (LMFusion)."""
+    """Freeze the weights for text that `init` (at the top) gave: the text stream, embedding and head (LMFusion)."""
 
     def check(self) -> None:
         if self.text == "":
@@ -251,11 +252,12 @@ class LoraConfig(Settings):
     section: ClassVar[str] = "lora"
 
     rank: CountOrZero = 0
-    """Rank of the adapters on the blocks' matrices, which alone are trained; 0: no adapters, all weights train."""
+    """Rank of the adapters on the blocks' matrices, which alone are trained; 0: no adapters, all weights are trained.
+    """
     alpha: Positive | None = None
     """The adapters are scaled by alpha / rank; "none" is alpha = rank."""
     targets: Literal["attention", "all"] = "attention"
-    """Matrices that get an adapter: those of the attention, or those of the MLPs too."""
+    """Matrices that get an adapter: those of the attention, or also those of the MLPs."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,8 @@ class OptimizerConfig(Settings):
     section: ClassVar[str] = "optimizer"
 
     name: Literal["adamw", "muon", "schedule-free", "adamw-8bit"] = "adamw"
-    """The optimiser. Muon orthogonalises the updates of the blocks' matrices: a step costs more and teaches more.
-    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with moments of one byte a number."""
+    """The optimiser. Muon orthogonalises the updates of the blocks' matrices: steps are slower, and fewer are needed.
+    "schedule-free" is AdamW that averages its own weights, "adamw-8bit" AdamW with 8-bit moments."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
@@ -276,7 +278,7 @@ class OptimizerConfig(Settings):
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.01
-    """Decoupled weight decay of matrices; norms, biases and embedding tables have none."""
+    """Decoupled weight decay of matrices; not of norms, biases and embedding tables."""
     grad_clip: NotNegative = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     warmup_steps: CountOrZero = 100
@@ -284,11 +286,11 @@ class OptimizerConfig(Settings):
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """The learning rate from the end of warm-up to the end of the run; "wsd" is constant, then linear."""
     decay_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.1
-    """Last part of the run in which a "wsd" schedule falls."""
+    """Fraction of the run, at its end, in which a "wsd" schedule falls."""
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the end of a schedule that falls, as a fraction of lr."""
     base_width: Count | None = None
-    """Width of the trunk at which lr was found, for muP: a wider one gets lower rates and other initial weights."""
+    """For muP, the width of the trunk that lr was found for; a wider one gets lower rates and other initial weights."""
 
     def check(self) -> None:
         if self.name != "schedule-free":
@@ -310,17 +312,17 @@ class TrainingConfig(Settings):
     batch_size: Count = 64
     """Samples per step."""
     grad_accumulation: Count = 1
-    """Parts in which a batch is computed, to save memory; the whole batch stays batch_size samples."""
+    """Number of parts to compute a batch in, to save memory; the whole batch stays batch_size samples."""
     ema: Literal["exponential", "power"] = "exponential"
-    """Average of the weights that is sampled and scored: with a fixed decay, or by a power of the step."""
+    """Average of the weights that is sampled and scored: with a fixed decay, or EDM2's power-function average."""
     ema_decay: BelowOne = 0.999
     """Decay per step of an "exponential" average; 0 keeps no average."""
     ema_every: Count = 1
-    """Update the average once every so many steps, less work for large models; widths and decay still count steps."""
+    """Steps between updates of the average, to save work for large models; decay and widths still are per step."""
     ema_sigma_rel: tuple[SigmaRel, SigmaRel] = (0.05, 0.1)
-    """Widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
+    """Relative widths of two "power" averages, as fractions of the steps done; the first is sampled and scored."""
     ema_snapshot_every: CountOrZero = 1000
-    """Steps from one snapshot of both averages to the next; `mmdit ema` makes any other width of them. 0 keeps none."""
+    """Steps from one snapshot of both averages to the next; `mmdit ema` makes any other width from them. 0: none."""
     ema_snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Type of the numbers in snapshots."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -330,17 +332,17 @@ class TrainingConfig(Settings):
     attention: Literal["sdpa", "flex", "varlen", "xformers"] = "sdpa"
     """Kernel of the attention; all but "sdpa" need CUDA."""
     packing: bool = False
-    """Put a batch's samples in one row, without padding of captions: the same results for less work. With data.buckets
-    a batch then holds images of several sizes."""
+    """Pack a batch's samples into one sequence, without padding of captions: the same results for less work. With
+    data.buckets a batch then holds images of several sizes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the matrix products in training; weights, loss and optimiser stay fp32. "auto": bf16 where native."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, whole blocks, or all of a block except its
-    matrix products and attention (with training.attention "flex" or "xformers" the attention too)."""
+    """Activation checkpointing, i.e. what the backward pass recomputes: nothing, whole blocks, or all of a block but
+    its matrix products and attention (with training.attention "flex" or "xformers" also the attention)."""
     recompute_every: Count = 1
-    """Recompute only every so many-th block."""
+    """Recompute only every n-th block."""
     max_bad_steps: CountOrZero = 10
-    """Steps in a row without a finite gradient that end the run; each is left out and counted. 0 does not check."""
+    """Number of steps in a row without a finite gradient that ends the run; each is skipped. 0 does not check."""
     log_every: Count = 10
     """Steps from one line in metrics.jsonl to the next."""
     validate_every: CountOrZero = 1000
@@ -350,12 +352,12 @@ class TrainingConfig(Settings):
     checkpoint_every: CountOrZero = 1000
     """Steps from one checkpoint to the next; 0 writes one only at the end, and when stopped."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that are kept; older ones are removed."""
+    """Number of checkpoints to keep; older ones are removed."""
     async_checkpoint: bool = False
-    """Write checkpoints while training goes on, from a copy in the CPU's memory."""
+    """Write checkpoints in the background, from a copy in the CPU's memory."""
     peak_tflops: Positive | Literal["auto", "measure"] = "auto"
-    """Peak for MFU, in TFLOPS per device: a number, the datasheet's of a known GPU ("auto"; none for other devices), or
-    what a large matrix product reaches here ("measure")."""
+    """Peak for MFU, in TFLOPS per device: a number, the datasheet's for a known GPU ("auto"; no MFU on other devices),
+    or measured with a large matrix product ("measure")."""
     profile: str | None = None
     """Steps to profile, FIRST:LAST from 1, both included: a trace for chrome://tracing goes into profile/."""
     wandb: str | None = None
@@ -396,27 +398,27 @@ class ParallelConfig(Settings):
     section: ClassVar[str] = "parallel"
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
-    """What each process holds: with "ddp" (and "auto") all of the model, with "fsdp" an equal part of weights, average
-    and optimiser, with "hsdp" such a part within each group of shard_size processes. "none": one process alone."""
+    """How the model is distributed: replicated ("ddp", "auto"), sharded over all processes with average and optimiser
+    ("fsdp"), or sharded within groups of shard_size processes ("hsdp"). "none": one process alone."""
     shard_size: Count | None = None
-    """Processes that hold one model together with "hsdp"; "none" is those of a node."""
+    """Number of processes that share one model with "hsdp"; "none" is those of a node."""
     reshard: bool = True
-    """After a block's forward pass drop its gathered weights, and gather them again for the backward pass."""
+    """Free a block's gathered weights after its forward pass, and gather them again for the backward pass."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimiser of "fsdp" and "hsdp" in the CPU's memory; the device holds the average and
-    the block being computed."""
+    """With "fsdp" and "hsdp", keep weights, gradients and optimiser in the CPU's memory; the device holds the average
+    and the block being computed."""
     timeout: Count = 1800
-    """Seconds that processes wait for one that does not respond."""
+    """Seconds to wait for a process that does not respond."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How pictures are made, in the run's grids and wherever its model is sampled without saying otherwise."""
+    """How pictures are drawn: in the run's grids, and by default wherever its model is sampled."""
 
     section: ClassVar[str] = "sampling"
 
     prompts: tuple[str, ...] = ()
-    """Captions of the sample grids; an empty list takes captions of held-out samples."""
+    """Captions for the sample grids; an empty list takes captions of held-out samples."""
     solver: str = "ab2"
     """Name of the ODE solver, as in `samplers.solver_names()`."""
     num_steps: Count = 28
@@ -424,7 +426,7 @@ class SamplingConfig(Settings):
     guidance: NotNegative = 4.0
     """Scale of classifier-free guidance; 1 is none, 0 ignores the caption."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Times [low, high] between which guidance acts; outside it the captioned model is used alone."""
+    """Interval [low, high] of times in which guidance is used; outside it only the conditional prediction is."""
     seed: CountOrZero = 0
     """Seed of the noise that pictures start from."""
 
@@ -450,30 +452,30 @@ class EvaluationConfig(Settings):
     validation_samples: Count = 256
     """Held-out samples in a validation loss (fewer where there are fewer)."""
     validation_times: Count = 8
-    """Evenly spaced fixed times t at which the validation loss is taken."""
+    """Number of evenly spaced fixed times t at which the validation loss is computed."""
     prompts_per_question: CountOrZero = 50
-    """Prompts of each of ShapesEval's six questions; 0 does not score. Used when the source is "shapes"."""
+    """Prompts for each of ShapesEval's six questions, if the source is "shapes"; 0 does not score."""
     batch_size: Count = 64
-    """Pictures sampled at a time, and of a validation loss."""
+    """Pictures that are sampled, or validated, at a time."""
     seed: CountOrZero = 0
     """Seed of the prompts and of the noise."""
     metrics: tuple[Literal["fid", "kid", "precision-recall", "clip-score", "cmmd"], ...] = ()
-    """Scores of pictures by networks; docs/evaluation.md says what each is and needs."""
+    """Scores of pictures by networks; docs/evaluation.md says what each of them is and needs."""
     metrics_every: CountOrZero = 0
-    """Steps from one such score to the next; 0 scores at the end alone."""
+    """Steps from one of these scores to the next; 0 scores only at the end."""
     features: str | None = None
-    """Network of fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
+    """Network for fid, kid, precision-recall: FID's Inception (.safetensors), or a vision model's or CLIP's folder."""
     clip: str | None = None
-    """Network of clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
+    """Network for clip-score and cmmd: a CLIP's folder, or "hf-hub:ORG/NAME"."""
     reference: str | None = None
-    """Pictures to hold the model's against, named as data.source is, with the captions to draw; "none": the run's data
+    """Pictures to compare the model's with, named as in data.source, and the captions to draw; "none": the run's data
     and its held-out captions."""
     num_reference: Count | None = None
-    """Use only so many of them, evenly spread ("none": all)."""
+    """Number of these pictures to use, evenly spread ("none": all)."""
     num_images: Count = 1000
-    """Pictures drawn for these scores; published ones take 10,000 to 50,000."""
+    """Number of pictures drawn for these scores; published scores use 10,000 to 50,000."""
     cache: str | None = None
-    """Folder that keeps what networks see in the reference; "none": mmdit/references in the user's cache."""
+    """Folder that keeps the reference's features; "none": mmdit/references in the user's cache folder."""
 
     def check(self) -> None:
         for names, key in ((BY_FEATURES, "features"), (BY_CLIP, "clip")):

@@ -1,8 +1,8 @@
-"""Frozen dataclasses that check themselves: values fitted to declared types, TOML in and out, overrides, field docs.
+"""Frozen dataclasses that check their values, are read from and written to TOML, take overrides, and document fields.
 
 A settings class is a frozen dataclass with simple types (`int`, `float`, `str`, `bool`, `Literal`, tuples, `X | None`,
-`Annotated` with a `Range`) and a string under each field that says what it means. Everything else here reads those
-declarations; nothing is said twice. `None` has no spelling in TOML: there and in overrides it is the string "none".
+`Annotated` with a `Range`) and a string under each field that says what it means. All else follows from these
+declarations. TOML has no null: there and in overrides None is the string "none".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tomli_w
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range; its message is one line that says what to do."""
+    """A setting that is unknown, of the wrong type or out of range; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ BelowOne = Annotated[float, Range(0, 1, open_high=True)]
 
 
 class Settings:
-    """Base of a settings class: fits every field to its type, then asks `check` for what joins several fields.
+    """Base of a settings class: fits every field to its declared type, then calls `check`.
 
-    `section` is the name before the dot in a key ("training" in "training.num_steps"), "" at the top.
+    `section` is the part of a key before the dot ("training" in "training.num_steps"), "" at the top level.
     """
 
     section: ClassVar[str] = ""
@@ -66,11 +66,11 @@ class Settings:
         hints = _hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = fit(hints[f.name], getattr(self, f.name), _join(self.section, f.name))
-            object.__setattr__(self, f.name, value)  # frozen: this is the one place where a field is set
+            object.__setattr__(self, f.name, value)  # the dataclass is frozen
         self.check()
 
     def check(self) -> None:
-        """Raises ConfigError for what the type of a single field cannot say."""
+        """Raises ConfigError for conditions that the type of a single field cannot express."""
 
 
 S = TypeVar("S")
@@ -80,7 +80,9 @@ S = TypeVar("S")
 
 
 def fit(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`: lists become tuples, whole floats ints, "none" None; else ConfigError on `key`."""
+    """`value` as the type `hint`: lists become tuples, whole floats ints, "none" None. Raises ConfigError, which names
+    `key`, where it does not fit.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fit_range(args[0], args[1], value, key)
@@ -150,7 +152,7 @@ def type_text(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as TOML writes it, where TOML can."""
+    """A value as TOML writes it; None, which TOML has not, as "none"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -161,7 +163,7 @@ def shown(value: Any) -> str:
 
 
 def suggestion(wrong: Any, known: Iterable[Any]) -> str:
-    """'; did you mean "..."?' with the known name nearest to the wrong one, or "" where none is near."""
+    """'; did you mean "..."?' with the known name nearest to a wrong one, "" where none is near."""
     near = get_close_matches(str(wrong), [str(name) for name in known], n=1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
@@ -182,9 +184,11 @@ def _plain(value: Any) -> Any:
 
 
 def said(value: Any) -> str:
-    """A value as on the command line."""
+    """A value as one writes it on the command line."""
     text = str(_plain(value))
-    return text.replace(" ", "") if isinstance(value, tuple) else text.lower() if isinstance(value, bool) else text
+    if isinstance(value, tuple):
+        return text.replace(" ", "")
+    return text.lower() if isinstance(value, bool) else text
 
 
 def to_toml(settings: Any) -> str:
@@ -193,7 +197,7 @@ def to_toml(settings: Any) -> str:
 
 
 def merged(settings: S, table: Mapping[str, Any], prefix: str = "") -> S:
-    """The settings with what a (nested) table says in place of what they had. Raises ConfigError for an unknown key."""
+    """The settings updated with a nested table. Raises ConfigError for an unknown key or a value that does not fit."""
     hints, changes = _hints(type(settings)), {}
     for name, value in table.items():
         key = _join(prefix, name)
@@ -244,7 +248,7 @@ def hint_of(cls: type, key: str) -> Any:
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    """Text as a TOML value that fits the key; otherwise the text itself, so that strings need no quotes."""
+    """The value of an override: a TOML value, or else the text itself, so that strings need no quotes."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -252,12 +256,12 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     try:
         return fit(hint, value, key)
     except ConfigError:
-        if _is(hint, str):  # a folder may be named 2024
+        if _allows(hint, str):  # a folder may be named 2024
             return text
         raise
 
 
-def _is(hint: Any, kind: type) -> bool:
+def _allows(hint: Any, kind: type) -> bool:
     return hint is kind or (get_origin(hint) in (Union, UnionType) and kind in get_args(hint))
 
 
@@ -267,7 +271,7 @@ def is_section(hint: Any) -> bool:
 
 
 def _unknown(key: str, cls: type, prefix: str) -> str:
-    """The message for an unknown key, with the known one that is likest: in spelling, or in its part after the dot."""
+    """The message for an unknown key, with the most similar known one, in whole or in the part after the dot."""
     known, last = keys(cls, prefix), key.rpartition(".")[2]
     at_this_level = key.rpartition(".")[0] == prefix
     sections = [_join(prefix, name) for name, hint in _hints(cls).items() if is_section(hint) and at_this_level]
@@ -292,7 +296,7 @@ def keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def keys_in(table: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every dotted key that a nested table says."""
+    """Every dotted key in a nested table."""
     found: list[str] = []
     for name, value in table.items():
         key = _join(prefix, name)
@@ -306,18 +310,6 @@ def _example(cls: type) -> str:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What changed between two settings of one class, each as "section.key: old -> new"."""
-    found: list[str] = []
-    for name in _hints(type(old)):
-        a, b, key = getattr(old, name), getattr(new, name), _join(prefix, name)
-        if is_dataclass(a):
-            found += differences(a, b, key)
-        elif a != b:
-            found.append(f"{key}: {shown(a)} -> {shown(b)}")
-    return found
 
 
 # --- documentation ----------------------------------------------------------------------------------
@@ -348,11 +340,11 @@ def field_docs(cls: type, prefix: str = "") -> list[FieldDoc]:
 
 def _hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, in the order of declaration."""
-    return _read_hints(cls)
+    return _cached_hints(cls)
 
 
 @cache
-def _read_hints(cls: Any) -> dict[str, Any]:
+def _cached_hints(cls: Any) -> dict[str, Any]:  # apart, since to mypy not every class is hashable
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls)}
 

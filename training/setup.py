@@ -1,6 +1,6 @@
-"""What a run is made of, from its config: the data, the model that fits it, and the feeds.
+"""From a config to the parts of a run: the data, the model that fits it, and the feeds of batches.
 
-Sides are (height, width), in pixels for the source, in latent pixels for the model.
+Sizes are (height, width), in pixels for the source, in latent pixels for the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,6 @@ from training.data import (
     split_by_key,
 )
 from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
-from training.image_batches import layout_of
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
@@ -53,16 +51,16 @@ from training.start import start_mmdit, start_transfusion, text_form, tokenizer_
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
-TOKENIZER_CAPTIONS = 1_000_000  # samples whose captions a tokenizer is trained on at most
-STREAM_CAPTIONS = 20_000  # and of a stream
-NAMED_SIZES = 20  # buckets that a log names one by one
+TOKENIZER_CAPTIONS = 1_000_000  # samples, at most, whose captions a tokenizer is trained on
+STREAM_CAPTIONS = 20_000  # the same of a stream
+NAMED_SIZES = 20  # most buckets that the log names one by one
 
 
 def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
-    """The run's samples, of a size that an autoencoder of that factor and the model's patches divide."""
+    """The run's samples, fitted to sizes that the autoencoder's factor and the model's patches divide."""
     check_reference(config)
     source = open_run_source(config, factor * config.model.patch_size, run.index)
-    sizes, (height, width) = layout_of(source).sizes, source.image_size
+    sizes, (height, width) = source.layout.sizes, source.image_size
     number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
@@ -76,17 +74,17 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
 
 
 def tell_flaws(source: Source, log: Callable[[str], None], skipped: Callable[[str, str], None]) -> None:
-    """Say what of the data is left out, skipped, or not as it was meant."""
-    for reason, count, key in getattr(source, "left_out", ()):
+    """Report the samples that are left out, skipped, or have captions with broken characters."""
+    for reason, count, key in source.left_out:
         log(f"left out: {count} samples with {reason}, such as {key}")
-    for count, key in getattr(source, "garbled", ()):
+    for count, key in source.garbled:
         log(f"warning: {count} samples have captions that are no UTF-8, such as {key}: save these as UTF-8")
     for key, reason in source.skipped:
         skipped(key, reason)
 
 
 def check_reference(config: TrainConfig) -> None:
-    """Raises ConfigError where scores want pictures to be held against, and the run's own data shows none."""
+    """Raises ConfigError where a score needs reference pictures, and the run's data has no pictures to read."""
     wanting = [name for name in config.evaluation.metrics if name != "clip-score"]
     source = config.data.source
     kind = "a stream" if source.startswith(STREAM) else "a cache of latents" if is_cache(source) else None
@@ -98,24 +96,32 @@ def check_reference(config: TrainConfig) -> None:
 
 
 def open_run_source(config: TrainConfig, step: int, index: Path | None = None, need_captions: bool = True) -> Source:
-    """A run's samples, as its config says, or a `StreamSource`; index: a folder where a slow index is kept."""
+    """The samples that a config names, or a `StreamSource`. step: what sides are multiples of, in pixels; index: the
+    folder in which an index that is slow to make is kept.
+    """
     data = config.data
     wanted = Wanted(
-        parse_weights(data.captions, "data.captions") if data.captions else (),
-        bool(data.buckets),
-        data.min_side,
-        data.max_aspect,
-        data.min_caption,
-        data.max_caption,
-        Patience(data.timeout, data.retries),
-        index,
+        captions=parse_weights(data.captions, "data.captions") if data.captions else (),
+        sizes=bool(data.buckets),
+        min_side=data.min_side,
+        max_aspect=data.max_aspect,
+        min_caption=data.min_caption,
+        max_caption=data.max_caption,
+        patience=Patience(data.timeout, data.retries),
+        cache=index,
     )
-    least = smallest_bucket(config)
-    options = SourceOptions(data.buckets, data.bucket_ratio, least, config.mixes_sizes, data.crop, data.flip, wanted)
+    options = SourceOptions(
+        buckets=data.buckets,
+        max_ratio=data.bucket_ratio,
+        min_bucket=smallest_bucket(config),
+        mixed=config.mixes_sizes,
+        crop=data.crop,
+        flip=data.flip,
+        wanted=wanted,
+    )
     if data.source.startswith(STREAM) and not is_mix(data.source):
         size = checked_size(data.image_size)
-        stream: Any = StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
-        return stream  # type: ignore[no-any-return]
+        return StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)  # type: ignore
     source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, need_captions, options)
     if isinstance(source, CachedSource):
         source.check_data(data)
@@ -123,17 +129,18 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
 
 
 def smallest_bucket(config: TrainConfig) -> int:
-    """Samples that a bucket has at least: a batch's, unless batches hold several sizes."""
+    """The fewest samples that a bucket may have: a batch of pictures, or 1 where batches hold several sizes."""
     return 1 if config.mixes_sizes else config.training.batch_size - config.text_documents
 
 
 def bucket_text(source: Source) -> str:
-    """ "3 buckets: 32 x 128 (20 %), ...", or of many "120 sizes from 32 x 48 to 256 x 256". Of a stream all that there
-    may be, and no shares.
+    """The buckets for the log: "3 buckets: 32 x 128 (20.0%), ...", or of many "120 sizes from 32 x 48 to 256 x 256".
+
+    Of a stream all sizes that images may be fitted to, without shares.
     """
-    layout = layout_of(source)
+    layout = source.layout
     if len(layout.sizes) > NAMED_SIZES:
-        low, high = (f(layout.sizes, key=math.prod) for f in (min, max))
+        low, high = min(layout.sizes, key=math.prod), max(layout.sizes, key=math.prod)
         return f"{len(layout.sizes)} sizes from {low[0]} x {low[1]} to {high[0]} x {high[1]}"
     if layout.bucket is None:
         return f"{len(layout.sizes)} buckets: {', '.join(f'{h} x {w}' for h, w in layout.sizes)}"
@@ -143,8 +150,8 @@ def bucket_text(source: Source) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 of the samples' sizes and of their keys in order: what a resumed run must find again."""
-    sizes = layout_of(source).sizes
+    """SHA-256 of the image sizes and of all keys in order, by which a resumed run knows its data again."""
+    sizes = source.layout.sizes
     found = hashlib.sha256(str(tuple(source.image_size) if len(sizes) == 1 else sizes).encode())
     for key in source.keys:
         found.update(b"\n" + key.encode())
@@ -191,9 +198,9 @@ def build_model(
     resumed: bool,
     corpus: Iterable[str] | None = None,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
-    """A fresh model for the source's latents, and words: a resumed run has its tokenizer, else it is made."""
+    """A fresh model for the latents and captions of a source; its tokenizer is made for it, or a resumed run's own."""
     height, width = (side // autoencoder.factor for side in source.image_size)
-    largest = max(side for size in layout_of(source).sizes for side in size) // autoencoder.factor
+    largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
         source.check(autoencoder)
     text = _text(config, run, source, chain(_captions(source), corpus or ()), resumed)
@@ -208,9 +215,8 @@ def build_model(
         model.transformer = start_mmdit(config, run, model, resumed)
     if config.optimizer.base_width is not None and not config.init_paths:
         scale_start(model.transformer, config.optimizer.base_width)
-    count, trained = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False)
-    )
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     some = f" ({trained:.2f} M of them trained)" if trained < count else ""
     run.log(
         f"model: {count:.1f} M parameters{some}, {config.model.depth} blocks "
@@ -221,19 +227,16 @@ def build_model(
 
 
 def _captions(source: Source) -> Iterator[str]:
-    """Captions to train a tokenizer on: of very many samples some, evenly spread; of a stream the first."""
+    """Captions to train a tokenizer on: the first of a stream; of other data all, or an even selection of very many."""
     if isinstance(source, StreamSource):
         yield from source.captions(STREAM_CAPTIONS)
         return
     for i in range(0, len(source), -(-len(source) // TOKENIZER_CAPTIONS)):
-        if hasattr(source, "captions"):
-            yield from source.captions(i)[0]
-        else:
-            yield source.caption(i)
+        yield from source.captions(i)[0]
 
 
 def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:
-    """The conditioner: a frozen one from its folder, or one with its own tokenizer, made for the texts."""
+    """The conditioner: a frozen one (from its folder or the cache), or a learned one with a tokenizer for the texts."""
     here = run.path / "pipeline" / "text"
     if config.text.encoder != "learned" and isinstance(source, CachedSource):
         run.log(f"what {config.text.encoder} says of captions is read from {config.data.source}")
@@ -249,7 +252,9 @@ def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[s
 
 
 def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that text.tokenizer names, or one trained on the texts. Raises ConfigError for one too large."""
+    """The tokenizer that text.tokenizer names, or one trained on the texts. Raises ConfigError for one that has more
+    tokens than text.vocab_size.
+    """
     text, mixed = config.text, config.transfusion
     sizes = mixed.size_tokens if mixed.enabled else 0
     if text.tokenizer == "train":
@@ -321,24 +326,21 @@ def open_feeds(
 
     Raises DataError where no sample is left to train on.
     """
-    sampled = config.data.posterior == "sample"
+    data, sampled = config.data, config.data.posterior == "sample"
     if sampled and not autoencoder.has_posterior:
         raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
+    common = (autoencoder, text, device, data.num_workers, run.log_skipped)
     if isinstance(source, StreamSource):
-        return open_stream(config, run, source, autoencoder, text, device)
-    training, held_out = split_by_key(source, config.data.held_out)
+        in_memory, held_out = held_out_samples(config, source)
+        validation = _validation_feed(config, run, in_memory, held_out, autoencoder, text, device, num_workers=0)
+        return StreamFeed(source, data.held_out, *common, sampled), validation
+    training, held_out = split_by_key(source, data.held_out)
     if not len(training):
-        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({config.data.held_out})")
-    held_out = held_out[: config.evaluation.validation_samples]
-    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
-    validation = None
-    with suppress(NothingUsable):
-        validation = latent_feed(source, held_out, *common)
-    if validation is None:
-        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
+    validation = _validation_feed(config, run, source, held_out, autoencoder, text, device, data.num_workers)
     if isinstance(source, CachedSource):
         return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
-    if not config.data.cache_latents:
+    if not data.cache_latents:
         return ImageFeed(source, training, *common, sampled=sampled), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
@@ -348,20 +350,27 @@ def open_feeds(
     return feed, validation
 
 
-def open_stream(
+def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tuple[Source, np.ndarray]:
+    """(source, indices) of the samples kept from training; of a stream the first ones, which are read into memory."""
+    if isinstance(source, StreamSource):
+        in_memory = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
+        return in_memory, np.arange(len(in_memory))
+    return source, split_by_key(source, config.data.held_out)[1]
+
+
+def _validation_feed(
     config: TrainConfig,
     run: RunFolder,
-    stream: StreamSource,
+    source: Source,
+    held_out: np.ndarray,
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[StreamFeed, LatentFeed | None]:
-    """(training feed, validation feed) of a stream; the latter is None where no held-out row is found."""
-    common = (autoencoder, text, device, config.data.num_workers, run.log_skipped)
-    held_out = HeldOut(stream, config.data.held_out, config.evaluation.validation_samples)
-    validation = None
+    num_workers: int,
+) -> LatentFeed | CachedFeed | None:
+    """The first evaluation.validation_samples of the held-out samples, encoded; with a warning where there are none."""
+    some = held_out[: config.evaluation.validation_samples]
     with suppress(NothingUsable):
-        validation = LatentFeed(held_out, np.arange(len(held_out)), autoencoder, text, device, 0, run.log_skipped)
-    if validation is None:
-        run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
-    return StreamFeed(stream, config.data.held_out, *common, config.data.posterior == "sample"), validation
+        return latent_feed(source, some, autoencoder, text, device, num_workers, run.log_skipped)
+    run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
+    return None

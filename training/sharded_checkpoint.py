@@ -1,8 +1,8 @@
-"""Checkpoints of a model in parts: every process writes its own, in the folder that one process would write.
+"""Checkpoints of a sharded model: every process writes its shards into one folder, named as one process names it.
 
-torch's distributed checkpoint in its safetensors form: `shard-NNNNN-model-....safetensors`, one a process, with the
-place of each part in its whole; nothing is pickled. Any number of processes reads them, one too, and those of one
-process as well. All processes need to see the folder.
+The format is torch's distributed checkpoint in its safetensors form: one `shard-NNNNN-model-....safetensors` a process,
+which also says where each shard lies in its full tensor; nothing is pickled. Any number of processes can read it. All
+processes have to see the folder.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def save_sharded(
     weights: Mapping[str, Mapping[str, Tensor]],
     keep: int,
     ranks: Ranks,
-    beside: bool = False,
+    background: bool = False,
 ) -> Callable[[], Path]:
-    """As `save_checkpoint`, called by all processes, with tensors in parts; what it returns has to be called to end it.
+    """As `save_checkpoint`, called by all processes, for sharded tensors; the returned function completes it.
 
-    beside: only copy the tensors now, and write them in another thread. Raises OSError where one cannot write.
+    background: only copy the tensors now, and write them in another thread. Raises OSError where one cannot write.
     """
     from torch.distributed.checkpoint import async_save, save
     from torch.distributed.checkpoint.api import CheckpointException
@@ -39,11 +39,11 @@ def save_sharded(
     aside = ranks.from_first(lambda: fresh_aside(run, state["step"]))
     writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
     how: dict[str, Any] = {"storage_writer": writer, "process_group": ranks.group}
-    writing: Any = async_save(_flat(weights), **how) if beside else None
+    writing: Any = async_save(_flat(weights), **how) if background else None
 
     def finish() -> Path:
         try:
-            writing.result() if beside else save(_flat(weights), **how)
+            writing.result() if background else save(_flat(weights), **how)
         except CheckpointException as error:
             rank, (first, _) = next(iter(error.failures.items()))
             raise OSError(f"{aside.name} could not be written by process {rank}: {first}") from error
@@ -60,10 +60,10 @@ def save_sharded(
 
 
 def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of such a checkpoint: read into those given where there are some of that name, which may be in parts,
-    and else whole.
+    """The tensors of a sharded checkpoint, by group and name.
 
-    Raises ValueError where a shape differs.
+    into: tensors to read into, by the same names, which may be sharded; those of other names are read in full. Raises
+    ValueError where a shape differs.
     """
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -73,7 +73,7 @@ def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None =
     tensors: dict[str, Any] = {}
     for name, about in found.items():
         like = given.get(name)
-        if like is None and name.startswith("optimizer/"):  # state of a weight's shape is in parts as the weight is
+        if like is None and name.startswith("optimizer/"):  # state of a weight's shape is sharded as the weight is
             weight = given.get("model/" + name.removeprefix("optimizer/").rpartition("/")[0])
             if weight is not None and weight.shape == about.size:
                 like = torch.zeros_like(weight, dtype=about.properties.dtype)
@@ -81,7 +81,7 @@ def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None =
             raise ValueError(f"{folder.name} has {name} of {tuple(about.size)}, the model {tuple(like.shape)}")
         tensors[name] = torch.empty(about.size, dtype=about.properties.dtype) if like is None else like
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one process reads alone: so it should
+        warnings.simplefilter("ignore", UserWarning)  # that it reads without a process group, as one process may
         load(tensors, storage_reader=reader)
     groups: dict[str, dict[str, Tensor]] = {}
     for name, x in tensors.items():

@@ -1,11 +1,11 @@
-"""One model on several processes, by torch's own engines: copies (DDP) or parts (FSDP2), and what is computed again.
+"""One model on several processes: replicated (DDP) or sharded (FSDP2), by torch's own engines; and recomputation.
 
-With parts, every process holds 1 / n of the weights, the gradients, the optimiser's state and the average. Each block
-is a unit: its weights are gathered, in the type of the matrix products, before it works, and dropped after; what lies
-outside of the blocks is one more unit, gathered in fp32. Gradients are summed in fp32. Inputs are not cast: autocast
-does what it does in one process, so that all ways compute the same but for the rounding of sums.
+Of a sharded model every process holds 1 / n of the weights, the gradients, the optimiser's state and the average. Each
+block is a unit: its weights are gathered before it runs, in the type of the matrix products, and freed after; all that
+is outside of the blocks is one more unit, gathered in fp32. Gradients are reduced in fp32. Inputs are not cast, so that
+autocast does what it does in one process, and all strategies compute the same up to the rounding of sums.
 
-"hsdp" holds parts within groups of `shard_size` processes, and copies from group to group.
+"hsdp" shards within groups of `shard_size` processes, and replicates from group to group.
 """
 
 from __future__ import annotations
@@ -40,27 +40,29 @@ MATRIX_PRODUCTS = (
 
 
 class Learner(nn.Module):
-    """A model with its objective: what is called is the loss, so that every use of a weight is within one call."""
+    """A model with its objective as one module whose forward is the loss, since DDP and FSDP2 want each use of a weight
+    within the forward of the module that they wrap.
+    """
 
     def __init__(self, model: nn.Module, objective: Any) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
     def forward(self, batch: Any, generator: torch.Generator, counts: Tensor | None = None) -> Loss:
-        """The objective's `Loss` of a batch; counts as `TextAndImages` takes them."""
+        """The objective's `Loss` of a batch; counts: see `TextAndImages.__call__`."""
         how = {} if counts is None else {"counts": counts}
         return self.objective(self.model, batch, generator, **how)
 
 
 def strategy(config: ParallelConfig, ranks: Ranks) -> str:
-    """ "none", "ddp", "fsdp" or "hsdp": what the config asks for, of the processes that are there."""
+    """ "none", "ddp", "fsdp" or "hsdp": what the config asks for, or "none" where there is one process."""
     if ranks.world == 1:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
 
 
-def spread_text(config: ParallelConfig, ranks: Ranks) -> str:
-    """What a log says of it, after the device."""
+def strategy_text(config: ParallelConfig, ranks: Ranks) -> str:
+    """The strategy in words, to follow the device in a line of the log; "" where there is nothing to say."""
     kind = strategy(config, ranks)
     if kind != "none":
         return f", {ranks.world} processes, {kind}"
@@ -68,31 +70,37 @@ def spread_text(config: ParallelConfig, ranks: Ranks) -> str:
     return f"; parallel.strategy is {config.strategy}: it takes effect under torchrun" if idle else ""
 
 
-class Held(NamedTuple):
-    """What a process holds: the learner and the average, whether both are in parts, and if so the average's form."""
+class Parallelized(NamedTuple):
+    """What `parallelize` makes: the learner and the average, whether both are sharded, and if so (in process 0) the
+    average's `skeleton`.
+    """
 
     learner: Learner
     average: Any
-    in_parts: bool
+    sharded: bool
     skeleton: Any
 
 
-def hold(
+def parallelize(
     model: Any, objective: Any, config: TrainConfig, ranks: Ranks, device: torch.device, precision: torch.dtype
-) -> Held:
-    """A fresh model, its average and its objective, on the device, as the config wants them shared out."""
-    in_parts = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
-    if not in_parts:  # else each unit moves there when it is cut
+) -> Parallelized:
+    """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so."""
+    sharded = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
+    if not sharded:  # FSDP2 moves each unit when it shards it
         model.to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    form = skeleton(average) if in_parts and ranks.first else None
+    form = skeleton(average) if sharded and ranks.first else None
     recompute(model, config.training.recompute, config.training.recompute_every)
     learner = Learner(model, objective)
-    if in_parts:
-        if not any(True for _ in model.conditioner.parameters()):  # frozen: every process has it whole
+    if sharded:
+        if not _has_parameters(model.conditioner):  # a frozen encoder is not sharded
             model.conditioner.to(device)
         shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
-    return Held(learner, average, in_parts, form)
+    return Parallelized(learner, average, sharded, form)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
@@ -100,12 +108,12 @@ def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> N
     parallel, kind = config.parallel, strategy(config.parallel, ranks)
     if parallel.cpu_offload and (kind not in ("fsdp", "hsdp") or device.type != "cuda"):
         raise ConfigError(
-            f'parallel.cpu_offload moves the parts of "fsdp" and "hsdp" from a GPU to the CPU: here is "{kind}" on '
+            f'parallel.cpu_offload moves the shards of "fsdp" and "hsdp" from a GPU to the CPU: here is "{kind}" on '
             f"{device.type}"
         )
     if kind in ("fsdp", "hsdp") and config.optimizer.name not in ("adamw", "muon"):
         raise ConfigError(
-            f'optimizer.name is "{config.optimizer.name}", whose state cannot be in parts: take "adamw" or "muon", or '
+            f'optimizer.name is "{config.optimizer.name}", whose state cannot be sharded: take "adamw" or "muon", or '
             'parallel.strategy = "ddp"'
         )
     size = parallel.shard_size or ranks.per_node
@@ -114,7 +122,7 @@ def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> N
 
 
 def mesh_of(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Any:
-    """The processes as FSDP2 takes them: (n,) parts, or (copies, parts)."""
+    """The device mesh for FSDP2: ("shard",), or ("replicate", "shard") for "hsdp"."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if config.strategy == "fsdp":
@@ -124,10 +132,10 @@ def mesh_of(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Any:
 
 
 def shard(learner: Learner, average: Any, config: ParallelConfig, mesh: Any, precision: torch.dtype) -> None:
-    """Cut the learner's weights and the average's into parts, in place.
+    """Shard the learner's weights and the average's, in place.
 
-    The average is cut into two trees, trunk and text encoder, since pictures are drawn with each on its own; it is
-    gathered in fp32.
+    Of the average, trunk and text encoder are sharded each by itself, since sampling calls them separately; its weights
+    are gathered in fp32.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -140,23 +148,23 @@ def shard(learner: Learner, average: Any, config: ParallelConfig, mesh: Any, pre
         fully_shard(block, mp_policy=policy, reshard_after_forward=config.reshard, **how)
     fully_shard(learner, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **how)
     for part in (*average.transformer.blocks, average.transformer, average.conditioner):
-        if any(True for _ in part.parameters()):
+        if _has_parameters(part):
             fully_shard(part, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
 
 
-def copied(learner: Learner, device: torch.device) -> nn.Module:
-    """The learner whose gradients are averaged over all processes (DDP)."""
+def replicated(learner: Learner, device: torch.device) -> nn.Module:
+    """The learner in DistributedDataParallel, which averages its gradients over all processes."""
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option has another name of late
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename the option
         return DistributedDataParallel(learner, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def accumulating(learner: nn.Module, last: bool) -> Iterator[None]:
-    """One part of a batch: gradients are exchanged with the last one alone."""
+def gradient_sync(learner: nn.Module, last: bool) -> Iterator[None]:
+    """Around the backward pass of one part of a batch: processes reduce their gradients after the last part only."""
     if hasattr(learner, "set_requires_gradient_sync"):
         learner.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
@@ -168,8 +176,8 @@ def accumulating(learner: nn.Module, last: bool) -> Iterator[None]:
 
 
 @contextmanager
-def gathering(average: Any) -> Iterator[None]:
-    """Calls of a sharded average: what lies outside of its blocks is whole within, and dropped at the end."""
+def unsharded(average: Any) -> Iterator[None]:
+    """Around calls of a sharded average: weights outside of its blocks stay gathered, and are freed at the end."""
     try:
         for part in (average.transformer, average.conditioner):
             if hasattr(part, "unshard"):
@@ -182,29 +190,29 @@ def gathering(average: Any) -> Iterator[None]:
 
 
 def skeleton(model: Any) -> Any:
-    """A copy without numbers, to be given those of all parts; what is frozen outside of the parameters is shared."""
+    """A copy on the meta device, to be filled with the full tensors; it shares a frozen encoder, which has none."""
     empty = copy.deepcopy(model)
     for part in (empty.transformer, empty.conditioner):
-        if any(True for _ in part.parameters()):
+        if _has_parameters(part):
             part.to("meta")
     return empty
 
 
-# --- tensors in parts ---------------------------------------------------------------------------------------------
+# --- sharded tensors ----------------------------------------------------------------------------------------------
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that is here: itself, where it is in one piece."""
+    """This process's shard of a tensor; the tensor itself where it is not sharded."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor in one piece; where it is in parts all processes have to ask."""
+    """The full tensor; all processes have to ask for a sharded one."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def parted(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, in parts as `like` is."""
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has in full, sharded as `like` is."""
     if hasattr(x, "to_local") or not hasattr(like, "device_mesh"):
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -213,28 +221,27 @@ def parted(x: Tensor, like: Tensor) -> Tensor:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of some numbers of each weight: what processes that begin alike have in common."""
+    """A digest of the first values of each weight, by which processes check that they start from the same ones."""
     found = hashlib.sha256()
     for name, p in model.named_parameters():
         found.update(f"{name} {tuple(p.shape)}".encode() + p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
-# --- what is computed again ---------------------------------------------------------------------------------------
+# --- recomputation (activation checkpointing) ---------------------------------------------------------------------
 
 
 def recompute(model: Any, how: str, every: int) -> None:
-    """Let every how many-th block keep its inputs alone ("full"), or these and matrix products ("selective"), in place.
-
-    The rest is computed again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    """Checkpoint every `every`-th block in place: it keeps its inputs alone ("full"), or also the results of its matrix
+    products and attention ("selective"); the backward pass recomputes the rest (Chen et al. 2016, arXiv 1604.06174).
     """
     if how == "none":
         return
     for block in list(model.transformer.blocks)[::every]:
-        block.forward = _again(block.forward, how)
+        block.forward = _recomputed(block.forward, how)
 
 
-def _again(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_ops()))
@@ -246,9 +253,10 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: A
 
 
 def kept_ops() -> frozenset[Any]:
-    """What "selective" does not compute again: `MATRIX_PRODUCTS`, and the attention of samples in one row.
+    """The operators whose results "selective" keeps: `MATRIX_PRODUCTS`, and the attention of packed batches.
 
-    Of other kernels torch sees nothing to keep: FlexAttention is compiled, and xformers' are not torch's own.
+    Other attention kernels are recomputed, for torch does not see them as operators: FlexAttention is compiled, and
+    those of xformers are not torch's own.
     """
     try:
         import torch.nn.attention.varlen

@@ -19,20 +19,21 @@ from training.remote import Listed, Patience, RemoteFile, is_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
-UNREAD_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures too, which PIL does not open
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures that PIL does not open
 SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 MAX_HEADER = 1 << 24
-"""Bytes that one header, with its long names and attributes, may ask for."""
+"""Most bytes of one header, its long names and attributes included."""
 
 Place = tuple[str, int, int, Size | str | None]
-"""Of an image: path, offset, bytes; and (height, width), why there is none, or None where it was not asked for."""
+"""(path, offset, number of bytes, size) of an image; size is (height, width), the reason why it could not be read, or
+None where it was not asked for."""
 Members = dict[str, Any]
-"""Of one sample: ".png" -> `Place`, ".txt" or ".json" -> its `Captions`."""
+"""The files of one sample by suffix: the `Place` of an image, the `Captions` of a ".txt" or ".json"."""
 
 
 def open_shard(file: Listed, patience: Patience) -> BinaryIO | gzip.GzipFile:
-    """The archive's bytes, decompressed on the way where the file starts as gzip does, whatever its name."""
+    """Open an archive's bytes, decompressed where the file begins as gzip does, whatever its name."""
     if is_url(file.url):
         remote: Any = RemoteFile(file, patience)
         magic = remote.read(2)
@@ -44,7 +45,7 @@ def open_shard(file: Listed, patience: Patience) -> BinaryIO | gzip.GzipFile:
 
 
 class _Headers:
-    """The archive as tarfile sees it when it parses a header: with a limit to what it may ask for."""
+    """The archive as tarfile reads headers from it, with a limit on the size of a read."""
 
     def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -58,10 +59,10 @@ class _Headers:
 def read_members(
     file: BinaryIO | gzip.GzipFile,
 ) -> Iterator[tuple[tarfile.TarInfo, Callable[[int], bytes]]]:
-    """(header, function that reads up to so many bytes of the data now) of each regular file in a tar but hidden ones.
+    """(header, read) of each regular file in a tar that is not hidden; read(n) gives up to n bytes of its data.
 
-    Raises one of `SHARD_ERRORS` where the archive is cut off or corrupt; tarfile's own iteration takes a corrupt header
-    for the end of the archive, and stops in silence.
+    Raises one of `SHARD_ERRORS` where the archive is cut off or corrupt. (tarfile's own iteration takes a corrupt
+    header for the end of the archive, and stops without an error.)
     """
     length = file.seek(0, io.SEEK_END) if not isinstance(file, gzip.GzipFile) else None
     file.seek(0)
@@ -76,7 +77,7 @@ def read_members(
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("no end mark") from error
         if archive.offset <= member.offset or member.size < 0:
-            raise tarfile.ReadError(f"the size of {member.name} is none")
+            raise tarfile.ReadError(f"the size of {member.name} is not valid")
         if length is not None and member.offset_data + member.size > length:
             raise tarfile.ReadError(f"it ends within {member.name}")
 
@@ -102,8 +103,8 @@ def split_name(name: str) -> tuple[str, str]:
 def images_of(key: str, members: Members) -> Iterator[tuple[str, Place, list[Captions]]]:
     """(key, place, captions in each text file) of the images among the members of one key.
 
-    That is one, the member with a plain image suffix. Where there is none, names with dots ("b.1.png", "b.2.png") are
-    samples of their own, with their own captions or the common ones.
+    Usually that is the one member with a plain image suffix. Where there is none, names with dots ("b.1.png",
+    "b.2.png") are samples of their own, with captions of the same names, or those of the key.
     """
     images = [kind for kind in members if kind in IMAGE_SUFFIXES][:1] or [
         k for k in members if k.endswith(IMAGE_SUFFIXES)

@@ -1,7 +1,7 @@
-"""Which rows of a batch a process takes, so that a batch is the same whatever the number of processes.
+"""The rows of a batch that a process computes; the batch itself does not depend on the number of processes.
 
-A batch of B rows is computed in `parts` equal parts (gradient accumulation), and each part by `world` processes in
-equal pieces: row k of the run's batch stays row k, whoever computes it.
+A batch is cut into `parts` equal parts (gradient accumulation), and each part into one equal piece for each of `world`
+processes.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """Of each of `parts` equal parts the `rank`-th of `world` equal pieces."""
+    """The pieces of process `rank`: in each of `parts` parts of a batch, the rank-th of `world` pieces."""
 
     rank: int = 0
     world: int = 1
     parts: int = 1
 
     def rows(self, num: int) -> list[int]:
-        """The rows of a batch of `num`, part after part."""
+        """This process's rows in a batch of `num`, part after part."""
         size = num // (self.parts * self.world)
         firsts = ((part * self.world + self.rank) * size for part in range(self.parts))
         return [first + row for first in firsts for row in range(size)]
 
     def of(self, part: T) -> T:
-        """This process's piece of what was drawn for a whole part."""
+        """This process's piece of a tensor or list that has a row for every sample of a part."""
         rows: Any = part
         size = len(rows) // self.world
-        return rows[self.rank * size : (self.rank + 1) * size]  # type: ignore[no-any-return]
+        return rows[self.rank * size : (self.rank + 1) * size]
 
     def check(self, name: str, num: int) -> None:
-        """Raises ValueError where a batch of `num` cannot be cut into equal pieces."""
+        """Raises ValueError where a batch of `num` cannot be cut into equal pieces; `name` says what `num` is."""
         pieces = self.parts * self.world
         if num % pieces:
             near = " or ".join(str(n) for n in (num - num % pieces, num + -num % pieces) if n)

@@ -1,4 +1,4 @@
-"""Files that tell when they have changed since they were written: SHA-256 of files, and JSON that carries its own."""
+"""Detecting changed files: SHA-256 of files, and JSON that contains its own SHA-256."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mmdit.weights_io import read_json, write_aside
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(table: Mapping[str, Any]) -> str:
-    """Of a table that JSON can hold."""
+    """The SHA-256 of a table as JSON, in hex."""
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk; not on Windows, which opens no folder."""
+    """Sync a file, or the entries of a folder, to disk; nothing on Windows, where a folder cannot be opened."""
     if os.name == "nt":
         return
     fd = os.open(path, os.O_RDONLY)
@@ -35,7 +35,7 @@ def fsync(path: Path) -> None:
 
 
 def write_signed(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a table as JSON with its own SHA-256, aside and then in its place, to the disk."""
+    """Write a table as JSON with its own SHA-256, under another name and then renamed, and synced to disk."""
     text = json.dumps({**table, "sha256": sha256_of(table)}, sort_keys=True) + "\n"
 
     def write(aside: Path) -> None:
@@ -46,7 +46,7 @@ def write_signed(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """The table in such a file. Raises ValueError where it is none, or has changed since."""
+    """The table in a file that `write_signed` wrote. Raises ValueError where it is not JSON or has changed."""
     table = read_json(path)
     if not isinstance(table, dict) or table.pop("sha256", None) != sha256_of(table):
         raise ValueError(f"{path} has changed since it was written")

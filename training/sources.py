@@ -1,11 +1,11 @@
-"""The index of a data set: which samples there are, in which order, and where their bytes lie.
+"""The index of a data set: its samples in a fixed order, and where the bytes of each are.
 
 A folder of images with captions in `.txt` (or `.json`) files of the same stem; a folder with a Hugging Face
 `metadata.jsonl` or `metadata.csv` (`file_name` and `caption` or `text`); WebDataset shards and Parquet files, on disk
 or behind a URL; a Hugging Face dataset. Whatever the layout, a sample is an `Entry`: a unique key, captions, and a
-place, so that any process can read any sample at any time. Members of a `.tar` are read in place, never by their names;
-the images of a `.tar.gz` are unpacked into a temporary file that goes when the index does. Of a sample 8 bytes are in
-memory, the rest on disk (`table.py`). The order depends on names alone, not on the file system.
+place, so that any process can read any sample at any time. Members of a `.tar` are read in place, never extracted by
+name; the images of a `.tar.gz` are unpacked into a temporary file, which is removed with the index. A sample takes 8
+bytes of memory, the rest is on disk (`table.py`). The order depends on names alone, not on the file system.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from training.captions import (
     captions_of,
     joined,
 )
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.images import BadImage, ImageData, Size, read_size
 from training.listing import METADATA_NAMES, PARQUET, list_files, printable
 from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, read_range
@@ -75,9 +75,10 @@ _FORMAT = 2  # of a kept index
 
 
 class Index:
-    """The samples of a data set in their fixed order; in `skipped` what could not be indexed: (name, reason); and in
-    `left_out` how many samples were for a reason that `Wanted` gives, with the key of the first; and in `garbled` how
-    many have captions that are no UTF-8, likewise.
+    """The samples of a data set in their fixed order.
+
+    skipped: (name, reason) of what could not be indexed. left_out: for each reason why `Wanted` refused samples, their
+    number and the key of the first. garbled: number and first key of the samples whose captions are not UTF-8.
 
     `spec` is a folder, a shard, a metadata or Parquet file, a glob of shards or Parquet files, a URL of those, or
     "hf:NAME". Raises `DataError` if nothing can be trained on.
@@ -92,7 +93,7 @@ class Index:
         self._lock = threading.Lock()
         self._blocks = 0
         self._rows: Any = None  # reads the rows of Parquet files, or of a dataset
-        self._begun: list[tuple[int, str]] = []  # the first sample of each file, and what makes a key of it longer
+        self._begun: list[tuple[int, str]] = []  # of each file its first sample, and the prefix for keys that repeat
         self._root: Path | None = None  # of a folder of images
         root, files = (Path(), []) if spec.startswith(HUB) else list_files(spec, wanted.patience)
         name = self._name_of(spec, files)
@@ -157,7 +158,7 @@ class Index:
     # --- a sample ---
 
     def _measured(self, image: ImageData) -> Size | str | None:
-        """(height, width) of an image where sizes are wanted, or why there is none."""
+        """(height, width) of an image, or the reason why it has none; None where sizes are not asked for."""
         if not self.wanted.measures:
             return None
         try:
@@ -184,7 +185,7 @@ class Index:
                 raise _no_room("the index", error) from error
 
     def _told(self) -> dict[str, Any]:
-        """What is said of the data besides its samples."""
+        """What is known of the data besides its samples."""
         return {"skipped": self.skipped, "left_out": self.left_out, "garbled": self.garbled}
 
     def _leave_out(self, reason: str, key: str) -> None:
@@ -192,14 +193,14 @@ class Index:
         self.left_out[reason] = (count + 1, first)
 
     def _pass_over(self, names: Iterable[str], suffixes: tuple[str, ...], reason: str) -> None:
-        """Count the files so named as left out, beside samples that there are."""
+        """Count files with one of these suffixes as left out, if there are samples beside them."""
         for name in names if len(self._writer) else ():
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes:
                 self._leave_out(reason, printable(stem))
 
     def _begin(self, prefix: str) -> None:
-        """What follows lies in another file; prefix: what makes its keys longer."""
+        """The samples that follow are of another file; prefix: put before those of its keys that an earlier one has."""
         self._begun.append((len(self._writer), prefix))
 
     def _longer_key(self, i: int, entry: Entry) -> str:
@@ -211,8 +212,7 @@ class Index:
     def read(self, entry: Entry) -> ImageData:
         """The image file of a sample: its bytes or its path. Raises OSError where it cannot be read."""
         if self._rows is not None:
-            data: bytes = self._rows.image(entry)
-            return data
+            return self._rows.image(entry)
         if entry.size is None:
             return entry.path
         if is_url(entry.path):
@@ -223,7 +223,7 @@ class Index:
 
     @property
     def is_remote(self) -> bool:
-        """Whether images come from a server, and many are best asked for at a time."""
+        """Whether images are read from a server."""
         return bool(self.entries.files) and is_url(self.entries.files[0])
 
     # --- a folder of images ---
@@ -255,7 +255,7 @@ class Index:
     # --- Hugging Face metadata ---
 
     def _add_metadata(self, path: Path, name: str, rest: dict[str, None]) -> None:
-        """Add the samples of its rows, and take their files out of `rest`."""
+        """Add the samples of a metadata file's rows, and take their files out of `rest`."""
         folder = Path(name).parent
         self._begin("")
         try:
@@ -278,7 +278,7 @@ class Index:
     # --- shards ---
 
     def _add_shards(self, root: Path, shards: list[Listed]) -> None:
-        """One after the other; those of a server some at a time, for most of the time is waiting."""
+        """Add shards in order; those of a server are read several at a time, for most of the time is waiting."""
         at_once = AT_ONCE if is_url(shards[0].url) else 1
         with ThreadPoolExecutor(at_once) as pool:
             for first in range(0, len(shards), at_once):
@@ -299,7 +299,7 @@ class Index:
                     self._add(Entry(image_key, captions[0], path, offset, length, captions[1]), size, shared=True)
 
     def _read_shard(self, root: Path, listed: Listed) -> dict[str, list[Members]]:
-        """The samples of each key, of what is whole in a shard; what is not becomes one line in `skipped`."""
+        """The samples of a shard by key, up to where it is cut off or corrupt, which is noted in `skipped`."""
         samples: dict[str, list[Members]] = {}
         name, num_members = listed.url, 0
         path = name if is_url(name) else str(root / name)
@@ -326,12 +326,12 @@ class Index:
         except RemoteError as error:
             raise DataError(str(error)) from error
         except SHARD_ERRORS as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            self.skipped.append((name, f"cut off or corrupt: {why}; the {num_members} files before that are used"))
+            reason = f"cut off or corrupt: {one_line(error)}; the {num_members} files before that are used"
+            self.skipped.append((name, reason))
         return samples
 
     def _image(self, path: str, member: tarfile.TarInfo, read: Callable[[int], bytes], unpack: bool) -> Place:
-        """Where a shard's image lies, and its size if that is wanted."""
+        """The place of an image in a shard, and its size if that is asked for."""
         if unpack:
             data = read(MAX_IMAGE)
             return (*self._unpack(data), self._measured(data))
@@ -343,7 +343,7 @@ class Index:
         return path, member.offset_data, member.size, size
 
     def _unpack(self, data: bytes) -> tuple[str, int, int]:
-        """Append an image to the temporary file -> its place there."""
+        """Append an image to the temporary file; returns its place there."""
         with self._lock:
             try:
                 if self._spool is None:
@@ -371,10 +371,10 @@ class Index:
         except RemoteError as error:
             raise DataError(str(error)) from error
         except (OSError, ValueError) as error:
-            self.skipped.append((name, f"not readable: {' '.join(str(error).split())}"))
+            self.skipped.append((name, f"not readable: {one_line(error)}"))
 
     def _add_rows(self, rows: Iterable[Row], name: str, path: str) -> None:
-        """Rows of a Parquet file or a dataset; a block is what is read at once."""
+        """Add the rows of a Parquet file (whose row groups are blocks, read as one) or of a dataset."""
         self._begin("")
         first, last = self._blocks, -1
         for number, row in enumerate(rows):
@@ -388,7 +388,7 @@ class Index:
     # --- an index that is kept ---
 
     def _name_of(self, spec: str, files: list[Listed]) -> str | None:
-        """The name under which the index is kept: another where files or wishes are others; None: it is not kept."""
+        """The name under which the index is kept, a digest of the files and of `wanted`; None where it is not kept."""
         if self.wanted.cache is None or not files or not _kept(files):
             return None
         wishes = replace(self.wanted, cache=None, patience=Patience())
@@ -422,7 +422,7 @@ def _near(name: str) -> bool:
 
 
 def _kept(files: list[Listed]) -> bool:
-    """Whether an index of these is kept: of shards that are read in place, and of Parquet files."""
+    """Whether an index of these files is slow enough to be kept: of plain .tar shards, and of Parquet files."""
     names = [file.url.lower() for file in files]
     return not any(Path(name).name in METADATA_NAMES for name in names) and (
         any(name.endswith((".tar", PARQUET)) for name in names) and not any(name.endswith("gz") for name in names)
@@ -434,7 +434,7 @@ def _leads_outside(name: str) -> bool:
 
 
 def _rows(file: TextIO, suffix: str) -> Iterable[tuple[int, Any]]:
-    """(line number, row) of a metadata file; a line that is no JSON gives None."""
+    """(line number, row) of a metadata file; the row is None where a line is not JSON."""
     if suffix == ".csv":
         yield from enumerate(csv.DictReader(file), start=2)
         return

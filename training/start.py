@@ -1,6 +1,6 @@
-"""Where a run's weights come from when not from nothing: `init`, and what of them is trained.
+"""Starting from existing weights (`init`), and which parameters are then trained.
 
-A resumed run has its own weights: of these only the shapes are made here.
+A resumed run loads its own weights later; here only its modules get their shapes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from training.run import RunFolder
 from training.settings import said
 
 SHAPE = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "positions", "dual_attention_layers")
-TEXT_IN = ("context_in.", "pooled_in.")  # what a trunk for another text encoder learns anew
+TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text encoder learns afresh
 NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
-    """The tokenizer of the run that a model of the same kind starts from: its ids are those of the weights."""
+    """The tokenizer of the run in `init`, if that has a model of the same kind: its ids are those of the weights."""
     if config.text.tokenizer != "train":
         return None
     for path in config.init_paths:
@@ -42,16 +42,16 @@ def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
 
 @torch.no_grad()
 def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resumed: bool) -> MMDiT:
-    """The trunk with the weights that `init` names, of their shape, and with adapters where they alone are trained.
+    """The trunk with the weights that `init` names, and with adapters where only those are trained.
 
-    What reads the text starts afresh where the text encoder is another; QK-norm may be added. Raises ConfigError where
-    the shape is not that of [model], with the settings to change.
+    Layers that read the text start afresh where the text encoder is another; QK-norm may be added. Raises ConfigError,
+    which names the settings to change, where [model] does not have the shape of the weights.
     """
     trunk = model.transformer
     if config.init_paths and resumed:
         trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
     elif config.init_paths:
-        trunk = _started(config, run, trunk)
+        trunk = _adapted_trunk(config, run, trunk)
         text = _text_folder(config.init_paths[0])
         if text is not None and isinstance(model.conditioner, LearnedText):
             load_weights(model.conditioner, text / "model.safetensors")
@@ -62,7 +62,8 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
     return trunk
 
 
-def _started(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
+def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
+    """A trunk like the fresh one, with the weights that `init` names wherever they fit."""
     path = config.init_paths[0]
     found = load(path)
     if not isinstance(found, MMDiT):
@@ -109,7 +110,10 @@ def _text_folder(path: str) -> Path | None:
 
 
 def text_form(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig | None:
-    """The form of the streams of text, which follows from what the run starts from; a resumed run has it written."""
+    """The form of the text stream of a language model that the run starts from, or None; a resumed run has kept it.
+
+    Raises ConfigError, which names the settings to change, where [model] or [text] does not fit the weights in `init`.
+    """
     if resumed:
         return read_config(mmdit.config.TransfusionConfig, find(run.path) / "config.json").llama
     paths = config.init_paths
@@ -127,7 +131,10 @@ def text_form(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig
 
 
 def start_transfusion(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
-    """Weights that are there already, but where the run has its own; and none to learn for text that is frozen."""
+    """Load the weights that `init` names, unless the run is resumed, and freeze the text's if transfusion.freeze_text.
+
+    Raises ConfigError where text is to be frozen and `init` has not given all of its weights.
+    """
     frozen = config.transfusion.freeze_text
     if config.init_paths and not resumed:
         started = init_from(trunk, config.init_paths)

@@ -1,11 +1,10 @@
 """Data that comes one row after another: a Hugging Face dataset as a stream, "hf-stream:NAME" (as in `hub.py`).
 
-There is no random access, so the order is made as the rows come: the dataset's files in an order drawn by (seed,
-epoch), and within each block of `buffer` rows a permutation drawn by (seed, epoch, block). The row at a position is
-thus a function of (seed, position), and to resume is to read on from the start of its epoch without decoding: epochs
-are of one length, which a run knows when it has seen one. A batch is a stretch of positions, whatever the rows' sizes;
-or, with buckets that are not mixed, what `stream_batches.py` makes of them. Each process reads the whole stream, once,
-and decodes its own rows, in worker processes where there are some.
+There is no random access, so the rows are shuffled as they come: the dataset's files by (seed, epoch), and the rows of
+each block of `buffer` by (seed, epoch, block). The row at a position is thus a function of (seed, position). Resuming
+reads from the start of the epoch, without decoding; all epochs have one length, which a run knows after the first.
+A batch is the rows at consecutive positions, or, with buckets that are not mixed, what `stream_batches.py` makes of
+them. Each process reads the whole stream and decodes its own rows, in worker processes if there are any.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ import numpy as np
 from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
-from training.data import Sample, SourceOptions, place_of_key, read_sample
-from training.errors import DataError
+from training.data import Sample, Source, SourceOptions, place_of_key, read_sample
+from training.errors import DataError, one_line
 from training.hub import image_in, load
 from training.image_batches import ImageBatch, make_batch, make_row, rng_for
 from training.images import BadImage, Size, fit_size, read_size
@@ -41,15 +40,15 @@ from training.workers import run
 
 STREAM = "hf-stream:"
 PLAIN = SourceOptions()
-AHEAD = 2  # batches of rows read before they are asked for
-BAD_BATCHES = 10  # in a row without a good sample end a run, as so many steps without a finite gradient do
-PROBED = 100  # rows whose sizes are looked at to find the most common one
+AHEAD = 2  # batches of rows that are read ahead
+BAD_BATCHES = 10  # batches in a row without a good sample that end a run
+PROBED = 100  # rows whose images are measured to find the most common size
 _Batch: TypeAlias = "list[tuple[Size, Row]]"
 
 
 class Row(NamedTuple):
-    """A row with its image file; its key is the content's hash where the dataset has no column of keys. size: (height,
-    width) of the image, where sizes are wanted and its header can be read.
+    """A row with its image file. key: the image's hash where the dataset has no column of keys; size: (height, width),
+    where it is asked for and the header can be read.
     """
 
     key: str
@@ -60,8 +59,8 @@ class Row(NamedTuple):
 
 
 class StreamSource:
-    """The rows of a stream that are wanted, epoch after epoch; `layout` has all sizes that images may be fitted to, and
-    `version` changes with the stream's files and with what is wanted of them ("" where no files are known).
+    """The rows of a stream that the filters take, epoch after epoch. layout: all sizes that images may be fitted to;
+    version: a digest of the stream's files and the filters ("" where its files are not known).
 
     Raises `DataError` where it cannot be loaded, or its first rows show no image.
     """
@@ -81,17 +80,18 @@ class StreamSource:
         wishes = replace(options.wanted, cache=None, patience=Patience())
         self.version, self._wishes = _digest(f"{files} {wishes}") if files else "", wishes
         names = data.column_names or list(next(self._taken(data), ()))
-        self.data = data.take(num_samples) if num_samples else data  # before files are shuffled: of all epochs the same
+        self.data = data.take(num_samples) if num_samples else data  # before shuffling: the same rows in every epoch
         self.column, self.key_column = image_column(names, spec), key_column(names)
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
-        self.keys: Sequence[str] = [spec]  # all that is known of them
+        self.keys: Sequence[str] = [spec]  # its rows' own keys are not known
         self.skipped: list[tuple[str, str]] = []
+        self.left_out = self.garbled = ()
         self.image_size = fit_size(*(size or self._common_size()), step)
         self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
         self.layout = Layout(tuple(self._sizing.sizes), mixed=options.mixes)
 
     def size_of(self, row: Row) -> Size:
-        """What a row's image is fitted to, by its own size; of a bad one, as if it were of `image_size`."""
+        """The size that a row's image is fitted to; a bad image counts as one of `image_size`."""
         return self._sizing(row.size)
 
     def captions(self, most: int) -> Iterator[str]:
@@ -99,7 +99,7 @@ class StreamSource:
         return (text for row in itertools.islice(self.rows(0, None), most) for text in row.captions)
 
     def rows(self, epoch: int, seed: int | None) -> Iterator[Row]:
-        """The wanted rows of an epoch as they come; the files' order is drawn by the seed, if there is one."""
+        """The rows of an epoch that the filters take, as they come; files are shuffled by the seed, if there is one."""
         data = self.data
         if seed is not None:
             data = data.shuffle(seed=seed, buffer_size=1)
@@ -123,13 +123,13 @@ class StreamSource:
             except StopIteration:
                 return
             except Exception as error:
-                raise DataError(f"{self.spec}: {' '.join(str(error).split()) or type(error).__name__}") from error
+                raise DataError(f"{self.spec}: {one_line(error)}") from error
             yield values
 
-    # --- how many rows an epoch has ---
+    # --- the length of an epoch ---
 
     def epoch_rows(self, held_out: float) -> int | None:
-        """Rows to train on in an epoch, where a run has seen one."""
+        """The number of training rows in an epoch, where this run has seen a whole one."""
         try:
             found = json.loads(self._note(held_out).read_text())
         except (OSError, ValueError, TypeError):
@@ -137,7 +137,7 @@ class StreamSource:
         return found if isinstance(found, int) and found > 0 else None
 
     def note_epoch_rows(self, held_out: float, count: int) -> None:
-        """Keep the number beside the run's indexes, if it is news; where it cannot be, resuming takes longer."""
+        """Keep the number beside the run's indexes. Where it cannot be written, resuming takes longer."""
         if self.options.wanted.cache is not None and count != self.epoch_rows(held_out):
             with suppress(OSError):
                 write_aside(self._note(held_out), lambda aside: aside.write_text(json.dumps(count)))
@@ -149,17 +149,17 @@ class StreamSource:
     # --- a row ---
 
     def _image(self, value: Any) -> bytes:
-        """The image file in a cell; empty where there is no such file, so that its row is named as a bad one."""
+        """The image file in a cell; b"" where its file is missing, so that the row is skipped as a bad one."""
         try:
             return image_in(value)
         except FileNotFoundError:
             return b""
-        except OSError as error:  # the row is good, the server is not
+        except OSError as error:  # a failure of the server, not a bad row
             raise DataError(f"{self.spec}: {error}") from error
 
     @staticmethod
     def _measured(image: bytes) -> Size | None:
-        """(height, width), by the header; None of a bad one, which will be named when it is decoded."""
+        """(height, width) from the header; None for a bad image, which decoding will name."""
         with suppress(BadImage):
             return read_size(image)
         return None
@@ -176,11 +176,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
 
-class HeldOut:
-    """The first `most` held-out rows of a stream, in memory, as a source; each in its bucket, or of its own size."""
+class HeldOut(Source):
+    """The first `most` held-out rows of a stream, in memory, as a source, with the stream's buckets or own sizes."""
 
     def __init__(self, stream: StreamSource, fraction: float, most: int) -> None:
-        looked = int(2 * most / fraction) if fraction else 0  # rows that are read to find them
+        looked = int(2 * most / fraction) if fraction else 0  # rows that are read in search of them
         rows = itertools.islice(stream.rows(0, None), looked)
         self.rows = list(itertools.islice((row for row in rows if place_of_key(row.key) < fraction), most))
         self.stream, self.image_size, self.skipped = stream, stream.image_size, stream.skipped
@@ -194,7 +194,6 @@ class HeldOut:
         return len(self.rows)
 
     def caption(self, i: int) -> str:
-        """The first caption."""
         return self.rows[i].captions[0]
 
     def __getitem__(self, i: int) -> Sample:
@@ -203,7 +202,7 @@ class HeldOut:
 
 
 def epoch_from(stream: StreamSource, held_out: float, seed: int, epoch: int, start: int) -> Generator[Row, None, int]:
-    """The rows to train on in an epoch, in its order, from a place on; returns how many there are in all of it."""
+    """The shuffled training rows of an epoch, from number `start` on; returns how many the whole epoch has."""
     count = 0
     rows = (row for row in stream.rows(epoch, seed) if place_of_key(row.key) >= held_out)
     for block in itertools.count():
@@ -221,7 +220,7 @@ def epoch_from(stream: StreamSource, held_out: float, seed: int, epoch: int, sta
 
 
 def shuffled(stream: StreamSource, held_out: float, seed: int, start: int = 0) -> Iterator[Row]:
-    """The rows to train on from a position on, in the order of (seed, position), epoch after epoch without an end."""
+    """The shuffled training rows of all epochs, without end, from position `start` on."""
     known = stream.epoch_rows(held_out)
     epoch, start = divmod(start, known) if known else (0, start)
     while True:
@@ -239,12 +238,12 @@ def stream_loader(
     num_workers: int = 0,
     share: Share = WHOLE,
 ) -> Generator[ImageBatch, None, None]:
-    """As `loader`, of a stream: batch number `step` is the rows at positions step * B ... step * B + B - 1, each of its
-    own size where sizes are mixed; or, with buckets that are not mixed, that of `bucketfuls`.
+    """As `loader`, for a stream: batch number `step` has the rows at positions step * B ... step * B + B - 1; with
+    buckets that are not mixed, it is that of `bucketfuls`.
 
-    In place of a bad sample stands the next good one of the whole batch, whoever decodes that; in place of a batch
-    without any, the next one that has some. Raises `DataError` while iterating where the stream breaks, or after
-    `BAD_BATCHES` in a row without a good sample.
+    A bad sample is replaced by the next good one of the batch, in whichever process; a batch without a good sample, by
+    the next batch that has one. Raises `DataError` while iterating where the stream breaks, or after `BAD_BATCHES` in a
+    row without a good sample.
     """
     in_buckets = stream.options.buckets and not stream.layout.mixed
     batches = (_in_buckets if in_buckets else _in_order)(stream, held_out, batch_size, seed, start_step)
@@ -271,7 +270,7 @@ def _in_buckets(stream: StreamSource, held_out: float, batch_size: int, seed: in
 
 
 def _standing_in(batches: Generator[ImageBatch | _Bad, None, None]) -> Generator[ImageBatch, None, None]:
-    """As many batches, each that is bad replaced by the next good one: so they still are functions of their number."""
+    """The batches, each bad one replaced by the next good one, so that their numbers stay the same."""
     bad: list[_Bad] = []
     try:
         for batch in batches:
@@ -289,7 +288,7 @@ def _standing_in(batches: Generator[ImageBatch | _Bad, None, None]) -> Generator
 
 
 class _Bad(NamedTuple):
-    """A batch without a good sample: the bad ones of this process, and one in words."""
+    """A batch without a good sample: this process's bad ones, and an example for the error message."""
 
     skipped: list[tuple[str, str]]
     example: str
@@ -297,9 +296,7 @@ class _Bad(NamedTuple):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a worker is to decode: the rows `mine` of batch number `step`, of which it gets all, for good ones stand in
-    for bad ones.
-    """
+    """What a worker decodes: the rows `mine` of batch number `step`. It gets the whole batch, to replace bad rows."""
 
     step: int
     mine: tuple[int, ...]

@@ -1,10 +1,9 @@
-"""Batches of one size each, of rows that come one after another and each have a size of their own.
+"""Batches of one image size each, from rows of any size that come one after another.
 
-Rows wait until as many of one size have come as make a batch. What still waits at the end of an epoch is put in the
-order of shape and cut into batches, so that neighbours in shape come together; the rest, fewer than a batch, is filled
-up with the first rows of the next epoch. All batches of e epochs are thus floor(e n / B), as those of a plain order
-are, and the batches of an epoch a function of (seed, epoch, n, B): to resume is to read the epoch in which the batch
-begins.
+Rows wait until there are enough of one size for a batch. Those that still wait at the end of an epoch are sorted by
+aspect ratio and cut into batches of neighbours in shape; the remainder, fewer than a batch, is filled up with the first
+rows of the next epoch. e epochs thus give floor(e n / B) batches, as in a plain order, and the batches of an epoch are
+a function of (seed, epoch, n, B): resuming reads the epoch in which its first batch begins.
 
 Letters: B rows of a batch, n rows of an epoch, of which the first (-e n) mod B of epoch e fill up the batch before.
 """
@@ -17,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from training.buckets import Size
+from training.images import Size
 
 T = TypeVar("T")
 
@@ -39,8 +38,8 @@ def bucketfuls(
 ) -> Iterator[Bucketful[T]]:
     """Batches from number `start_step` on, without an end.
 
-    epoch_from(e, k): the rows of epoch e from the k-th on, in an order that is a function of e. num_rows: of an epoch,
-    where that is known; else the first is read, to know it.
+    epoch_from(e, k): the rows of epoch e from the k-th on, in an order that is a function of e. num_rows: the number of
+    rows in an epoch, if known; else the first epoch is read to count them.
     """
     epoch = step = skip = 0
     begun: list[Bucketful[T]] = []
@@ -63,7 +62,7 @@ def bucketfuls(
 
 
 class _Counted(Generic[T]):
-    """Items, and how many of them have come."""
+    """An iterable that counts its items in `num`."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items, self.num = items, 0
@@ -81,9 +80,9 @@ def _of_epoch(
     begun: list[Bucketful[T]],
     rng: np.random.Generator,
 ) -> Iterator[Bucketful[T]]:
-    """The batches of an epoch; the last one may be short, and is what the next epoch goes on with.
+    """The batches of an epoch; the last one may be short, for the next epoch to fill up.
 
-    begun: that of the epoch before, or none. rng: draws the order of the batches in which what is left comes.
+    begun: the short batch of the epoch before, if there is one. rng: shuffles the batches that are made at the end.
     """
     rows = iter(rows)
     for size, some in begun:
@@ -100,9 +99,9 @@ def _of_epoch(
 
 
 def cut_by_shape(waiting: dict[Size, list[T]], batch_size: int) -> tuple[list[Bucketful[T]], list[Bucketful[T]]]:
-    """(batches of rows that are neighbours in shape, what is left: at most one, of fewer rows).
+    """(full batches of rows that are neighbours in aspect ratio, the remainder: at most one batch, of fewer rows).
 
-    Each has the size of its middle row. What is left is the middle of all, for rows of any shape will join it.
+    Each takes the size of its middle row. The remainder is cut from the middle, since rows of any shape will join it.
     """
     sizes = sorted(waiting, key=lambda size: (size[0] / size[1], size))
     rows = [(size, row) for size in sizes for row in waiting[size]]

@@ -1,8 +1,8 @@
-"""The samples of a data set as lines of a file: millions of them take 8 bytes each in memory, the rest is on disk.
+"""The samples of a data set as lines of a file on disk; in memory each takes 8 bytes, so that millions fit.
 
-A line is a JSON list, [key, path, offset, size, captions, shares, height, width]; `path` is a number where many samples
-lie in one file. The file is read through a memory map, which processes share; it goes when the table does, unless it
-was kept (`Table.keep`) to be found again (`Table.found`) by the run that is resumed.
+A line is a JSON list, [key, path, offset, size, captions, shares, (height, width)]; `path` is a number where many
+samples are in one file. The file is read through a memory map, which processes share. It is temporary, and removed with
+the table, unless it was kept (`Table.keep`), to be found again (`Table.found`) when the run is resumed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mmdit.weights_io import write_aside
 class Entry:
     """One sample: its image is `size` bytes of `path` from `offset` on (all of it where `size` is None).
 
-    captions: those to choose among; shares: their weights, empty for equal ones. image_size: (height, width) where it
-    was asked for. In a Parquet file `offset` is the row group and `size` the row in it; in a dataset the row.
+    captions: those to draw from; shares: their weights, empty for equal ones. image_size: (height, width), where it was
+    asked for. In a Parquet file `offset` is the row group and `size` the row in it; in a dataset `size` is the row.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Entry:
 
 
 class Writer:
-    """Lines as they are found; `table` ends it. Raises OSError where the disk is full."""
+    """Writes the lines of a table one by one; `table` completes it. Raises OSError where the disk is full."""
 
     def __init__(self) -> None:
         handle, self.path = tempfile.mkstemp(prefix="mmdit-index-")
@@ -64,7 +64,7 @@ class Writer:
         return len(self._starts)
 
     def add(self, entry: Entry, shared: bool, block: int | None = None) -> None:
-        """Append a sample; `shared` where many samples have its path; block: what is best read together."""
+        """Append a sample. shared: whether other samples have its path; block: the number of samples read as one."""
         self._hashes.append(_hash(entry.key))
         self._starts.append(self._end)
         if entry.image_size is not None:
@@ -80,7 +80,7 @@ class Writer:
         self._end += self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def table(self, longer_key: Callable[[int, Entry], str]) -> Table:
-        """The whole table. Where a key comes again it becomes longer_key(i, entry), and then that with a number."""
+        """The whole table. A key that repeats becomes longer_key(i, entry), with a number if that repeats too."""
         self._file.flush()
         table = self._table()
         for i, key in _renamed(table, np.array(self._hashes, dtype=np.uint64), longer_key):
@@ -103,7 +103,7 @@ def _hash(key: str) -> int:
 
 
 def _renamed(table: Table, hashes: np.ndarray, longer_key: Callable[[int, Entry], str]) -> Iterator[tuple[int, str]]:
-    """(i, new key) of each sample whose key an earlier one has."""
+    """(i, new key) of each sample whose key an earlier sample has."""
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
     known = hashes[order]
@@ -127,13 +127,14 @@ def _holds(known: np.ndarray, key: str) -> bool:
 class Table(Sequence[Entry]):
     """The samples in their order; a slice is a table of some of them.
 
-    columns: of all samples "height" and "width" where sizes were asked for, "block" where some are read together.
+    columns: arrays with a number for each sample: "height" and "width" where sizes were asked for, and "block" where
+    several samples are read as one.
     """
 
     def __init__(self, path: str, starts: np.ndarray, files: list[str], columns: dict[str, np.ndarray]) -> None:
         self.path, self.starts, self.files, self.columns = path, starts, files, columns
         self._map: mmap.mmap | None = None
-        self._whole: Table | None = None  # of a part: the table that owns the file
+        self._whole: Table | None = None  # of a slice: the table that owns the file, kept alive by this
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -161,16 +162,15 @@ class Table(Sequence[Entry]):
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        line: list[Any] = json.loads(self._map[start : self._map.find(b"\n", start)])
-        return line
+        return json.loads(self._map[start : self._map.find(b"\n", start)])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}
 
-    # --- to be found again ---
+    # --- keeping and finding again ---
 
     def keep(self, folder: Path, name: str, about: dict[str, Any]) -> None:
-        """Write the table below a folder. `about` is what `found` gives back. Raises OSError where there is no room."""
+        """Write the table into a folder, with `about` for `found` to return. Raises OSError where there is no room."""
 
         def arrays(aside: Path) -> None:
             with aside.open("wb") as file:
@@ -184,7 +184,7 @@ class Table(Sequence[Entry]):
 
     @classmethod
     def found(cls, folder: Path, name: str) -> tuple[Table, dict[str, Any]] | None:
-        """What `keep` wrote, None where there is nothing whole of that name."""
+        """The table and `about` as `keep` wrote them; None where they are missing or not whole."""
         path = folder / f"{name}.jsonl"
         try:
             head = json.loads((folder / f"{name}.json").read_text())
@@ -198,7 +198,7 @@ class Table(Sequence[Entry]):
 
 
 class Keys(Sequence[str]):
-    """The keys of some tables, one after the other, read as they are asked for."""
+    """The keys of several tables, one after the other, read from disk as they are asked for."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = tables
@@ -226,6 +226,6 @@ class Keys(Sequence[str]):
 
 
 def remove(path: str, owner: int) -> None:
-    """Remove a temporary file, in the process that made it alone."""
-    if os.getpid() == owner:  # a forked worker that ends must not take the file from the others
+    """Remove a temporary file, if this is the process that made it: a forked worker that ends must leave it."""
+    if os.getpid() == owner:
         Path(path).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What a run says about itself: speed, use of the hardware, waiting for data, gradients, losses by time.
+"""Measurements of a run: speed, hardware utilisation, waiting for data, gradient norms, losses by time.
 
-Nothing here waits for the device while steps run: tensors are kept as they are, and read when a line of metrics is
-written. What adds up over processes stands in one vector, so that a run on several sums it with one call (`reduce`).
+Nothing here waits for the device while steps run: tensors are stored, and read when a line of metrics is written. All
+sums over processes are in one vector, so that a run on several needs one call (`reduce`).
 
 Shape letters: I images of a part of a batch, B samples, L places of a caption.
 """
@@ -23,22 +23,23 @@ from training.cache import is_cache
 from training.config import TrainConfig
 from training.flops import captioned, in_one_row, of_documents, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
+from training.sharding import whole
 from training.stream import STREAM
 
 TIME_BINS = 8  # equal parts of [0, 1]
-WAIT_LIMIT = 0.1  # share of the time that a run may wait for data, unremarked
-WAIT_WINDOW = 60.0  # seconds over which it is watched
+WAIT_LIMIT = 0.1  # share of the time waiting for data above which the run warns
+WAIT_WINDOW = 60.0  # seconds over which that share is measured
 
 
 class Telemetry:
-    """Gathers during steps, and `line` gives it all.
+    """Collects measurements during steps; `line` returns them.
 
     samples_per_second, tokens_per_second (patches, and the text tokens that are real to the trunk, as if no caption
     were dropped), mfu, data_wait (share of the time that went into waiting for batches), loss_t0.0625 ... (mean loss of
     the images in each of 8 equal parts of [0, 1], by its middle), loss_text and loss_image, grad_norm_blocks, _text,
     _in and _out, memory_gib (peak).
 
-    reduce: sums a float64 vector over all processes; then `line` is to be called by all.
+    reduce: sums a float64 vector over all processes; with it all processes have to call `line`.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Telemetry:
         self.config, self.model, self.device, self.log = config, model, device, log
         self.reduce, self.clock = reduce, clock
         self.peak = peak_tflops(config.training.peak_tflops, device, precision)
-        self._bins = torch.zeros(2, TIME_BINS, dtype=torch.float64)  # sums of losses, and their numbers
-        self._watched = [0.0, 0.0]  # seconds waited, and seconds in all, since the last look at them
+        self._bins = torch.zeros(2, TIME_BINS, dtype=torch.float64)  # sums and numbers of losses
+        self._watched = [0.0, 0.0]  # seconds of waiting, and in all, in the current window
         self._norms: dict[str, Tensor] = {}
         self._flops: dict[tuple[int, int, int], float] = {}
         self._forget()
@@ -70,7 +71,7 @@ class Telemetry:
     # --- while steps run ----------------------------------------------------------------------------------------------
 
     def next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, its wait and its size noted."""
+        """The next batch; notes its size and the time that it took to come."""
         start = self.clock()
         self._began = start if self._began is None else self._began
         batch = next(batches)
@@ -83,14 +84,14 @@ class Telemetry:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within is no training: its time does not count."""
+        """Within, time does not count as training."""
         start = self.clock()
         yield
         if self._began is not None:
             self._began += self.clock() - start
 
     def add(self, loss: Loss) -> None:
-        """The loss of a batch, or of a part of one."""
+        """Note the loss of a batch, or of a part of one."""
         for name, value in loss.parts.items():
             if name != "loss":  # the total, which the trainer writes
                 self._parts[name].append(value)
@@ -98,23 +99,24 @@ class Telemetry:
             self._timed.append((loss.t, loss.errors))
 
     def gradients(self, model: nn.Module) -> None:
-        """Norms of the gradients of the model's parts, to be called before they are clipped or dropped."""
+        """Note the gradient norm of each part of the model. To be called before gradients are clipped or cleared."""
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 parts[part_of(name)].append(parameter.grad)
-        self._norms = {f"grad_norm_{part}": _norm(gradients) for part, gradients in parts.items()}
+        norms = {part: torch.nn.utils.get_total_norm(gradients) for part, gradients in parts.items()}
+        self._norms = {f"grad_norm_{part}": whole(norm) for part, norm in norms.items()}
 
     # --- when a line is written ---------------------------------------------------------------------------------------
 
     def line(self) -> dict[str, float]:
-        """All since the last line, by name; what there is nothing of is left out."""
+        """All measurements since the last line, by name; those without data are left out."""
         self._fill_bins()
         samples, tokens, flops = self._work()
         names = list(self._parts)
         values = [torch.stack(self._parts[name]).cpu().double().mean().item() for name in names]
         norms = {name: float(norm) for name, norm in self._norms.items()}
-        # The device has finished: its numbers are read.
+        # Reading these numbers has waited for the device to finish, so the time is read now.
         wall = 0.0 if self._began is None else self.clock() - self._began
         totals = torch.tensor([1.0, samples, tokens, flops, self._waited, *values], dtype=torch.float64)
         totals = self.reduce(torch.cat([totals, self._bins.flatten()]))
@@ -135,12 +137,12 @@ class Telemetry:
         return out
 
     def state(self) -> dict[str, Any]:
-        """The losses by time since the last line, for a checkpoint; what is about speed is not kept."""
+        """The losses since the last line, for a checkpoint; measurements of speed are not kept."""
         self._fill_bins()
         return {"bins": self._bins.tolist(), "parts": {k: [x.item() for x in v] for k, v in self._parts.items()}}
 
     def load(self, state: dict[str, Any], processes: int = 1) -> None:
-        """Go on from `state`, or as one of so many processes from their `shared_state`."""
+        """Restore a `state`; where there are several processes, a `shared_state` of any number of them."""
         self._bins = torch.tensor(state["bins"], dtype=torch.float64) / processes
         for name, values in state["parts"].items():
             self._parts[name] = [torch.tensor(value, device=self.device) for value in values]
@@ -184,7 +186,7 @@ class Telemetry:
         return self._flops[sizes]
 
     def _watch(self, waited: float, wall: float) -> None:
-        """Say so where over a while the run has waited too long for its data."""
+        """Warn where the run has waited too long for its data in the current window."""
         self._watched = [self._watched[0] + waited, self._watched[1] + wall]
         if self._watched[1] < WAIT_WINDOW:
             return
@@ -194,19 +196,16 @@ class Telemetry:
 
 
 def shared_state(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The states of several processes as one, that any number of them can go on from: sums of what each adds to the
-    bins, and means.
-    """
+    """The states of several processes as one, for any number of processes to restore: sums of bins, means of parts."""
     if len(states) == 1:
         return states[0]
-    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).sum(0).tolist()
-    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0).tolist()
-             for name in states[0]["parts"]}  # fmt: skip
-    return {"bins": bins, "parts": parts}
+    bins = torch.tensor([state["bins"] for state in states], dtype=torch.float64).sum(0)
+    parts = {name: torch.tensor([state["parts"][name] for state in states]).mean(0) for name in states[0]["parts"]}
+    return {"bins": bins.tolist(), "parts": {name: values.tolist() for name, values in parts.items()}}
 
 
 def part_of(parameter: str) -> str:
-    """Which part of a captioned model a parameter is of, by its name: "blocks", "text", "in" or "out"."""
+    """The part of a captioned model that a parameter belongs to, by its name: "blocks", "text", "in" or "out"."""
     where, _, rest = parameter.partition(".")
     name = rest.partition(".")[0]
     if where == "conditioner":
@@ -215,12 +214,12 @@ def part_of(parameter: str) -> str:
 
 
 def bin_names() -> list[str]:
-    """Names of the losses by time: the middle of each bin."""
+    """The names of the losses by time, each with the middle of its bin."""
     return [f"loss_t{(2 * i + 1) / (2 * TIME_BINS):.4f}" for i in range(TIME_BINS)]
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """The peak since the start, in GiB: of torch's tensors on CUDA, of the process elsewhere."""
+    """The peak memory since the start, in GiB: of torch's tensors on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     try:
@@ -230,11 +229,6 @@ def memory(device: torch.device) -> dict[str, float]:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    norm: Any = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
 
 def _remedy(config: TrainConfig) -> str:
@@ -250,9 +244,9 @@ def _remedy(config: TrainConfig) -> str:
 
 
 class Profiler:
-    """Records the steps that `training.profile` names, and writes them into the run's folder for chrome://tracing.
+    """Records the steps that `training.profile` names, and writes a trace for chrome://tracing into the run's folder.
 
-    done: steps that were made before; where the first to be recorded is one of these, and none was, it says so.
+    done: steps made before a resume. It warns where the first step to record is among these and no trace is there.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, log: Callable[[str], None], done: int = 0) -> None:
@@ -268,7 +262,7 @@ class Profiler:
         return self.folder / f"steps-{first}-{last}.json.gz"
 
     def before(self, step: int) -> None:
-        """Called before each step, with its number from 1 on."""
+        """Called before each step, with its number from 1."""
         if self.steps is not None and self._running is None and step == self.steps[0]:
             from torch.profiler import ProfilerActivity, profile
 
@@ -277,12 +271,12 @@ class Profiler:
             self._running.start()
 
     def after(self, step: int) -> None:
-        """Called after each step; after the last to be recorded it writes."""
+        """Called after each step; writes the trace after the last one to record."""
         if self._running is not None and self.steps is not None and step == self.steps[1]:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if anything was; where that fails, as on a full disk, say so."""
+        """Write the trace, if steps were recorded; where that fails, as on a full disk, warn."""
         if self._running is None or self.steps is None:
             return
         running, self._running = self._running, None
@@ -295,7 +289,7 @@ class Profiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file.with_name(self._file.name.replace(".json.gz", ".txt")).write_text(table)
             running.export_chrome_trace(str(self._file))
-        except OSError as error:  # training is worth more than its profile
+        except OSError as error:  # training goes on without its profile
             with suppress(OSError):
                 self._file.unlink()
             self.log(f"warning: the profile is not written: {error}")

@@ -1,7 +1,7 @@
-"""Time densities: at which t in [0, 1] a flow is trained (SD3 paper, sec. 3.1), t = 0 data, t = 1 noise.
+"""Time densities: the distribution of the times t in [0, 1] that a flow is trained at (SD3 paper, sec. 3.1).
 
-Each is drawn through its quantile function t = F^-1(u) of uniform u in [0, 1), so that stratified draws are the same
-for all: one u in each of n equal strata, in random order. `t`, `u` are of any shape; `n` is the batch.
+t = 0 is data, t = 1 noise. Each density is drawn through its quantile function t = F^-1(u) of uniform u in [0, 1);
+stratified draws take one u in each of n equal strata, in random order. `t`, `u` are of any shape; `n` is the batch.
 """
 
 import math
@@ -128,7 +128,7 @@ class Shifted(TimeDensity):
     shift: float
 
     def __post_init__(self) -> None:
-        shift_time(0.5, self.shift)  # says what is wrong with it
+        shift_time(0.5, self.shift)  # raises ValueError for a bad shift
 
     def quantile(self, u: Tensor) -> Tensor:
         return shift_time(self.base.quantile(u), self.shift)

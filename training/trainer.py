@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +32,7 @@ from training.checkpoint import (
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import Source
-from training.devices import pick_device, pick_precision, repeatable
+from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
@@ -47,18 +45,18 @@ from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
-from training.resuming import check_state, told_of
+from training.resuming import check_state, data_digests
 from training.run import RunFolder, named
 from training.seeds import generator_for
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
-    accumulating,
     check_parallel,
-    copied,
-    gathering,
-    hold,
-    spread_text,
+    gradient_sync,
+    parallelize,
+    replicated,
+    strategy_text,
+    unsharded,
     weights_digest,
     whole,
 )
@@ -68,11 +66,10 @@ from training.workers import naming_dead_workers
 from training.writing import Writer
 
 GRID = 16  # pictures in the grids during training
-COMPILE_MIN_STEPS = 1000  # "auto" compiles runs at least this long: compiling takes about as long as 150 steps on a CPU
 
 
 class Diverged(ValueError):
-    """The gradient was no finite number for too many steps in a row."""
+    """The gradient was not finite in too many steps in a row."""
 
 
 class Trainer:
@@ -86,30 +83,33 @@ class Trainer:
         self._check()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         self.scaler = LossScaler.for_precision(self.precision)
-        self.updates = 0  # of the weights: a step that is left out makes none
-        self.skipped = self._bad = 0  # steps left out for their gradient, in all and in a row
-        self._left_out = False  # whether the last one was, for that or for the scale of its loss
+        self.updates = 0  # updates of the weights, which a skipped step does not make
+        self.skipped = self._bad = 0  # steps skipped because their gradient was not finite, in all and in a row
+        self._left_out = False  # whether the last step was skipped, for that or because the loss's scale overflowed
         self._saved: int | None = None  # the step of the newest checkpoint
-        self._ordered: int | None = None  # samples that batches were made of
+        self._ordered: int | None = None  # number of samples in the training order, as the checkpoint has it
         self._judge: ModelJudge | None = None
         if ranks.first:
             run.board = open_board(config, run)
         torch.manual_seed(config.seed)
-        own = run.path / "pipeline" / "autoencoder"  # a resumed run has its own, whatever became of the folder named
+        own = run.path / "pipeline" / "autoencoder"  # a resumed run has kept a copy
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)
         corpus = open_corpus(config, run)
-        self.data = told_of(source, corpus)
+        self.data = data_digests(source, corpus)
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
-        self._equip(source.image_size)
+        self._build(source.image_size)
         if resumed:
             self._load()
         self._open_feeds(source, corpus)
-        self._begin(resumed)
+        if resumed:
+            self._rewind_folder()
+        else:
+            self._write_pipeline()
 
     def _check(self) -> None:
-        """Raises ValueError where the batch, the processes and the device do not go together, or something is not
-        there; warns of settings that take no effect.
+        """Raises ValueError where batch, processes and device do not fit, or a kernel or library is missing; warns of
+        settings that take no effect.
         """
         if why := why_not(self.config.training.attention, self.device):
             raise ValueError(why)
@@ -121,19 +121,20 @@ class Trainer:
         for line in idle_warnings(self.config):
             self.run.log(f"warning: {line}")
 
-    def _equip(self, image_size: tuple[int, int]) -> None:
-        """What learns with the fresh model: its share of it, the optimiser, the average, and the pipeline of that."""
+    def _build(self, image_size: tuple[int, int]) -> None:
+        """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
-        run.log(f"computing on {self.device} in {precision}{spread_text(config.parallel, ranks)}")
-        held = hold(self.model, make_objective(config, self.share), config, ranks, self.device, self.precision)
-        self.learner, self.ema, self.in_parts, self._skeleton = held
-        self.optimizer = make_optimizer(self.model, config.optimizer, None if self.in_parts else ranks.everyone)
+        run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
+        objective = make_objective(config, self.share)
+        made = parallelize(self.model, objective, config, ranks, self.device, self.precision)
+        self.learner, self.ema, self.sharded, self._skeleton = made
+        self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
         self.rate = learning_rate(config.optimizer, config.training.num_steps)
         self.writer = Writer(
-            run.path, config.training.keep_checkpoints, ranks, self.in_parts, config.training.async_checkpoint
+            run.path, config.training.keep_checkpoints, ranks, self.sharded, config.training.async_checkpoint
         )
         self.telemetry = Telemetry(config, self.model, self.device, self.precision, run.log, ranks.sum)
         self.pipe = (TransfusionPipeline if config.transfusion.enabled else TextToImage)(
@@ -141,7 +142,7 @@ class Trainer:
         )
 
     def _open_feeds(self, source: Source, corpus: Corpus | None) -> None:
-        """What is trained on and validated with; it asks the model's conditioner, which by now is on the device."""
+        """Open the training and validation data; encoding captions needs the conditioner on the device."""
         config, run, words = self.config, self.run, self.model.conditioner
         self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
         self.feed, self.validation = open_feeds(config, run, source, self.autoencoder, words, self.device)
@@ -155,14 +156,17 @@ class Trainer:
             made = f"of {self._ordered} samples, not of {before} as before, batches are made"
             run.log(f"warning: {made}: the order of samples is another now")
 
-    def _begin(self, resumed: bool) -> None:
-        """Write what a run begins with; of a resumed one only now, when nothing can fail any more, replace anything."""
-        if not resumed:
-            self._save_pipeline()
-            return
-        self.ranks.wait()
+    def _write_pipeline(self) -> None:
+        """Write the pipeline's folder of a new run, with its fresh weights."""
+        pipe = self._whole_pipe()
+        if self.ranks.first:
+            pipe.save(self.run.path / "pipeline")
+
+    def _rewind_folder(self) -> None:
+        """Bring the folder of a resumed run to the step of its checkpoint. Called last, when nothing else can fail."""
+        self.ranks.barrier()
         self.run.remove_leftovers()
-        at_end = self.step == self.config.training.num_steps  # no checkpoint comes any more: its weights may be missing
+        at_end = self.step == self.config.training.num_steps  # no checkpoint will follow, which would write the weights
         pipe, folder = self._whole_pipe() if at_end else self.pipe, self.run.path / "pipeline"
         if self.ranks.first:
             pipe.save_defaults(folder)
@@ -175,6 +179,7 @@ class Trainer:
 
     @property
     def _pictures(self) -> int:
+        """Captioned pictures in a batch."""
         return self.config.training.batch_size - self.config.text_documents
 
     def _sampling_defaults(self) -> dict[str, Any]:
@@ -186,7 +191,7 @@ class Trainer:
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
         run = self.run
-        learner = self._ready()
+        learner = self._compiled_learner()
         with interrupts.deferred():
             self._steps(learner, interrupts)
             stopped = self.ranks.any(interrupts.caught)
@@ -213,9 +218,9 @@ class Trainer:
         shown = Progress("training", config.num_steps, self.step, self._pictures, quiet=run.quiet)
         recorded = config.profiled if self.ranks.first else None
         profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
-        with ExitStack() as ending:  # the last of these first, and all of them, though one fails or is interrupted
+        with ExitStack() as ending:  # called in reverse order, each of them even where another fails
             ending.callback(run.close)
-            ending.callback(self.writer.join)  # a run that has stopped, for whatever reason, writes nothing more
+            ending.callback(self.writer.join)  # a run that has stopped, for whatever reason, writes no longer
             ending.callback(batches.close)  # type: ignore[attr-defined]
             ending.callback(profiler.close)
             ending.push(lambda failed, *_: self.writer.tell(run.log) if failed else None)
@@ -229,18 +234,18 @@ class Trainer:
                     profiler.after(self.step)
                     self._report(progress, norm)
 
-    def _ready(self) -> torch.nn.Module:
-        """The learner as it is called: compiled, and with the gradients of all processes."""
-        blocks_alone = self.ranks.world > 1
-        model = compiled(self.model, self.config, self.device, self.run.log, blocks_alone)
+    def _compiled_learner(self) -> torch.nn.Module:
+        """The learner that is called in each step: compiled where asked for, and replicated where not sharded."""
+        several = self.ranks.world > 1
+        model = compiled(self.model, self.config, self.device, self.run.log, blocks_alone=several)
         learner = self.learner if model is self.model else Learner(model, self.learner.objective)
-        return copied(learner, self.device) if self.ranks.world > 1 and not self.in_parts else learner
+        return replicated(learner, self.device) if several and not self.sharded else learner
 
     def _train_step(self, learner: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of this process's share of the batch, and the norm of the gradient of all of it."""
+        """One step: the loss of this process's share of the batch, and the gradient's norm over the whole batch."""
         parts, losses, total = self._prepared(batch), [], torch.zeros((), device=self.device)
         for i, part in enumerate(parts, start=1):
-            with accumulating(learner, last=i == len(parts)):
+            with gradient_sync(learner, last=i == len(parts)):
                 with autocast(self.device, self.precision):
                     loss = learner(*part)
                 (loss.total / len(parts) * self.scaler.scale).backward()
@@ -252,7 +257,7 @@ class Trainer:
         clip = self.config.optimizer.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip else float("inf")))
         set_rate(self.optimizer, self.rate(self.step))
-        if self._usable(norm):
+        if self._accepted(norm):
             self.optimizer.step()
             self.average.update(self.model, self.updates)
             self.updates += 1
@@ -262,7 +267,10 @@ class Trainer:
         return total, norm
 
     def _prepared(self, batch: Any) -> list[tuple[Any, torch.Generator, torch.Tensor | None]]:
-        """What the learner is called with for each part; counts are means over all parts of all processes."""
+        """The learner's arguments for each part of a batch: (batch, generator, what its means are taken over).
+
+        The last is the mean over all parts of all processes, so that the mean of the parts' losses is the batch's loss.
+        """
         objective, seed, prepared = self.learner.objective, self.config.seed, []
         for i, part in enumerate(batch.split(self.share.parts)):
             generator = generator_for(seed, self.step, i)
@@ -271,8 +279,11 @@ class Trainer:
         mean = self.ranks.mean(torch.stack(counts).mean(0)) if counts else None
         return [(part, generator, mean) for part, _, generator in prepared]
 
-    def _usable(self, norm: torch.Tensor) -> bool:
-        """Whether the gradient is finite; one that is not, and not for the loss's scale, counts. Raises Diverged."""
+    def _accepted(self, norm: torch.Tensor) -> bool:
+        """Whether the step is made: its gradient is finite, or nothing checks it.
+
+        Skipped steps are counted, but for those whose scaled loss overflowed. Raises Diverged after too many in a row.
+        """
         most = self.config.training.max_bad_steps
         if not most and not self.scaler.enabled:
             return True
@@ -293,30 +304,39 @@ class Trainer:
         return False
 
     def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether something that happens every so many steps happens at this one; the last step always counts."""
         step = self.step if step is None else step
         return step == self.config.training.num_steps or bool(every and step % every == 0)
 
     def _report(self, progress: Progress, norm: torch.Tensor) -> None:
-        """What is shown and written at this step: metrics, and then validation, pictures, a checkpoint."""
-        config = self.config.training
-        if self._due(config.log_every):
-            values = {"loss": torch.tensor(self._mean_losses()).mean().item()} if self._losses else {}
-            values |= {} if self._left_out else {"grad_norm": float(norm)}
-            self._losses.clear()
-            progress.show(self.step, **values)
-            values |= {"lr": self.rate(self.step - 1)}
-            values |= {"images_per_second": progress.images_per_second} if progress.rate else {}
-            values |= {"loss_scale": self.scaler.scale} if self.scaler.enabled else {}
-            values |= {"skipped_steps": self.skipped} if self.skipped else {}
-            told = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
-            self.run.write_metrics(self.step, **values, **told)
+        """After a step: metrics where they are due, then validation, pictures, scores and a checkpoint."""
+        if self._due(self.config.training.log_every):
+            self._write_metrics(progress, norm)
         else:
             progress.show(self.step)
         with self.telemetry.paused(), progress.paused():
-            self._pause(progress)
+            self._evaluate_and_save(progress)
 
-    def _pause(self, progress: Progress) -> None:
-        """What is not training."""
+    def _write_metrics(self, progress: Progress, norm: torch.Tensor) -> None:
+        values = {}
+        if self._losses:
+            values["loss"] = torch.tensor(self._mean_losses()).mean().item()
+            self._losses.clear()
+        if not self._left_out:
+            values["grad_norm"] = float(norm)
+        progress.show(self.step, **values)
+        values["lr"] = self.rate(self.step - 1)
+        if progress.rate:
+            values["images_per_second"] = progress.images_per_second
+        if self.scaler.enabled:
+            values["loss_scale"] = self.scaler.scale
+        if self.skipped:
+            values["skipped_steps"] = self.skipped
+        telemetry = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
+        self.run.write_metrics(self.step, **values, **telemetry)
+
+    def _evaluate_and_save(self, progress: Progress) -> None:
+        """What is due at this step besides training."""
         config = self.config.training
         if self._due(config.validate_every):
             self._validate(progress)
@@ -325,33 +345,33 @@ class Trainer:
         if self._due(config.ema_snapshot_every):
             self.average.snapshot(self.run.path, self.step, self.updates, write=self.ranks.first)
         every = self.config.evaluation.metrics_every
-        if every and self.step % every == 0 and self.step < config.num_steps:  # the last is scored when all is done
+        if every and self.step % every == 0 and self.step < config.num_steps:  # `_finish` scores the last
             self._score()
         if self._due(config.checkpoint_every):
             self._checkpoint()
 
     def _mean_losses(self) -> list[float]:
-        """Of each step since the last line of metrics, the loss of the whole batch."""
+        """The loss of the whole batch at each step since the last line of metrics."""
         return self.ranks.mean(torch.stack(self._losses)).tolist() if self._losses else []
 
     def _validate(self, progress: Progress) -> None:
-        if not (self.ranks.first or self.in_parts):  # of a model in parts, all have to compute
+        if not (self.ranks.first or self.sharded):  # a sharded model computes in all processes
             return
-        with gathering(self.ema):
+        with unsharded(self.ema):
             if self.held_out_text is not None:
                 self.run.write_metrics(self.step, **corpus_loss(self.ema, self.held_out_text, self.config))
             if self.validation is not None:
                 losses = validation_loss(self.ema, self.validation, self.config)
                 self.run.write_metrics(self.step, **losses)
-                if self.step < self.config.training.num_steps:  # the last is among the scores
+                if self.step < self.config.training.num_steps:  # the last one is logged with the scores
                     progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
-        if not (self.ranks.first or self.in_parts):
+        if not (self.ranks.first or self.sharded):
             return
         prompts = list(self.config.sampling.prompts) or (self.validation.captions if self.validation else [""])
         prompts = (prompts * GRID)[:GRID]
-        with gathering(self.ema):
+        with unsharded(self.ema):
             images = self.pipe(prompts, seed=self.config.sampling.seed)
         if not self.ranks.first:
             return
@@ -361,9 +381,9 @@ class Trainer:
             caption_grid(images, prompts).save(path)
 
     def _score(self) -> None:
-        if not (self.ranks.first or self.in_parts):
+        if not (self.ranks.first or self.sharded):
             return
-        with gathering(self.ema):
+        with unsharded(self.ema):
             self._judge = self._judge or ModelJudge(self.config, self.pipe, self.run)
             self._write_quality(self._judge(self.pipe))
 
@@ -375,7 +395,7 @@ class Trainer:
     def _finish(self) -> None:
         run, scores = self.run, evaluate_run(self.run.path, progress=True)
         if "quality" in scores:
-            run.rewind_metrics(self.step, scores["quality"])  # of a run that had ended already
+            run.rewind_metrics(self.step, scores["quality"])  # where this run had ended before
             self._write_quality(scores["quality"])
             run.close()
         if "validation_loss" in scores:
@@ -393,11 +413,19 @@ class Trainer:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
-        losses = self._mean_losses()
-        state = {"step": self.step, "seed": self.config.seed, "losses": losses, **self.data}
-        state |= {"ordered": self._ordered, "updates": self.updates, "skipped": self.skipped, "bad": self._bad}
-        state |= {"telemetry": shared_state(self.ranks.gather(self.telemetry.state()))}
-        state |= {"loss_scale": [self.scaler.scale, self.scaler.good]} if self.scaler.enabled else {}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "seed": self.config.seed,
+            "losses": self._mean_losses(),
+            **self.data,
+            "ordered": self._ordered,
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "bad": self._bad,
+            "telemetry": shared_state(self.ranks.gather(self.telemetry.state())),
+        }
+        if self.scaler.enabled:
+            state["loss_scale"] = [self.scaler.scale, self.scaler.good]
         pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
         self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
         self._saved = self.step
@@ -410,12 +438,14 @@ class Trainer:
         }
 
     def _whole_pipe(self) -> TextToImage:
-        """The pipeline with the average in one piece, in the first process; one that goes on being as it is now."""
-        if not self.in_parts and not self.config.training.async_checkpoint:
+        """The pipeline with the full tensors of the average, in process 0. Of a model that is sharded or saved in the
+        background it is a copy, which training does not change.
+        """
+        if not self.sharded and not self.config.training.async_checkpoint:
             return self.pipe
         pipe, state = copy.copy(self.pipe), {}
         for name, x in self.ema.state_dict().items():
-            x = whole(x).detach()  # one at a time: the others have each but for a moment
+            x = whole(x).detach()  # one at a time, for every process gathers it
             if self.ranks.first:
                 state[name] = x.to("cpu", copy=True)
         if self.ranks.first:
@@ -423,18 +453,13 @@ class Trainer:
             pipe.model.load_state_dict(state, assign=True)
         return pipe
 
-    def _save_pipeline(self) -> None:
-        pipe = self._whole_pipe()
-        if self.ranks.first:
-            pipe.save(self.run.path / "pipeline")
-
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
-        state, weights = read_checkpoint(folder, self._tensors() if self.in_parts else None)
+        state, weights = read_checkpoint(folder, self._tensors() if self.sharded else None)
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
-        load_optimizer_tensors(self.optimizer, self.model, weights.get("optimizer", {}))  # none before an update
+        load_optimizer_tensors(self.optimizer, self.model, weights.get("optimizer", {}))  # {} before the first update
         self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self._ordered = state.get("ordered")
@@ -445,33 +470,6 @@ class Trainer:
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")
-
-
-def compiled(
-    model: Any, config: TrainConfig, device: torch.device, log: Callable[[str], None], blocks_alone: bool = False
-) -> torch.nn.Module:
-    """The model as it is trained: compiled where the config asks for it and the machine can; blocks_alone: each block
-    by itself, as several processes need it.
-    """
-    asked = config.training
-    gains = asked.num_steps >= COMPILE_MIN_STEPS and device.type != "mps"  # for which torch's compiler is a prototype
-    wanted = asked.compile == "on" or (asked.compile == "auto" and gains)
-    if not wanted:
-        return model
-    if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        log("no C++ compiler found: the model runs uncompiled, a little slower")
-        return model
-    log("compiling the model in the first step, which takes a minute or two")
-    in_rows = config.transfusion.enabled or asked.packing
-    if in_rows or blocks_alone:
-        for block in model.transformer.blocks:  # packed batches are of any length, and what packs them is no graph
-            block.compile(dynamic=True if in_rows else None)
-        return model
-    if config.text.encoder != "learned":  # what is frozen is no part of the graph
-        model.transformer.compile()
-        return model
-    whole: Any = torch.compile(model)
-    return whole
 
 
 def _example(validation: LatentFeed | CachedFeed | None) -> str:

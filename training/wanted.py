@@ -1,4 +1,4 @@
-"""Which samples of a data set are wanted: filters by size and by length of the caption, and the fields of captions."""
+"""Which samples of a data set to take: filters by image size and caption length, and the fields of captions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from training.remote import Patience
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a data set's samples; one that does not fit is left out of the index, and counted.
+    """Which samples to take, and how to read them; others are left out of the index, and counted.
 
-    captions: fields to choose among, by weight. sizes: each image's size is read, as it is for a filter by size.
-    min_side: pixels of the shorter side. max_aspect: longer side over shorter. min_caption, max_caption: characters of
-    a caption; of several captions those that do not fit are left out. 0: any.
+    captions: (field, weight) of the captions to draw from; none: the first caption that is found. sizes: read the size
+    of each image, as the filters by size do too. min_side: pixels of the shorter side. max_aspect: longer side over
+    shorter. min_caption, max_caption: characters of a caption; of several captions the others are dropped. 0 is no
+    limit. patience: how long to wait for a server. cache: folder in which an index that is slow to make is kept.
     """
 
     captions: Weights = ()
@@ -30,11 +31,11 @@ class Wanted:
 
     @property
     def measures(self) -> bool:
-        """Whether sizes are read."""
+        """Whether the size of each image is read."""
         return self.sizes or self.min_side > 0 or self.max_aspect > 0
 
     def fitting(self, captions: Captions) -> Captions:
-        """The captions of an allowed length, with their shares."""
+        """The captions of an allowed length, with their weights."""
         texts, shares = captions
         most = self.max_caption or MAX_CAPTION
         fit = [i for i, text in enumerate(texts) if self.min_caption <= len(text) <= most]
@@ -43,7 +44,7 @@ class Wanted:
         return tuple(texts[i] for i in fit), tuple(shares[i] for i in fit) if shares else ()
 
     def refuses(self, size: Size) -> str | None:
-        """Why an image of that size is left out, if it is."""
+        """Why an image of that size is left out; None where it is taken."""
         short, long = min(size), max(size)
         if short < self.min_side:
             return f"a side below {self.min_side} pixels"

@@ -1,7 +1,7 @@
-"""Worker processes that make batches, and how a batch comes from one: `run`.
+"""Worker processes that make batches: `run`.
 
-A thread of the trainer takes batches over while it computes: a call of `next` is an answer then, not a handshake about
-shared memory.
+A thread of the trainer receives batches while it computes, so that `next` need not wait for the transfer through shared
+memory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.ahead import ahead
-from training.errors import DataError
+from training.errors import DataError, one_line
 from training.interrupts import STOPS
 
 _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class _Steps(Dataset):
-    """What a worker calls: step -> what is made of it, or the error as a value, to be raised without the worker's
-    traceback.
+    """The data set of a worker: a step gives `make(step)`, or its error as a value, for the trainer to raise without
+    the worker's traceback.
     """
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
@@ -41,7 +41,7 @@ class _Steps(Dataset):
 
 
 def run(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
-    """What is made of each step, in order, by worker processes if there are any. Steps are whatever `make` takes."""
+    """`make(step)` of each step, in order; called in worker processes if there are any."""
     if num_workers == 0:
         return (make(step) for step in steps)
     made = _by_workers(make, steps, num_workers)
@@ -52,7 +52,7 @@ def run(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: int) -> G
 
 
 def _close_open() -> None:
-    """At exit; a generator that is left open until then would be closed among modules that are half gone."""
+    """Called at exit: a generator that is still open would be closed later, when modules it needs are gone."""
     for made in [*_open]:
         with suppress(ValueError):  # another thread is within it
             made.close()
@@ -72,7 +72,7 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
     stop, taken_over = partial(_stop, items, os.getpid()), ahead(_good(items), 1)
     atexit.register(stop)
     try:
-        with naming_dead_workers(ConnectionError, EOFError):  # while it was handing over a batch
+        with naming_dead_workers(ConnectionError, EOFError):  # raised while it sends a batch
             yield from taken_over
     finally:
         taken_over.close()
@@ -81,7 +81,7 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
 
 
 def _error_last(steps: Iterable[Any]) -> Iterator[Any]:
-    """Steps, and the error that ends them as one: raised at once, it would take the place of what is made already."""
+    """The steps, and an error that ends them as the last one: raised at once it would overtake batches in progress."""
     try:
         yield from steps
     except DataError as error:
@@ -97,14 +97,14 @@ def _good(items: Iterable[Any]) -> Iterator[Any]:
 
 @contextmanager
 def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
-    """Raises `DataError` in place of what torch raises of a worker that died, in the middle of whatever is computed.
+    """Raises `DataError` in place of torch's error about a worker that died, which can interrupt any computation.
 
-    signs: other errors that tell of it, but where a worker itself had them and lives.
+    signs: other errors that mean the same, unless a living worker raised them ("Caught ...").
     """
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         died = isinstance(error, RuntimeError) and "DataLoader worker" in reason
         if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
             raise
@@ -117,8 +117,8 @@ def _as_it_is(item: Any) -> Any:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started herein never see `STOPS`: to the whole group they must not take the workers from a trainer that
-    still saves. Blocking is inherited, so that there is no moment at which a new worker is open to them.
+    """Processes that are started within ignore the signals `STOPS`: one that is sent to the whole process group must
+    not kill the workers of a trainer that is still saving. Blocking is inherited, so a new worker is never without it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows, where no group is sent SIGTERM
         yield
@@ -131,9 +131,9 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _stop(items: Any, owner: int) -> None:
-    """End the workers, also those that do not answer; needed at exit, where multiprocessing would only send SIGTERM.
+    """End the workers, even those that hang: at exit, multiprocessing would only send SIGTERM, which they ignore.
 
-    owner: the process that started them; a fork of it leaves them alone.
+    owner: the process that started them; in a fork of it this does nothing.
     """
     if os.getpid() != owner:
         return
@@ -141,4 +141,4 @@ def _stop(items: Any, owner: int) -> None:
     for worker in items._workers:
         if worker.is_alive():
             worker.kill()
-    items._workers_status = [True] * len(items._workers)  # so that a thread which still waits for one sees it gone
+    items._workers_status = [True] * len(items._workers)  # a thread may still wait for one

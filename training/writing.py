@@ -1,4 +1,4 @@
-"""Who writes checkpoints, and when: one process or each its part; at once, or in a thread beside the training."""
+"""Writing checkpoints during a run: by process 0, or sharded by all; at once, or in a thread beside training."""
 
 from __future__ import annotations
 
@@ -20,64 +20,65 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 class Writer:
     """Writes the checkpoints of a run. All processes call `write` and `wait`.
 
-    in_parts: each process has a part of the tensors; otherwise the first writes all. beside: `write` only copies, and
-    what follows happens in a thread; an error there is raised by the next `write` or `wait`.
+    sharded: the tensors are, and each process writes its shards; otherwise process 0 writes all. background: `write`
+    only copies the tensors, and a thread writes them; its error is raised by the next `write` or `wait`.
     """
 
-    def __init__(self, run: Path, keep: int, ranks: Ranks, in_parts: bool, beside: bool) -> None:
-        self.run, self.keep, self.in_parts, self.beside = run, keep, in_parts, beside
-        self.ranks = ranks.apart() if beside else ranks
+    def __init__(self, run: Path, keep: int, ranks: Ranks, sharded: bool, background: bool) -> None:
+        self.run, self.keep, self.sharded, self.background = run, keep, sharded, background
+        self.ranks = ranks.with_own_group() if background else ranks
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
     def write(self, state: Mapping[str, Any], weights: Weights, after: Callable[[], object]) -> None:
-        """Write one checkpoint, then do what comes after it (process 0 alone)."""
+        """Write one checkpoint, then call `after` in process 0."""
         self.wait()
-        finish = self._begun(state, weights)
+        finish = self._begin(state, weights)
 
         def complete() -> None:
             finish()
             if self.ranks.first:
                 after()
 
-        if self.beside:
-            self._thread = Thread(target=self._kept, args=(complete,), name="checkpoint")
+        if self.background:
+            self._thread = Thread(target=self._keep_error, args=(complete,), name="checkpoint")
             self._thread.start()
         else:
             complete()
 
-    def _begun(self, state: Mapping[str, Any], weights: Weights) -> Callable[[], object]:
-        if self.in_parts:
-            return save_sharded(self.run, state, weights, self.keep, self.ranks, self.beside)
+    def _begin(self, state: Mapping[str, Any], weights: Weights) -> Callable[[], object]:
+        """Copy what the thread will write, if there is one; the function that is returned writes it."""
+        if self.sharded:
+            return save_sharded(self.run, state, weights, self.keep, self.ranks, self.background)
         if not self.ranks.first:
             return lambda: None
-        if self.beside:
+        if self.background:
             weights = {
                 group: {k: x.detach().to("cpu", copy=True) for k, x in some.items()} for group, some in weights.items()
             }
         return lambda: save_checkpoint(self.run, state, weights, self.keep)
 
-    def _kept(self, complete: Callable[[], None]) -> None:
+    def _keep_error(self, complete: Callable[[], None]) -> None:
         try:
             complete()
         except BaseException as error:
             self._error = error
 
     def join(self) -> None:
-        """Until nothing is being written any more; what went wrong is kept."""
+        """Wait until nothing is being written; an error of the thread is kept for `wait` or `tell`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def tell(self, log: Callable[[str], None]) -> None:
-        """Say what went wrong, where another error ends the run and nobody will `wait`."""
+        """Log the thread's error, where another error ends the run and `wait` will not be called."""
         self.join()
         if self._error is not None:
-            with suppress(OSError):  # as of a disk that is full
+            with suppress(OSError):  # the log may be on the same full disk
                 log(f"warning: the last checkpoint was not written: {self._error}")
 
     def wait(self) -> None:
-        """Until what was begun is written. Raises what went wrong with it."""
+        """Wait until the checkpoint that was begun is written. Raises the thread's error."""
         self.join()
         if self._error is not None:
             error, self._error = self._error, None

@@ -45,7 +45,7 @@ def stepped(model: Weights, mesh: object = None, copies: object = None) -> tuple
         {"params": weights[:4], "muon": True, "lr": 0.1, "weight_decay": 0.3},
         {"params": weights[4:], "muon": True, "lr": 0.02, "weight_decay": 0.0},
     ]
-    optimizer = Muon(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-8, copies=copies)
+    optimizer = Muon(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-8, replicas=copies)
     generator = torch.Generator().manual_seed(1)
     with mock.patch("training.muon.newton_schulz", counting):
         for _ in range(STEPS):
@@ -72,7 +72,7 @@ def main() -> None:
     for name, mesh in meshes.items():
         for turns, most in (("", 2**26), (" in turns", 10)):
             model = Weights() if mesh is None else fully_shard(Weights(), mesh=mesh)
-            with mock.patch("training.muon.TURN", most):
+            with mock.patch("training.muon.CHUNK", most):
                 got, made = stepped(model, mesh, None if mesh else dist.group.WORLD)
             error = max(float((x - y).abs().max()) for x, y in zip(got, expected, strict=True))
             found[name + turns] = {"error": error, "made": made, "matrices": count}

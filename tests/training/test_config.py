@@ -151,14 +151,6 @@ def test_the_last_override_wins_and_others_stay():
     assert config.training.ema_decay == presets.demo().training.ema_decay
 
 
-def test_differences_name_the_keys_that_changed():
-    old = load_config("demo", ["model.depth=6"])
-    assert settings.differences(old, old) == []
-    new = apply_overrides(old, ["model.depth=7", "data.image_size=none", "seed=1"])
-    assert settings.differences(old, new) == ["seed: 0 -> 1", 'data.image_size: 64 -> "none"', "model.depth: 6 -> 7"]
-    assert settings.differences(old.model, new.model, "model") == ["model.depth: 6 -> 7"]
-
-
 # --- errors ------------------------------------------------------------------------------------------
 
 

@@ -502,7 +502,7 @@ def test_shapes():
 # --- split -----------------------------------------------------------------------------------------------------------
 
 
-class Memory:
+class Memory(Source):
     """A source in memory whose image i is filled with i; counts its reads."""
 
     image_size = (2, 3)

@@ -37,7 +37,7 @@ with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
     own = torch.tensor([1.0, ranks.rank])
     print([ranks.any(ranks.rank == 1), ranks.any(False), ranks.mean(own).tolist(), ranks.sum(own).tolist()])
     print(own[1].item() == ranks.rank, ranks.gather(ranks.rank), ranks.from_first(lambda: f"made by {ranks.rank}"))
-    beside, heard = ranks.apart(), []
+    beside, heard = ranks.with_own_group(), []
     tell = lambda group: heard.append(group.gather(group is beside))
     calls = [threading.Thread(target=tell, args=[group]) for group in (ranks, beside)]
     for call in calls[:: 1 if ranks.first else -1]:  # the other way round in the other process

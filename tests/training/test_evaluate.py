@@ -13,6 +13,7 @@ from mmdit.transfusion import Transfusion
 from training.config import load_config
 from training.evaluate import caption_score, evaluate_run, fixed_times, validation_loss
 from training.objectives import Batch, documents, noise_for
+from training.order import Layout
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.shapes import ShapesWorld
@@ -34,6 +35,8 @@ class Constant(nn.Module):
 
 class Rows:
     """Latents in memory, as a feed."""
+
+    layout = Layout(((4, 4),))
 
     def __init__(self, n: int) -> None:
         self.latents = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 2, 4, 4)

@@ -231,7 +231,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     in_parts(tmp_path, 3)()
-    writer = Writer(tmp_path, 3, ALONE, in_parts=True, beside=beside)
+    writer = Writer(tmp_path, 3, ALONE, sharded=True, background=beside)
     with monkeypatch.context() as patch:
         if where == "a part":
             patch.setattr("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", full)
@@ -579,11 +579,11 @@ def test_a_run_without_checkpoint_is_removed_config_last(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run", config_for(tmp_path / "run"))
     run.log("died at once")
     (run.path / "pipeline").mkdir()
-    monkeypatch.setattr(training.trainer.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training.launch.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        training.launch._begun(run.path)
+        training.launch._can_continue(run.path)
     monkeypatch.undo()
-    assert (run.path / "config.toml").exists() and not training.launch._begun(run.path)
+    assert (run.path / "config.toml").exists() and not training.launch._can_continue(run.path)
     assert not run.path.exists()
 
 

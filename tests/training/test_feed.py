@@ -10,14 +10,14 @@ import training.feed
 from mmdit.autoencoder import PixelSpace
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from training.corpus import Pieces
-from training.data import DataError, Sample
+from training.data import DataError, Sample, Source
 from training.feed import (
     CPU_BLOCK,
     ImageFeed,
     LatentFeed,
     NothingUsable,
     WithText,
-    drawn,
+    latent_generators,
     latents_from,
     num_ordered,
     statistics_of,
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Numbers:
+class Numbers(Source):
     """Sample i is an image of colour i with the caption "i"; the bad ones say why."""
 
     n: int = 10
@@ -210,9 +210,9 @@ def test_each_latent_is_drawn_by_its_place_in_the_run_whoever_encodes_it(text, k
 
 def test_latents_of_several_sizes_are_drawn_as_each_by_itself():
     statistics = [torch.zeros(3, *size) for size in ((4, 4), (2, 6), (4, 4), (2, 6))]
-    found = latents_from(Noisy(), statistics, drawn(True, 0, 5, range(4)), CPU)
+    found = latents_from(Noisy(), statistics, latent_generators(True, 0, 5, range(4)), CPU)
     for row, own in enumerate(statistics):
-        assert torch.equal(found[row], latents_from(Noisy(), own[None], drawn(True, 0, 5, [row]), CPU)[0])
+        assert torch.equal(found[row], latents_from(Noisy(), own[None], latent_generators(True, 0, 5, [row]), CPU)[0])
 
 
 def test_latents_are_in_fp32_whatever_a_cache_keeps_them_in():
@@ -220,7 +220,7 @@ def test_latents_are_in_fp32_whatever_a_cache_keeps_them_in():
         statistics = torch.full((2, 3, 4, 4), 0.1, dtype=dtype)
         for form in (statistics, list(statistics)):
             for sampled in (False, True):
-                found = latents_from(Noisy(), form, drawn(sampled, 0, 0, range(2)), CPU)
+                found = latents_from(Noisy(), form, latent_generators(sampled, 0, 0, range(2)), CPU)
                 assert {x.dtype for x in found} == {torch.float32}
 
 

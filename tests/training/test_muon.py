@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.training.processes import together
-from training.muon import ROUNDS, Axis, Matrix, Muon, Team, matrices, newton_schulz, share_out
+from training.muon import ROUNDS, Axis, Matrix, Muon, Team, assign_owners, matrices, newton_schulz
 
 
 def test_newton_schulz_keeps_the_singular_vectors_and_evens_the_values():
@@ -105,11 +105,11 @@ def test_work_is_shared_out_evenly():
     team = Team(Axis(None, 3, 0), Axis(None, 2, 0), torch.device("cpu"))
     shapes = [(18, 6), (6, 6), (24, 6), (6, 24), (36, 6)] * 24
     jobs = [m for i, shape in enumerate(shapes) for m in matrices(i, *shape)]
-    owned = share_out(jobs, team)
+    owned = assign_owners(jobs, team)
     assert sorted(m for copy in owned for owner in copy for m in owner) == sorted(jobs)
     loads = [sum(m.cost for m in owner) for copy in owned for owner in copy]
     assert max(loads) - min(loads) <= min(m.cost for m in jobs)
-    alone = share_out(jobs[:1], team)
+    alone = assign_owners(jobs[:1], team)
     assert [len(owner) for copy in alone for owner in copy].count(0) == 5
 
 

@@ -25,14 +25,14 @@ from training.run import RunFolder
 from training.seeds import generator_for
 from training.sharded_checkpoint import read_sharded, save_sharded
 from training.sharding import (
-    accumulating,
     check_parallel,
-    copied,
-    gathering,
+    gradient_sync,
     kept_ops,
     local,
     mesh_of,
+    replicated,
     strategy,
+    unsharded,
     weights_digest,
 )
 from training.trainer import Trainer
@@ -94,19 +94,19 @@ def test_one_process_alone_says_that_there_is_nothing_to_share(tmp_path):
     ("changes", "message"),
     [
         (["parallel.strategy=fsdp", "parallel.cpu_offload=true"], 'cpu_offload .* here is "fsdp" on cpu'),
-        (["parallel.strategy=fsdp", "optimizer.name=adamw-8bit"], "state cannot be in parts: take"),
+        (["parallel.strategy=fsdp", "optimizer.name=adamw-8bit"], "state cannot be sharded: take"),
         (["parallel.strategy=hsdp", "parallel.shard_size=3"], "shard_size is 3, expected a divisor of the 4 processes"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check_parallel(load_config("demo", changes), Ranks(0, 4, 0, 4), torch.device("cpu"))
+        check_parallel(load_config("demo", changes), Ranks(0, 4, 4), torch.device("cpu"))
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     config = config_for(tmp_path / "run", "training.batch_size=10", "training.grad_accumulation=2")
     with pytest.raises(ValueError, match="batch_size is 10, .*grad_accumulation = 2 times 4 processes: 8 or 16"):
-        Trainer(config, RunFolder.create(config.run_folder, config), ranks=Ranks(0, 4, 0, 4))
+        Trainer(config, RunFolder.create(config.run_folder, config), ranks=Ranks(0, 4, 4))
 
 
 # --- a process alone, which holds all the parts: what FSDP and DDP do is then seen without another one --------------
@@ -187,7 +187,7 @@ def test_blocks_work_in_bf16_and_gradients_are_summed_in_fp32(tmp_path, group, w
             lambda module, given, name=name: types.update({name: (module.weight.dtype, given[0].dtype)})
         )
     for last, part in enumerate(trainer._prepared(next(trainer.feed.batches(4, 0)))):
-        with accumulating(trainer.learner, bool(last)):
+        with gradient_sync(trainer.learner, bool(last)):
             with autocast(trainer.device, trainer.precision):
                 loss = trainer.learner(*part).total
             assert in_parts(trunk.blocks[0]) == {reshard}
@@ -209,7 +209,7 @@ def test_the_average_is_whole_while_it_is_called(tmp_path, group):
     for layer in (average.transformer.blocks[0].img.attn.qkv, average.conditioner.layers[0].qkv):
         layer.register_forward_pre_hook(lambda module, _: types.add(module.weight.dtype))
     assert in_parts(average) == {True}
-    with pytest.raises(KeyboardInterrupt), gathering(average):
+    with pytest.raises(KeyboardInterrupt), unsharded(average):
         assert in_parts(average.conditioner) == in_parts(average.transformer.patch_in) == {False}
         trainer.pipe(["a red circle"], num_steps=1)
         raise KeyboardInterrupt
@@ -231,20 +231,20 @@ def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypat
     )
     for changes in (["hsdp"], ["hsdp", "parallel.shard_size=2"], ["fsdp"]):
         config = load_config("demo", [f"parallel.strategy={changes[0]}", *changes[1:]])
-        check_parallel(config, Ranks(0, 12, 0, 4), torch.device("cpu"))
-        mesh_of(config.parallel, Ranks(0, 12, 0, 4), torch.device("cpu"))
+        check_parallel(config, Ranks(0, 12, 4), torch.device("cpu"))
+        mesh_of(config.parallel, Ranks(0, 12, 4), torch.device("cpu"))
     assert meshes == [(3, 4), (6, 2), (12,)]
     with pytest.raises(ConfigError, match="shard_size is 4, expected a divisor of the 6 processes"):
-        check_parallel(load_config("demo", ["parallel.strategy=hsdp"]), Ranks(0, 6, 0, 4), torch.device("cpu"))
+        check_parallel(load_config("demo", ["parallel.strategy=hsdp"]), Ranks(0, 6, 4), torch.device("cpu"))
 
 
 def test_copies_exchange_the_gradient_of_the_last_part_alone(group):
-    learner = copied(torch.nn.Linear(2, 2), torch.device("cpu"))
+    learner = replicated(torch.nn.Linear(2, 2), torch.device("cpu"))
     for last in (False, True):
-        with accumulating(learner, last):
+        with gradient_sync(learner, last):
             assert learner.require_backward_grad_sync == last
     plain = torch.nn.Linear(2, 2)
-    with accumulating(plain, False):
+    with gradient_sync(plain, False):
         assert plain(torch.ones(1, 2)).shape == (1, 2)
 
 
@@ -275,8 +275,8 @@ def started(monkeypatch):
 
 def test_several_processes_are_found_connected_and_left(started):
     with ranks_of(load_config("demo", ["parallel.timeout=7", "training.device=cpu"])) as ranks:
-        assert (ranks.rank, ranks.world, ranks.local, ranks.per_node, ranks.group) == (0, 2, 0, 2, "group")
-        assert ranks.apart().group == "group"
+        assert (ranks.rank, ranks.world, ranks.per_node, ranks.group) == (0, 2, 2, "group")
+        assert ranks.with_own_group().group == "group"
     own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
     connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
     assert started == {**connected, "groups": [own, own], "ended": True}

@@ -15,7 +15,6 @@ from tests.training.pictures import noisy, parquet_of, picture
 from tests.training.test_mixed_sizes import read
 from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training.data import SourceOptions, open_source
-from training.image_batches import layout_of
 from training.run import RunFolder
 from training.setup import bucket_text, open_run_source
 from training.share import Share
@@ -246,12 +245,12 @@ def test_filters_leave_rows_out_of_buckets(folder):
 @pytest.mark.parametrize("how", [{}, {"buckets": "own", "mixed": True}])
 def test_held_out_rows_have_the_size_of_their_bucket(folder, how):
     held_out = HeldOut(opened(folder, **how), 0.3, 100)
-    layout = layout_of(held_out)
+    layout = held_out.layout
     assert len(layout.sizes) > 2 and layout.mixed == ("mixed" in how)
     for i, row in enumerate(held_out.rows):
         size = layout.sizes[layout.bucket_of(i)]
         assert held_out[i].image.shape[:2] == size == held_out.stream.size_of(row)
-    assert layout_of(HeldOut(opened(folder, False), 0.3, 100)).sizes == ((32, 32),)
+    assert HeldOut(opened(folder, False), 0.3, 100).layout.sizes == ((32, 32),)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -289,7 +288,7 @@ def test_a_run_on_a_stream_of_several_sizes_resumes_to_the_bit(folder, tmp_path,
     scores = read_json(whole / "scores.json")
     config = RunFolder(whole).config()
     held_out = HeldOut(open_run_source(config, 8), 0.25, config.evaluation.validation_samples)
-    sizes = {f"validation_loss_{h}x{w}" for h, w in layout_of(held_out).sizes}
+    sizes = {f"validation_loss_{h}x{w}" for h, w in held_out.layout.sizes}
     assert len(sizes) > 2 and sizes < scores.keys() and sizes < RunFolder(whole).metrics()[-1].keys()
     with pytest.raises(ValueError, match="another data.buckets"):
         training.resume(half, ["data.buckets=false"])

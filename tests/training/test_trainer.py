@@ -28,13 +28,14 @@ from tests.training.processes import python
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
 from training.data import place_of
+from training.devices import compiled
 from training.interrupts import STOPS, Interrupted, Interrupts
 from training.objectives import Loss
 from training.progress import Progress
 from training.resuming import check_state
 from training.run import RunFolder
 from training.settings import field_docs
-from training.trainer import Trainer, compiled
+from training.trainer import Trainer
 
 
 def config_for(out: Path, *overrides: str) -> training.TrainConfig:
