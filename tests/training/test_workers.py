@@ -81,17 +81,18 @@ print("left", sum(1 for _ in items))
 
 
 def test_the_next_item_is_fetched_while_the_last_one_is_used_and_no_more():
-    fetched = []
+    fetched, before = [], {*threading.enumerate()}
     items = ahead((fetched.append(i) or i for i in itertools.count()), 2)
     for number in range(4):
         assert next(items) == number
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(fetched) < number + 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert fetched == [*range(number + 3)]
-    threads = threading.active_count()
+    [thread] = {*threading.enumerate()} - before
     items.close()
-    assert threading.active_count() == threads - 1
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def dies(step: int) -> torch.Tensor:
