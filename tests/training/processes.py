@@ -34,9 +34,12 @@ def python(*words: object, **variables: str) -> Iterator[subprocess.Popen]:
 
 
 def free_port() -> int:
-    """One below those that the system gives to connections, so that none takes it meanwhile."""
+    """One below those that the system gives to connections, so that none takes it meanwhile; nor does another of the
+    test processes side by side, which have others.
+    """
+    first = 20_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
     while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
+        port = random.SystemRandom().randrange(first, first + 1_000)
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port

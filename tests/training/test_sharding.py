@@ -302,7 +302,7 @@ def test_nobody_who_answers_is_one_line(monkeypatch, served):
 def test_one_that_never_comes_is_one_line(monkeypatch, served):
     """On another machine it may have ended long ago, and its torchrun tells this one nothing."""
     dist = torch.distributed
-    server = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = str(server.port if served else free_port())
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served), "GROUP_WORLD_SIZE": "2"}).items():
