@@ -51,6 +51,9 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):  # on a busy machine several times as slow
+            item.add_marker(pytest.mark.timeout(900))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

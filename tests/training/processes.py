@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 600  # seconds for a program: it ends one that hangs, and none on a busy machine
 
 
 @contextmanager
@@ -55,6 +56,6 @@ def together(world: int, *words: object) -> list[str]:
         processes = [
             stack.enter_context(python(*words, **own, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)
         ]
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
     return said

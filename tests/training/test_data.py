@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tests.training.processes import PATIENCE
 from training.captions import MAX_CAPTION
 from training.config import load_config
 from training.data import (
@@ -752,7 +753,7 @@ def test_no_worker_outlives_the_program(ends_by):
     assert len(workers) == 2
     if ends_by == "Ctrl-C":
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = program.communicate(timeout=30)
+    _, errors = program.communicate(timeout=PATIENCE)
     assert program.returncode == (0 if ends_by == "itself" else -signal.SIGINT)
     assert "Process-" not in errors  # no traceback of a worker
     for pid in workers:
