@@ -34,7 +34,7 @@ def complain(text: str, error: BaseException | None = None) -> None:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")  # processes other than the first say which they are
     who = "mmdit" if rank == "0" else f"mmdit (process {rank})"
-    print(f"{who}: error: {text}", file=sys.stderr, flush=True)
+    print(f"{who}: error: {text}\n", end="", file=sys.stderr, flush=True)  # in one piece: others may write there too
 
 
 def of_thread(died: threading.ExceptHookArgs) -> None:

@@ -32,7 +32,8 @@ def _elsewhere(tmp_path_factory):
     """Tests run outside the repository, so that none writes into it by a relative path; and what libraries leave in the
     folder for temporary files is removed. Its path is short, for sockets lie in it.
     """
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mmdit-tests-") as temporary:
+    own = tempfile.TemporaryDirectory(prefix="mmdit-tests-", ignore_cleanup_errors=True)  # some may be written still
+    with pytest.MonkeyPatch.context() as patch, own as temporary:
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         patch.setenv("TMPDIR", temporary)
         patch.setattr(tempfile, "tempdir", None)  # it remembers the other
@@ -50,6 +51,9 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):  # on a busy machine several times as slow
+            item.add_marker(pytest.mark.timeout(900))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -28,7 +28,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
     stream = sys.stdout if stream is None else stream
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with suppress(OSError):
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        line = text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
+        print(line, end="", file=stream, flush=True)  # in one piece: other processes may write there too
 
 
 class Progress:

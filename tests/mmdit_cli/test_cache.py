@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.mmdit_cli.test_main import assert_one_line_error, run
-from tests.training.processes import python
+from tests.training.processes import PATIENCE, python
 from tests.training.test_trainer import end
 from training.cache import Cache
 from training.config import load_config
@@ -73,7 +73,7 @@ def test_sigterm_keeps_what_is_there(tmp_path):
     out = tmp_path / "cache"
     words = (*TINY, "--out", out, "data.num_samples=100000", "--shard-mb", "0.8", "data.num_workers=2")
     with python("-m", "mmdit_cli", *words) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < until and not (out / "shard-00001.json").exists():
             time.sleep(0.05)
         output = end(process)

@@ -24,6 +24,7 @@ from mmdit_cli.page import make_page, while_made
 from tests.mmdit.test_text_and_images import TINY, pipeline
 from tests.mmdit.test_text_to_image import make_model
 from tests.mmdit_cli.test_main import assert_one_line_error, run
+from tests.training.processes import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_ctrl_c_ends_the_command_also_while_it_draws(pipe, tmp_path):
                 assert not drawing.done()
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
-            said, _ = process.communicate(timeout=60)
+            said, _ = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
             signal.signal(signal.SIGINT, before)

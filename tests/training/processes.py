@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 600  # seconds for a program: it ends one that hangs, and none on a busy machine
 
 
 @contextmanager
@@ -34,9 +35,12 @@ def python(*words: object, **variables: str) -> Iterator[subprocess.Popen]:
 
 
 def free_port() -> int:
-    """One below those that the system gives to connections, so that none takes it meanwhile."""
+    """One below those that the system gives to connections, so that none takes it meanwhile; nor does another of the
+    test processes side by side, which have others.
+    """
+    first = 20_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
     while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
+        port = random.SystemRandom().randrange(first, first + 1_000)
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
@@ -52,6 +56,6 @@ def together(world: int, *words: object) -> list[str]:
         processes = [
             stack.enter_context(python(*words, **own, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)
         ]
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
     return said

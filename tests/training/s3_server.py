@@ -2,7 +2,6 @@
 
 import http.server
 import threading
-import time
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -26,7 +25,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case "busy":
                 return self._refuse(503, "SlowDown", "Please reduce your request rate.")
             case "silent":
-                return time.sleep(1.0)
+                self.server.over.wait()
+                return
         if f"Credential={KEY}/" not in self.headers.get("Authorization", ""):
             return self._refuse(403, "InvalidAccessKeyId", "The key is not in our records.")
         if bucket != "bucket":
@@ -85,7 +85,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects, self.faults, self.asked = {}, [], []
+        self.objects, self.faults, self.asked, self.over = {}, [], [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -93,5 +93,6 @@ class Server(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error):
+        self.over.set()
         self.shutdown()
         self.server_close()

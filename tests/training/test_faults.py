@@ -18,7 +18,7 @@ import training
 import training.launch
 import training.progress
 import training.trainer
-from tests.training.processes import python
+from tests.training.processes import PATIENCE, python
 from tests.training.test_trainer import LONG_COMMAND, assert_bit_equal, config_for, last_weights, metrics, stop_after
 from training.checkpoint import list_checkpoints, load_checkpoint, load_latest, newest_whole, save_checkpoint
 from training.config import load_config
@@ -283,7 +283,7 @@ save(6, True)
 def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, where):
     """What was not renamed yet counts for nothing, sealed or not, and goes with the next one."""
     with python("-c", KILLED, tmp_path, where) as killed:
-        output, _ = killed.communicate(timeout=60)
+        output, _ = killed.communicate(timeout=PATIENCE)
         assert killed.returncode == -signal.SIGKILL, output
     [part] = (tmp_path / "checkpoints").glob(".*.part")
     assert part.name == ".step-00000006.part" and list(part.glob("shard-*"))
@@ -422,7 +422,7 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < steps:
         time.sleep(0.05)
 
@@ -439,7 +439,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, strategy):
     with torchrun(*LONG_COMMAND, "--out", out, f"parallel.strategy={strategy}") as process:
         wait_for_steps(process, out, 3)
         os.kill(children(process)[1], signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     state, _ = load_latest(out, print)
     assert state["step"] >= 3 and output.count(f"stopped at step {state['step']}, all saved") == 1
@@ -457,7 +457,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_line(tmp_path):
     with torchrun(*LONG_COMMAND, "--out", out, *steps, "training.num_steps=100000") as process:
         wait_for_steps(process, out, 12)
         os.kill(children(process)[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode not in (0, None)
     [line] = [line for line in output.splitlines() if line.startswith("mmdit: error")]
     assert "process 0 stops: another one of the 2 ended" in line and f"mmdit train --resume {out}" in line
@@ -465,7 +465,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_line(tmp_path):
     assert state["step"] >= 10 and state["step"] % 5 == 0
     last = state["step"] + 2
     with torchrun(*LONG_COMMAND, "--restart", "--out", out, f"training.num_steps={last}", *steps[2:]) as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     assert f"resumed at step {state['step']}" in output and metrics(out, "loss")[-1][0] == last
 
@@ -479,7 +479,7 @@ def test_torchrun_starts_all_again_from_the_newest_checkpoint(tmp_path):
     with torchrun(*LONG_COMMAND, "--out", out, *steps, max_restarts=1) as process:
         wait_for_steps(process, out, 12)
         os.kill(children(process)[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     assert "resumed at step" in output and metrics(out, "loss")[-1][0] == 150
 
@@ -503,9 +503,9 @@ def test_processes_that_outlive_torchrun_save_and_end(tmp_path):
                 said += line
             assert not list_checkpoints(out)
             os.kill(ranks[1], signal.SIGCONT)
-            said += again.communicate(timeout=120)[0]
+            said += again.communicate(timeout=PATIENCE)[0]
             assert again.returncode == 0, said
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     [told] = re.findall(r"stopped at step (\d+), all saved", output)
     assert output.count("stops: the torchrun that had started it has ended") == 2
     assert f"resumed at step {told}" in said and not (out / LOCK).exists()

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 import training
-from tests.training.processes import free_port, python
+from tests.training.processes import PATIENCE, free_port, python
 from tests.training.test_faults import children, linux, wait_for_steps
 from tests.training.test_trainer import LONG_COMMAND, metrics
 from training.checkpoint import load_latest
@@ -35,7 +35,7 @@ def test_a_machine_is_lost_and_comes_back(tmp_path):
             os.kill(second.pid, signal.SIGKILL)
             os.kill(process, signal.SIGKILL)
         with machine(1, port, *words, max_restarts=2) as second:
-            said = [process.communicate(timeout=120)[0] for process in (first, second)]
+            said = [process.communicate(timeout=PATIENCE)[0] for process in (first, second)]
             assert [first.returncode, second.returncode] == [0, 0], said
     log = (out / "log.txt").read_text()
     assert log.count("2 processes, fsdp") == 2 and re.search("resumed at step [1-9]", log)

@@ -4,11 +4,13 @@ import os
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import samplers
+from mmdit_cli.errors import complain
 from training.progress import LINE_EVERY, Progress, drawing, duration, say
 
 
@@ -123,6 +125,18 @@ def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
             progress.show(2)
         done = progress.done
     assert done == 2
+
+
+@pytest.mark.parametrize(("tell", "said"), [(say, "a line\n"), (complain, "mmdit: error: a line\n")])
+def test_a_line_is_written_in_one_piece(tell, said, monkeypatch):
+    """Or those of several processes that write to one place, unbuffered, would run into each other."""
+    monkeypatch.delenv("RANK", raising=False)
+    pieces: list[str] = []
+    stream = SimpleNamespace(write=pieces.append, flush=lambda: None)
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.stderr", stream)
+    tell("a line")
+    assert [piece for piece in pieces if piece] == [said]
 
 
 def test_notes_stay(capsys):

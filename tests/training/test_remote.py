@@ -3,6 +3,7 @@
 import functools
 import http.server
 import itertools
+import socket
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,9 @@ from training.data import DataError, SourceOptions, loader, open_source
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_range
 from training.wanted import Wanted
 
-QUICK = Patience(timeout=0.2, retries=2, pause=0.01)
+QUICK = Patience(timeout=10.0, retries=2, pause=0.01)
+SHORT = Patience(timeout=0.1, retries=2, pause=0.01)  # where no answer is to come
+ENOUGH = Patience(timeout=1.0, retries=9, pause=0.01)  # for an answer after some that do not come
 
 
 class Flaky(MemoryFileSystem):
@@ -28,12 +31,13 @@ class Flaky(MemoryFileSystem):
     pseudo_dirs = [""]
     faults: list[str] = []
     reads: list[tuple[int, int]] = []
+    over = threading.Event()
 
     def cat_file(self, path, start=None, end=None, **how):
         type(self).reads.append((start, end))
         match type(self).faults.pop(0) if type(self).faults else "works":
             case "stalls":
-                time.sleep(1)
+                type(self).over.wait()
             case "fails":
                 raise ConnectionResetError("connection reset by peer")
             case "cuts":
@@ -47,7 +51,9 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 @pytest.fixture(autouse=True)
 def _fresh():
     Flaky.store.clear()
-    Flaky.faults, Flaky.reads = [], []
+    Flaky.faults, Flaky.reads, Flaky.over = [], [], threading.Event()
+    yield
+    Flaky.over.set()
 
 
 def options(patience=QUICK, **wanted) -> SourceOptions:
@@ -96,35 +102,35 @@ def test_parquet_behind_a_url(tmp_path):
 def test_a_fault_is_survived_and_the_last_one_is_an_error(fault):
     put("flaky://a", b"0123456789")
     Flaky.faults = [fault] * 2
-    assert read_range("flaky://a", 2, 6, QUICK) == b"2345" and len(Flaky.reads) == 3
+    assert read_range("flaky://a", 2, 6, ENOUGH) == b"2345" and not Flaky.faults
     Flaky.faults = [fault] * 3
     reason = {
-        "stalls": r"no answer within 0\.2 s",
+        "stalls": r"no answer within 0\.1 s",
         "fails": "connection reset by peer",
         "cuts": "3 bytes came in place",
     }
     with pytest.raises(RemoteError, match=rf"^flaky://a: {reason[fault]}.* \(tried 3 times\)$"):
-        read_range("flaky://a", 2, 6, QUICK)
+        read_range("flaky://a", 2, 6, SHORT if fault == "stalls" else QUICK)
 
 
 def test_a_server_that_fails_stops_the_batches_and_loses_no_sample(tmp_path):
     """A sample whose server fails is not bad: no other stands in its place."""
     put("flaky://a.tar", tar_of(members(range(6))))
-    source = open_source("flaky://a.tar", options=options())
+    source, patient = (open_source("flaky://a.tar", options=options(patience)) for patience in (QUICK, ENOUGH))
     Flaky.faults = ["fails"] * 100
     for num_workers in (0, 1):
         batches = loader(source, range(6), 2, 0, num_workers=num_workers)
         with pytest.raises(DataError, match="flaky://a.tar: connection reset by peer .tried 3 times"):
             next(batches)
     Flaky.faults = ["fails", "stalls"]
-    assert len(next(loader(source, range(6), 2, 0)).keys) == 2
+    assert len(next(loader(patient, range(6), 2, 0)).keys) == 2
 
 
 def test_a_shard_that_cannot_be_indexed_is_an_error_not_a_loss():
     put("flaky://set/a.tar", tar_of(members(range(6))))
     Flaky.faults = ["stalls"] * 100
     with pytest.raises(DataError, match="no answer within"):
-        open_source("flaky://set", options=options())
+        open_source("flaky://set", options=options(SHORT))
 
 
 def test_pauses_grow(monkeypatch):
@@ -175,9 +181,9 @@ def test_an_index_is_found_again_while_the_files_are_the_same(tmp_path):
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    """A server of files that knows ranges, as those of shards do, and is silent for a while where it is told to."""
+    """A server of files that knows ranges, as those of shards do, and is silent to so many requests as it is told."""
 
-    silent = 0
+    silent, over = 0, threading.Event()
 
     def log_message(self, *args):
         pass
@@ -185,7 +191,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         if type(self).silent > 0:
             type(self).silent -= 1
-            time.sleep(0.6)
+            type(self).over.wait()
             return
         first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
         if not Path(self.translate_path(self.path)).is_file():
@@ -205,10 +211,10 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 def test_a_server_on_http_that_is_not_reached_is_no_missing_file():
     """fsspec calls both a missing file; the first is tried again."""
     pytest.importorskip("aiohttp", reason="fsspec reads http with it")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quiet)
-    server.server_close()  # so that nobody listens there
-    with pytest.raises(RemoteError, match=r"000.tar: Cannot connect .*\(tried 3 times\)"):
-        list_urls(f"http://127.0.0.1:{server.server_port}/000.tar", Patience(5.0, 2, 0.01))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(RemoteError, match=r"000.tar: Cannot connect .*\(tried 3 times\)"):
+            list_urls(f"http://127.0.0.1:{nobody.getsockname()[1]}/000.tar", QUICK)
 
 
 def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
@@ -218,11 +224,12 @@ def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         spec = f"http://127.0.0.1:{server.server_port}/set/000.tar"
-        source = open_source(spec, options=options())
+        source = open_source(spec, options=options(ENOUGH))
         _Quiet.silent = 2
         one, other = next(loader(open_source(str(local)), range(5), 5, 0)), next(loader(source, range(5), 5, 0))
         assert one.keys == other.keys and one.images.equal(other.images)
         with pytest.raises(DataError, match="no such file on the server"):
             open_source(spec.replace("000", "none"), options=options())
     finally:
+        _Quiet.over.set()
         server.shutdown()

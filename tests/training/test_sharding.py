@@ -160,7 +160,8 @@ def test_a_checkpoint_in_parts_is_read_without_a_group_and_a_word(tmp_path, recw
     weights = {"model": {"w": torch.randn(4, 2)}}
     folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
     recwarn.clear()
-    assert torch.equal(read_sharded(folder)["model"]["w"], weights["model"]["w"]) and not recwarn.list
+    assert torch.equal(read_sharded(folder)["model"]["w"], weights["model"]["w"])
+    assert [w for w in recwarn if w.category is not ResourceWarning] == []  # which is of what other tests left
 
 
 def opened(tmp_path, *changes) -> Trainer:
@@ -302,7 +303,7 @@ def test_nobody_who_answers_is_one_line(monkeypatch, served):
 def test_one_that_never_comes_is_one_line(monkeypatch, served):
     """On another machine it may have ended long ago, and its torchrun tells this one nothing."""
     dist = torch.distributed
-    server = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = str(server.port if served else free_port())
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served), "GROUP_WORLD_SIZE": "2"}).items():

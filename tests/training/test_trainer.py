@@ -24,7 +24,7 @@ import training.trainer
 import training.writing
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from mmdit.weights_io import read_weights
-from tests.training.processes import python
+from tests.training.processes import PATIENCE, python
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
 from training.data import place_of
@@ -644,7 +644,7 @@ def test_a_terminal_that_closes_may_say_so_twice_and_nohup_stands():
 def end(process: subprocess.Popen, sig: int = signal.SIGTERM) -> str:
     """The signal to the whole group, which ends with status 0; returns what is printed from here on."""
     os.killpg(process.pid, sig)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
@@ -660,7 +660,7 @@ def test_a_signal_to_the_command_saves_and_exits_0(tmp_path, sig):
     """With worker processes, which end with it."""
     out = tmp_path / "run"
     with python(*LONG_COMMAND, "--out", out, "data.cache_latents=false", "data.num_workers=2") as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < 3:
             time.sleep(0.05)
         output = end(process, sig)

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from tests.training.processes import PATIENCE
 from training.ahead import ahead
 from training.errors import DataError
 from training.workers import run
@@ -64,7 +65,7 @@ def test_workers_start_where_signals_cannot_be_blocked(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
 def test_a_fork_that_ends_leaves_the_workers_alone():
-    found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (found.stdout.split(), found.returncode) == (["left", "39"], 0), found.stderr
 
 
@@ -81,17 +82,18 @@ print("left", sum(1 for _ in items))
 
 
 def test_the_next_item_is_fetched_while_the_last_one_is_used_and_no_more():
-    fetched = []
+    fetched, before = [], {*threading.enumerate()}
     items = ahead((fetched.append(i) or i for i in itertools.count()), 2)
     for number in range(4):
         assert next(items) == number
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(fetched) < number + 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert fetched == [*range(number + 3)]
-    threads = threading.active_count()
+    [thread] = {*threading.enumerate()} - before
     items.close()
-    assert threading.active_count() == threads - 1
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def dies(step: int) -> torch.Tensor:
@@ -118,5 +120,5 @@ print(next(batches), flush=True)
 
 
 def test_batches_that_are_left_open_say_nothing_at_exit():
-    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.0\n", "")
