@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from torch import nn
 import training
 from mmdit import TextToImage
 from mmdit.mapped import read_metadata
-from mmdit.weights_io import read_weights
+from mmdit.weights_io import read_weights, save_weights
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, OptimizerConfig, TrainingConfig, load_config
 from training.ema import (
@@ -228,6 +229,25 @@ def test_a_tracked_width_is_reconstructed_as_it_was_and_others_lie_beside_it(run
     assert not torch.equal(early[4][names[0]], early[8][names[0]])
     with pytest.raises(ValueError, match="no snapshot of step 3, it has 2, 4, 6, 8"):
         reconstruct(run, 0.1, 3)
+
+
+def test_time_in_a_reconstruction_is_updates(run, tmp_path):
+    """A weight that is k after update k, in a run that leaves out 90 steps in its middle."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "ema")
+    trained = {name: value.shape for name, value in read_weights(snapshots(run)[0][2]).items()}
+    truth = {
+        (t, w): weights_of(power_of(w), t, t) @ np.arange(1, t + 1) for t in range(5, 61, 5) for w in (0.1, 0.15, 0.25)
+    }
+    for (t, width), value in truth.items():
+        tensors = {name: torch.full(shape, value) for name, shape in trained.items()}
+        path = copy / "ema" / f"step-{t + 90 * (t > 30):08d}-sigma-{width}.safetensors"
+        if width != 0.15:
+            save_weights(tensors, path, {"updates": str(t)})
+    for t, step in ((30, 30), (60, 150)):
+        for width in (0.1, 0.15, 0.25):
+            found = reconstruct(copy, width, step)
+            assert all(found[name].flatten()[0].item() == pytest.approx(truth[t, width], rel=1e-3) for name in trained)
 
 
 def test_a_reconstruction_is_the_average_that_another_run_tracked(tmp_path):
