@@ -217,8 +217,7 @@ class TextAndImages:
         num_tokens, num_images = (len(batch.predicting), images) if counts is None else counts.tolist()
         num = images * self.share.world
         if t is None:
-            t = self.density.sample(num, generator, stratified=self.stratified) if images else torch.zeros(0)  # type: ignore[arg-type]
-            t = self.share.of(t)
+            t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))  # type: ignore[arg-type]
             t = torch.where(opens_text(batch).cpu(), t * self.image_first_cap, t)
         t = torch.as_tensor(t, dtype=torch.float32).expand(images).to(device)
         noise = noise_for(num, batch.latents, generator, self.share)
@@ -266,7 +265,7 @@ def documents(
 
 def opens_text(batch: MixedBatch) -> Tensor:
     """Which images (I,) open a document that goes on with text after them; the end token alone is none."""
-    counts = torch.bincount(batch.document, minlength=batch.num_documents)
+    counts = torch.bincount(batch.document)
     first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the place where each image's document begins
     lead = batch.lead  # of tokens that say a size
     return (batch.opened == first + lead) & (counts[batch.document[batch.opened]] > 3 + lead)
