@@ -71,8 +71,8 @@ def test_a_step_does_not_hang_on_the_size_of_the_gradient():
 
 
 def test_a_turn_has_as_many_weights_as_fit():
-    weights = [(torch.empty(n), {}) for n in (4, 4, 4, 10, 3, 5, 1)]
-    assert [[len(w) for w, _ in turn] for turn in _turns(weights, 8)] == [[4, 4], [4], [10], [3, 5], [1]]
+    weights = [(torch.empty(n), {}) for n in (10, 4, 4, 4, 9, 3, 5, 1)]
+    assert [[len(w) for w, _ in turn] for turn in _turns(weights, 8)] == [[10], [4, 4], [4], [9], [3, 5], [1]]
 
 
 def test_muon_takes_the_parts_of_a_stacked_matrix_apart():

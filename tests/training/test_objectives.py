@@ -23,7 +23,7 @@ from training.objectives import (
     seeds_for,
 )
 from training.share import Share
-from training.time_density import LogitNormal, TimeDensity, Uniform
+from training.time_density import LogitNormal, Shifted, TimeDensity, Uniform
 
 
 class Spy(nn.Module):
@@ -216,6 +216,9 @@ def test_half_precision_models_are_scored_in_float(dtype):
     spy.forward = lambda x_t, t, tokens, drop=None: x_t.to(torch.bfloat16)
     loss = FlowMatching(Uniform())(spy, data._replace(latents=data.latents.to(dtype)), generator())
     assert loss.total.dtype == loss.errors.dtype == torch.float32
+    some = pack([[picture().to(dtype), torch.tensor([5, 6])]])
+    mixed = TextAndImages(Uniform())(trunk().bfloat16(), some, generator())
+    assert mixed.total.dtype == mixed.errors.dtype == mixed.parts["text"].dtype == torch.float32
 
 
 def test_logits_in_half_precision_are_scored_in_float():
@@ -511,7 +514,23 @@ def test_the_mean_of_the_pieces_losses_is_the_loss_of_the_batch():
     assert abs(torch.stack(alone).mean() - whole) > 1e-3  # what means over each piece would say
 
 
-@pytest.mark.parametrize("model", [(), ("transfusion.enabled=true", "model.positions=rope")], ids=["image", "mixed"])
+MIXED = ("transfusion.enabled=true", "model.positions=rope")
+
+
+def test_a_run_learns_what_its_config_says():
+    plain = Shifted(LogitNormal(), 1.0)
+    assert make_objective(load_config("pixels-tiny")) == FlowMatching(plain)
+    assert make_objective(load_config("pixels-tiny", MIXED)) == TextAndImages(plain)
+    how = [f"objective.{change}" for change in ("m=0.5", "s=0.6", "shift=3", "caption_dropout=0.2", "stratified=false")]
+    density = Shifted(LogitNormal(0.5, 0.6), 3.0)
+    assert make_objective(load_config("pixels-tiny", how)) == FlowMatching(density, 0.2, False)
+    own = {"image_weight": 2.0, "image_first_cap": 0.7, "z_loss": 1e-4, "caption_first": 0.6}
+    how += [*MIXED, *(f"transfusion.{name}={value}" for name, value in own.items())]
+    expected = TextAndImages(density, **own, caption_dropout=0.2, stratified=False)
+    assert make_objective(load_config("pixels-tiny", how)) == expected
+
+
+@pytest.mark.parametrize("model", [(), MIXED], ids=["image", "mixed"])
 def test_a_run_learns_its_share_of_each_batch(model):
     share = Share(1, 2, 3)
     assert make_objective(load_config("pixels-tiny", model), share).share == share

@@ -86,10 +86,11 @@ def test_documents_are_used_at_their_own_lengths(sizes):
     """Three captioned pictures of 16 patches and two texts; with two tokens more where a picture's size is said."""
     telemetry, clock, _ = make("training.peak_tflops=1e-5")
     telemetry.model, words = text_and_images(size_tokens=sizes)
-    telemetry.next(iter([Batch(torch.zeros(3, 3, 8, 8), words, Tokens(words.ids[:2], words.mask[:2]))]))
+    text = Tokens(words.ids[[0, 0]], words.mask[[0, 0]])
+    telemetry.next(iter([Batch(torch.zeros(3, 3, 8, 8), words, text)]))
     clock.now += 1.0
-    lengths = words.mask.sum(1)
-    documents = of_documents(torch.tensor([16] * 3 + [0] * 2), torch.cat([lengths, lengths[:2]]), 2 if sizes else 0)
+    lengths = torch.cat([words.mask, text.mask]).sum(1)
+    documents = of_documents(torch.tensor([16] * 3 + [0] * 2), lengths, 2 if sizes else 0)
     assert telemetry.line()["mfu"] == pytest.approx(step_flops(telemetry.model, documents) / 1e7)
 
 
