@@ -106,7 +106,7 @@ def linear(
             raise ValueError("a step in the data prediction cannot leave t = 0, where sigma = 0: take a solver of v")
         a = end.sigma / start.sigma * damping
         total = end.alpha - a * start.alpha
-        noise = math.sqrt(max(end.sigma**2 - (a * start.sigma) ** 2, 0.0)) if damping < 1 else 0.0
+        noise = end.sigma * math.sqrt(max(1 - damping**2, 0.0))
     else:
         a = end.alpha / start.alpha
         total, noise = end.sigma - a * start.sigma, 0.0

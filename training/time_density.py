@@ -30,7 +30,7 @@ class TimeDensity(ABC):
         """pi(t), 0 outside [0, 1]."""
         t = torch.as_tensor(t)
         inside = (t >= 0) & (t <= 1)
-        return torch.where(inside, self._density(t.clamp(0, 1)), 0.0)
+        return torch.where(inside, self._density(t), 0.0)
 
     def sample(
         self,
