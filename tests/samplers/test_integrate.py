@@ -60,6 +60,8 @@ def test_guidance_counts_both_networks_and_only_where_it_is_on():
     assert on == pytest.approx([1 - i / 10 for i in range(10)]) and off == pytest.approx([0.7, 0.6, 0.5, 0.4])
     assert out.num_evals == 14
     assert sample(field.on(Cosine()), X, "euler", 10).num_evals == len(on) + len(off) - 14
+    for t in (0.5, torch.full((4,), 0.5).double()):
+        assert field.predict(X, t).num_evals == field.on(Cosine()).predict(X, t).num_evals == 2
 
 
 def test_times_given_to_the_network_stay_in_range_and_end_exactly():
