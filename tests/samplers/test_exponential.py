@@ -160,12 +160,14 @@ def test_two_nodes_are_the_published_coefficients():
 
 
 @pytest.mark.parametrize("variable", ["log-snr", "rho", "flow"])
-@pytest.mark.parametrize("rate", [1.0, 2.0, -1.0])
-def test_weights_integrate_polynomials(variable, rate):
+@pytest.mark.parametrize(
+    ("rate", "end"), [(1.0, 0.5), (2.0, 0.5), (-1.0, 0.5), (1.0, 15.0), (-1.0, 15.0), (-1.0, 60.0)]
+)
+def test_weights_integrate_polynomials(variable, rate, end):
     """Against a fine midpoint rule."""
-    start, end, nodes = -0.3, 0.5, (-0.3, -0.7, -1.2)
+    start, nodes = -0.3, (-0.3, -0.7, -1.2)
     value = {"log-snr": lambda x: x, "rho": lambda x: (-x).exp(), "flow": lambda x: torch.sigmoid(-x)}[variable]
-    x = start + (end - start) * (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    x = start + (end - start) * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     density = torch.exp(rate * x)
     w = torch.tensor(weights(start, end, nodes, variable, "exact", rate), dtype=torch.float64)
     for k in range(3):
@@ -182,6 +184,9 @@ def test_weights_at_infinite_ends():
     w = weights(0.0, math.inf, (0.0, -1.0), "flow", "exact", 1.0)
     assert w[0] * tau[0] + w[1] * tau[1] == pytest.approx(0) and sum(w) == pytest.approx(1)
     assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0)[2] == 0
+    for variable in ("rho", "flow"):  # under e^-l nearly all the mass is near the start
+        near, end = (weights(0.0, at, (0.0, -1.0, -1.5), variable, "exact", -1.0) for at in (50.0, math.inf))
+        assert near == pytest.approx(end)
 
 
 def test_the_published_three_node_rule_is_of_second_order():

@@ -174,14 +174,30 @@ def test_snapshots_past_a_step_are_forgotten_and_that_of_it_stays(tmp_path):
 
 def test_schedule_free_leaves_a_weight_that_nothing_uses_where_it_is():
     pytest.importorskip("schedulefree")
-    net, ema = (nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)}) for _ in range(2))
+    net, ema = (nn.ModuleDict({name: nn.Linear(2, 2) for name in ("frozen", "used", "idle")}) for _ in range(2))
     ema.load_state_dict(net.state_dict())
+    net["frozen"].requires_grad_(False)
     optimizer = make_optimizer(net, OptimizerConfig(name="schedule-free", lr=0.01))
     average = make_average(ema, net, optimizer, TrainingConfig(ema_decay=0))
     net["used"](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     average.update(net, 0)
     assert torch.equal(ema["idle"].weight, net["idle"].weight) and not torch.equal(ema["used"].bias, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_a_snapshot_is_of_what_is_trained_in_the_type_asked_for(name, dtype, tmp_path):
+    net, ema = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)) for _ in range(2))
+    config = TrainingConfig(ema="power", ema_snapshot_every=1, ema_snapshot_dtype=name)
+    average = make_average(ema, net, torch.optim.SGD(net.parameters()), config)
+    average.update(net, 0)  # forgets the weights that it began with
+    average.snapshot(tmp_path, 1, 1)
+    for _, _, path in snapshots(tmp_path):
+        found = read_weights(path)
+        assert {key: x.dtype for key, x in found.items()} == {"0.weight": dtype, "0.bias": dtype}
+        assert torch.equal(found["0.weight"], net[0].weight.detach().to(dtype))
 
 
 def test_a_snapshot_says_how_many_updates_it_has_taken_in(tmp_path):
