@@ -130,7 +130,7 @@ def weights(
     p_start, p_end = (value(torch.tensor(at, dtype=torch.float64)) for at in (start, end))
     p = value(torch.tensor(nodes, dtype=torch.float64))
     usable = p.isfinite()
-    if not (p_start.isfinite() and p_end.isfinite() and usable[0]):
+    if not (p_start.isfinite() and p_end.isfinite()):
         return (1.0,) + (0.0,) * (len(nodes) - 1)
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)

@@ -161,10 +161,10 @@ def test_two_nodes_are_the_published_coefficients():
 
 @pytest.mark.parametrize("variable", ["log-snr", "rho", "flow"])
 @pytest.mark.parametrize(
-    ("rate", "end"), [(1.0, 0.5), (2.0, 0.5), (-1.0, 0.5), (1.0, 15.0), (-1.0, 15.0), (-1.0, 60.0)]
+    ("rate", "end"), [(1, 0.5), (2, 0.5), (-1, 0.5), (1, 15), (-1, 15), (-1, 60), (1, -2), (-1, -2)]
 )
 def test_weights_integrate_polynomials(variable, rate, end):
-    """Against a fine midpoint rule."""
+    """Against a fine midpoint rule; to data and to noise."""
     start, nodes = -0.3, (-0.3, -0.7, -1.2)
     value = {"log-snr": lambda x: x, "rho": lambda x: (-x).exp(), "flow": lambda x: torch.sigmoid(-x)}[variable]
     x = start + (end - start) * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -183,7 +183,9 @@ def test_weights_at_infinite_ends():
     tau = [1 / (1 + math.exp(x)) for x in (0.0, -1.0)]
     w = weights(0.0, math.inf, (0.0, -1.0), "flow", "exact", 1.0)
     assert w[0] * tau[0] + w[1] * tau[1] == pytest.approx(0) and sum(w) == pytest.approx(1)
-    assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0)[2] == 0
+    without = weights(1.0, 2.0, (1.0, 0.0), "log-snr", "exact", 1.0)
+    assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0) == (*without, 0.0)
+    assert weights(-math.inf, 0.0, (-math.inf, 0.0), "log-snr", "exact", 1.0) == (1.0, 0.0)
     for variable in ("rho", "flow"):  # under e^-l nearly all the mass is near the start
         near, end = (weights(0.0, at, (0.0, -1.0, -1.5), variable, "exact", -1.0) for at in (50.0, math.inf))
         assert near == pytest.approx(end)
