@@ -176,6 +176,13 @@ def test_weights_integrate_polynomials(variable, rate, end):
         assert at_nodes.item() == pytest.approx(mean.item(), rel=1e-6)
 
 
+def test_the_rule_for_small_steps_ends_where_noise_outgrows_them():
+    """E[tau] = r h / 2 / (1 - e^-rh) at the rate r = 1 + tau^2 up to 2, then 1/2; one node is h before the start."""
+    h = 0.5
+    for rate, mean in ((1.0, h / 2 / (1 - math.exp(-h))), (2.0, h / (1 - math.exp(-2 * h))), (5.0, 0.5)):
+        assert weights(0.0, h, (0.0, -h), "log-snr", "bh1", rate) == pytest.approx((1 + mean, -mean))
+
+
 def test_weights_at_infinite_ends():
     """The time of the flow is finite there: a polynomial is extrapolated to the data; in log-SNR one node is left."""
     assert weights(0.0, math.inf, (0.0, -1.0), "log-snr", "exact", 1.0) == (1.0, 0.0)
