@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,6 +160,14 @@ def test_two_nodes_are_the_published_coefficients():
     assert bound.predict[1].b == pytest.approx((total * (1 + 0.5 / r), -total * 0.5 / r))
 
 
+def test_the_midpoint_alone_leads_to_the_end_in_dpm_solver_2():
+    """Lu et al. 2022a, alg. 1: x_s = (alpha_s / alpha_t) x - sigma_s (e^h - 1) eps(u, the middle in log-SNR)."""
+    _, (middle, step) = SOLVERS["dpm-2"].bind(MIXTURE.field(FLOW), [0.8, 0.5]).plans[0]
+    h = (FLOW.log_snr(0.5) - FLOW.log_snr(0.8)).item() / 2
+    assert FLOW.log_snr(middle).item() == pytest.approx(FLOW.log_snr(0.8).item() + h)
+    assert step.a == pytest.approx(0.5 / 0.2) and step.b == pytest.approx((0, -0.5 * math.expm1(h)))
+
+
 @pytest.mark.parametrize("variable", ["log-snr", "rho", "flow"])
 @pytest.mark.parametrize(
     ("rate", "end"), [(1, 0.5), (2, 0.5), (-1, 0.5), (1, 15), (-1, 15), (-1, 60), (1, -2), (-1, -2)]
@@ -234,6 +243,17 @@ def test_no_host_value_is_read_in_the_loop():
         for t, t_next in ((1.0, 0.7), (0.7, 0.4), (0.4, 0.0)):
             at, _, state = solver.step(field, at, t, t_next, state)
         assert at.shape == x.shape
+
+
+@pytest.mark.parametrize(("nodes", "corrector", "kept"), [(1, 0, 1), (3, 0, 3), (2, 3, 2), (1, 4, 3)])
+def test_as_many_predictions_are_kept_as_are_used(nodes, corrector, kept):
+    times = torch.linspace(0.9, 0.1, 7, dtype=torch.float64).tolist()
+    solver = Multistep("mine", 1, 1, "", num_nodes=nodes, corrector=corrector).bind(MIXTURE.field(FLOW), times)
+    x, state = X, None
+    for t, t_next in pairwise(times):
+        x, _, state = solver.step(MIXTURE.field(FLOW), x, t, t_next, state)
+    assert len(state.outputs) == kept
+    assert max((len(step.b) for step in solver.correct if step), default=0) == corrector
 
 
 def test_a_multistep_step_compiles_without_a_break():
