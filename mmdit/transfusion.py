@@ -54,7 +54,7 @@ class MixedOutput:
 
     def per_document(self) -> list[Document]:
         """One `Document` each, in order."""
-        counts = torch.bincount(self.batch.document, minlength=self.batch.num_documents).tolist()
+        counts = torch.bincount(self.batch.document).tolist()
         images = self.batch.document[self.batch.opened].tolist()
         return [
             Document(logits, [v for v, of in zip(self.v, images, strict=True) if of == d])

@@ -106,7 +106,7 @@ def linear(
             raise ValueError("a step in the data prediction cannot leave t = 0, where sigma = 0: take a solver of v")
         a = end.sigma / start.sigma * damping
         total = end.alpha - a * start.alpha
-        noise = math.sqrt(max(end.sigma**2 - (a * start.sigma) ** 2, 0.0)) if damping < 1 else 0.0
+        noise = end.sigma * math.sqrt(max(1 - damping**2, 0.0))
     else:
         a = end.alpha / start.alpha
         total, noise = end.sigma - a * start.sigma, 0.0
@@ -130,7 +130,7 @@ def weights(
     p_start, p_end = (value(torch.tensor(at, dtype=torch.float64)) for at in (start, end))
     p = value(torch.tensor(nodes, dtype=torch.float64))
     usable = p.isfinite()
-    if not (p_start.isfinite() and p_end.isfinite() and usable[0]):
+    if not (p_start.isfinite() and p_end.isfinite()):
         return (1.0,) + (0.0,) * (len(nodes) - 1)
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)

@@ -207,14 +207,11 @@ class CachedFeed:
         """The first caption of each sample."""
         return [self.source.caption(i) for i in self.rows]
 
-    def at(
-        self,
-        rows: Sequence[int],
-        draws: Sequence[float] | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Batch:
-        """As `LatentFeed.at`."""
-        return self._batch(self._read(rows, draws), generators)
+    def at(self, rows: Sequence[int]) -> Batch:
+        """The samples at some rows, of one bucket unless they are mixed, as a batch: with their first captions, and
+        where latents are sampled, the mode of these.
+        """
+        return self._batch(self._read(rows, None), None)
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each this share's rows; a thread reads ahead."""
@@ -247,7 +244,7 @@ class CachedFeed:
 
     def _batch(self, read: tuple[Any, Any], generators: Sequence[torch.Generator] | None) -> Batch:
         statistics, text = read
-        latents = latents_from(self.autoencoder, statistics, generators if self.sampled else None, self.device)
+        latents = latents_from(self.autoencoder, statistics, generators, self.device)
         return Batch(latents, text.to(self.device))
 
 

@@ -218,8 +218,7 @@ class TextAndImages:
         num_tokens, num_images = (len(batch.predicting), images) if counts is None else counts.tolist()
         num = images * self.share.world
         if t is None:
-            t = self.density.sample(num, generator, stratified=self.stratified) if images else torch.zeros(0)  # type: ignore[arg-type]
-            t = self.share.of(t)
+            t = self.share.of(self.density.sample(num, generator, stratified=self.stratified))  # type: ignore[arg-type]
             t = torch.where(opens_text(batch).cpu(), t * self.image_first_cap, t)
         t = torch.as_tensor(t, dtype=torch.float32).expand(images).to(device)
         noise = noise_for(num, batch.latents, generator, self.share)
@@ -269,7 +268,7 @@ def documents(
 
 def opens_text(batch: MixedBatch) -> Tensor:
     """Which images (I,) open a document and have text after them; the end token alone is not text."""
-    counts = torch.bincount(batch.document, minlength=batch.num_documents)
+    counts = torch.bincount(batch.document)
     first = (counts.cumsum(0) - counts)[batch.document[batch.opened]]  # the first position of each image's document
     lead = batch.lead  # number of tokens for an image's size
     return (batch.opened == first + lead) & (counts[batch.document[batch.opened]] > 3 + lead)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,19 +160,36 @@ def test_two_nodes_are_the_published_coefficients():
     assert bound.predict[1].b == pytest.approx((total * (1 + 0.5 / r), -total * 0.5 / r))
 
 
+def test_the_midpoint_alone_leads_to_the_end_in_dpm_solver_2():
+    """Lu et al. 2022a, alg. 1: x_s = (alpha_s / alpha_t) x - sigma_s (e^h - 1) eps(u, the middle in log-SNR)."""
+    _, (middle, step) = SOLVERS["dpm-2"].bind(MIXTURE.field(FLOW), [0.8, 0.5]).plans[0]
+    h = (FLOW.log_snr(0.5) - FLOW.log_snr(0.8)).item() / 2
+    assert FLOW.log_snr(middle).item() == pytest.approx(FLOW.log_snr(0.8).item() + h)
+    assert step.a == pytest.approx(0.5 / 0.2) and step.b == pytest.approx((0, -0.5 * math.expm1(h)))
+
+
 @pytest.mark.parametrize("variable", ["log-snr", "rho", "flow"])
-@pytest.mark.parametrize("rate", [1.0, 2.0, -1.0])
-def test_weights_integrate_polynomials(variable, rate):
-    """Against a fine midpoint rule."""
-    start, end, nodes = -0.3, 0.5, (-0.3, -0.7, -1.2)
+@pytest.mark.parametrize(
+    ("rate", "end"), [(1, 0.5), (2, 0.5), (-1, 0.5), (1, 15), (-1, 15), (-1, 60), (1, -2), (-1, -2)]
+)
+def test_weights_integrate_polynomials(variable, rate, end):
+    """Against a fine midpoint rule; to data and to noise."""
+    start, nodes = -0.3, (-0.3, -0.7, -1.2)
     value = {"log-snr": lambda x: x, "rho": lambda x: (-x).exp(), "flow": lambda x: torch.sigmoid(-x)}[variable]
-    x = start + (end - start) * (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    x = start + (end - start) * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     density = torch.exp(rate * x)
     w = torch.tensor(weights(start, end, nodes, variable, "exact", rate), dtype=torch.float64)
     for k in range(3):
         mean = (density * value(x) ** k).sum() / density.sum()
         at_nodes = (w * value(torch.tensor(nodes, dtype=torch.float64)) ** k).sum()
         assert at_nodes.item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_the_rule_for_small_steps_ends_where_noise_outgrows_them():
+    """E[tau] = r h / 2 / (1 - e^-rh) at the rate r = 1 + tau^2 up to 2, then 1/2; one node is h before the start."""
+    h = 0.5
+    for rate, mean in ((1.0, h / 2 / (1 - math.exp(-h))), (2.0, h / (1 - math.exp(-2 * h))), (5.0, 0.5)):
+        assert weights(0.0, h, (0.0, -h), "log-snr", "bh1", rate) == pytest.approx((1 + mean, -mean))
 
 
 def test_weights_at_infinite_ends():
@@ -181,7 +199,12 @@ def test_weights_at_infinite_ends():
     tau = [1 / (1 + math.exp(x)) for x in (0.0, -1.0)]
     w = weights(0.0, math.inf, (0.0, -1.0), "flow", "exact", 1.0)
     assert w[0] * tau[0] + w[1] * tau[1] == pytest.approx(0) and sum(w) == pytest.approx(1)
-    assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0)[2] == 0
+    without = weights(1.0, 2.0, (1.0, 0.0), "log-snr", "exact", 1.0)
+    assert weights(1.0, 2.0, (1.0, 0.0, -math.inf), "log-snr", "exact", 1.0) == (*without, 0.0)
+    assert weights(-math.inf, 0.0, (-math.inf, 0.0), "log-snr", "exact", 1.0) == (1.0, 0.0)
+    for variable in ("rho", "flow"):  # under e^-l nearly all the mass is near the start
+        near, end = (weights(0.0, at, (0.0, -1.0, -1.5), variable, "exact", -1.0) for at in (50.0, math.inf))
+        assert near == pytest.approx(end)
 
 
 def test_the_published_three_node_rule_is_of_second_order():
@@ -220,6 +243,17 @@ def test_no_host_value_is_read_in_the_loop():
         for t, t_next in ((1.0, 0.7), (0.7, 0.4), (0.4, 0.0)):
             at, _, state = solver.step(field, at, t, t_next, state)
         assert at.shape == x.shape
+
+
+@pytest.mark.parametrize(("nodes", "corrector", "kept"), [(1, 0, 1), (3, 0, 3), (2, 3, 2), (1, 4, 3)])
+def test_as_many_predictions_are_kept_as_are_used(nodes, corrector, kept):
+    times = torch.linspace(0.9, 0.1, 7, dtype=torch.float64).tolist()
+    solver = Multistep("mine", 1, 1, "", num_nodes=nodes, corrector=corrector).bind(MIXTURE.field(FLOW), times)
+    x, state = X, None
+    for t, t_next in pairwise(times):
+        x, _, state = solver.step(MIXTURE.field(FLOW), x, t, t_next, state)
+    assert len(state.outputs) == kept
+    assert max((len(step.b) for step in solver.correct if step), default=0) == corrector
 
 
 def test_a_multistep_step_compiles_without_a_break():

@@ -1,5 +1,7 @@
 """Fields: exact views of known data, whatever is predicted; one evaluation for all views; change of schedule."""
 
+import math
+
 import pytest
 import torch
 
@@ -161,13 +163,16 @@ def test_a_ddpm_network_of_integer_indices_is_sampled_as_a_flow(ours):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_beyond_its_range_x_0_is_kept_in_noise_and_eps_in_data():
+@pytest.mark.parametrize(
+    ("start", "end"), [(0.0, 1.0), (torch.zeros(6).double(), torch.ones(6).double())], ids=["one", "each"]
+)
+def test_beyond_its_range_x_0_is_kept_in_noise_and_eps_in_data(start, end):
     vp = DiscreteVP.scaled_linear()  # alpha(1) = 0.068: it never saw pure noise
     field = MIXTURE.field(vp, "velocity")
-    torch.testing.assert_close(field.on(RectifiedFlow()).x_0(X, 1.0), field.x_0(X, 1.0))
-    torch.testing.assert_close(field.on(RectifiedFlow()).v(X, 1.0), X - field.x_0(X, 1.0))
+    torch.testing.assert_close(field.on(RectifiedFlow()).x_0(X, end), field.x_0(X, 1.0))
+    torch.testing.assert_close(field.on(RectifiedFlow()).v(X, end), X - field.x_0(X, 1.0))
     explode = MIXTURE.field(VE(0.01, 50.0), "noise")  # at its t = 0 it has noise still
-    torch.testing.assert_close(explode.on(RectifiedFlow()).eps(X, 0.0), explode.eps(X, 0.0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(explode.on(RectifiedFlow()).eps(X, start), explode.eps(X, 0.0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,11 @@ def test_where_the_velocity_is_determined(prediction, blind_at, on):
     field = MIXTURE.field(RectifiedFlow(), prediction).on(on)
     for t in (0.0, 0.5, 1.0):
         assert field.determines_velocity(t) == (t not in blind_at)
+
+
+def test_another_schedule_that_keeps_off_its_ends_determines_what_they_do_not():
+    field = MIXTURE.field(RectifiedFlow(), "noise")
+    assert not field.determined(1.0) and field.on(VPLinear()).determined(1.0) and field.on(VE()).determined(1.0)
 
 
 def test_a_pole_of_the_schedule_hides_the_velocity():
@@ -194,14 +204,15 @@ def test_times_of_a_batch_are_determined_where_each_is():
         assert not field.determines_velocity(torch.tensor([0.5, 0.0], dtype=torch.float64))
 
 
-def test_a_raw_edm_network_is_adapted():
-    s_d, schedule, seen = 0.8, RectifiedFlow(), []
+@pytest.mark.parametrize(("s_d", "how", "prediction"), [(0.8, (0.8,), edm_view(0.8)), (0.5, (), "edm")])
+def test_a_raw_edm_network_is_adapted(s_d, how, prediction):
+    schedule, seen = RectifiedFlow(), []
 
     def raw(x, c_noise):
         seen.append((x, c_noise))
         return 0.3 * x
 
-    field = Field(edm_network(raw, schedule, s_d), schedule, edm_view(s_d))
+    field = Field(edm_network(raw, schedule, *how), schedule, prediction)
     t = 0.6
     sigma, x = t / (1 - t), X / (1 - t)
     scaled = x / (sigma**2 + s_d**2) ** 0.5
@@ -210,7 +221,7 @@ def test_a_raw_edm_network_is_adapted():
     torch.testing.assert_close(seen[0][0], scaled)
     torch.testing.assert_close(seen[0][1], torch.full((6,), sigma, dtype=torch.float64).log() / 4)
     assert field.v(X, 0.0).isfinite().all() and field.v(X, 1.0).isfinite().all()
-    limits = edm_network(raw, schedule, s_d, sigma_min=0.1, sigma_max=10.0)
-    for t, sigma in ((0.0, 0.1), (1.0, 10.0)):
-        limits(X, torch.full((6,), t, dtype=torch.float64))
-        assert seen[-1][1][0].item() == pytest.approx(torch.tensor(sigma).log().item() / 4)
+    for options, ends in (({"sigma_min": 0.1, "sigma_max": 10.0}, (0.1, 10.0)), ({}, (0.002, 80.0))):
+        for t, sigma in zip((0.0, 1.0), ends, strict=True):
+            edm_network(raw, schedule, s_d, **options)(X, torch.full((6,), t, dtype=torch.float64))
+            assert seen[-1][1][0].item() == pytest.approx(math.log(sigma) / 4)

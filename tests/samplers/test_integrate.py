@@ -60,6 +60,8 @@ def test_guidance_counts_both_networks_and_only_where_it_is_on():
     assert on == pytest.approx([1 - i / 10 for i in range(10)]) and off == pytest.approx([0.7, 0.6, 0.5, 0.4])
     assert out.num_evals == 14
     assert sample(field.on(Cosine()), X, "euler", 10).num_evals == len(on) + len(off) - 14
+    for t in (0.5, torch.full((4,), 0.5).double()):
+        assert field.predict(X, t).num_evals == field.on(Cosine()).predict(X, t).num_evals == 2
 
 
 def test_times_given_to_the_network_stay_in_range_and_end_exactly():
@@ -73,7 +75,9 @@ def test_the_solution():
     assert out.ts.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
     assert out.trajectory.shape == (6, 4, 2)
     assert torch.equal(out.trajectory[0], X) and torch.equal(out.trajectory[-1], out.x)
-    assert sample(MIXTURE.field(FLOW), X).trajectory is None
+    plain = sample(MIXTURE.field(FLOW), X)
+    assert plain.trajectory is None and plain.num_evals == 40
+    assert torch.equal(plain.x, sample(MIXTURE.field(FLOW), X, "heun", 20, "uniform").x)
 
 
 def test_what_is_printed_is_short_and_holds_no_tensor():
@@ -116,6 +120,7 @@ def test_sample_keeps_no_graph_and_integrate_does():
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     field = Field(lambda x_t, t: scale * x_t, FLOW)
     assert not sample(field, X).x.requires_grad
+    (scale * sample(field, X).x).sum().backward()  # which can be trained on
     x = integrate(field, X, SOLVERS["rk4"], torch.linspace(1, 0, 21, dtype=torch.float64)).x
     (grad,) = torch.autograd.grad(x.sum(), scale)
     assert grad.item() == pytest.approx(-math.exp(-1) * X.sum().item(), rel=1e-4)  # x(0) = exp(-scale) x(1)

@@ -200,8 +200,9 @@ def test_unipc(order, kind, num_steps):
     scheduler.set_timesteps(num_steps)
     times = to_data(scheduler.timesteps)
     times[-1] = BETAS.time(0)
-    rule = {"bh1": "bh1", "bh2": "half"}[kind]
-    solver = final("unipc", num_nodes=order, corrector=order + 1, rule=rule)
+    named = {(1, "bh2"): "unipc-1", (2, "bh1"): "unipc-bh1", (2, "bh2"): "unipc", (3, "bh2"): "unipc-3"}
+    own = {"num_nodes": order, "corrector": order + 1, "rule": "bh1"}  # of those without a name
+    solver = final(named[order, kind]) if (order, kind) in named else final("unipc", **own)
     same(ours(solver, network, X, times), theirs(scheduler, network, X))
 
 

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samplers import VE, VIEWS, Cosine, DiscreteVP, Field, RectifiedFlow, VPLinear, convert, edm_view
+from samplers.views import Row
 
 SCHEDULES = [RectifiedFlow(), Cosine(), VPLinear(), VE(), DiscreteVP.scaled_linear()]
 PURE = [RectifiedFlow(), Cosine()]
@@ -39,6 +40,8 @@ def converted(schedule, t, source, target, x_0=X_0, eps=EPS):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @given(t=st.floats(0.01, 0.99))
+@example(t=1e-5)
+@example(t=1 - 1e-5)
 @settings(max_examples=6, deadline=None)
 def test_every_pair_inside(schedule, t):
     for source, target in PAIRS:
@@ -103,6 +106,16 @@ def test_one_time_per_sample_is_each_sample_alone(schedule, source, target):
 def test_an_unknown_view_is_refused_with_the_near_one():
     with pytest.raises(ValueError, match="did you mean 'velocity'"):
         convert(X_0, "velocty", "data", X_0, RectifiedFlow()(0.5))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_a_view_of_ones_own_is_of_any_size(t):
+    """Where it says what x_t says already, its own part is kept."""
+    c = RectifiedFlow()(t)
+    for row, target, truth in ((Row(2.0, 0.0), "data", X_0), (Row(0.0, -3.0), "noise", EPS)):
+        value = row.p * X_0 + row.q * EPS
+        got = convert(value, lambda c, row=row: row, target, c.alpha * X_0 + c.sigma * EPS, c)
+        torch.testing.assert_close(got, truth)
 
 
 def test_edm_preconditioning_is_the_published_one():

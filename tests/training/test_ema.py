@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from torch import nn
 import training
 from mmdit import TextToImage
 from mmdit.mapped import read_metadata
-from mmdit.weights_io import read_weights
+from mmdit.weights_io import read_weights, save_weights
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, OptimizerConfig, TrainingConfig, load_config
 from training.ema import (
@@ -173,14 +174,30 @@ def test_snapshots_past_a_step_are_forgotten_and_that_of_it_stays(tmp_path):
 
 def test_schedule_free_leaves_a_weight_that_nothing_uses_where_it_is():
     pytest.importorskip("schedulefree")
-    net, ema = (nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)}) for _ in range(2))
+    net, ema = (nn.ModuleDict({name: nn.Linear(2, 2) for name in ("frozen", "used", "idle")}) for _ in range(2))
     ema.load_state_dict(net.state_dict())
+    net["frozen"].requires_grad_(False)
     optimizer = make_optimizer(net, OptimizerConfig(name="schedule-free", lr=0.01))
     average = make_average(ema, net, optimizer, TrainingConfig(ema_decay=0))
     net["used"](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     average.update(net, 0)
     assert torch.equal(ema["idle"].weight, net["idle"].weight) and not torch.equal(ema["used"].bias, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_a_snapshot_is_of_what_is_trained_in_the_type_asked_for(name, dtype, tmp_path):
+    net, ema = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)) for _ in range(2))
+    config = TrainingConfig(ema="power", ema_snapshot_every=1, ema_snapshot_dtype=name)
+    average = make_average(ema, net, torch.optim.SGD(net.parameters()), config)
+    average.update(net, 0)  # forgets the weights that it began with
+    average.snapshot(tmp_path, 1, 1)
+    for _, _, path in snapshots(tmp_path):
+        found = read_weights(path)
+        assert {key: x.dtype for key, x in found.items()} == {"0.weight": dtype, "0.bias": dtype}
+        assert torch.equal(found["0.weight"], net[0].weight.detach().to(dtype))
 
 
 def test_a_snapshot_says_how_many_updates_it_has_taken_in(tmp_path):
@@ -228,6 +245,25 @@ def test_a_tracked_width_is_reconstructed_as_it_was_and_others_lie_beside_it(run
     assert not torch.equal(early[4][names[0]], early[8][names[0]])
     with pytest.raises(ValueError, match="no snapshot of step 3, it has 2, 4, 6, 8"):
         reconstruct(run, 0.1, 3)
+
+
+def test_time_in_a_reconstruction_is_updates(run, tmp_path):
+    """A weight that is k after update k, in a run that leaves out 90 steps in its middle."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "ema")
+    trained = {name: value.shape for name, value in read_weights(snapshots(run)[0][2]).items()}
+    truth = {
+        (t, w): weights_of(power_of(w), t, t) @ np.arange(1, t + 1) for t in range(5, 61, 5) for w in (0.1, 0.15, 0.25)
+    }
+    for (t, width), value in truth.items():
+        tensors = {name: torch.full(shape, value) for name, shape in trained.items()}
+        path = copy / "ema" / f"step-{t + 90 * (t > 30):08d}-sigma-{width}.safetensors"
+        if width != 0.15:
+            save_weights(tensors, path, {"updates": str(t)} if t > 30 else {})  # else as many as steps
+    for t, step in ((30, 30), (60, 150)):
+        for width in (0.1, 0.15, 0.25):
+            found = reconstruct(copy, width, step)
+            assert all(found[name].flatten()[0].item() == pytest.approx(truth[t, width], rel=1e-3) for name in trained)
 
 
 def test_a_reconstruction_is_the_average_that_another_run_tracked(tmp_path):

@@ -39,6 +39,15 @@ def mmdit(**changes) -> CaptionedMMDiT:
     return CaptionedMMDiT(MMDiT(config), LearnedText(WORDS, tokens(1)[0]))
 
 
+def text_and_images(**changes) -> tuple[CaptionedTransfusion, Tokens]:
+    """A model, and the words of three captions."""
+    shape = dict(vocab_size=320, in_channels=3, depth=2, num_heads=2, head_dim=16, sample_size=8, pos_embed_max_size=8)
+    tokenizer, words = tokens(3, True, changes.get("size_tokens", 0))
+    special = dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True), first_size=tokenizer.sizes.start)
+    config = TransfusionConfig(**{**shape, **special, **changes})
+    return CaptionedTransfusion(Transfusion(config), Words(WORDS, tokenizer)), words
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,12 +98,8 @@ def test_what_is_frozen_costs_no_gradient():
     ],
 )
 def test_a_step_of_text_and_images_is_what_torch_counts(changes):
-    shape = dict(vocab_size=320, in_channels=3, patch_size=2, depth=2, num_heads=2, head_dim=16, sample_size=8)
-    lead = changes.get("size_tokens", 0)
-    tokenizer, words = tokens(3, True, lead)
-    special = dict(zip(("pad", "eos", "boi", "eoi"), tokenizer.special, strict=True), first_size=tokenizer.sizes.start)
-    config = TransfusionConfig(**{**shape, "pos_embed_max_size": 8, **special, **changes})
-    model = CaptionedTransfusion(Transfusion(config), Words(WORDS, tokenizer))
+    model, words = text_and_images(**changes)
+    config, lead = model.transformer.config, changes.get("size_tokens", 0)
     text = Tokens(words.ids[:2], words.mask[:2])
     batch = Batch(torch.randn(3, 3, 8, 8), words, text)
     objective = TextAndImages(Uniform(), caption_dropout=0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.training.processes import together
-from training.muon import ROUNDS, Axis, Matrix, Muon, Team, assign_owners, matrices, newton_schulz
+from training.muon import ROUNDS, Axis, Matrix, Muon, Team, _chunks, assign_owners, matrices, newton_schulz
 
 
 def test_newton_schulz_keeps_the_singular_vectors_and_evens_the_values():
@@ -53,6 +53,26 @@ def test_a_step_of_muon_is_that_of_torch(shape):
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * 0.2 * 48**0.5 * 3 * 0.02)  # theirs rounds to bf16
+
+
+def test_a_step_does_not_hang_on_the_size_of_the_gradient():
+    """Nor is a gradient of zeros, as a layer before a zero-initialised one has at first, a step of NaN."""
+    gradient = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+
+    def step(size):
+        w = nn.Parameter(torch.zeros(12, 6))
+        w.grad = size * gradient
+        Muon([{"params": [w], "weight_decay": 0.0, "muon": True}], lr=1.0, betas=(0.9, 0.99), eps=1e-8).step()
+        return w.detach()
+
+    for size in (1e-3, 1e3):
+        torch.testing.assert_close(step(size), step(1.0), rtol=0, atol=0.01)
+    assert not step(0.0).any()
+
+
+def test_a_turn_has_as_many_weights_as_fit():
+    weights = [(torch.empty(n), {}) for n in (10, 4, 4, 4, 9, 3, 5, 1)]
+    assert [[len(w) for w, _ in turn] for turn in _chunks(weights, 8)] == [[10], [4, 4], [4], [9], [3, 5], [1]]
 
 
 def test_muon_takes_the_parts_of_a_stacked_matrix_apart():

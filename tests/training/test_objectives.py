@@ -23,7 +23,7 @@ from training.objectives import (
     seeds_for,
 )
 from training.share import Share
-from training.time_density import LogitNormal, TimeDensity, Uniform
+from training.time_density import LogitNormal, Shifted, TimeDensity, Uniform
 
 
 class Spy(nn.Module):
@@ -104,6 +104,7 @@ def test_loss_at_a_fixed_time_is_the_formula(t):
     expected = (0.7 * x_t - (eps - data.latents)).square().mean()
     torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(loss.parts["loss"], loss.total.detach()) and not loss.parts["loss"].requires_grad
+    assert torch.equal(loss.errors.mean(), loss.parts["loss"]) and not loss.errors.requires_grad
     loss.total.backward()
     slope = (2 * (0.7 * x_t - (eps - data.latents)) * x_t).mean()
     torch.testing.assert_close(spy.gain.grad, slope, rtol=1e-4, atol=1e-5)
@@ -131,6 +132,9 @@ def test_times_are_those_of_the_density():
     FlowMatching(density, stratified=True)(Spy(), batch(), generator())
     FlowMatching(density, stratified=False)(Spy(), batch(), generator())
     assert density.asked == [(6, True), (6, False)]
+    for stratified in (True, False):
+        TextAndImages(density, stratified=stratified)(trunk(), pack(DOCUMENTS), generator())
+        assert density.asked.pop() == (3, stratified)
     spy = Spy()
     FlowMatching(Uniform(), stratified=True)(spy, batch(64), generator())
     assert sorted((spy.calls[0][1] * 64).int().tolist()) == list(range(64))
@@ -206,10 +210,23 @@ def test_seeds_of_noise_stand_for_the_generator_at_fixed_times():
     torch.testing.assert_close(objective(model, some, seeds[2:5], 0.5).errors, whole[2:5])
 
 
-def test_half_precision_models_are_scored_in_float():
-    spy = Spy()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_models_are_scored_in_float(dtype):
+    spy, data = Spy(), batch()
     spy.forward = lambda x_t, t, tokens, drop=None: x_t.to(torch.bfloat16)
-    assert FlowMatching(Uniform())(spy, batch(), generator()).total.dtype == torch.float32
+    loss = FlowMatching(Uniform())(spy, data._replace(latents=data.latents.to(dtype)), generator())
+    assert loss.total.dtype == loss.errors.dtype == torch.float32
+    some = pack([[picture().to(dtype), torch.tensor([5, 6])]])
+    mixed = TextAndImages(Uniform())(trunk().bfloat16(), some, generator())
+    assert mixed.total.dtype == mixed.errors.dtype == mixed.parts["text"].dtype == torch.float32
+
+
+def test_logits_in_half_precision_are_scored_in_float():
+    """In bf16 a sum of thousands is off by dozens."""
+    data = pack([[torch.randint(4, 40, (3000,), generator=generator())]])
+    states, head = torch.randn(3000, 8, generator=generator()).bfloat16(), nn.Linear(8, 40, bias=False).bfloat16()
+    expected = nn.functional.cross_entropy(head(states)[:-1].float(), data.ids[1:])
+    torch.testing.assert_close(next_token_loss(states, head, data), expected)
 
 
 # --- text and images ----------------------------------------------------------------------------------------------
@@ -237,12 +254,14 @@ DOCUMENTS = [
 ]
 
 
-def test_the_mixed_loss_is_the_formula():
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_mixed_loss_is_the_formula(drawn, z_loss):
     model, data = trunk(), pack(DOCUMENTS)
     times = torch.tensor([0.3, 0.8, 0.6])
-    objective = TextAndImages(Given(times), image_weight=3.0, image_first_cap=0.5)
-    loss = objective(model, data, generator())
-    g, t = generator(), torch.tensor([0.3, 0.4, 0.6])  # the second opens a document with text
+    objective = TextAndImages(Given(times), image_weight=3.0, image_first_cap=0.5, z_loss=z_loss)
+    loss = objective(model, data, generator(), None if drawn else times)
+    g, t = generator(), torch.tensor([0.3, 0.4, 0.6]) if drawn else times  # the second opens a document with text
     noise = noise_of(data.latents, g)
     noised = [(1 - s) * x + s * e for x, e, s in zip(data.latents, noise, t, strict=True)]
     out = model(data.with_latents(noised), t)
@@ -251,9 +270,12 @@ def test_the_mixed_loss_is_the_formula():
     rows, targets = [0, 1, 2, 4, 5, 8, 9, 11], [6, 7, 2, 8, 9, 10, 11, 13]
     assert data.predicting.tolist() == rows
     text = nn.functional.cross_entropy(out.logits[rows], torch.tensor(targets))
+    text = text + z_loss * out.logits[rows].logsumexp(-1).square().mean()
     torch.testing.assert_close(loss.parts["text"], text)
     torch.testing.assert_close(loss.parts["image"], image.mean())
     torch.testing.assert_close(loss.total, text + 3 * image.mean())
+    torch.testing.assert_close((loss.t, loss.errors), (t, image.detach()))
+    assert not loss.errors.requires_grad
 
 
 def test_the_papers_own_loss_is_of_the_noise_on_the_cosine_schedule():
@@ -345,7 +367,17 @@ def test_which_images_open_text():
     ]  # after the words of its size
 
 
-@pytest.mark.parametrize("wrong", [dict(prediction="data"), dict(image_first_cap=0.0), dict(image_weight=-1.0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(prediction="data"),
+        dict(image_first_cap=0.0),
+        dict(image_weight=-1.0),
+        dict(z_loss=-1.0),
+        dict(caption_first=1.1),
+        dict(caption_dropout=-0.1),
+    ],
+)
 def test_settings_of_the_mixed_loss_are_checked(wrong):
     with pytest.raises(ValueError, match="expected"):
         TextAndImages(Uniform(), **wrong)
@@ -417,6 +449,14 @@ def test_text_alone_joins_the_mean_of_the_next_token_and_leaves_the_images_loss(
     torch.testing.assert_close(both, (alone * rows + own["text"] * num) / (rows + num))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_all_of_a_batch_moves(several):
+    batch = with_text()._replace(latents=list(captions().latents)) if several else with_text()
+    moved = batch.to("meta")
+    assert {x.device.type for x in (*moved.latents, *moved.tokens, *moved.text)} == {"meta"}
+    assert captions().to("meta").text is None
+
+
 @pytest.mark.parametrize("make", [captions, with_text])
 def test_a_batch_is_split_into_equal_parts(make):
     whole, parts = make(), make().split(3)
@@ -474,7 +514,23 @@ def test_the_mean_of_the_pieces_losses_is_the_loss_of_the_batch():
     assert abs(torch.stack(alone).mean() - whole) > 1e-3  # what means over each piece would say
 
 
-@pytest.mark.parametrize("model", [(), ("transfusion.enabled=true", "model.positions=rope")], ids=["image", "mixed"])
+MIXED = ("transfusion.enabled=true", "model.positions=rope")
+
+
+def test_a_run_learns_what_its_config_says():
+    plain = Shifted(LogitNormal(), 1.0)
+    assert make_objective(load_config("pixels-tiny")) == FlowMatching(plain)
+    assert make_objective(load_config("pixels-tiny", MIXED)) == TextAndImages(plain)
+    how = [f"objective.{change}" for change in ("m=0.5", "s=0.6", "shift=3", "caption_dropout=0.2", "stratified=false")]
+    density = Shifted(LogitNormal(0.5, 0.6), 3.0)
+    assert make_objective(load_config("pixels-tiny", how)) == FlowMatching(density, 0.2, False)
+    own = {"image_weight": 2.0, "image_first_cap": 0.7, "z_loss": 1e-4, "caption_first": 0.6}
+    how += [*MIXED, *(f"transfusion.{name}={value}" for name, value in own.items())]
+    expected = TextAndImages(density, **own, caption_dropout=0.2, stratified=False)
+    assert make_objective(load_config("pixels-tiny", how)) == expected
+
+
+@pytest.mark.parametrize("model", [(), MIXED], ids=["image", "mixed"])
 def test_a_run_learns_its_share_of_each_batch(model):
     share = Share(1, 2, 3)
     assert make_objective(load_config("pixels-tiny", model), share).share == share

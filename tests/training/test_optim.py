@@ -116,7 +116,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     for one, name in ((net, "muon"), (plain, "adamw")):
         for p in one.parameters():
             p.grad = torch.full_like(p, 0.1)
-        make_optimizer(one, OptimizerConfig(name=name, lr=0.01)).step()
+        make_optimizer(one, OptimizerConfig(name=name, lr=0.01, betas=(0.5, 0.6), eps=0.1)).step()
     for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q) == (name not in inner), name
         assert not torch.equal(p, before[name]), name

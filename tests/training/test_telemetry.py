@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import training
-from tests.training.test_flops import mmdit, tokens
+from mmdit.text import Tokens
+from tests.training.test_flops import mmdit, text_and_images, tokens
 from tests.training.test_trainer import TRANSFUSION, config_for, metrics, stop_after
 from training.boards import Wandb
 from training.config import load_config
-from training.flops import captioned, in_one_row, step_flops
+from training.flops import captioned, in_one_row, of_documents, step_flops
 from training.objectives import Batch, Loss
 from training.run import RunFolder
 from training.telemetry import WAIT_WINDOW, Telemetry, bin_names, part_of, shared_state
@@ -63,6 +64,9 @@ def test_speed_use_and_wait_are_what_the_clock_says():
     assert line["data_wait"] == pytest.approx(0.25)
     flops = 3 * step_flops(telemetry.model, captioned(4, 24, 12))
     assert line["mfu"] == pytest.approx(flops / 6 / 1e7)
+    telemetry.next(iter([Batch(torch.zeros(2, 3, 8, 8), tokens(2)[1])]))  # of another size
+    clock.now += 1.0
+    assert telemetry.line()["mfu"] == pytest.approx(step_flops(telemetry.model, captioned(2, 16, 12)) / 1e7)
     clock.now += 50  # validation and checkpoints are no training
     telemetry.next(source)
     clock.now += 0.5
@@ -75,6 +79,19 @@ def test_padding_that_is_not_computed_is_no_use_of_the_hardware():
     lengths = telemetry.next(batches(clock, 1.0)).tokens.mask.sum(1)
     flops = step_flops(telemetry.model, in_one_row(torch.full((4,), 24), lengths, int(lengths.max())))
     assert telemetry.line()["mfu"] == pytest.approx(flops / 1e7)
+
+
+@pytest.mark.parametrize("sizes", [0, 8])
+def test_documents_are_used_at_their_own_lengths(sizes):
+    """Three captioned pictures of 16 patches and two texts; with two tokens more where a picture's size is said."""
+    telemetry, clock, _ = make("training.peak_tflops=1e-5")
+    telemetry.model, words = text_and_images(size_tokens=sizes)
+    text = Tokens(words.ids[[0, 0]], words.mask[[0, 0]])
+    telemetry.next(iter([Batch(torch.zeros(3, 3, 8, 8), words, text)]))
+    clock.now += 1.0
+    lengths = torch.cat([words.mask, text.mask]).sum(1)
+    documents = of_documents(torch.tensor([16] * 3 + [0] * 2), lengths, 2 if sizes else 0)
+    assert telemetry.line()["mfu"] == pytest.approx(step_flops(telemetry.model, documents) / 1e7)
 
 
 def test_without_a_known_peak_there_is_no_mfu():
@@ -116,6 +133,14 @@ def test_several_processes_are_one_run():
         assert two[name] == pytest.approx(2 * one[name])
     for name in ("mfu", "data_wait", "loss_text", "loss_t0.3125"):
         assert two[name] == pytest.approx(one[name])
+
+
+def test_gradients_are_told_once():
+    telemetry, *_ = make()
+    for parameter in telemetry.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    telemetry.gradients(telemetry.model)
+    assert [sum(name.startswith("grad_norm") for name in telemetry.line()) for _ in range(2)] == [4, 0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 3)])
@@ -181,15 +206,17 @@ def test_every_parameter_is_of_a_part():
     ],
 )
 def test_a_run_that_waits_for_its_data_is_told(overrides, remedy, tmp_path, monkeypatch):
+    """Of two processes alike; and not again when it waits no longer."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "cache.json").touch()
-    telemetry, clock, log = make(*overrides)
-    source = batches(clock, 0.3)
-    for _ in range(int(WAIT_WINDOW)):
-        telemetry.next(source)
-        clock.now += 0.7
-        assert telemetry.line()["data_wait"] == pytest.approx(0.3)
+    telemetry, clock, log = make(*overrides, reduce=lambda totals: 2 * totals)
+    for wait in (0.3, 0.05, 0.05):
+        source = batches(clock, wait)
+        for _ in range(int(WAIT_WINDOW)):
+            telemetry.next(source)
+            clock.now += 1 - wait
+            assert telemetry.line()["data_wait"] == pytest.approx(wait)
     assert len(log) == 1 and log[0].startswith("warning: 30% of the last minute") and remedy in log[0]
 
 
@@ -294,7 +321,8 @@ def test_a_run_that_goes_on_after_the_steps_to_profile_says_so(tmp_path):
     assert "takes no effect" not in (run / "log.txt").read_text(), "they are there"
     training.resume(run, ["training.profile=4:5", "training.num_steps=5"])
     assert 'training.profile = "4:5" takes no effect: the run goes on with step 5' in (run / "log.txt").read_text()
-    assert [path.name for path in (run / "profile").glob("*.gz")] == ["steps-2-3.json.gz"]
+    training.resume(run, ["training.profile=6:6", "training.num_steps=6"])
+    assert {path.name for path in (run / "profile").glob("*.gz")} == {"steps-2-3.json.gz", "steps-6-6.json.gz"}
 
 
 @pytest.mark.parametrize("text", ["5", "3:2", "0:1", "a:b", "1:2:3", ":4", "-1:4"])

@@ -50,9 +50,10 @@ def test_density_integrates_to_one(density):
 
 
 @every
-@pytest.mark.parametrize("stratified", [False, True])
-def test_samples_follow_the_density(density, stratified):
-    t = density.sample(20_000, seeded(), stratified=stratified)
+@pytest.mark.parametrize(("stratified", "batch"), [(False, 20_000), (True, 20_000), (True, 8)])
+def test_samples_follow_the_density(density, stratified, batch):
+    generator = seeded()
+    t = torch.cat([density.sample(batch, generator, stratified) for _ in range(20_000 // batch)])
     assert t.shape == (20_000,) and t.dtype == torch.float32
     assert t.min() >= 0 and t.max() <= 1
     assert stats.kstest(t.numpy(), distribution(density)).pvalue > 0.001
@@ -87,7 +88,7 @@ def test_formulas_of_sd3():
     np.testing.assert_allclose(CosMap().density(GRID), 2 / (np.pi - 2 * np.pi * t + 2 * np.pi * t**2))
     u = GRID.numpy()
     f_mode = 1 - u - 1.29 * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
-    np.testing.assert_allclose(Mode(1.29).quantile(1 - GRID), f_mode, atol=1e-12)
+    np.testing.assert_allclose(Mode().quantile(1 - GRID), f_mode, atol=1e-12)
     slope = np.gradient(f_mode, u, edge_order=2)
     np.testing.assert_allclose(Mode(1.29).density(torch.from_numpy(f_mode)), 1 / np.abs(slope), rtol=1e-4)
     np.testing.assert_allclose(CosMap().quantile(GRID), 1 - 1 / (np.tan(np.pi * u / 2) + 1), atol=1e-12)
@@ -136,6 +137,9 @@ def test_draws_are_a_function_of_the_generator():
     assert torch.equal(LogitNormal().sample(9, seeded(1), True), LogitNormal().sample(9, seeded(1), True))
     assert not torch.equal(LogitNormal().sample(9, seeded(1)), LogitNormal().sample(9, seeded(2)))
     assert LogitNormal().sample(9).shape == (9,)
+    whole = LogitNormal().sample(9, seeded(), dtype=torch.float64)
+    assert torch.equal(LogitNormal().sample(9, seeded()), whole.float())  # the same in every type, and on every device
+    assert LogitNormal().sample(9, seeded(), device="meta").device.type == "meta"
 
 
 def test_by_name():
@@ -148,10 +152,12 @@ def test_by_name():
 def test_refusals():
     with pytest.raises(ValueError, match="unknown time density 'lognormal': did you mean 'logit-normal'"):
         make_time_density("lognormal")
-    with pytest.raises(ValueError, match="s = 0"):
-        LogitNormal(0.0, 0.0)
-    for s in (-1.01, S_MAX + 0.01):
+    for s in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="the standard deviation must be positive"):
+            LogitNormal(0.0, s)
+    for s in (-1.01, S_MAX + 0.01, math.nan):
         with pytest.raises(ValueError, match="monotone only for"):
             Mode(s)
+    assert all((Mode(s).quantile(U).diff() >= 0).all() for s in (-1.0, S_MAX))
     with pytest.raises(ValueError, match="shift = -1"):
         Shifted(Uniform(), -1.0)
