@@ -191,7 +191,7 @@ def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]
         from mmdit.lora import add_lora, merge_lora
         from training.config import load_config
 
-        lora = load_config(str(run / "config.toml")).lora
+        lora = load_config(run).lora
         add_lora(pipe.model.transformer, lora.rank, lora.alpha, lora.targets)
         assign_weights(pipe.model, state, source)
         merge_lora(pipe.model.transformer)

@@ -58,7 +58,8 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
     times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
     objective: Any = TextAndImages(Uniform()) if config.transfusion.enabled else FlowMatching(Uniform())
     sums = dict.fromkeys(times, 0.0)
-    nats: dict[str, list[tuple[float, int]]] = {"validation_text": [], "validation_caption": []}
+    text_losses = ("validation_text", "validation_caption") if config.transfusion.enabled else ()
+    nats: dict[str, list[tuple[float, int]]] = {name: [] for name in text_losses}
     by_size: dict[str, list[tuple[float, int]]] = {}
     seeds = seeds_for(len(feed), generator_for(config.evaluation.seed))
     for rows in chunks_of(feed, size):
@@ -70,14 +71,13 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
             for row, own in zip(rows, loss.errors.tolist(), strict=True):
                 height, width = feed.layout.sizes[feed.layout.bucket_of(row)]
                 by_size.setdefault(f"{height}x{width}", []).append((own, 1))
-        if config.transfusion.enabled:
-            for name, image_first in (("validation_text", False), ("validation_caption", True)):
-                first_of = torch.full((len(batch.latents),), image_first)
-                found = documents(batch, first_of, pack=model.pack)  # type: ignore[arg-type]
-                loss = TextAndImages(Uniform())(model, found, own_seeds, 0.0)
-                nats[name].append((loss.parts["text"].item(), len(found.predicting)))
+        for name in nats:
+            image_first = torch.full((len(batch.latents),), name == "validation_caption")
+            captions = documents(batch, image_first, pack=model.pack)  # type: ignore[arg-type]
+            loss = objective(model, captions, own_seeds, 0.0)
+            nats[name].append((loss.parts["text"].item(), len(captions.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
-    text = {name: _mean(rows) for name, rows in nats.items() if rows}
+    text = {name: _mean(rows) for name, rows in nats.items()}
     sizes = {f"validation_loss_{name}": _mean(rows) for name, rows in by_size.items()}
     sizes = sizes if 1 < len(sizes) <= MOST_SIZES else {}
     return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **sizes, **text}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import DataError, one_line
 from training.remote import is_url
-from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
+from training.rows import Row, bytes_in, columns_to_read, image_column, row_of
 
 if TYPE_CHECKING:
     from training.table import Entry
@@ -32,10 +32,7 @@ class HubRows:
 
     def rows(self, wanted: Wanted) -> Iterator[Row]:
         """All rows, without their images unless sizes are wanted."""
-        names = self.data.column_names
-        key = key_column(names)
-        columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
-        columns += [self.column] if wanted.measures and self.column not in columns else []
+        columns, key = columns_to_read(self.data.column_names, self.column, wanted)
         chosen = self.data.select_columns(columns) if columns else None
         for i in range(len(self.data)):
             values = chosen[i] if chosen is not None else {}

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from training.config import CONFIG_FILE
 from training.parallel import Ranks
 from training.run import named
 
@@ -48,7 +49,7 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def locked() -> str | None:
         nonlocal file
-        if sys.platform == "win32" or not (folder / "config.toml").exists():
+        if sys.platform == "win32" or not (folder / CONFIG_FILE).exists():
             return None
         said = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}"
         file = _first_byte(path, said)
