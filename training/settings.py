@@ -183,8 +183,8 @@ def _plain(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def said(value: Any) -> str:
-    """A value as one writes it on the command line."""
+def as_override(value: Any) -> str:
+    """A value as it is written after "key=" on the command line."""
     text = str(_plain(value))
     if isinstance(value, tuple):
         return text.replace(" ", "")
