@@ -358,10 +358,11 @@ def _source(config: TrainConfig, factor: int) -> Source:
     return open_run_source(config, factor * config.model.patch_size)
 
 
-def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = lambda done: None) -> list[str]:
+def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object] = lambda done: None) -> list[str]:
     """One line for each sample whose fitted image or captions in a config's data differ from the cache's.
 
-    told: called with the number of samples compared. Raises DataError where the data cannot be read, or has other keys.
+    progress: called with the number of samples compared. Raises DataError where the data cannot be read, or has other
+    keys.
     """
     source = open_run_source(config, cache.about.step)
     if list(source.keys) != [sample.key for sample in cache.samples]:
@@ -372,7 +373,7 @@ def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = l
             found.append(
                 f"{known.key}: picture or caption has changed in {config.data.source} since {cache.folder} was made"
             )
-        told(i + 1)
+        progress(i + 1)
     return found
 
 

@@ -79,10 +79,10 @@ def _version(builder: Any, split: str) -> str:
     content tag that their server gives.
     """
     files = (builder.config.data_files or {}).get(split) or []
-    told = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    marks = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
     if any(map(is_url, files)):
-        told += map(str, getattr(files, "origin_metadata", ()))  # of skipped files too
-    return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else ""
+        marks += map(str, getattr(files, "origin_metadata", ()))  # of skipped files too
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if marks else ""
 
 
 def parse(name: str) -> tuple[str, str | None, str]:

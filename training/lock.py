@@ -87,10 +87,10 @@ def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
 
 def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
     """Raises NotShared in all processes where one does not see the lock of process 0."""
-    told = ranks.gather((seen, socket.gethostname()))
-    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(told) if not sees]:
+    answers = ranks.gather((seen, socket.gethostname()))
+    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(answers) if not sees]:
         raise NotShared(
-            f"{' and '.join(blind)} cannot see {folder} as process 0 on {told[0][1]} does: on several machines the "
+            f"{' and '.join(blind)} cannot see {folder} as process 0 on {answers[0][1]} does: on several machines the "
             "run's folder has to be on a disk that all of them share"
         )
 

@@ -103,7 +103,7 @@ class Index:
             self.entries: Table = self._writer.table(self._longer_key)
             del self._writer
             if name is not None and wanted.cache is not None and len(self.entries):
-                self.entries.keep(wanted.cache, name, self._told())
+                self.entries.keep(wanted.cache, name, self._about())
         if self._spool is not None:
             self._spool.close()
             self._spool = None  # its path is in the entries
@@ -184,7 +184,7 @@ class Index:
             except OSError as error:
                 raise _no_room("the index", error) from error
 
-    def _told(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         """What is known of the data besides its samples."""
         return {"skipped": self.skipped, "left_out": self.left_out, "garbled": self.garbled}
 
