@@ -112,14 +112,6 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = N
     return None
 
 
-def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:
-    """(ShapesEval's score for each question and their mean, the pictures, the captions that they were drawn for)."""
-    judge = ShapesEval(pipe.size, config.evaluation.prompts_per_question, config.evaluation.seed)
-    captions = [prompt.caption for prompt in judge.prompts]
-    images = pipe(captions, seed=config.evaluation.seed, batch_size=config.evaluation.batch_size, **sampling)
-    return judge.score([np.asarray(image) for image in images]), images, captions
-
-
 def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
     """Share of pictures of held-out captions that the model, decoding greedily, describes correctly (`describes`)."""
     world = ShapesWorld(pipe.size, config.evaluation.seed, split="held-out")
@@ -148,10 +140,13 @@ def _draw(
         with drawing(len(prompts), progress, count) as callback:
             images = pipe(prompts, seed=config.sampling.seed, callback=callback)
         return {"network_evaluations": counted[-1]}, images, prompts
+    evaluation = config.evaluation
+    judge = ShapesEval(pipe.size, evaluation.prompts_per_question, evaluation.seed)
+    captions = [prompt.caption for prompt in judge.prompts]
     start = time.perf_counter()
-    with drawing(6 * config.evaluation.prompts_per_question, progress, count) as callback:
-        answers, images, captions = shapes_score(pipe, config, callback=callback)
-    scores: dict[str, Any] = {"shapes_eval": answers}
+    with drawing(len(captions), progress, count) as callback:
+        images = pipe(captions, seed=evaluation.seed, batch_size=evaluation.batch_size, callback=callback)
+    scores: dict[str, Any] = {"shapes_eval": judge.score([np.asarray(image) for image in images])}
     scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
     if isinstance(pipe, TransfusionPipeline):
         scores["captions_right"] = caption_score(pipe, config)
