@@ -26,7 +26,7 @@ from training.cached import CachedFeed, latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
-from training.feed import LatentFeed, NothingUsable, chunks_of
+from training.feed import Encoding, LatentFeed, NothingUsable, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
@@ -108,7 +108,7 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = N
     source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
     held_out, device = held_out[: config.evaluation.validation_samples], pipe.model.transformer.device
     with suppress(NothingUsable):
-        return latent_feed(source, held_out, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
+        return latent_feed(source, held_out, Encoding(pipe.autoencoder, pipe.model.conditioner, device))
     return None
 
 
