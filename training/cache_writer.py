@@ -241,7 +241,9 @@ class _Writer:
         """The statistics and text features of the good samples of a chunk, in order."""
         good = [sample for sample in read.samples if sample.error is None]
         for sample in read.samples:
-            self._tell(sample)
+            if sample.error is not None:
+                self.bad += 1
+                self._skipped(sample.key, sample.error)
         statistics: dict[int, Tensor] = {}
         for rows, images in read.images:
             found = statistics_of(self.autoencoder, images, self.device, self.source.layout.mixed)
@@ -270,11 +272,6 @@ class _Writer:
             for pairs, row, n, vector in zip(out, states, lengths, pooled, strict=True):
                 pairs.append((row[:n], vector))
         return out
-
-    def _tell(self, sample: CachedSample) -> None:
-        if sample.error is not None:
-            self.bad += 1
-            self._skipped(sample.key, sample.error)
 
     def _skipped(self, key: str, reason: str) -> None:
         self.named += 1
