@@ -195,7 +195,7 @@ def test_progress_counts_to_the_end(text, monkeypatch):
 @pytest.mark.parametrize("kind", [ImageFeed, LatentFeed])
 def test_each_latent_is_drawn_by_its_place_in_the_run_whoever_encodes_it(text, kind):
     """Another noise for each seed, step and row; of two processes, as of one, also where batches come in parts."""
-    feed = kind(Numbers(), np.arange(10), Noisy(), text, CPU, 0, print, sampled=True)
+    feed = kind(Numbers(), np.arange(10), Encoding(Noisy(), text, CPU, sampled=True))
 
     def noise(share=WHOLE, seed=0, step=0):
         batch = next(feed.batches(4, seed, step, share))
