@@ -384,7 +384,7 @@ def test_help_shows_examples(command):
     assert result.exit_code == 0
     assert f"mmdit {command}".strip() in result.stdout or command in ("", "autoencoder")
     if command == "evaluate":
-        assert "the run's config says ([evaluation])" in " ".join(result.stdout.split())
+        assert "taken from the run's config ([evaluation])" in " ".join(result.stdout.split())
     if command == "train":
         assert f"Presets: {', '.join(preset_names())}" in " ".join(result.stdout.split())
 
