@@ -177,25 +177,25 @@ def while_made(work: Callable[[Tell], None]) -> Iterator[Any]:
     """The values that `work` passes to `tell`, as they come. The work runs in a thread, which ends at its next `tell`
     once this iterator is closed. Its ValueError is raised as the page's own error, which the page shows.
     """
-    told: queue.SimpleQueue[tuple[Any, BaseException | None] | None] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[tuple[Any, BaseException | None] | None] = queue.SimpleQueue()
     closed = threading.Event()
 
     def tell(part: Any) -> None:
         if closed.is_set():
             raise _Stopped
-        told.put((part, None))
+        messages.put((part, None))
 
     def run() -> None:
         try:
             work(tell)
         except BaseException as error:  # raised again below
-            told.put((None, error))
-        told.put(None)
+            messages.put((None, error))
+        messages.put(None)
 
     thread = threading.Thread(target=run, name="work of the page", daemon=True)
     thread.start()
     try:
-        while (item := told.get()) is not None:
+        while (item := messages.get()) is not None:
             part, error = item
             if isinstance(error, ValueError):
                 raise gr.Error(str(error), print_exception=False) from error

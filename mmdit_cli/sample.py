@@ -207,9 +207,9 @@ def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]
 
     if any(".lora_A." in key for key in state):
         from mmdit.lora import add_lora, merge_lora
-        from training.config import load_config
+        from training.config import CONFIG_FILE, load_config
 
-        lora = load_config(str(run / "config.toml")).lora
+        lora = load_config(run / CONFIG_FILE).lora
         add_lora(pipe.model.transformer, lora.rank, lora.alpha, lora.targets)
         assign_weights(pipe.model, state, source)
         merge_lora(pipe.model.transformer)

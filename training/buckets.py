@@ -24,17 +24,13 @@ def bucket_sizes(height: int, width: int, step: int, max_ratio: float) -> list[S
     if max_ratio < 1:
         raise ValueError(f"the largest aspect ratio of a bucket must be at least 1, not {max_ratio:g}")
     area = height * width
-    found = {_nearest_square(area, step)}
+    square = max(1, round(math.sqrt(area) / step)) * step
+    found = {(square, square)}
     for side in range(step, int(math.sqrt(area * max_ratio)) + step, step):
         other = max(1, round(area / side / step)) * step
         if max(side, other) <= max_ratio * min(side, other):
             found |= {(side, other), (other, side)}
     return sorted(found, key=lambda size: (size[0] / size[1], size))
-
-
-def _nearest_square(area: int, step: int) -> Size:
-    side = max(1, round(math.sqrt(area) / step)) * step
-    return side, side
 
 
 def assign(heights: np.ndarray, widths: np.ndarray, sizes: list[Size]) -> np.ndarray:

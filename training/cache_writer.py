@@ -241,7 +241,9 @@ class _Writer:
         """The statistics and text features of the good samples of a chunk, in order."""
         good = [sample for sample in read.samples if sample.error is None]
         for sample in read.samples:
-            self._tell(sample)
+            if sample.error is not None:
+                self.bad += 1
+                self._skipped(sample.key, sample.error)
         statistics: dict[int, Tensor] = {}
         for rows, images in read.images:
             found = statistics_of(self.autoencoder, images, self.device, self.source.layout.mixed)
@@ -270,11 +272,6 @@ class _Writer:
             for pairs, row, n, vector in zip(out, states, lengths, pooled, strict=True):
                 pairs.append((row[:n], vector))
         return out
-
-    def _tell(self, sample: CachedSample) -> None:
-        if sample.error is not None:
-            self.bad += 1
-            self._skipped(sample.key, sample.error)
 
     def _skipped(self, key: str, reason: str) -> None:
         self.named += 1
@@ -358,10 +355,11 @@ def _source(config: TrainConfig, factor: int) -> Source:
     return open_run_source(config, factor * config.model.patch_size)
 
 
-def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = lambda done: None) -> list[str]:
+def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object] = lambda done: None) -> list[str]:
     """One line for each sample whose fitted image or captions in a config's data differ from the cache's.
 
-    told: called with the number of samples compared. Raises DataError where the data cannot be read, or has other keys.
+    progress: called with the number of samples compared. Raises DataError where the data cannot be read, or has other
+    keys.
     """
     source = open_run_source(config, cache.about.step)
     if list(source.keys) != [sample.key for sample in cache.samples]:
@@ -372,7 +370,7 @@ def changed(cache: Cache, config: TrainConfig, told: Callable[[int], object] = l
             found.append(
                 f"{known.key}: picture or caption has changed in {config.data.source} since {cache.folder} was made"
             )
-        told(i + 1)
+        progress(i + 1)
     return found
 
 

@@ -24,7 +24,7 @@ from training.cache import Cache, CacheError, Known, same_text
 from training.captions import Captions, choose
 from training.config import DataConfig
 from training.data import Sample, Source
-from training.feed import Conditioner, LatentFeed, NothingUsable, Skipped, latent_generators, latents_from
+from training.feed import Encoding, LatentFeed, NothingUsable, latent_generators, latents_from
 from training.image_batches import rng_for
 from training.images import Size, fit_size
 from training.objectives import Batch
@@ -175,23 +175,13 @@ class CachedFeed:
     With `KnownText` a batch has the features of its captions, with any other conditioner their tokens.
     """
 
-    def __init__(
-        self,
-        source: CachedSource,
-        indices: np.ndarray,
-        autoencoder: Autoencoder,
-        text: Conditioner,
-        device: torch.device,
-        skipped: Skipped,
-        sampled: bool = False,
-    ) -> None:
+    def __init__(self, source: CachedSource, indices: np.ndarray, encoding: Encoding) -> None:
         """Raises CacheError for another autoencoder, NothingUsable where all samples are bad."""
-        source.check(autoencoder)
-        self.source, self.autoencoder, self.conditioner = source, autoencoder, text
-        self.device, self.sampled = device, sampled
+        source.check(encoding.autoencoder)
+        self.source, self.encoding = source, encoding
         bad = [source.samples[i] for i in indices if source.samples[i].error is not None]
         for sample in bad:
-            skipped(sample.key, str(sample.error))
+            encoding.skipped(sample.key, str(sample.error))
         good = [int(i) for i in indices if source.samples[i].error is None]
         self.rows = good if source.mixed else sorted(good, key=source.layout.bucket_of)  # bucket after bucket
         self.layout = source.layout.of(np.array(self.rows, dtype=np.int64))
@@ -224,7 +214,7 @@ class CachedFeed:
                 yield self._read([int(pool[place]) for pool, place in places], draws)
 
         for step, read in enumerate(ahead(reads(), AHEAD), start=start_step):
-            yield self._batch(read, latent_generators(self.sampled, seed, step, rows))
+            yield self._batch(read, latent_generators(self.encoding.sampled, seed, step, rows))
 
     def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor | list[Tensor], Any]:
         """(statistics (B, S, h, w), or a list of (S, h, w) where sizes are mixed; features or tokens of captions)."""
@@ -236,29 +226,19 @@ class CachedFeed:
             chosen = [choose(len(texts), shares, u) for (texts, shares), u in zip(found, draws, strict=True)]
         statistics: Any = [one.statistics for one in known]
         statistics = statistics if self.layout.mixed else torch.stack(statistics)
-        if isinstance(self.conditioner, KnownText):
+        conditioner = self.encoding.text
+        if isinstance(conditioner, KnownText):
             texts = [one.text[k] for one, k in zip(known, chosen, strict=True)]
-            return statistics, features(texts, self.conditioner.shape)
+            return statistics, features(texts, conditioner.shape)
         captions = [self.source.samples[i].captions[k] for i, k in zip(indices, chosen, strict=True)]
-        return statistics, self.conditioner.tokenize(captions)
+        return statistics, conditioner.tokenize(captions)
 
     def _batch(self, read: tuple[Any, Any], generators: Sequence[torch.Generator] | None) -> Batch:
-        statistics, text = read
-        latents = latents_from(self.autoencoder, statistics, generators, self.device)
-        return Batch(latents, text.to(self.device))
+        (statistics, text), encoding = read, self.encoding
+        latents = latents_from(encoding.autoencoder, statistics, generators, encoding.device)
+        return Batch(latents, text.to(encoding.device))
 
 
-def latent_feed(
-    source: Source,
-    indices: np.ndarray,
-    autoencoder: Autoencoder,
-    text: Conditioner,
-    device: torch.device,
-    num_workers: int,
-    skipped: Skipped,
-    **options: Any,
-) -> LatentFeed | CachedFeed:
+def latent_feed(source: Source, indices: np.ndarray, encoding: Encoding) -> LatentFeed | CachedFeed:
     """A feed whose samples can be asked for by row: read from the cache, or encoded now."""
-    if isinstance(source, CachedSource):
-        return CachedFeed(source, indices, autoencoder, text, device, skipped)
-    return LatentFeed(source, indices, autoencoder, text, device, num_workers, skipped, **options)
+    return (CachedFeed if isinstance(source, CachedSource) else LatentFeed)(source, indices, encoding)  # type: ignore

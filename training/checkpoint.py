@@ -111,14 +111,14 @@ def verify(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint. Raises CorruptCheckpoint where one of its files is not as it was written."""
     try:
         state = read_signed(folder / "state.json")
-        for name, digest in state["files"].items():
-            if sha256(folder / name) != digest:
-                raise ValueError(f"{name} has changed since it was written")
-        return state
+        changed = [name for name, digest in state["files"].items() if sha256(folder / name) != digest]
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{folder.name} is incomplete: {error}") from error
     except ValueError as error:
         raise CorruptCheckpoint(f"{folder.name}: {error}") from error
+    if changed:
+        raise CorruptCheckpoint(f"{folder.name}/{changed[0]} has changed since it was written")
+    return state
 
 
 def load_latest(run: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -53,8 +53,8 @@ __all__ = [
     "to_toml",
 ]
 
-WRITTEN = "config.toml"
-"""The config as used, in a run folder."""
+CONFIG_FILE = "config.toml"
+"""The config as used, in a run's folder."""
 MAX_CHARACTERS = 1_000_000  # of a config file
 MAX_DOTS = 1_000  # of a line in it: the time to parse a key grows with the square of its parts
 
@@ -187,10 +187,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 
     if str(source) in preset_names():  # a folder of the same name is written ./demo
         return apply_overrides(preset(str(source)), overrides)
-    path = Path(source) / WRITTEN if os.path.isdir(source) else Path(source)
+    path = Path(source) / CONFIG_FILE if os.path.isdir(source) else Path(source)
     if os.path.isdir(source) and not path.exists():
         raise ConfigError(
-            f"{source} is no run folder, it has no {WRITTEN}; pictures are named beside a config: --data {source}"
+            f"{source} is no run folder, it has no {CONFIG_FILE}; pictures are named beside a config: --data {source}"
         )
     if not os.path.isfile(path):
         near = get_close_matches(str(source), preset_names(), n=1)
@@ -198,7 +198,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
         raise ConfigError(f'there is no config file "{path}"{hint}')
     config, set_keys = read_config(path)
     final = apply_overrides(config, overrides)
-    if path.name != WRITTEN and {*settings.keys(TrainConfig)} - {*set_keys}:  # a run's file has every key
+    if path.name != CONFIG_FILE and {*settings.keys(TrainConfig)} - {*set_keys}:  # a run's file has every key
         refuse_idle(final, idle_settings(config, set_keys), f"{path}: ")
     return final
 

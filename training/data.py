@@ -231,7 +231,7 @@ class FileSource(Source):
     ) -> None:
         self._indexes = [index] if isinstance(index, Index) else list(index)
         self.skipped = [row for one in self._indexes for row in one.skipped]
-        self.left_out = [(reason, *told) for one in self._indexes for reason, told in one.left_out.items()]
+        self.left_out = [(reason, *about) for one in self._indexes for reason, about in one.left_out.items()]
         self.garbled = [one.garbled for one in self._indexes if one.garbled[0]]
         self._tables = [one.entries[:num_samples] for one in self._indexes]
         self._ends = np.cumsum([len(table) for table in self._tables])

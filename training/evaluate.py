@@ -27,7 +27,7 @@ from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
 from training.devices import available
-from training.feed import LatentFeed, NothingUsable, chunks_of
+from training.feed import Encoding, LatentFeed, NothingUsable, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
@@ -59,7 +59,8 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
     times, size = fixed_times(config.evaluation.validation_times), config.evaluation.batch_size
     objective: Any = TextAndImages(Uniform()) if config.transfusion.enabled else FlowMatching(Uniform())
     sums = dict.fromkeys(times, 0.0)
-    nats: dict[str, list[tuple[float, int]]] = {"validation_text": [], "validation_caption": []}
+    text_losses = ("validation_text", "validation_caption") if config.transfusion.enabled else ()
+    nats: dict[str, list[tuple[float, int]]] = {name: [] for name in text_losses}
     by_size: dict[str, list[tuple[float, int]]] = {}
     seeds = seeds_for(len(feed), generator_for(config.evaluation.seed))
     for rows in chunks_of(feed, size):
@@ -71,14 +72,13 @@ def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: Tra
             for row, own in zip(rows, loss.errors.tolist(), strict=True):
                 height, width = feed.layout.sizes[feed.layout.bucket_of(row)]
                 by_size.setdefault(f"{height}x{width}", []).append((own, 1))
-        if config.transfusion.enabled:
-            for name, image_first in (("validation_text", False), ("validation_caption", True)):
-                first_of = torch.full((len(batch.latents),), image_first)
-                found = documents(batch, first_of, pack=model.pack)  # type: ignore[arg-type]
-                loss = TextAndImages(Uniform())(model, found, own_seeds, 0.0)
-                nats[name].append((loss.parts["text"].item(), len(found.predicting)))
+        for name in nats:
+            image_first = torch.full((len(batch.latents),), name == "validation_caption")
+            captions = documents(batch, image_first, pack=model.pack)  # type: ignore[arg-type]
+            loss = objective(model, captions, own_seeds, 0.0)
+            nats[name].append((loss.parts["text"].item(), len(captions.predicting)))
     losses = {f"validation_loss_t{t:.4f}": total / len(feed) for t, total in sums.items()}
-    text = {name: _mean(rows) for name, rows in nats.items() if rows}
+    text = {name: _mean(rows) for name, rows in nats.items()}
     sizes = {f"validation_loss_{name}": _mean(rows) for name, rows in by_size.items()}
     sizes = sizes if 1 < len(sizes) <= MOST_SIZES else {}
     return {"validation_loss": float(np.mean(list(losses.values()))), **losses, **sizes, **text}
@@ -109,16 +109,8 @@ def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = N
     source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
     held_out, device = held_out[: config.evaluation.validation_samples], pipe.model.transformer.device
     with suppress(NothingUsable):
-        return latent_feed(source, held_out, pipe.autoencoder, pipe.model.conditioner, device, 0, lambda *_: None)
+        return latent_feed(source, held_out, Encoding(pipe.autoencoder, pipe.model.conditioner, device))
     return None
-
-
-def shapes_score(pipe: TextToImage, config: TrainConfig, **sampling: Any) -> tuple[dict[str, float], list, list[str]]:
-    """(ShapesEval's score for each question and their mean, the pictures, the captions that they were drawn for)."""
-    judge = ShapesEval(pipe.size, config.evaluation.prompts_per_question, config.evaluation.seed)
-    captions = [prompt.caption for prompt in judge.prompts]
-    images = pipe(captions, seed=config.evaluation.seed, batch_size=config.evaluation.batch_size, **sampling)
-    return judge.score([np.asarray(image) for image in images]), images, captions
 
 
 def caption_score(pipe: TransfusionPipeline, config: TrainConfig) -> float:
@@ -149,10 +141,13 @@ def _draw(
         with drawing(len(prompts), progress, count) as callback:
             images = pipe(prompts, seed=config.sampling.seed, callback=callback)
         return {"network_evaluations": counted[-1]}, images, prompts
+    evaluation = config.evaluation
+    judge = ShapesEval(pipe.size, evaluation.prompts_per_question, evaluation.seed)
+    captions = [prompt.caption for prompt in judge.prompts]
     start = time.perf_counter()
-    with drawing(6 * config.evaluation.prompts_per_question, progress, count) as callback:
-        answers, images, captions = shapes_score(pipe, config, callback=callback)
-    scores: dict[str, Any] = {"shapes_eval": answers}
+    with drawing(len(captions), progress, count) as callback:
+        images = pipe(captions, seed=evaluation.seed, batch_size=evaluation.batch_size, callback=callback)
+    scores: dict[str, Any] = {"shapes_eval": judge.score([np.asarray(image) for image in images])}
     scores["seconds_per_image"] = (time.perf_counter() - start) / len(images)
     if isinstance(pipe, TransfusionPipeline):
         scores["captions_right"] = caption_score(pipe, config)

@@ -10,6 +10,7 @@ Shape letters: B batch, C channels, h w latent sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count, groupby, pairwise
 from typing import Any
 
@@ -36,7 +37,23 @@ from training.stream import StreamSource, stream_loader
 ENCODE_BATCH = 64  # images encoded at a time when latents are cached
 CPU_BLOCK = 8  # images that a CPU encodes at a time; 1 where sizes are mixed, since most come once in a batch
 Conditioner = LearnedText | Words | TextEncoder | SD3Text | KnownText
-Skipped = Callable[[str, str], None]  # called with (key, reason) for every sample that cannot be used
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples become latents and tokens: the models for it, their device, and the worker processes that read
+    images.
+
+    skipped: called with (key, reason) for every sample that cannot be used. sampled: draw latents from the
+    autoencoder's posterior, instead of taking its mode.
+    """
+
+    autoencoder: Autoencoder
+    text: Conditioner
+    device: torch.device
+    num_workers: int = 0
+    skipped: Callable[[str, str], None] = lambda key, reason: None
+    sampled: bool = False
 
 
 class NothingUsable(DataError):
@@ -90,56 +107,48 @@ def latent_generators(sampled: bool, seed: int, step: int, rows: Sequence[int]) 
 class ImageFeed:
     """Reads images, in worker processes if there are any, and encodes them batch by batch."""
 
-    def __init__(
-        self,
-        source: Source,
-        indices: np.ndarray,
-        autoencoder: Autoencoder,
-        text: Conditioner,
-        device: torch.device,
-        num_workers: int,
-        skipped: Skipped,
-        sampled: bool = False,
-    ) -> None:
-        self.source, self.indices, self.autoencoder, self.text = source, indices, autoencoder, text
-        self.device, self.num_workers, self.skipped, self.sampled = device, num_workers, skipped, sampled
+    def __init__(self, source: Source, indices: np.ndarray, encoding: Encoding) -> None:
+        self.source, self.indices, self.encoding = source, indices, encoding
 
     def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
-        return loader(self.source, self.indices, batch_size, seed, start_step, self.num_workers, share)
+        workers = self.encoding.num_workers
+        return loader(self.source, self.indices, batch_size, seed, start_step, workers, share)
 
     @torch.no_grad()
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
-        reader = self._reader(batch_size, seed, start_step, share)
+        reader, encoding = self._reader(batch_size, seed, start_step, share), self.encoding
         try:
             for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
-                    self.skipped(key, reason)
-                generators = latent_generators(self.sampled, seed, step, share.rows(batch_size))
-                latents = latents_from(self.autoencoder, self._statistics(batch), generators, self.device)
-                yield Batch(latents, self.text.tokenize(batch.captions).to(self.device))
+                    encoding.skipped(key, reason)
+                generators = latent_generators(encoding.sampled, seed, step, share.rows(batch_size))
+                latents = latents_from(encoding.autoencoder, self._statistics(batch), generators, encoding.device)
+                yield Batch(latents, encoding.text.tokenize(batch.captions).to(encoding.device))
         finally:
             reader.close()  # type: ignore[attr-defined]
 
     def _statistics(self, batch: ImageBatch) -> Tensor | list[Tensor]:
         """The statistics of a batch's images; where they have several sizes, a list."""
+        autoencoder, device = self.encoding.autoencoder, self.encoding.device
         if batch.sizes is None:
-            return statistics_of(self.autoencoder, batch.images, self.device)
+            return statistics_of(autoencoder, batch.images, device)
         found: dict[int, Tensor] = {}
         for rows, images in batch.by_size():
-            found |= zip(rows, statistics_of(self.autoencoder, images, self.device, mixed=True), strict=True)
+            found |= zip(rows, statistics_of(autoencoder, images, device, mixed=True), strict=True)
         return [found[row] for row in range(len(found))]
 
 
 class StreamFeed(ImageFeed):
     """The rows of a stream that are not held out, read and encoded as they come."""
 
-    def __init__(self, stream: StreamSource, held_out: float, *common: Any) -> None:
-        super().__init__(stream, np.zeros(0), *common)  # type: ignore[arg-type]
+    def __init__(self, stream: StreamSource, held_out: float, encoding: Encoding) -> None:
+        super().__init__(stream, np.zeros(0), encoding)  # type: ignore[arg-type]
         self.stream, self.held_out = stream, held_out
 
     def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
-        return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, self.num_workers, share)
+        workers = self.encoding.num_workers
+        return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, workers, share)
 
 
 class LatentFeed:
@@ -154,28 +163,22 @@ class LatentFeed:
         self,
         source: Source,
         indices: np.ndarray,
-        autoencoder: Autoencoder,
-        text: Conditioner,
-        device: torch.device,
-        num_workers: int,
-        skipped: Skipped,
+        encoding: Encoding,
         progress: Callable[[int, int], None] = lambda done, total: None,
-        sampled: bool = False,
     ) -> None:
-        self.device, self.autoencoder, self.sampled = device, autoencoder, sampled
-        layout = source.layout
+        self.encoding, layout = encoding, source.layout
         captions: list[str] = []
         kept: list[int] = []
         reasons: list[tuple[str, str]] = []
         parts: dict[int, list[Tensor]] = {}
         done = 0
-        for batch in one_pass(source, indices, ENCODE_BATCH, num_workers):
+        for batch in one_pass(source, indices, ENCODE_BATCH, encoding.num_workers):
             reasons += batch.skipped[:1]
             for key, reason in batch.skipped:
-                skipped(key, reason)
+                encoding.skipped(key, reason)
             if len(batch.captions):
-                found = statistics_of(autoencoder, batch.images, device, layout.mixed)
-                found = (found if sampled else autoencoder.latents_of(found)).cpu()
+                found = statistics_of(encoding.autoencoder, batch.images, encoding.device, layout.mixed)
+                found = (found if encoding.sampled else encoding.autoencoder.latents_of(found)).cpu()
                 parts.setdefault(layout.bucket_of(batch.indices[0]), []).append(found)
                 captions += batch.captions
                 kept += batch.indices
@@ -192,7 +195,7 @@ class LatentFeed:
         self.captions = [captions[k] for k in order]
         self.layout = layout.of(np.array(kept))
         self._alternatives = _Alternatives(source, kept, self.captions)
-        self.tokens = text.tokenize(self._alternatives.captions)
+        self.tokens = encoding.text.tokenize(self._alternatives.captions)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -212,10 +215,10 @@ class LatentFeed:
             latents = [self.latents[self.layout.bucket_of(row)][k] for row, k in zip(rows, places, strict=True)]
         else:
             latents = self.latents[self.layout.bucket_of(rows[0])][torch.from_numpy(places)]
-        if self.sampled:
-            latents = latents_from(self.autoencoder, latents, generators, self.device)
+        if self.encoding.sampled:
+            latents = latents_from(self.encoding.autoencoder, latents, generators, self.encoding.device)
         words = torch.tensor(self._alternatives.at(rows, draws))
-        return Batch(latents, type(self.tokens)(*(part[words] for part in self.tokens))).to(self.device)
+        return Batch(latents, type(self.tokens)(*(part[words] for part in self.tokens))).to(self.encoding.device)
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
@@ -223,7 +226,7 @@ class LatentFeed:
         for step in count(start_step):
             _, places = plan.places(step, rows)
             draws = [rng_for(seed, step, row).random() for row in rows] if self._alternatives.several else None
-            generators = latent_generators(self.sampled, seed, step, rows)
+            generators = latent_generators(self.encoding.sampled, seed, step, rows)
             yield self.at([int(pool[place]) for pool, place in places], draws, generators)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import DataError, one_line
 from training.remote import is_url
-from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
+from training.rows import Row, bytes_in, columns_to_read, image_column, row_of
 
 if TYPE_CHECKING:
     from training.table import Entry
@@ -32,10 +32,7 @@ class HubRows:
 
     def rows(self, wanted: Wanted) -> Iterator[Row]:
         """All rows, without their images unless sizes are wanted."""
-        names = self.data.column_names
-        key = key_column(names)
-        columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
-        columns += [self.column] if wanted.measures and self.column not in columns else []
+        columns, key = columns_to_read(self.data.column_names, self.column, wanted)
         chosen = self.data.select_columns(columns) if columns else None
         for i in range(len(self.data)):
             values = chosen[i] if chosen is not None else {}
@@ -82,10 +79,10 @@ def _version(builder: Any, split: str) -> str:
     content tag that their server gives.
     """
     files = (builder.config.data_files or {}).get(split) or []
-    told = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    marks = [file if is_url(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
     if any(map(is_url, files)):
-        told += map(str, getattr(files, "origin_metadata", ()))  # of skipped files too
-    return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else ""
+        marks += map(str, getattr(files, "origin_metadata", ()))  # of skipped files too
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if marks else ""
 
 
 def parse(name: str) -> tuple[str, str | None, str]:

@@ -182,23 +182,23 @@ def make_batch(
 ) -> ImageBatch:
     """The batch of `count` good samples of one size (h, w), given with their numbers; an image is freed once copied."""
     images = np.empty((count, *size, 3), dtype=np.uint8)
-    told = []
+    kept = []
     for slot, (i, sample) in zip(images, numbered, strict=True):
         assert sample.image is not None
         slot[:] = sample.image
-        told.append((i, replace(sample, image=None, original=sample.original or size)))
-    return _batch(torch.from_numpy(images).permute(0, 3, 1, 2), told, skipped)
+        kept.append((i, replace(sample, image=None, original=sample.original or size)))
+    return _batch(torch.from_numpy(images).permute(0, 3, 1, 2), kept, skipped)
 
 
 def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, str]]) -> ImageBatch:
     """The batch of good samples of any sizes, given with their numbers."""
-    pixels, sizes, told = [], [], []
+    pixels, sizes, kept = [], [], []
     for i, sample in numbered:
         assert sample.image is not None
         sizes.append((sample.image.shape[0], sample.image.shape[1]))
         pixels.append(sample.image.reshape(-1, 3))
-        told.append((i, replace(sample, image=None, original=sample.original or sizes[-1])))
-    return _batch(torch.from_numpy(np.concatenate(pixels)), told, skipped, sizes)
+        kept.append((i, replace(sample, image=None, original=sample.original or sizes[-1])))
+    return _batch(torch.from_numpy(np.concatenate(pixels)), kept, skipped, sizes)
 
 
 def _batch(

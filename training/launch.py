@@ -16,7 +16,7 @@ from typing import Any
 
 from mmdit.memory import keeping_memory
 from training.checkpoint import list_checkpoints
-from training.config import ConfigError, TrainConfig, apply_overrides, load_config, read_config
+from training.config import CONFIG_FILE, ConfigError, TrainConfig, apply_overrides, load_config, read_config
 from training.devices import pick_device
 from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
@@ -102,7 +102,7 @@ def _can_continue(folder: Path) -> bool:
     """
     if list_checkpoints(folder):
         return True
-    config = folder / "config.toml"
+    config = folder / CONFIG_FILE
     found = {*folder.iterdir()} if folder.is_dir() else set()
     no_config_yet = bool(found) and all(map(_precedes_config, found))
     unscored_run = all(map(_of_run, found)) and folder / "scores.json" not in found and _is_written_config(config)
@@ -142,7 +142,7 @@ def _precedes_config(path: Path) -> bool:
 
 def _check_new(folder: Path) -> None:
     """Raises FileExistsError where another run, which began at the same moment, has locked the folder first."""
-    if any(path.name != "config.toml" and not _precedes_config(path) for path in folder.iterdir()):
+    if any(path.name != CONFIG_FILE and not _precedes_config(path) for path in folder.iterdir()):
         raise taken(folder)
 
 

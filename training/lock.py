@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from training.config import CONFIG_FILE
 from training.parallel import Ranks
 from training.run import named
 
@@ -48,7 +49,7 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def locked() -> str | None:
         nonlocal file
-        if sys.platform == "win32" or not (folder / "config.toml").exists():
+        if sys.platform == "win32" or not (folder / CONFIG_FILE).exists():
             return None
         said = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}"
         file = _first_byte(path, said)
@@ -86,10 +87,10 @@ def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
 
 def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
     """Raises NotShared in all processes where one does not see the lock of process 0."""
-    told = ranks.gather((seen, socket.gethostname()))
-    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(told) if not sees]:
+    answers = ranks.gather((seen, socket.gethostname()))
+    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(answers) if not sees]:
         raise NotShared(
-            f"{' and '.join(blind)} cannot see {folder} as process 0 on {told[0][1]} does: on several machines the "
+            f"{' and '.join(blind)} cannot see {folder} as process 0 on {answers[0][1]} does: on several machines the "
             "run's folder has to be on a disk that all of them share"
         )
 

@@ -97,19 +97,19 @@ class Ranks:
         """
         if self.world == 1:
             return make()
-        told: list[Any] = [None, False]
+        result: list[Any] = [None, False]  # (value, whether `make` succeeded)
         error: BaseException | None = None
         if self.first:
             try:
-                told = [make(), True]
+                result = [make(), True]
             except BaseException as caught:
                 error = caught
-        dist.broadcast_object_list(told, src=0, group=self.group)
+        dist.broadcast_object_list(result, src=0, group=self.group)
         if error is not None:
             raise error
-        if not told[1]:
+        if not result[1]:
             raise ToldByFirst(2)
-        return told[0]
+        return result[0]
 
     def agree(self, **values: Any) -> None:
         """Raises ValueError in all processes where a value of one differs from that of process 0."""

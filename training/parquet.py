@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from training.errors import DataError, one_line
 from training.order import WINDOW
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls
-from training.rows import Row, bytes_in, caption_columns, image_column, key_column, row_of
+from training.rows import Row, bytes_in, columns_to_read, image_column, row_of
 
 if TYPE_CHECKING:
     from training.table import Entry
@@ -40,9 +40,8 @@ class ParquetRows:
         with _reading(file.url):
             parquet = self._open(file)
             names = parquet.schema_arrow.names
-            image, key = image_column(names, file.url), key_column(names)
-            columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
-            columns += [image] if wanted.measures and image not in columns else []
+            image = image_column(names, file.url)
+            columns, key = columns_to_read(names, image, wanted)
         for group in range(parquet.num_row_groups):
             with _reading(file.url):
                 table = parquet.read_row_group(group, columns=columns)

@@ -127,11 +127,11 @@ def drawing(count: int, shown: bool, callback: Any = None) -> Iterator[Callable[
     parts = 0  # pictures times solver steps
     with Progress("drawing pictures", count, quiet=not shown, stream=sys.stderr) as progress:
 
-        def told(step: Any) -> None:
+        def on_step(step: Any) -> None:
             nonlocal parts
             parts += len(step.x_t)
             progress.show(min(count, parts // step.num_steps))
             if callback is not None:
                 callback(step)
 
-        yield told
+        yield on_step

@@ -144,16 +144,16 @@ class ModelJudge:
         self.captions = captions_to_draw(config, reference, pipe, index)
         self.judge = Judge(self.config, reference, pipe.device, run.log if run else lambda text: None)
 
-    def __call__(self, pipe: TextToImage, progress: bool = False, **sampling: Any) -> dict[str, Any]:
+    def __call__(self, pipe: TextToImage, progress: bool = False) -> dict[str, Any]:
         """Draw `evaluation.num_images` pictures and score them; picture i has the noise of seed + i. progress: show on
         standard error how many are drawn.
         """
         config, prompts = self.config, list(islice(cycle(self.captions), self.config.num_images))
-        with drawing(len(prompts), progress, sampling.pop("callback", None)) as told:
+        with drawing(len(prompts), progress) as callback:
             for first in range(0, len(prompts), config.batch_size):
                 some = prompts[first : first + config.batch_size]
-                how: dict[str, Any] = dict(seed=config.seed + first, batch_size=config.batch_size, callback=told)
-                self.judge.add(as_tensor(pipe(some, **how, **sampling)), some)
+                images = pipe(some, seed=config.seed + first, batch_size=config.batch_size, callback=callback)
+                self.judge.add(as_tensor(images), some)
         return self.judge.scores()
 
 

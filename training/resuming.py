@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.corpus import Corpus
 from training.data import Source
 from training.run import RunFolder
-from training.settings import said
+from training.settings import as_override
 from training.setup import fingerprint
 
 
@@ -24,7 +24,7 @@ def data_digests(source: Source, corpus: Corpus | None) -> dict[str, str]:
 def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
     """The error for a resumed run that would change a setting which it has to keep."""
     return ValueError(
-        f"{run.path} was trained with another {key}: {said(old)}, not {said(new)}; "
+        f"{run.path} was trained with another {key}: {as_override(old)}, not {as_override(new)}; "
         "a resumed run keeps it, train afresh into another folder to change it"
     )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from training.captions import CAPTION_FIELDS, Captions, Weights, captions_of, joined
 from training.errors import DataError
+from training.wanted import Wanted
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY_COLUMNS = ("__key__", "key")
@@ -46,6 +47,15 @@ def captions_in_row(values: dict[str, Any], fields: Weights) -> Captions:
 def key_column(names: Sequence[str]) -> str | None:
     """The column of keys, if there is one."""
     return next((name for name in KEY_COLUMNS if name in names), None)
+
+
+def columns_to_read(names: Sequence[str], image: str, wanted: Wanted) -> tuple[list[str], str | None]:
+    """(the columns that an index needs: captions, keys, and images where their sizes are; the column of keys)."""
+    key = key_column(names)
+    columns = [*caption_columns(names, wanted.captions), *([key] if key else [])]
+    if wanted.measures and image not in columns:
+        columns.append(image)
+    return columns, key
 
 
 def row_of(block: int, row: int, values: dict[str, Any], key: str | None, image: str | None, fields: Weights) -> Row:

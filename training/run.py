@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmdit.weights_io import write_aside
-from training.config import TrainConfig, load_config, to_toml
+from training.config import CONFIG_FILE, TrainConfig, load_config, to_toml
 from training.progress import say
 
-OWN = {"config.toml", "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
+OWN = {CONFIG_FILE, "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
 """All names that a run writes in its folder, except hidden ones."""
 UNLINKED = ".nfs*"
@@ -51,7 +51,7 @@ class RunFolder:
         self.path = Path(path)
         self._skipped: set[str] = set()
         self.board: Board | None = None  # gets the metrics too
-        self._board: Any = None
+        self._tensorboard: Any = None
         self._purge: int | None = None  # tensorboard is to drop this step and later ones
 
     @property
@@ -77,17 +77,17 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """A run that exists. Raises FileNotFoundError where the folder is not a run's."""
-        if not (Path(path) / "config.toml").exists():
-            raise FileNotFoundError(f"{path} is not a run folder: it has no config.toml")
+        if not (Path(path) / CONFIG_FILE).exists():
+            raise FileNotFoundError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
         return cls(path)
 
     def config(self) -> TrainConfig:
         """The config as used."""
-        return load_config(self.path / "config.toml", [])
+        return load_config(self.path / CONFIG_FILE, [])
 
     def write_config(self, config: TrainConfig) -> None:
         """Write the config as used."""
-        write_aside(self.path / "config.toml", lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
+        write_aside(self.path / CONFIG_FILE, lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -106,12 +106,12 @@ class RunFolder:
         with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         with named(self.path / "tensorboard"):
-            if self._board is None:
+            if self._tensorboard is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
+                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
         if self.board is not None:
             self.board.write(step, values)
 
@@ -141,10 +141,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush tensorboard and the board; writing metrics opens them again."""
-        if self._board is not None:
+        if self._tensorboard is not None:
             with named(self.path / "tensorboard"):
-                self._board.close()
-            self._board = None
+                self._tensorboard.close()
+            self._tensorboard = None
         if self.board is not None:
             self.board.close()
 

@@ -183,8 +183,8 @@ def _plain(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def said(value: Any) -> str:
-    """A value as one writes it on the command line."""
+def as_override(value: Any) -> str:
+    """A value as it is written after "key=" on the command line."""
     text = str(_plain(value))
     if isinstance(value, tuple):
         return text.replace(" ", "")
@@ -225,7 +225,7 @@ def table_of(cls: type, assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         key, text = key.strip(), text.strip()
         if not equals or not key:
-            raise ConfigError(f'"{assignment}" is no setting; expected key=value, such as {_example(cls)}')
+            raise ConfigError(f'"{assignment}" is no setting; expected key=value, such as {keys(cls)[-1]}=...')
         *path, name = key.split(".")
         place = table
         for part in path:
@@ -302,10 +302,6 @@ def keys_in(table: Mapping[str, Any], prefix: str = "") -> list[str]:
         key = _join(prefix, name)
         found += keys_in(value, key) if isinstance(value, Mapping) else [key]
     return found
-
-
-def _example(cls: type) -> str:
-    return f"{keys(cls)[-1]}=..."
 
 
 def _join(prefix: str, name: str) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from training.data import (
     open_source,
     split_by_key,
 )
-from training.feed import Conditioner, ImageFeed, LatentFeed, NothingUsable, StreamFeed
+from training.feed import Conditioner, Encoding, ImageFeed, LatentFeed, NothingUsable, StreamFeed
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
@@ -329,23 +330,23 @@ def open_feeds(
     data, sampled = config.data, config.data.posterior == "sample"
     if sampled and not autoencoder.has_posterior:
         raise ConfigError('data.posterior is "sample": the autoencoder has none to sample from, expected "mode"')
-    common = (autoencoder, text, device, data.num_workers, run.log_skipped)
+    encoding = Encoding(autoencoder, text, device, data.num_workers, run.log_skipped, sampled)
     if isinstance(source, StreamSource):
         in_memory, held_out = held_out_samples(config, source)
-        validation = _validation_feed(config, run, in_memory, held_out, autoencoder, text, device, num_workers=0)
-        return StreamFeed(source, data.held_out, *common, sampled), validation
+        validation = _validation_feed(config, run, in_memory, held_out, replace(encoding, num_workers=0))
+        return StreamFeed(source, data.held_out, encoding), validation
     training, held_out = split_by_key(source, data.held_out)
     if not len(training):
         raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
-    validation = _validation_feed(config, run, source, held_out, autoencoder, text, device, data.num_workers)
+    validation = _validation_feed(config, run, source, held_out, encoding)
     if isinstance(source, CachedSource):
-        return CachedFeed(source, training, autoencoder, text, device, run.log_skipped, sampled), validation
+        return CachedFeed(source, training, encoding), validation
     if not data.cache_latents:
-        return ImageFeed(source, training, *common, sampled=sampled), validation
+        return ImageFeed(source, training, encoding), validation
     run.log(f"encoding {len(training)} images, once: their latents stay in memory")
     start = time.perf_counter()
     with Progress("encoding", len(training), quiet=run.quiet) as progress:
-        feed = LatentFeed(source, training, *common, progress=lambda done, _: progress.show(done), sampled=sampled)
+        feed = LatentFeed(source, training, encoding, progress=lambda done, _: progress.show(done))
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
 
@@ -359,18 +360,11 @@ def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tupl
 
 
 def _validation_feed(
-    config: TrainConfig,
-    run: RunFolder,
-    source: Source,
-    held_out: np.ndarray,
-    autoencoder: Autoencoder,
-    text: Conditioner,
-    device: torch.device,
-    num_workers: int,
+    config: TrainConfig, run: RunFolder, source: Source, held_out: np.ndarray, encoding: Encoding
 ) -> LatentFeed | CachedFeed | None:
     """The first evaluation.validation_samples of the held-out samples, encoded; with a warning where there are none."""
     some = held_out[: config.evaluation.validation_samples]
     with suppress(NothingUsable):
-        return latent_feed(source, some, autoencoder, text, device, num_workers, run.log_skipped)
+        return latent_feed(source, some, replace(encoding, sampled=False))
     run.log("warning: no sample is held out, so there is no validation loss: raise data.held_out or add data")
     return None

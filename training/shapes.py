@@ -17,7 +17,6 @@ of the picture to itself: so few places, each seen so often, can be learnt in a 
 import hashlib
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -305,7 +304,7 @@ def render(scene: Scene, image_size: int | tuple[int, int]) -> np.ndarray:
     for thing in scene.objects:
         radius = SIZES[thing.size] * min(height, width) * scale
         centre = (thing.x * width * scale, thing.y * height * scale)
-        for outline, filled in OUTLINES[thing.shape]():
+        for outline, filled in OUTLINES[thing.shape]:
             corners = [(centre[0] + radius * x, centre[1] + radius * y) for x, y in outline]
             fill = COLOURS[thing.colour] if filled else BACKGROUNDS[scene.background]
             if len(corners) == 2:
@@ -315,47 +314,20 @@ def render(scene: Scene, image_size: int | tuple[int, int]) -> np.ndarray:
     return np.asarray(image.reduce(scale))
 
 
-Outline = list[tuple[float, float]]  # corners within the unit circle, centroid at 0; two corners: the box of an ellipse
-
-
-def _circle() -> list[tuple[Outline, bool]]:
-    return [([(-0.93, -0.93), (0.93, 0.93)], True)]
-
-
-def _ring() -> list[tuple[Outline, bool]]:
-    return [([(-1.0, -1.0), (1.0, 1.0)], True), ([(-0.55, -0.55), (0.55, 0.55)], False)]
-
-
-def _square() -> list[tuple[Outline, bool]]:
-    return [([(-0.7, -0.7), (0.7, -0.7), (0.7, 0.7), (-0.7, 0.7)], True)]
-
-
-def _triangle() -> list[tuple[Outline, bool]]:
-    return [([_polar(1.0, 90), _polar(1.0, 210), _polar(1.0, 330)], True)]
-
-
-def _star() -> list[tuple[Outline, bool]]:
-    return [([_polar(0.45 if i % 2 else 1.0, 90 + 36 * i) for i in range(10)], True)]
-
-
-def _cross() -> list[tuple[Outline, bool]]:
-    arm, end = 0.3, 0.95
-    quarter = [(arm, end), (arm, arm), (end, arm)]
-    turns = [quarter, [(y, -x) for x, y in quarter], [(-x, -y) for x, y in quarter], [(-y, x) for x, y in quarter]]
-    return [([corner for turn in turns for corner in turn], True)]
-
-
 def _polar(radius: float, degrees: float) -> tuple[float, float]:
     return radius * math.cos(math.radians(degrees)), -radius * math.sin(math.radians(degrees))
 
 
-OUTLINES: dict[str, Callable[[], list[tuple[Outline, bool]]]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
+Outline = list[tuple[float, float]]  # corners within the unit circle, centroid at 0; two corners: the box of an ellipse
+CROSS: Outline = [(0.3, 0.95), (0.3, 0.3), (0.95, 0.3), (0.95, -0.3), (0.3, -0.3), (0.3, -0.95)]
+CROSS += [(-x, -y) for x, y in CROSS]
+OUTLINES: dict[str, list[tuple[Outline, bool]]] = {  # (outline, whether it is filled)
+    "circle": [([(-0.93, -0.93), (0.93, 0.93)], True)],
+    "square": [([(-0.7, -0.7), (0.7, -0.7), (0.7, 0.7), (-0.7, 0.7)], True)],
+    "triangle": [([_polar(1.0, 90), _polar(1.0, 210), _polar(1.0, 330)], True)],
+    "star": [([_polar(0.45 if i % 2 else 1.0, 90 + 36 * i) for i in range(10)], True)],
+    "cross": [(CROSS, True)],
+    "ring": [([(-1.0, -1.0), (1.0, 1.0)], True), ([(-0.55, -0.55), (0.55, 0.55)], False)],
 }
 
 

@@ -237,15 +237,11 @@ def recompute(model: Any, how: str, every: int) -> None:
     """
     if how == "none":
         return
-    for block in list(model.transformer.blocks)[::every]:
-        block.forward = _recomputed(block.forward, how)
-
-
-def _recomputed(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_ops()))
-    return partial(_checkpointed, forward, options)
+    for block in list(model.transformer.blocks)[::every]:
+        block.forward = partial(_checkpointed, block.forward, options)
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: Any) -> Any:

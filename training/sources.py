@@ -102,8 +102,9 @@ class Index:
             self._read(spec, root, files)
             self.entries: Table = self._writer.table(self._longer_key)
             del self._writer
+            about = {"skipped": self.skipped, "left_out": self.left_out, "garbled": self.garbled}
             if name is not None and wanted.cache is not None and len(self.entries):
-                self.entries.keep(wanted.cache, name, self._told())
+                self.entries.keep(wanted.cache, name, about)
         if self._spool is not None:
             self._spool.close()
             self._spool = None  # its path is in the entries
@@ -183,10 +184,6 @@ class Index:
                 self._writer.add(replace(entry, key=key, captions=texts, shares=shares, image_size=size), shared, block)
             except OSError as error:
                 raise _no_room("the index", error) from error
-
-    def _told(self) -> dict[str, Any]:
-        """What is known of the data besides its samples."""
-        return {"skipped": self.skipped, "left_out": self.left_out, "garbled": self.garbled}
 
     def _leave_out(self, reason: str, key: str) -> None:
         count, first = self.left_out.get(reason, (0, key))

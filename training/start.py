@@ -22,7 +22,7 @@ from mmdit.transfusion import Transfusion
 from mmdit.weights_io import load_weights, read_config, read_json
 from training.config import ConfigError, TrainConfig
 from training.run import RunFolder
-from training.settings import said
+from training.settings import as_override
 
 SHAPE = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "positions", "dual_attention_layers")
 TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text encoder learns afresh
@@ -70,7 +70,9 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
         raise ConfigError(f"{path} is a model of text and images: set transfusion.enabled=true to go on from it")
     theirs, ours = found.config, fresh.config
     wrong = [
-        f"model.{name}={said(getattr(theirs, name))}" for name in SHAPE if getattr(theirs, name) != getattr(ours, name)
+        f"model.{name}={as_override(getattr(theirs, name))}"
+        for name in SHAPE
+        if getattr(theirs, name) != getattr(ours, name)
     ]
     if theirs.qk_norm and not ours.qk_norm:
         wrong.append(f"model.qk_norm={theirs.qk_norm}")
@@ -84,7 +86,7 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
     side = config.model.pos_embed_max_size
     if ours.positions != "rope" and side != theirs.pos_embed_max_size:
         run.log(
-            f"warning: model.pos_embed_max_size = {side} takes no effect with init = {said(path)}: "
+            f"warning: model.pos_embed_max_size = {side} takes no effect with init = {as_override(path)}: "
             f"its table of positions has {theirs.pos_embed_max_size} rows and columns"
         )
     shape = replace(ours, sample_size=theirs.sample_size, pos_embed_max_size=theirs.pos_embed_max_size)
@@ -119,7 +121,7 @@ def text_form(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig
     paths = config.init_paths
     wanted, model = needs(paths), config.model
     wrong = [
-        f"model.{name}={said(value)}"
+        f"model.{name}={as_override(value)}"
         for name, value in wanted.items()
         if name in model.__dataclass_fields__ and getattr(model, name) != value
     ]

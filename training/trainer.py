@@ -404,9 +404,10 @@ class Trainer:
             run.log(f"  ShapesEval {question:20s} {score:.3f}")
         if "captions_right" in scores:
             run.log(f"  captions that name every object {scores['captions_right']:.3f}")
+        caption = self.validation.captions[0] if self.validation is not None else "a caption like yours"
         run.log(
             f"done. Pictures: {run.path}/samples.png   loss: {run.path}/loss.png   scores: {run.path}/scores.json\n"
-            f'Try: mmdit sample {run.path} "{_example(self.validation)}" --out out.png   or in the browser: mmdit web '
+            f'Try: mmdit sample {run.path} "{caption}" --out out.png   or in the browser: mmdit web '
             f"{run.path}"
         )
 
@@ -470,7 +471,3 @@ class Trainer:
         if self.scaler.enabled and "loss_scale" in state:
             self.scaler.scale, self.scaler.good = state["loss_scale"]
         self.run.log(f"resumed at step {self.step}")
-
-
-def _example(validation: LatentFeed | CachedFeed | None) -> str:
-    return validation.captions[0] if validation is not None else "a caption like yours"

@@ -403,7 +403,7 @@ def test_help_shows_examples(command):
     shown = " ".join(plain.split())
     assert f"mmdit {command}".strip() in shown or command in ("", "autoencoder")
     if command == "evaluate":
-        assert "the run's config says ([evaluation])" in shown
+        assert "taken from the run's config ([evaluation])" in shown
     if command == "train":
         assert f"Presets: {', '.join(preset_names())}" in shown
 

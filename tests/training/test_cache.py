@@ -32,7 +32,7 @@ from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.config import ConfigError, load_config
 from training.data import DataError, is_shapes, open_source
-from training.feed import ImageFeed, LatentFeed, NothingUsable, chunks_of
+from training.feed import Encoding, ImageFeed, LatentFeed, NothingUsable, chunks_of
 from training.flops import reads_padding, text_places
 from training.setup import fingerprint, open_run_source
 from training.share import Share
@@ -391,7 +391,7 @@ def test_training_with_another_encoder_is_refused(parts, written, tmp_path):
         assert not (tmp_path / "run").exists()
     autoencoder, words = open_autoencoder(parts / "patches"), open_text_encoder(parts / "t5", 32)
     with pytest.raises(CacheError, match="was made with another autoencoder"):
-        CachedFeed(CachedSource(written), np.arange(4), autoencoder, words, CPU, print)
+        CachedFeed(CachedSource(written), np.arange(4), Encoding(autoencoder, words, CPU))
 
 
 def test_sizes_that_a_cache_is_asked_for(tmp_path):
@@ -487,11 +487,11 @@ def test_batches_are_those_of_images(parts, tmp_path, learned, kind, sampled):
     cached = made(tmp_path / "cache", f"autoencoder={spec}", *sizes)
     images = open_source("shapes", 32, num_samples=64)
     indices, told = np.arange(3, 61), []
-    common = (autoencoder, learned, CPU)
+    encoding = Encoding(autoencoder, learned, CPU, sampled=sampled)
     feeds = (
-        CachedFeed(cached, indices, *common, lambda *what: told.append(what), sampled),
-        LatentFeed(images, indices, *common, 0, lambda *what: None, sampled=sampled),
-        ImageFeed(images, indices, *common, 0, lambda *what: None, sampled),
+        CachedFeed(cached, indices, replace(encoding, skipped=lambda *what: told.append(what))),
+        LatentFeed(images, indices, encoding),
+        ImageFeed(images, indices, encoding),
     )
     runs = [feed.batches(12, seed=5, start_step=2) for feed in feeds]
     first = None
@@ -507,7 +507,7 @@ def test_batches_are_those_of_images(parts, tmp_path, learned, kind, sampled):
         own = feed.batches(12, seed=5, start_step=2, share=Share(1, 2))
         torch.testing.assert_close(next(own).latents, first[6:])
         own.close()
-    mode = next(CachedFeed(cached, indices, *common, lambda *w: None).batches(12, seed=5, start_step=2)).latents
+    mode = next(CachedFeed(cached, indices, replace(encoding, sampled=False)).batches(12, seed=5, start_step=2)).latents
     assert torch.equal(first, mode) != (sampled and kind == "kl")
     assert torch.equal(feeds[0].at([1, 2]).latents, feeds[1].at([1, 2]).latents)
     for run in runs:
@@ -527,11 +527,12 @@ def test_batches_of_several_sizes_are_those_of_images(parts, tmp_path, learned, 
     images = open_run_source(config(*overrides), 4)
     cached = open_run_source(config(*overrides, f"data.source={tmp_path / 'cache'}", "data.image_size=none"), 4)
     assert cached.layout.sizes == images.layout.sizes and cached.layout.mixed
-    indices, common = np.arange(1, 24), (open_autoencoder(str(parts / "kl")), learned, CPU)
+    indices = np.arange(1, 24)
+    encoding = Encoding(open_autoencoder(str(parts / "kl")), learned, CPU, sampled=sampled)
     feeds = (
-        CachedFeed(cached, indices, *common, lambda *what: None, sampled),
-        LatentFeed(images, indices, *common, 0, lambda *what: None, sampled=sampled),
-        ImageFeed(images, indices, *common, 0, lambda *what: None, sampled),
+        CachedFeed(cached, indices, encoding),
+        LatentFeed(images, indices, encoding),
+        ImageFeed(images, indices, encoding),
     )
     runs = [feed.batches(6, seed=5, start_step=2) for feed in feeds]
     for _ in range(6):
@@ -564,11 +565,8 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
     overrides += ["data.captions=original=0.5,synthetic=0.5", "training.batch_size=4", f"data.source={spec}"]
     cached, images = made(tmp_path / "cache", *overrides), open_run_source(config(*overrides), 8)
     assert len(cached.layout.sizes) == 3 and fingerprint(cached) == fingerprint(images)
-    common, indices = (PixelSpace(), learned, CPU), np.arange(2, len(images))
-    feeds = (
-        CachedFeed(cached, indices, *common, lambda *what: None),
-        LatentFeed(images, indices, *common, 0, lambda *what: None),
-    )
+    encoding, indices = Encoding(PixelSpace(), learned, CPU), np.arange(2, len(images))
+    feeds = CachedFeed(cached, indices, encoding), LatentFeed(images, indices, encoding)
     assert feeds[0].captions == feeds[1].captions
     for share in (Share(), Share(1, 2)):
         runs = [feed.batches(4, seed=3, start_step=1, share=share) for feed in feeds]
@@ -587,10 +585,7 @@ def test_buckets_mixes_and_captions_are_those_of_images(tmp_path, learned, mixed
     some = [*range(10), *(range(30, 40) if mixed else ())]  # the first of each data set
     few = CachedSource(tmp_path / "cache", num_samples=10)
     assert list(few.keys) == [images.keys[i] for i in some]
-    feeds = (
-        CachedFeed(few, np.arange(len(some)), *common, lambda *what: None),
-        LatentFeed(images, np.array(some), *common, 0, lambda *what: None),
-    )
+    feeds = CachedFeed(few, np.arange(len(some)), encoding), LatentFeed(images, np.array(some), encoding)
     assert feeds[0].captions == feeds[1].captions
     for rows in chunks_of(feeds[1], 5):
         assert torch.equal(feeds[0].at(rows).latents, feeds[1].at(rows).latents)
@@ -603,11 +598,9 @@ def test_the_order_of_row_groups_is_kept(tmp_path, learned):
         parquet_of(tmp_path / f"{number}.parquet", range(60 * number, 60 * number + 60))
     how = (f"data.source={tmp_path}", "data.num_samples=none", "data.image_size=16")
     cached, images = made(tmp_path / "cache", *how), open_run_source(config(*how), 8)
-    plain = next(LatentFeed(images, np.arange(120), PixelSpace(), learned, CPU, 0, print).batches(90, 3))
-    assert torch.equal(
-        next(CachedFeed(cached, np.arange(120), PixelSpace(), learned, CPU, print).batches(90, 3)).latents,
-        plain.latents,
-    )
+    encoding = Encoding(PixelSpace(), learned, CPU)
+    plain = next(LatentFeed(images, np.arange(120), encoding).batches(90, 3))
+    assert torch.equal(next(CachedFeed(cached, np.arange(120), encoding).batches(90, 3)).latents, plain.latents)
 
 
 @pytest.mark.parametrize(
@@ -647,12 +640,13 @@ def test_bad_samples_are_told_and_left_out(tmp_path, learned):
     how = ("data.num_samples=none", "data.image_size=16", f"data.source={tmp_path}")
     cached, told = made(tmp_path / "cache", *how), []
     made(tmp_path / "cache", *how, "seed=1")  # of files no number depends on it
-    feed = CachedFeed(cached, np.arange(3), PixelSpace(), learned, CPU, lambda *what: told.append(what))
+    encoding = Encoding(PixelSpace(), learned, CPU, skipped=lambda *what: told.append(what))
+    feed = CachedFeed(cached, np.arange(3), encoding)
     assert feed.captions == ["caption 0", "caption 2"] and [key for key, _ in told] == ["1"]
     with pytest.raises(NothingUsable, match="none of the 0 samples can be used$"):
-        CachedFeed(cached, np.arange(0), PixelSpace(), learned, CPU, lambda *what: None)
+        CachedFeed(cached, np.arange(0), encoding)
     with pytest.raises(NothingUsable, match="none of the 1 samples can be used; one of them is 1: "):
-        CachedFeed(cached, np.array([1]), PixelSpace(), learned, CPU, lambda *what: None)
+        CachedFeed(cached, np.array([1]), encoding)
 
 
 @pytest.mark.parametrize("dropped", ["zeros", "empty"])

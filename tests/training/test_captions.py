@@ -109,12 +109,12 @@ def test_both_feeds_draw_the_same_captions(several, tmp_path):
 
     from mmdit.autoencoder import PixelSpace
     from mmdit.text import LearnedText, TextConfig, Tokenizer
-    from training.feed import ImageFeed, LatentFeed
+    from training.feed import Encoding, ImageFeed, LatentFeed
 
     wanted = Wanted(captions=(("txt", 1.0), ("more", 1.0)))
     source = open_source(str(several), options=SourceOptions(wanted=wanted))
     text = LearnedText(TextConfig(260, 6, 16, 1, 2), Tokenizer.train([], 258, 6))
-    common = (source, np.arange(8), PixelSpace(), text, torch.device("cpu"), 0, lambda *told: None)
+    common = (source, np.arange(8), Encoding(PixelSpace(), text, torch.device("cpu")))
     a, b = ImageFeed(*common).batches(4, 0), LatentFeed(*common).batches(4, 0)
     seen = set()
     for one, other in itertools.islice(zip(a, b, strict=True), 30):
@@ -130,14 +130,14 @@ def test_without_a_caption_both_feeds_have_an_empty_one(tmp_path):
 
     from mmdit.autoencoder import PixelSpace
     from mmdit.text import LearnedText, TextConfig, Tokenizer
-    from training.feed import ImageFeed, LatentFeed
+    from training.feed import Encoding, ImageFeed, LatentFeed
 
     files = {f"{i}.png": picture(i) for i in range(3)} | {"1.json": json_bytes({"more": ["a", "b"]}), "2.txt": b"c"}
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     wanted = Wanted(captions=(("txt", 1.0), ("more", 1.0)))
     source = open_source(str(tmp_path), options=SourceOptions(wanted=wanted), need_captions=False)
     text = LearnedText(TextConfig(260, 6, 16, 1, 2), Tokenizer.train([], 258, 6))
-    common = (source, np.arange(3), PixelSpace(), text, torch.device("cpu"), 0, lambda *told: None)
+    common = (source, np.arange(3), Encoding(PixelSpace(), text, torch.device("cpu")))
     feeds = ImageFeed(*common), LatentFeed(*common)
     assert feeds[1].captions == ["", "a", "c"] and torch.equal(
         feeds[1].at([2, 0]).tokens.ids, text.tokenize(["c", ""]).ids

@@ -13,6 +13,7 @@ from training.corpus import Pieces
 from training.data import DataError, Sample, Source
 from training.feed import (
     CPU_BLOCK,
+    Encoding,
     ImageFeed,
     LatentFeed,
     NothingUsable,
@@ -84,13 +85,14 @@ def text():
 
 def latent_feed(text, source, indices, **options):
     told = []
-    feed = LatentFeed(source, np.array(indices), PixelSpace(), text, CPU, 0, lambda *what: told.append(what), **options)
-    return feed, told
+    encoding = Encoding(PixelSpace(), text, CPU, skipped=lambda *what: told.append(what))
+    return LatentFeed(source, np.array(indices), encoding, **options), told
 
 
 def image_feed(text, source, indices, num_workers=0):
     told = []
-    return ImageFeed(source, np.array(indices), PixelSpace(), text, CPU, num_workers, lambda *w: told.append(w)), told
+    encoding = Encoding(PixelSpace(), text, CPU, num_workers, lambda *what: told.append(what))
+    return ImageFeed(source, np.array(indices), encoding), told
 
 
 def numbers(text, batch) -> list[int]:
@@ -193,7 +195,7 @@ def test_progress_counts_to_the_end(text, monkeypatch):
 @pytest.mark.parametrize("kind", [ImageFeed, LatentFeed])
 def test_each_latent_is_drawn_by_its_place_in_the_run_whoever_encodes_it(text, kind):
     """Another noise for each seed, step and row; of two processes, as of one, also where batches come in parts."""
-    feed = kind(Numbers(), np.arange(10), Noisy(), text, CPU, 0, print, sampled=True)
+    feed = kind(Numbers(), np.arange(10), Encoding(Noisy(), text, CPU, sampled=True))
 
     def noise(share=WHOLE, seed=0, step=0):
         batch = next(feed.batches(4, seed, step, share))
@@ -243,7 +245,7 @@ def test_an_error_ends_what_reads_ahead(text, monkeypatch):
             ended.append(True)
 
     monkeypatch.setattr(training.feed, "loader", watched)
-    broken = ImageFeed(Numbers(), np.arange(10), Broken(), text, CPU, 0, print)
+    broken = ImageFeed(Numbers(), np.arange(10), Encoding(Broken(), text, CPU))
     none = WithText(image_feed(text, Numbers(), range(10))[0], Pieces(["one"], text.tokenizer, 5, CPU), 1)
     monkeypatch.setattr(none.text, "batches", lambda *args: iter(()))
     for feed, message in ((broken, "out of memory"), (none, "shorter")):

@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_takes_neither_metrics_nor_config(run, config, monke
 
 def test_all_but_the_first_process_write_nothing(run, config, capsys):
     run.write_metrics(1, loss=1.0)
-    run.close()  # or tensorboard's thread writes still
+    run.close()  # else tensorboard's thread may still write
     (run.path / ".metrics.jsonl.9.part").write_text("{")  # being written by the first
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     quiet = QuietRun(run.path, 1)
