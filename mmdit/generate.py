@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from mmdit.cache import NOTHING, Cache
+from mmdit.cache import NO_ROW, Cache
 from mmdit.drawing import each_seed
 from mmdit.memory import keeping_memory
 from mmdit.sampling import check_finite, check_solver, pair_of_numbers
@@ -302,7 +302,7 @@ def velocity(
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 
-    pair = field([*rows, *[NOTHING] * len(rows)])
+    pair = field([*rows, *[NO_ROW] * len(rows)])
     return samplers.cfg_batched(field(rows), pair, guidance, (interval[0], interval[1]))
 
 
