@@ -26,9 +26,9 @@ def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
         except TypeError:
             seeds = [index(one) for one in seed]  # type: ignore[union-attr]
     except TypeError as error:
-        raise ValueError(f"seed is {seed!r}, expected a whole number, or one a prompt") from error
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or one per prompt") from error
     if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} prompts: give one number, or one a prompt")
+        raise ValueError(f"{len(seeds)} seeds for {count} prompts: give one number, or one per prompt")
     if wrong := [one for one in seeds if not -(2**63) <= one < 2**64]:
         raise ValueError(f"seed is {wrong[0]}, expected a number of 64 bits")
     return seeds

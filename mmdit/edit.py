@@ -47,7 +47,9 @@ class Edit:
         wrong = {(mask.height, mask.width) for mask in _listed(self.mask)} - sizes
         if wrong:
             (own, *_), (other, *_) = sizes, wrong
-            raise ValueError(f"the mask is {other[0]} x {other[1]}, the picture {own[0]} x {own[1]}: give one its size")
+            raise ValueError(
+                f"the mask is {other[0]} x {other[1]}, the picture {own[0]} x {own[1]}: give them one size"
+            )
 
     def fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The size of the pictures; ValueError if another one is asked for."""
@@ -101,5 +103,5 @@ def _listed(images: Image | Sequence[Image] | None) -> list[Image]:
 def _each(what: str, images: Image | Sequence[Image], count: int) -> list[Image]:
     listed = _listed(images)
     if len(listed) not in (1, count):
-        raise ValueError(f"{len(listed)} {what} for {count} prompts: give one for all, or one a prompt")
+        raise ValueError(f"{len(listed)} {what} for {count} prompts: give one for all, or one per prompt")
     return listed * count if len(listed) == 1 else listed

@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+IMAGE_BASE = 100.0  # of rotary frequencies: low, as a picture has tens of positions per axis, a text thousands
+
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Latents (B, C, h, w) to patch vectors (B, N, C*p*p), row by row."""
@@ -29,12 +31,10 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
 
 
-def sinusoid(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of x times `dim / 2` geometric frequencies from 1 down to 1 / max_period: (n,) to (n, dim), cosines
-    first.
-    """
+def sinusoid(x: Tensor, dim: int) -> Tensor:
+    """cos and sin of x times `dim / 2` geometric frequencies from 1 to 1 / 10,000: (n,) to (n, dim), cosines first."""
     half = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[:, None] * torch.exp(-math.log(max_period) / (dim // 2) * half)
+    angle = x.float()[:, None] * torch.exp(-math.log(10_000.0) / (dim // 2) * half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -93,16 +93,13 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     return grid.reshape(1, height * width, -1)
 
 
-def rotary_2d(
-    height: int, width: int, head_dim: int, device: torch.device, base: float = 100.0
-) -> tuple[Tensor, Tensor]:
+def rotary_2d(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Axial rotary angles (Su et al. 2021, on two axes): cos and sin, each (N, d / 2), rows first, then columns.
 
     Positions are counted from the picture's centre, so that pictures of different sizes agree where they overlap, as
-    with SD3's centre-cropped table. The base is low because a picture has tens of positions per axis, where a text has
-    thousands.
+    with SD3's centre-cropped table.
     """
-    omega = base ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    omega = IMAGE_BASE ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     rows = (torch.arange(height, device=device) - (height - 1) / 2)[:, None] * omega
     columns = (torch.arange(width, device=device) - (width - 1) / 2)[:, None] * omega
     angle = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).reshape(
@@ -124,7 +121,7 @@ def rotary_mixed(coordinates: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         return x[:, None] * base ** (-torch.arange(num, device=x.device, dtype=torch.float32) / num)
 
     n = head_dim // 8
-    angle = torch.cat([angles(step, 2 * n, 10_000.0), angles(row, n, 100.0), angles(column, n, 100.0)], dim=1)
+    angle = torch.cat([angles(step, 2 * n, 10_000.0), angles(row, n, IMAGE_BASE), angles(column, n, IMAGE_BASE)], dim=1)
     return angle.cos(), angle.sin()
 
 

@@ -72,9 +72,7 @@ def config_from_sd3(state: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     side, norms = math.isqrt(state[_TABLE].shape[-2]), [state[name] for name in state if _Q_NORM in name]
     head_dim = norms[0].shape[0] if norms else stated.get("head_dim", 64)
     if width % head_dim:
-        raise ValueError(
-            f"the model is {width} wide, which heads of {head_dim} do not divide: it is none of SD3's kind"
-        )
+        raise ValueError(f"the width {width} is no multiple of the head width {head_dim}: not a model of SD3's kind")
     hidden = state[_MLP].shape[0]
     return MMDiTConfig(
         in_channels=channels,

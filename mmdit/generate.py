@@ -325,14 +325,16 @@ def _check(
     if not images and (begin == "image" or not all(prompts)):
         raise ValueError("max_images is 0, but an image is to begin: give at least 1, and prompts that are not empty")
     if model.config.attention == "full":
-        raise ValueError("a model whose text sees what follows cannot write: attention must be causal over the text")
+        raise ValueError("a model with attention = 'full' cannot generate: attention must be causal over the text")
     if image.size is None:
         if not model.config.size_tokens or not all(prompts):
             raise ValueError(
                 "no size is given for an image: a model with size tokens (size_tokens) chooses one after a prompt"
             )
     elif any(side < 1 or side % model.config.patch_size for side in image.size):
-        raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")
+        raise ValueError(
+            f"an image of {image.size} does not fit: both sides must be multiples of {model.config.patch_size}"
+        )
     else:
         c, (rows, columns) = model.config, (side // model.config.patch_size for side in image.size)
         most = min(

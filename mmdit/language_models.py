@@ -72,7 +72,9 @@ def read_language_model(folder: Path) -> LanguageModel:
     unknown = [*state, *(name for layer in layers for name in layer)]
     if unknown or len(ends) < len(family.ends):
         missing = [theirs for ours, theirs in family.ends.items() if ours not in ends]
-        raise ValueError(f"{folder} is no whole {config['model_type']}: missing {missing[:4]}, unknown {unknown[:4]}")
+        raise ValueError(
+            f"{folder} holds no complete {config['model_type']}: missing {missing[:4]}, unknown {unknown[:4]}"
+        )
     return LanguageModel(config["model_type"], family.needs(config), ends, blocks)
 
 

@@ -62,9 +62,9 @@ class Autoencoder(nn.Module, ABC):
         """Raw latents from `statistics`: a sample if a generator (or a list, one per image) is given, else the mode."""
         return statistics
 
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The encoder's latents, neither shifted nor scaled."""
-        return self.draw(self.statistics(images), generator)
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """The encoder's latents (their mode), neither shifted nor scaled."""
+        return self.draw(self.statistics(images), None)
 
     @abstractmethod
     def raw_images(self, raw: Tensor) -> Tensor:

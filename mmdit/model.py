@@ -174,11 +174,13 @@ class MMDiT(nn.Module):
                 raise ValueError(f"x_t has shape {tuple(x.shape)}, expected {form}")
             height, width = x.shape[-2:]
             if height % c.patch_size or width % c.patch_size or not height or not width:
-                raise ValueError(f"x_t is {height} x {width}, both sides must divide by the patch ({c.patch_size})")
+                raise ValueError(
+                    f"x_t is {height} x {width}, both sides must be multiples of the patch ({c.patch_size})"
+                )
         if not batch:
             raise ValueError("x_t holds no image")
         if t.shape != (batch,):
-            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] a sample")
+            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] per sample")
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:
             raise ValueError(f"context has shape {tuple(context.shape)}, expected ({batch}, L, {c.context_dim})")
         if pooled.shape != (batch, c.pooled_dim):

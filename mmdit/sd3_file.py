@@ -140,7 +140,7 @@ def clip_shape(tensors: Mapping[str, Tensor], act: str) -> dict[str, Any]:
     """Arguments of transformers' CLIPTextConfig. The head width, which no shape shows, is 64, as in CLIP-L and bigG."""
     vocab, width = _shape(tensors, _WORDS)
     if width % _HEAD:
-        raise ValueError(f"it is {width} wide, which heads of {_HEAD} do not divide: no CLIP of SD3's kind")
+        raise ValueError(f"the width {width} is no multiple of the head width {_HEAD}: not a CLIP of SD3's kind")
     return {
         "vocab_size": vocab,
         "hidden_size": width,

@@ -94,7 +94,7 @@ def _size(path: Path, step: int) -> tuple[int, int]:
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
         raise ValueError(f'{path} has no "size" of two numbers, height and width in pixels')
     if any(n % step for n in sides):
-        raise ValueError(f"{path} says a size of {sides[0]} x {sides[1]}, but both sides must divide by {step}")
+        raise ValueError(f"{path} says a size of {sides[0]} x {sides[1]}, but both sides must be multiples of {step}")
     return sides[0], sides[1]
 
 

@@ -15,7 +15,7 @@ Shape letters: T text tokens, I images, N patches of all images, S = N + T token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -86,11 +86,11 @@ class MixedBatch:
 
     def to(self, device: torch.device | str) -> MixedBatch:
         latents = tuple(latent.to(device) for latent in self.latents)
-        return MixedBatch(self.ids.to(device), self.document.to(device), latents, self.boi, self.eoi, self.lead)
+        return replace(self, ids=self.ids.to(device), document=self.document.to(device), latents=latents)
 
     def with_latents(self, latents: Sequence[Tensor]) -> MixedBatch:
         """The same documents with these images in place of theirs, such as noised ones."""
-        return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi, self.lead)
+        return replace(self, latents=tuple(latents))
 
     def layout(self, patch_size: int, steps: Tensor | None = None) -> Layout:
         """Position, span and coordinates of every token. steps (D,): the text steps before each document, if it
@@ -102,7 +102,9 @@ class MixedBatch:
         for i, latent in enumerate(self.latents):
             height, width = latent.shape[1:]
             if height % patch_size or width % patch_size or not height or not width:
-                raise ValueError(f"image {i} is {height} x {width}, both sides must divide by the patch ({patch_size})")
+                raise ValueError(
+                    f"image {i} is {height} x {width}, both sides must be multiples of the patch ({patch_size})"
+                )
             shapes.append((height // patch_size, width // patch_size))
         sizes = torch.tensor([h * w for h, w in shapes], dtype=torch.int64, device=device)
         span = torch.repeat_interleave(torch.arange(len(shapes), device=device), sizes)

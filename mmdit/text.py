@@ -251,7 +251,7 @@ class TextConfig:
         if self.depth < 0:
             raise ValueError(f"depth is {self.depth}, expected 0 or more")
         if self.width % (2 * self.num_heads):
-            raise ValueError(f"width {self.width} must divide by twice num_heads ({self.num_heads})")
+            raise ValueError(f"width {self.width} must be a multiple of twice num_heads ({self.num_heads})")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

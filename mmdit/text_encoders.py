@@ -335,8 +335,8 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder | SD3Text:
-    """The frozen encoder that `save_config` recorded. Raises ValueError if it is missing or has changed."""
+def load_encoder(folder: str | Path) -> TextEncoder | SD3Text:
+    """The frozen encoder that `save_config` recorded, in float32. Raises ValueError if it is missing or has changed."""
     where = Path(folder) / "config.json"
     about = read_json(where)
     source = Path(about["encoder"])
@@ -350,5 +350,5 @@ def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Text
     if "dropped" in about:
         from mmdit.sd3_text import open_sd3_text
 
-        return open_sd3_text(source, about["max_length"], dtype, about["dropped"], about["without"])
-    return open_text_encoder(source, about["max_length"], dtype)
+        return open_sd3_text(source, about["max_length"], dropped=about["dropped"], without=about["without"])
+    return open_text_encoder(source, about["max_length"])

@@ -219,7 +219,9 @@ class TextToImage:
         if not isinstance(height, Integral) or not isinstance(width, Integral):
             raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
-            raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
+            raise ValueError(
+                f"a picture of {height} x {width} does not fit: both sides must be multiples of {self.step}"
+            )
         if max(height, width) > 2**24:
             raise ValueError(f"a picture of {height} x {width}: expected sides of at most 2**24 pixels")
         return int(height), int(width)
@@ -324,9 +326,9 @@ def as_negatives(negatives: str | Sequence[str | None] | None, count: int) -> li
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count
     if not isinstance(negatives, Sequence):
-        raise ValueError(f"negative_prompts is {negatives!r}, expected a string, or a list with one a prompt")
+        raise ValueError(f"negative_prompts is {negatives!r}, expected a string, or a list with one per prompt")
     if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one a prompt")
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one per prompt")
     if wrong := [one for one in negatives if not isinstance(one, str | None)]:
         raise ValueError(f"a negative prompt is a {type(wrong[0]).__name__}, expected a string, or None for none")
     return list(negatives)

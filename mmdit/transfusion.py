@@ -224,7 +224,7 @@ class Transfusion(nn.Module):
         longest = int((lengths if past is None else lengths + past.lengths).max())
         if longest > self.config.max_tokens:
             raise ValueError(
-                f"a document of {longest} tokens, patches counted, is longer than the model's limit of "
+                f"a document of {longest} tokens, including patches, is longer than the model's limit of "
                 f"{self.config.max_tokens} (max_tokens): cut it"
             )
 
@@ -234,7 +234,7 @@ class Transfusion(nn.Module):
             raise ValueError(f"the batch is a {type(batch).__name__}, expected documents packed by model.pack")
         if t is not None and (not isinstance(t, Tensor) or t.shape != (len(batch.latents),)):
             found = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
-            raise ValueError(f"t {found}, expected a tensor ({len(batch.latents)},): one time an image")
+            raise ValueError(f"t {found}, expected a tensor ({len(batch.latents)},): one time per image")
         lowest, highest = (int(end) for end in batch.ids.aminmax())
         if lowest < 0 or highest >= c.vocab_size:
             raise ValueError(

@@ -49,7 +49,7 @@ View = str | Callable[[Coefficients], Row]
 def edm_view(sigma_data: float = 0.5) -> Callable[[Coefficients], Row]:
     """The view of the raw output F of an EDM-preconditioned network, for data of standard deviation `sigma_data`."""
     if isinstance(sigma_data, Coefficients):
-        raise ValueError("edm_view makes a view and is none itself: give edm_view(), or edm_view(sigma_data)")
+        raise ValueError("edm_view is not a view, but makes one: give edm_view() or edm_view(sigma_data)")
     check_positive(sigma_data=sigma_data)
 
     def row(c: Coefficients) -> Row:
