@@ -8,6 +8,7 @@ Shape letters: B batch, L tokens, D width of a state, P width of the pooled vect
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,7 +104,22 @@ def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
     return Condition(context, torch.cat([clip_l.pooled, clip_g.pooled], dim=1).float(), None)
 
 
-class KnownText(nn.Module):
+class FrozenText(nn.Module, ABC):
+    """The base of frozen conditioners: a saved pipeline records their source and fingerprint, not their weights."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Source and fingerprint. Raises ValueError for encoders that were not loaded from a folder."""
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write source and fingerprint, for `load_encoder`; the weights stay where they are."""
+        write_json(Path(folder) / "config.json", self.about())
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing to write: frozen weights stay where they are."""
+
+
+class KnownText(FrozenText):
     """The conditioner of frozen encoders with cached features: takes `Features`, or `Tokens` as the encoders do.
 
     about: the encoders' `about()`; shape: of their features; empty: the features of the empty caption. `open_encoder`
@@ -148,7 +164,6 @@ class KnownText(nn.Module):
         return self._opened[0]  # type: ignore[misc]
 
     def about(self) -> dict[str, Any]:
-        """The source and fingerprint of the encoders, as in their config.json."""
         return dict(self._about)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -174,10 +189,3 @@ class KnownText(nn.Module):
                 part = part.dropped(drop[:, i : i + 1], None if self._about.get("dropped") == "zeros" else empty)
             parts.append(part)
         return joined(parts, self.context_dim)
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write the encoders' config.json, as they would."""
-        write_json(Path(folder) / "config.json", self._about)
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing to write: frozen weights stay where they are."""

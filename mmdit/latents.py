@@ -158,16 +158,15 @@ class Autoencoder(nn.Module, ABC):
 
     def read_preview(self, folder: Path) -> None:
         """Read the preview map in a folder, if there is one. Raises ValueError if it does not have C + 1 rows."""
-        if not (folder / PREVIEW).is_file():
-            return
-        if (rows := read_json(folder / PREVIEW)) is None:
+        path = folder / PREVIEW
+        if not path.is_file() or (rows := read_json(path)) is None:
             return
         try:
             table = torch.tensor(rows, dtype=torch.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / PREVIEW} is no table of numbers: {error}") from error
+            raise ValueError(f"{path} is no table of numbers: {error}") from error
         if table.shape != (self.channels + 1, 3):
-            raise ValueError(f"{folder / PREVIEW} is a table {tuple(table.shape)}, expected ({self.channels + 1}, 3)")
+            raise ValueError(f"{path} is a table {tuple(table.shape)}, expected ({self.channels + 1}, 3)")
         self.preview_map = table
 
 

@@ -90,7 +90,7 @@ class MMDiT(nn.Module):
             return self._packed(list(x_t), silu_c, context, mask, skip_layers)
         (img, rotary), mask = self._embed(x_t), key_mask(self._num_tokens(x_t), context_mask)
         img = self._run_blocks([img, self.context_in(context)], [silu_c] * 2, mask, [rotary, None], skip_layers)
-        return self._velocity(img, silu_c, x_t.shape[-2:])
+        return unpatchify(self._patches_out(img, silu_c), self.config.patch_size, *x_t.shape[-2:])
 
     def _packed(
         self, latents: list[Tensor], silu_c: Tensor, context: Tensor, real: Tensor | None, skip_layers: Collection[int]
@@ -108,12 +108,11 @@ class MMDiT(nn.Module):
         conditions = [img_c, _per_token(silu_c, lengths)]
         mask = Pairs(tuple(counts), tuple(lengths))
         img = self._run_blocks([img, txt], conditions, mask, [rotary, None], skip_layers)
+        patches, p = self._patches_out(img, img_c), self.config.patch_size
         if one_size:
-            return list(self._velocity(img, img_c, latents[0].shape[-2:]))
-        shift, scale = self.modulation_out(img_c)
-        patches = self.patch_out(modulate(img, shift, scale)).split(counts, dim=1)
-        sizes = [x.shape[-2:] for x in latents]
-        return [unpatchify(x, self.config.patch_size, *size)[0] for x, size in zip(patches, sizes, strict=True)]
+            return list(unpatchify(patches, p, *latents[0].shape[-2:]))
+        parts = zip(patches.split(counts, dim=1), latents, strict=True)
+        return [unpatchify(part, p, *latent.shape[-2:])[0] for part, latent in parts]
 
     def _num_tokens(self, x_t: Tensor) -> int:
         return x_t.shape[-2] * x_t.shape[-1] // self.config.patch_size**2
@@ -153,10 +152,9 @@ class MMDiT(nn.Module):
                 streams = block(streams, conditions, mask, rotaries)
         return streams[0]
 
-    def _velocity(self, img: Tensor, silu_c: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens (B, N, D) of images of one size to velocities (B, C, h, w)."""
-        shift, scale = self.modulation_out(silu_c)
-        return unpatchify(self.patch_out(modulate(img, shift, scale)), self.config.patch_size, *size)
+    def _patches_out(self, img: Tensor, silu_c: Tensor | PerToken) -> Tensor:
+        """The image stream (B, N, D) to patches of the velocity (B, N, p*p*C)."""
+        return self.patch_out(modulate(img, *self.modulation_out(silu_c)))
 
     def _check(
         self, x_t: Tensor | Sequence[Tensor], t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None

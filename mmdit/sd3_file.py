@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder, open_autoencoder
-from mmdit.files import load, read_part
-from mmdit.model import MMDiT
-from mmdit.sd3_pipeline import assembled
+from mmdit.files import read_part
+from mmdit.sd3_pipeline import assembled, load_mmdit
 from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, check_names
 from mmdit.text_encoders import (
     CLIPText,
@@ -52,9 +51,7 @@ def read_sd3_file(
     Raises ValueError if a part is neither in the file nor given, cannot be read, or is of another model.
     """
     check_names(without)
-    transformer = load(path, dtype)
-    if not isinstance(transformer, MMDiT):
-        raise ValueError(f"{path} holds a {type(transformer).__name__}, expected an MMDiT")
+    transformer = load_mmdit(path, dtype)
     parts = {name: read_part(path, prefix) for name, prefix in _PARTS.items() if name not in without}
     folder = (
         None if text is None else local_folder(text, [name for name, found in parts.items() if not found], [*parts])

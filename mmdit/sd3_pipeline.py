@@ -56,13 +56,19 @@ def read_sd3(folder: Path, dtype: torch.dtype = torch.float32, without: Sequence
     if kind != PIPELINE:
         raise ValueError(f"{folder} holds {kind or 'no known pipeline'}, expected a {PIPELINE}")
     shift = _shift(folder / "scheduler" / "scheduler_config.json")
-    transformer = load(folder / "transformer", dtype)
-    if not isinstance(transformer, MMDiT):
-        raise ValueError(f"{folder / 'transformer'} holds a {type(transformer).__name__}, expected an MMDiT")
+    transformer = load_mmdit(folder / "transformer", dtype)
     pipe = assembled(transformer, _text(folder, index, dtype, without), _autoencoder(folder, index), shift, folder)
     if (folder / DEFAULTS).is_file():
         pipe.size = _size(folder / DEFAULTS, pipe.step)
     return pipe
+
+
+def load_mmdit(path: Path, dtype: torch.dtype) -> MMDiT:
+    """The MMDiT at a path. Raises ValueError for a `Transfusion`."""
+    transformer = load(path, dtype)
+    if not isinstance(transformer, MMDiT):
+        raise ValueError(f"{path} holds a {type(transformer).__name__}, expected an MMDiT")
+    return transformer
 
 
 def assembled(

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdit.features import Encoded, Features, TextShape, joined, left_out
+from mmdit.features import Encoded, Features, FrozenText, TextShape, joined, left_out
 from mmdit.text import Condition, Tokens
 from mmdit.text_encoders import TextEncoder, fingerprint, open_hub
-from mmdit.weights_io import read_json, write_json
+from mmdit.weights_io import read_json
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 FOLDERS = {
@@ -28,7 +28,7 @@ FOLDERS = {
 CLIP_TOKENS = 77
 
 
-class SD3Text(nn.Module):
+class SD3Text(FrozenText):
     """Three frozen encoders, any of them None, as one conditioner.
 
     context_dim: T5's width, and pooled_dim: the sum of both CLIPs', 4096 and 2048 in SD3; they are arguments because an
@@ -142,7 +142,6 @@ class SD3Text(nn.Module):
         return Tokens(torch.cat(ids, dim=1), tokens.mask)
 
     def about(self) -> dict[str, Any]:
-        """Source and fingerprint of the encoders. Raises ValueError if they were not loaded from a folder."""
         if self.source is None:
             raise ValueError("these text encoders came from no folder: save the pipeline in the layout 'diffusers'")
         return {
@@ -152,13 +151,6 @@ class SD3Text(nn.Module):
             "without": [name for name in ENCODERS if getattr(self, name) is None],
             "sha256": fingerprint(self.source),
         }
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write source and fingerprint of the encoders, for `load_encoder`."""
-        write_json(Path(folder) / "config.json", self.about())
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing to write: frozen weights stay where they are."""
 
     def save_parts(self, folder: str | Path) -> None:
         """Write encoders and tokenizers as in a diffusers pipeline. Raises ValueError for an encoder of open_clip."""

@@ -10,7 +10,7 @@ Shape letters: B batch, L tokens, D width, P width of the pooled vector.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.features import Encoded, Features, TextShape, joined
+from mmdit.features import Encoded, Features, FrozenText, TextShape, joined
 from mmdit.files import variant_of
 from mmdit.text import Condition, Tokens
-from mmdit.weights_io import read_json, write_json
+from mmdit.weights_io import read_json
 
 if TYPE_CHECKING:
     from mmdit.sd3_text import SD3Text
 
 
-class TextEncoder(nn.Module, ABC):
+class TextEncoder(FrozenText):
     """One frozen encoder; by itself the conditioner of a model trained from scratch.
 
     As with `LearnedText`, padding is masked in the encoder and the trunk, and a dropped caption is the empty one.
@@ -103,17 +103,9 @@ class TextEncoder(nn.Module, ABC):
         return Tokens(*(torch.where(drop, e, x) for e, x in zip(empty, tokens, strict=True)))
 
     def about(self) -> dict[str, Any]:
-        """Source and fingerprint of the encoder. Raises ValueError if it was not loaded from a folder."""
         if self.source is None:
             raise ValueError("this text encoder came from no folder: save it, and open it with open_text_encoder")
         return {"encoder": str(self.source), "max_length": self.max_length, "sha256": fingerprint(self.source)}
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write source and fingerprint of the encoder, for `load_encoder`; its weights stay where they are."""
-        write_json(Path(folder) / "config.json", self.about())
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing to write: frozen weights stay where they are."""
 
 
 def _kept_in_float32(network: nn.Module) -> Iterator[Tensor]:

@@ -324,8 +324,19 @@ class SingleStep(Exponential):
 
 _DPM, _DPMPP, _UNIPC = "DPM-Solver, Lu et al. 2022a", "DPM-Solver++, Lu et al. 2022b", "UniPC, Zhao et al. 2023"
 
+DDIM = Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16")
+EDM_HEUN = SingleStep(
+    "edm-heun",
+    2,
+    2,
+    "EDM, Karras et al. 2022, alg. 1",
+    view="noise",
+    variable="rho",
+    nodes=(0.0, 1.0),
+    uses=((0,), (0, 1)),
+)
 METHODS: tuple[Solver, ...] = (
-    Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16"),
+    DDIM,
     SingleStep("dpm-1", 1, 1, f"{_DPM}, eq. 3.7: DDIM", view="noise"),
     SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
     SingleStep(
@@ -360,14 +371,5 @@ METHODS: tuple[Solver, ...] = (
     Multistep(
         "sa-solver", 2, 1, "SA-Solver, Xue et al. 2023, alg. 1", rule="bh1", num_nodes=2, corrector=2, diffusion=1.0
     ),
-    SingleStep(
-        "edm-heun",
-        2,
-        2,
-        "EDM, Karras et al. 2022, alg. 1",
-        view="noise",
-        variable="rho",
-        nodes=(0.0, 1.0),
-        uses=((0,), (0, 1)),
-    ),
+    EDM_HEUN,
 )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from samplers.exponential import METHODS, Linear, SingleStep, points
+from samplers.exponential import DDIM, EDM_HEUN, Linear, SingleStep, points
 from samplers.field import Field
 from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
@@ -100,7 +100,7 @@ class Churn(NoisySolver):
     sigma_min: float = 0.05
     sigma_max: float = 50.0
     noise_scale: float = 1.003
-    inner: SingleStep = next(m for m in METHODS if isinstance(m, SingleStep) and m.name == "edm-heun")
+    inner: SingleStep = EDM_HEUN
     plans: tuple[_Churned, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Langevin(NoisySolver):
     At sigma = 0 there is no correction.
     """
 
-    inner: Solver = METHODS[0]
+    inner: Solver = DDIM
     snr: float = 0.16
     num_corrections: int = 1
     diffusion: Diffusion | None = None
@@ -170,10 +170,10 @@ class Langevin(NoisySolver):
     ) -> Step:
         assert noise is not None
         x, first, state = self.inner.step(field, x_t, t, t_next, state, noise)
-        for _ in range(self.num_corrections):
-            if float(field.schedule.sigma(t_next)) == 0:
-                break
-            score, size = field.predict(x, t_next).score, 2 * (self.snr * float(field.schedule.sigma(t_next))) ** 2
+        sigma = float(field.schedule.sigma(t_next))
+        size = 2 * (self.snr * sigma) ** 2
+        for _ in range(self.num_corrections if sigma > 0 else 0):
+            score = field.predict(x, t_next).score
             x = plus(plus(x, score, size), noise.unit(t, t_next), math.sqrt(2 * size), owned=True)
         return Step(x, first, state)
 
@@ -186,7 +186,7 @@ class Restart(NoisySolver):
     takes x up to t_high, and `inner` back down in num_steps steps, spaced as in Karras et al. 2022.
     """
 
-    inner: Solver = next(m for m in METHODS if m.name == "edm-heun")
+    inner: Solver = EDM_HEUN
     intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
     loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
 
