@@ -337,10 +337,9 @@ def _check(
         )
     else:
         c, (rows, columns) = model.config, (side // model.config.patch_size for side in image.size)
-        most = min(
-            [c.size_tokens] * bool(c.size_tokens) + [c.pos_embed_max_size] * (c.positions != "rope"), default=None
-        )
-        if most is not None and max(rows, columns) > most:
+        limits = [c.size_tokens] if c.size_tokens else []
+        limits += [c.pos_embed_max_size] if c.positions != "rope" else []
+        if limits and max(rows, columns) > min(limits):
             raise ValueError(
-                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {most}"
+                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {min(limits)}"
             )

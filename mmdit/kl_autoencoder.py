@@ -141,9 +141,9 @@ def _from_file(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, 
     tensors = renamed({name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)})
     config = path.parent / "config.json"
     if kind is None and config.is_file():
-        said = read_json(config)
-        if isinstance(said, dict) and said.get("_class_name") == "AutoencoderKL":
-            return said, tensors
+        stored_config = read_json(config)
+        if isinstance(stored_config, dict) and stored_config.get("_class_name") == "AutoencoderKL":
+            return stored_config, tensors
     kind = kind or next((told for part, told in _KIND_OF.items() if any(part in name for name in stored)), None)
     if kind is None:
         raise ValueError(f"it does not say how its latents are scaled; write {', '.join(f'{k}:FILE' for k in SCALES)}")

@@ -170,11 +170,11 @@ class Transfusion(nn.Module):
         v = self._velocities(patches, batch, groups, F.silu(time), skips)
         return MixedOutput(self.norm_out(x[cut:]), v, batch, self.head)
 
-    def generate(self, prompts: Sequence[Sequence[Tensor]], **how: Any) -> list[Any]:
+    def generate(self, prompts: Sequence[Sequence[Tensor]], **options: Any) -> list[Any]:
         """Continue prompts with text and images: see `generate.generate`."""
         from mmdit.generate import generate
 
-        return generate(self, prompts, **how)
+        return generate(self, prompts, **options)
 
     def _conditions(self, batch: MixedBatch, span: Tensor, silu_c: Tensor) -> list[PerToken | None]:
         """The conditioning of each stream's tokens; in a modulated stream, text without a time takes a row of zeros."""

@@ -35,7 +35,7 @@ def cfg(cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHER
     """
     _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
-    return _guided([cond, uncond], lambda on, off: _cfg(on, off, scale, rescale), interval, off=scale == 1)
+    return _guided([cond, uncond], lambda on, off: _cfg(on, off, scale, rescale), interval, disabled=scale == 1)
 
 
 def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVERYWHERE, rescale: float = 0.0) -> Field:
@@ -47,7 +47,9 @@ def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVE
     _check_unit("rescale", rescale)
     _check_fields(cond, pair)
     both = _split_pair(pair.on(cond.schedule))
-    return _guided([cond, pair], lambda on, off: _cfg(on, off, scale, rescale), interval, scale == 1, predict=both)
+    return _guided(
+        [cond, pair], lambda on, off: _cfg(on, off, scale, rescale), interval, disabled=scale == 1, predict=both
+    )
 
 
 def _split_pair(pair: Field) -> Callable[[Tensor, Time], list[Prediction]]:
@@ -146,7 +148,7 @@ def apg(
         along = _sum(difference * on, dims) / _sum(on.square(), dims).clamp(min=1e-12) * on
         return on + (scale - 1) * (difference - (1 - parallel) * along)
 
-    return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True, begin=begin)
+    return _guided([cond, uncond], combine, interval, disabled=scale == 1, kind="data", timed=True, begin=begin)
 
 
 def cfg_zero(
@@ -204,14 +206,14 @@ def cfg_text_image(
                 v = renormalised(v, on)
         return renormalised(v, on) if renorm in ("global", "channel") else v
 
-    return _guided([full, *(field for field, _ in scales)], combine, interval, off=not scales, kind="velocity")
+    return _guided([full, *(field for field, _ in scales)], combine, interval, disabled=not scales, kind="velocity")
 
 
 def _guided(
     fields: Sequence[Field],
     combine: Callable[..., Tensor],
     interval: Interval,
-    off: bool = False,
+    disabled: bool = False,
     kind: View | None = None,
     timed: bool = False,
     predict: Callable[[Tensor, Time], list[Prediction]] | None = None,
@@ -219,14 +221,15 @@ def _guided(
 ) -> Field:
     """The field that `combine`s the fields' values in the view `kind` (by default the first one's own) in `interval`.
 
-    off: guidance has no effect. timed: `combine` takes the time as well. For a tensor of times all fields are evaluated
-    and `interval` is applied per sample. predict: gives all predictions at once, the first field's first. begin: resets
-    the state of the guidance itself. Half-precision values are combined in float32, where norms do not overflow.
+    combine takes the values of all fields, the first one's first. disabled: guidance has no effect. timed: combine
+    takes the time as well. For a tensor of times all fields are evaluated, and `interval` is applied per sample.
+    predict: gives all predictions at once. begin: resets the state of the guidance itself. Half-precision values are
+    combined in float32, where norms do not overflow.
     """
     lo, hi = _widened(interval)
     _check_fields(*fields)
     cond, *others = fields
-    if off:
+    if disabled:
         return cond
     others = [field.on(cond.schedule) for field in others]
 

@@ -111,12 +111,12 @@ class Churn(NoisySolver):
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         schedule, num = field.schedule, len(ts) - 1
-        most = math.exp(-float(schedule.log_snr(1.0)) / 2)
+        sigma_end = math.exp(-float(schedule.log_snr(1.0)) / 2)
         plans = []
         for start, end in pairwise(points(schedule, ts)):
             sigma, hat, lift = math.exp(-start.l), start, Linear("data", 1.0, ())
             if self.sigma_min <= sigma <= self.sigma_max:
-                raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), most)
+                raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), sigma_end)
                 hat = points(schedule, [float(schedule.t_from_log_snr(-2 * math.log(raised)))])[0]
                 a = hat.alpha / start.alpha
                 added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * hat.alpha * self.noise_scale
