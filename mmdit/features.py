@@ -89,8 +89,8 @@ class TextShape(NamedTuple):
 def left_out(shape: tuple[int, int, int], like: Tensor) -> Encoded:
     """Zeros in place of the features of an encoder that is left out, of shape (L, D, P), a row for each of `like`'s."""
     length, width, pooled = shape
-    zeros = (torch.zeros(len(like), *rest, device=like.device) for rest in ((length, width), (pooled,)))
-    return Encoded(*zeros)
+    states = torch.zeros(len(like), length, width, device=like.device)
+    return Encoded(states, torch.zeros(len(like), pooled, device=like.device))
 
 
 def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
