@@ -17,17 +17,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-SHORT = 256  # tokens up to which a CPU learns quicker with the formula: torch's fused backward is several times slower
-HALVES = (torch.float16, torch.bfloat16)
+SHORT = 256  # up to so many tokens, training on a CPU computes the formula: torch's fused backward is far slower there
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A mask over packed tokens: the documents in one row of S tokens are attended side by side, each alone.
+    """The attention mask of n documents packed into one row of S tokens. They are unpacked into a batch, padded to the
+    longest (L), so that each attends to itself alone.
 
-    rows (n, L) int64: the tokens of each document, any token where it has fewer than L; mask (n, 1, L, L): True where
-    one may see the other; places (S,): where in n * L each token stands. ordered: token s stands at place s, so that
-    nothing has to be moved.
+    rows (n, L) int64: the token at each place of that batch, any token where there is padding; mask (n, 1, L, L): True
+    where a query may see a key; places (S,): the place of each token in the flattened batch, n * L. ordered: token s is
+    at place s, so that unpacking is a view.
     """
 
     rows: Tensor
@@ -37,92 +38,95 @@ class Packed:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
-        return self.together(attention(self.apart(q), self.apart(k), self.apart(v), self.mask))
+        return self.pack(attention(self.unpack(q), self.unpack(k), self.unpack(v), self.mask))
 
-    def apart(self, x: Tensor) -> Tensor:
-        """Tokens in one row (1, H, S, d) as documents side by side, (n, H, L, d)."""
+    def unpack(self, x: Tensor) -> Tensor:
+        """Packed tokens (1, H, S, d) to a padded batch of documents (n, H, L, d)."""
         if self.ordered:
             return x[0].unflatten(1, self.rows.shape).transpose(0, 1)
         return x[0][:, self.rows].transpose(0, 1)
 
-    def together(self, heads: Tensor) -> Tensor:
-        """(n, L, H*d) as one row again, (1, S, H*d)."""
-        together = heads.flatten(0, 1)
-        return (together if self.ordered else together[self.places])[None]
+    def pack(self, x: Tensor) -> Tensor:
+        """A padded batch (n, L, H*d) to packed tokens (1, S, H*d)."""
+        flat = x.flatten(0, 1)
+        return (flat if self.ordered else flat[self.places])[None]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A mask over one row that holds the image tokens of all samples and then their text tokens, without padding: each
-    sample sees its own image and text.
+    """The mask of image-text pairs packed without padding into one row, first the image tokens of all samples and then
+    their text tokens: each sample attends to its own image and text.
 
-    images, texts: how many tokens each sample has of either.
+    images, texts: the number of image and of text tokens of each sample.
     """
 
     images: tuple[int, ...]
     texts: tuple[int, ...]
 
     def without_text(self) -> Pairs:
-        """The same over a row of the image tokens alone."""
+        """The mask of a row of the image tokens alone."""
         return Pairs(self.images, (0,) * len(self.images))
 
-    @torch.compiler.disable  # the lengths are others in each batch
+    @torch.compiler.disable  # the lengths differ from batch to batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (1, H, S, d) to (1, S, H*d); of queries there may be those of the images alone."""
-        asked = self if q.shape[2] == k.shape[2] else self.without_text()
+        """q, k, v (1, H, S, d) to (1, S, H*d); q may hold the queries of the images alone."""
+        queries = self if q.shape[2] == k.shape[2] else self.without_text()
         if _serves(q.device.type, q.dtype, q.shape[-1]):
-            return self._varlen(q, k, v, asked)
+            return self._varlen(q, k, v, queries)
         if q.device.type == "cpu" and self._is_short:
-            rows, keys = _side_by_side(asked), _side_by_side(self)
-            return rows.together(attention(rows.apart(q), keys.apart(k), keys.apart(v), keys.mask))
+            to_q, to_kv = _as_documents(queries), _as_documents(self)
+            return to_q.pack(attention(to_q.unpack(q), to_kv.unpack(k), to_kv.unpack(v), to_kv.mask))
         n = len(self.images)
-        sizes = [[*pairs.images, *pairs.texts] for pairs in (asked, self, self)]
+        sizes = [[*pairs.images, *pairs.texts] for pairs in (queries, self, self)]
         parts = [x.split(size, dim=2) for x, size in zip((q, k, v), sizes, strict=True)]
-        both = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
-        pairs = zip(asked.images, asked.texts, strict=True)
-        halves = [x.split(pair, dim=1) for x, pair in zip(both, pairs, strict=True)]
-        return torch.cat([image for image, _ in halves] + [text for _, text in halves], dim=1)
+        samples = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
+        lengths = zip(queries.images, queries.texts, strict=True)
+        pairs = [x.split(length, dim=1) for x, length in zip(samples, lengths, strict=True)]
+        return torch.cat([image for image, _ in pairs] + [text for _, text in pairs], dim=1)
 
     @property
     def _is_short(self) -> bool:
-        """Whether samples are so short, and so alike, that padding costs less than a call for each."""
+        """Whether samples are so short, and so alike in length, that padding costs less than a call for each sample."""
         lengths = [image + text for image, text in zip(self.images, self.texts, strict=True)]
         return max(lengths) <= SHORT and len(lengths) * max(lengths) ** 2 <= 2 * sum(n * n for n in lengths)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, asked: Pairs) -> Tensor:
-        """Sample after sample in one kernel."""
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, queries: Pairs) -> Tensor:
+        """All samples in one call of torch's variable-length kernel."""
         from torch.nn.attention.varlen import varlen_attn
 
-        (rows, q_places, q_ends, most), (_, places, ends, longest) = (_by_sample(x, q.device) for x in (asked, self))
-        q, k, v = (_put(x[0].transpose(0, 1), own) for x, own in ((q, q_places), (k, places), (v, places)))
-        out = varlen_attn(q, k, v, q_ends, ends, most, longest)
+        q_order, q_places, q_ends, q_longest = _by_sample(queries, q.device)
+        _, places, ends, longest = _by_sample(self, q.device)
+        q, k, v = (_scatter_rows(x[0].transpose(0, 1), to) for x, to in ((q, q_places), (k, places), (v, places)))
+        out = varlen_attn(q, k, v, q_ends, ends, q_longest, longest)
         assert isinstance(out, Tensor)
-        return _put(out, rows).flatten(1)[None]
+        return _scatter_rows(out, q_order).flatten(1)[None]
 
 
 def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
-    """Whether torch's attention of sequences of any length can stand for the chosen kernel: on CUDA, in half precision
-    alone. Where it cannot, that kernel takes sample after sample.
+    """Whether torch's variable-length kernel can compute the attention of `Pairs`: on CUDA, in half precision, where no
+    other kernel has been chosen. Where it cannot, the chosen kernel is called for each sample.
     """
-    fits = dtype in HALVES and width % 8 == 0 and width <= 256
-    return kind == "cuda" and fits and _current in ("sdpa", "varlen") and _knows()
+    fits = dtype in HALF_DTYPES and width % 8 == 0 and width <= 256
+    return kind == "cuda" and fits and _current in ("sdpa", "varlen") and _has_varlen()
 
 
 @cache
-def _knows() -> bool:
+def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-def _put(x: Tensor, places: Tensor) -> Tensor:
-    """Row i of x (S, ...) as row places[i]: its derivative is a gather, where that of `x[rows]` sorts and adds."""
+def _scatter_rows(x: Tensor, places: Tensor) -> Tensor:
+    """Row i of x (S, ...) becomes row places[i]. The gradient is a gather; that of indexing, `x[rows]`, is slower: it
+    sorts the indices and accumulates.
+    """
     return x.new_empty(x.shape).index_copy(0, places, x)
 
 
-@lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone too
-@torch.inference_mode(False)  # what is kept serves training too
+@lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone besides
+@torch.inference_mode(False)  # cached tensors are used in training too
 def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A row sample after sample: its tokens (S,), the place of each token there (S,), where each sample ends (B + 1,),
-    tokens of the longest.
+    """The order that puts the tokens of a row sample by sample, (S,); its inverse, the place of each token, (S,); the
+    cumulative lengths of the samples (B + 1,); and the length of the longest.
     """
     n = len(pairs.images)
     sample = torch.repeat_interleave(torch.arange(n).repeat(2), torch.tensor([*pairs.images, *pairs.texts]))
@@ -134,8 +138,8 @@ def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, Tens
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def _side_by_side(pairs: Pairs) -> Packed:
-    """The samples of a row on the CPU as padded rows."""
+def _as_documents(pairs: Pairs) -> Packed:
+    """The same packing as a `Packed` mask, on the CPU, with each sample one document."""
     order, _, ends, longest = _by_sample(pairs, torch.device("cpu"))
     sample = torch.repeat_interleave(torch.arange(len(pairs.images)), ends.diff().long())
     at = sample * longest + torch.arange(len(order)) - ends[sample]
@@ -147,7 +151,7 @@ def _side_by_side(pairs: Pairs) -> Packed:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A mask that FlexAttention knows in blocks (a `BlockMask`), of which it leaves out those that are empty."""
+    """A `BlockMask` of FlexAttention, which skips the blocks of the mask that are empty."""
 
     mask: Any
 
@@ -155,20 +159,20 @@ class Blocks:
         """q, k, v (B, H, S, d) to (B, S, H*d)."""
         if why := why_not("flex", q.device):
             raise ValueError(why)
-        return _flex(q.device.type)(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
+        return _flex_kernel(q.device.type)(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
 
 
 class Mask(Protocol):
-    """What computes an attention in its own way; `Packed` is one, and a part of a cache."""
+    """A mask that computes the attention itself: `Packed`, `Pairs`, `Blocks`, and those of a cache (cache.py)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, heads side by side again: q (B, H, S, d), k and v (B, H, T, d) to (B, S, H*d).
+    """softmax(q k^T / sqrt(d)) v, heads concatenated: q (B, H, S, d), k and v (B, H, T, d) to (B, S, H*d).
 
-    `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key; None lets all see all. Raises
-    ValueError where the chosen kernel cannot run on this device.
+    `mask` is boolean, broadcastable to (B, H, S, T), True where a query may see a key, or a `Mask`; None is no mask.
+    Raises ValueError where the chosen kernel cannot run on this device.
     """
     if not (mask is None or isinstance(mask, Tensor)):
         return mask.attend(q, k, v)
@@ -194,7 +198,7 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The name of the kernel that is chosen now."""
+    """The name of the kernel in use."""
     return _current
 
 
@@ -216,8 +220,8 @@ def why_not(name: str, device: torch.device | str) -> str | None:
 def _obstacle(name: str, kind: str) -> str | None:
     if name in ("varlen", "xformers") and kind != "cuda":
         return f"it needs a CUDA device, this is {kind}"
-    if name == "varlen" and not _knows():
-        return "this torch has no attention of sequences of any length"
+    if name == "varlen" and not _has_varlen():
+        return "this version of torch has no variable-length attention"
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'mmdit[xformers]')"
     if name == "flex" and kind == "cpu" and torch.is_grad_enabled():
@@ -230,7 +234,7 @@ def _obstacle(name: str, kind: str) -> str | None:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     short = torch.is_grad_enabled() and q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT
-    if not short and forward_ad._current_level < 0:  # torch's own has no forward-mode derivatives
+    if not short and forward_ad._current_level < 0:  # torch's kernel has no forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if mask is not None:
@@ -238,9 +242,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return _flex(q.device.type)(q, k, v)
+        return _flex_kernel(q.device.type)(q, k, v)
     from torch.nn.attention.flex_attention import create_block_mask
 
     (batch, _, queries, _), keys = q.shape, k.shape[-2]
@@ -251,12 +255,12 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return full[b, h % heads, query, key]
 
     blocks = create_block_mask(sees, batch, heads if heads > 1 else None, queries, keys, device=str(q.device))
-    return _flex(q.device.type)(q, k, v, block_mask=blocks)
+    return _flex_kernel(q.device.type)(q, k, v, block_mask=blocks)
 
 
 @cache
-def _flex(kind: str) -> Callable[..., Any]:
-    """FlexAttention, on CUDA compiled: otherwise it writes out all scores, which on a CPU is as well."""
+def _flex_kernel(kind: str) -> Callable[..., Any]:
+    """FlexAttention, compiled on CUDA, where uncompiled it would write out all scores; on a CPU that does no harm."""
     from torch.nn.attention.flex_attention import flex_attention
 
     flex: Any = flex_attention
@@ -264,13 +268,13 @@ def _flex(kind: str) -> Callable[..., Any]:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Sequences without their padding; a mask says which keys are real, for all queries alike.
+    """torch's variable-length kernel, given the keys without their padding; the mask must be one of keys.
 
-    It knows half precision alone; in fp32, as a run's validation is, torch's choice computes.
+    The kernel has half precision only: other dtypes, such as the fp32 of a run's validation, go to SDPA.
     """
     batch, _, queries, _ = q.shape
-    real = _keys_alone(mask, "varlen", batch, k.shape[-2])
-    if q.dtype not in HALVES:
+    real = _real_keys(mask, "varlen", batch, k.shape[-2])
+    if q.dtype not in HALF_DTYPES:
         return _sdpa(q, k, v, mask)
     from torch.nn.attention.varlen import varlen_attn
 
@@ -299,8 +303,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _keys_alone(mask: Tensor | None, name: str, batch: int, keys: int) -> Tensor | None:
-    """A mask of keys (B, T) from one (B or 1, 1, 1, T). Raises ValueError where queries differ in what they see."""
+def _real_keys(mask: Tensor | None, name: str, batch: int, keys: int) -> Tensor | None:
+    """A mask of keys (B or 1, 1, 1, T) as (B, T). Raises ValueError for a mask that differs between queries."""
     if mask is None:
         return None
     if mask.shape[-2] != 1 or mask.shape[-3] != 1:
@@ -310,7 +314,7 @@ def _keys_alone(mask: Tensor | None, name: str, batch: int, keys: int) -> Tensor
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "sdpa": _sdpa,
-    "flex": _flexible,
+    "flex": _flex,
     "varlen": _varlen,
     "xformers": _xformers,
 }
@@ -318,7 +322,7 @@ _current = "sdpa"
 
 
 def key_mask(num_img: int, context_mask: Tensor | None) -> Tensor | None:
-    """Mask (B, 1, 1, N + L) of the keys that exist: every image token, and the text tokens of `context_mask` (B, L)."""
+    """Mask (B, 1, 1, N + L) of the real keys: every image token, and the text tokens of `context_mask` (B, L)."""
     if context_mask is None:
         return None
     img = torch.ones(context_mask.shape[0], num_img, dtype=torch.bool, device=context_mask.device)

@@ -1,7 +1,7 @@
 """Autoencoders: images <-> scaled latents, the space in which the models work.
 
-Three kinds answer the same calls (`mmdit/latents.py`): `PatchAutoencoder` (ours: quick to train on one's own images,
-also on a CPU), `KLAutoencoder` (any AutoencoderKL of diffusers: SD3's, Flux's, SD's, one's own) and `PixelSpace` (no
+Three kinds share the interface `Autoencoder` of latents.py: `PatchAutoencoder` (ours: quick to train on your images,
+also on a CPU), `KLAutoencoder` (any AutoencoderKL of diffusers: SD3's, Flux's, SD's, your own) and `PixelSpace` (no
 autoencoder: latents are pixels).
 """
 
@@ -33,9 +33,9 @@ def open_autoencoder(spec: str | Path) -> Autoencoder:
     """The autoencoder that `spec` names: "none" (pixels), "shapes" (the weights in the package), a folder or a file.
 
     A folder is one written by `save` or `mmdit autoencoder train`, a diffusers AutoencoderKL, or a pipeline that has
-    one in `vae`. A file is a .safetensors of an AutoencoderKL or of a whole model with one in it; where nothing in it
-    tells how latents are scaled, the model it belongs to goes before it, as in "flux:ae.safetensors" (sd3, flux, sd,
-    sdxl). Raises ValueError where it is none of these.
+    one in `vae`. A file is a .safetensors of an AutoencoderKL or of a whole model that contains one; if nothing in it
+    tells how latents are scaled, put the model's name before it, as in "flux:ae.safetensors" (sd3, flux, sd, sdxl).
+    Raises ValueError for anything else.
     """
     if str(spec) == "none":
         return PixelSpace()

@@ -1,8 +1,8 @@
 """The MMDiT block of SD3 (arXiv 2403.03206, figure 2b): one set of weights per stream, one attention over all streams.
 
 Every stream is modulated by the conditioning vector c (adaLN: shift, scale and gate of each residual branch).
-SD3.5-medium adds a second attention of the image stream over itself; the last block's text stream only offers keys
-and values ("pre-only"), and asks nothing.
+SD3.5-medium adds a self-attention of the image stream (dual attention); the last block's text stream only gives keys
+and values to the joint attention ("pre-only"), since nothing reads it afterwards.
 
 Shape letters: B batch, N image tokens, L text tokens, S any stream's tokens, D width, H heads, d head width = D / H.
 """
@@ -19,7 +19,7 @@ from mmdit.attention import Mask, Pairs, attention
 from mmdit.embeddings import rotate
 from mmdit.linear import Linear, linear_gelu
 
-EPS = 1e-6  # of every normalisation in SD3
+EPS = 1e-6  # of every norm in SD3
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -29,13 +29,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def _added(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    """x + gate * branch."""
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * branch; None is a gate of 1."""
     return x + branch if gate is None else torch.addcmul(x, gate, branch)
 
 
 class PerToken(NamedTuple):
-    """Conditioning of packed tokens: token s takes row `rows[s]` of `silu_c`, (n, D); rows (S,) int64."""
+    """Conditioning of S packed tokens: token s is modulated by row `rows[s]` of `silu_c` (n, D); rows (S,) int64."""
 
     silu_c: Tensor
     rows: Tensor
@@ -51,7 +51,7 @@ class Modulation(Linear):
     def forward(self, silu_c: Tensor | PerToken) -> tuple[Tensor, ...]:  # type: ignore[override]
         if isinstance(silu_c, PerToken):
             each = super().forward(silu_c.silu_c)
-            wide = torch.promote_types(each.dtype, torch.float32)  # in which the gradients of a sample's tokens add up
+            wide = torch.promote_types(each.dtype, torch.float32)  # the gradients of a sample's tokens are summed in it
             out = each.to(wide).index_select(0, silu_c.rows).to(each.dtype)[None]
         else:
             out = super().forward(silu_c)
@@ -59,7 +59,7 @@ class Modulation(Linear):
 
 
 class Unmodulated(nn.Module):
-    """In the place of a `Modulation` where no time reaches: learnt shifts and scales of two norms, and open gates."""
+    """Stands in for `Modulation` in a stream without conditioning: learnt shift and scale of both norms, no gates."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Unmodulated(nn.Module):
 
 
 def init_linear(model: nn.Module) -> None:
-    """DiT's start: Xavier for every matrix, zero for biases and modulations, so that a new block is the identity."""
+    """DiT's initialisation: Xavier for matrices, zero for biases and modulations; a new block is the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -82,7 +82,7 @@ def init_linear(model: nn.Module) -> None:
 
 
 class QKV(nn.Module):
-    """Queries, keys and values of one stream, RMS-normalised per head where asked; and the way out of the heads."""
+    """The projections of one stream into an attention (with RMS-normalised queries and keys if asked) and out of it."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: str | None, out: bool = True) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class QKV(nn.Module):
         """x (B, S, D) to q, k, v, each (B, H, S, d)."""
         q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.num_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            # In the weights' type: under autocast they stay fp32, and a mixed norm has no fused kernel.
+            # In the dtype of the weights, which under autocast stay fp32: torch has no fused norm of mixed dtypes.
             q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -103,7 +103,7 @@ class QKV(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between."""
+    """Two linear layers with a GELU (tanh form) between them."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -115,10 +115,10 @@ class MLP(nn.Module):
 
 
 class Stream(nn.Module):
-    """What one stream owns in one block: its modulations, its projections into and out of the joint attention, its MLP.
+    """The weights of one stream in one block: modulation, projections into and out of the joint attention, MLP.
 
-    dual: a second attention of the stream over itself. pre_only: the stream is read by the others and ends here.
-    modulated: adaLN; without it plain norms and residuals.
+    dual: add a self-attention of the stream. pre_only: only give keys and values to the other streams, as the last
+    block's text does. modulated: adaLN; without it plain norms and residuals.
     """
 
     def __init__(
@@ -138,43 +138,44 @@ class Stream(nn.Module):
         self.attn2 = QKV(dim, num_heads, qk_norm) if dual else None
         self.mlp = None if pre_only else MLP(dim, int(dim * mlp_ratio))
 
-    def read(
+    def pre_attention(
         self, x: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values for the joint attention, each (B, H, S, d)."""
         return self.attn(modulate(x, mods[0], mods[1]), rotary)
 
-    def attend(
+    def post_attention(
         self,
         x: Tensor,
-        heads: Tensor,
+        attended: Tensor,
         mods: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor] | None,
         mask: Mask | None = None,
     ) -> Tensor:
-        """The residual branches of a block, given what the joint attention brought this stream: `heads` (B, S, D).
+        """The rest of the block, given the joint attention's output for this stream, `attended` (B, S, D): the residual
+        branches of attention and MLP.
 
-        mask: who sees whom in the second attention, where samples stand in one row.
+        mask: of the stream's own second attention, where samples are packed in one row.
         """
         assert self.attn.out is not None and self.mlp is not None
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, *second = mods
-        y = _added(x, self.attn.out(heads), gate)
+        y = _gated_residual(x, self.attn.out(attended), gate)
         if self.attn2 is not None:
             shift2, scale2, gate2 = second
             q, k, v = self.attn2(modulate(x, shift2, scale2), rotary)
-            own = attention(q, k, v, mask)
-            y = _added(y, self.attn2.out(own), gate2)  # type: ignore[misc]
-        return _added(y, self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
+            y = _gated_residual(y, self.attn2.out(attention(q, k, v, mask)), gate2)  # type: ignore[misc]
+        return _gated_residual(y, self.mlp(modulate(y, shift_mlp, scale_mlp)), gate_mlp)
 
 
-def _own(mask: Tensor | Mask | None) -> Mask | None:
+def _image_mask(mask: Tensor | Mask | None) -> Mask | None:
+    """The mask of the image stream's self-attention, where samples are packed in one row."""
     return mask.without_text() if isinstance(mask, Pairs) else None
 
 
 class JointBlock(nn.Module):
-    """Streams by name, attending to one another in one attention over all their tokens, in the order given.
+    """Streams by name, with one joint attention over all their tokens, concatenated in the order given.
 
-    No `nn.ModuleDict`: older torch (2.11, say) refuses to shard what is one, even where it has a `forward`.
+    Not an `nn.ModuleDict`, which FSDP in older torch (such as 2.11) refuses to shard even if it has a `forward`.
     """
 
     def __init__(self, streams: Mapping[str, nn.Module]) -> None:
@@ -189,31 +190,31 @@ class JointBlock(nn.Module):
         mask: Tensor | Mask | None = None,
         rotaries: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> list[Tensor]:
-        """One tensor (B, S_i, D) a stream in and out; a pre-only stream is not among those that come out.
+        """Takes and gives one tensor (B, S_i, D) per stream; a pre-only stream has no output.
 
         silu_c: silu of the conditioning, (B, D), or one for each stream. mask: boolean, broadcastable to (B, H, sum S,
-        sum S), True = may see; or what attends to one row, in which the streams' tokens stand sample after sample.
-        rotaries: one rotary embedding or None a stream.
+        sum S), True where a query may see a key; or a `Mask`, for which samples are packed in one row, stream by
+        stream. rotaries: for each stream a rotary embedding or None.
         """
         streams: list[Stream] = list(self.children())  # type: ignore[arg-type]
         rotaries = rotaries or [None] * len(streams)
         conditions = [silu_c] * len(streams) if isinstance(silu_c, Tensor) else silu_c
         mods = [stream.modulation(c) for stream, c in zip(streams, conditions, strict=True)]
         qkv: list[tuple[Tensor, ...]] = [
-            s.read(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)
+            s.pre_attention(x, m, r) for s, x, m, r in zip(streams, xs, mods, rotaries, strict=True)
         ]
-        # A stream that ends here asks nothing: of its queries there are none.
+        # A pre-only stream has no queries.
         qkv = [(q[:, :, :0] if s.pre_only else q, k, v) for s, (q, k, v) in zip(streams, qkv, strict=True)]
         one_row = not (mask is None or isinstance(mask, Tensor))
         if isinstance(mask, Tensor) and mask.shape[-2] > 1:
-            rows = mask.split([x.shape[1] for x in xs], dim=-2)
-            mask = torch.cat([own for own, s in zip(rows, streams, strict=True) if not s.pre_only], dim=-2)
+            parts_of = mask.split([x.shape[1] for x in xs], dim=-2)
+            mask = torch.cat([part for part, s in zip(parts_of, streams, strict=True) if not s.pre_only], dim=-2)
         if one_row:
             qkv = [tuple(rearrange(part, "b h s d -> 1 h (b s) d") for part in parts) for parts in qkv]
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
-        heads = attention(q, k, v, mask).split([parts[0].shape[2] for parts in qkv], dim=1)
+        attended = attention(q, k, v, mask).split([parts[0].shape[2] for parts in qkv], dim=1)
         return [
-            s.attend(x, h.view(x.shape) if one_row else h, m, r, _own(mask) if len(x) == 1 else None)
-            for s, x, h, m, r in zip(streams, xs, heads, mods, rotaries, strict=True)
+            s.post_attention(x, y.view(x.shape) if one_row else y, m, r, _image_mask(mask) if len(x) == 1 else None)
+            for s, x, y, m, r in zip(streams, xs, attended, mods, rotaries, strict=True)
             if not s.pre_only
         ]

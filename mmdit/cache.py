@@ -1,10 +1,10 @@
-"""Keys and values of what has been read, so that writing on computes new tokens alone.
+"""The KV cache of a `Transfusion`, with which generation computes new tokens alone.
 
-A `Cache` has a row for every document that is written. Some rows read more of their documents at a time: a `Reading`
-lends the trunk what these rows hold, and `keep` adds what was read, if it is finished. An image that is being denoised
-is read again and again and kept once, when it is done, at t = 0: its keys are those of the finished latent.
+A `Cache` has a row for every document being generated. A `Reading` is one forward pass of the trunk over new tokens of
+some rows, which attend to what these rows hold; `keep` then adds the new tokens to the cache. An image that is being
+denoised takes many passes and is kept once, after a last pass at t = 0: the cache holds keys of the finished latent.
 
-Shape letters: R rows, r rows of one reading, H heads, L tokens kept, n new tokens of a row, d head width.
+Shape letters: R rows, r rows of one reading, H heads, L cached tokens, n new tokens of a row, d head width.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from mmdit.attention import Packed, attention
 from mmdit.sequences import Layout
 
-NOTHING = -1  # a row that holds nothing, for a document without what was before
+NO_ROW = -1  # in place of a row: the document has no cached context and is not kept
 
 
 @dataclass(frozen=True)
-class Continued:
-    """A mask for one block: new tokens see what their row holds and each other; `mask` says which, None for all.
+class CachedAttention:
+    """The attention mask of one block: new tokens attend to the cached tokens of their row and to each other.
 
-    keys, values (R, H, L + n, d): the block's, of all rows of the cache, with room for the new ones at the end; which
-    stays as it is where they are `passing`.
+    keys, values (R, H, L + n, d): the block's, of all rows of the cache, with space for the new ones at the end.
+    rows (r,): those of this reading, None for all, in order. mask: boolean (r, 1, n, L + n), None where all are seen.
+    passing: leave the cache as it is, as for documents without a row.
     """
 
     keys: Tensor
@@ -39,11 +40,11 @@ class Continued:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) of the new tokens to (1, S, H*d)."""
-        k, v = (self._written(kept, self.packed.apart(x)) for kept, x in ((self.keys, k), (self.values, v)))
-        return self.packed.together(attention(self.packed.apart(q), k, v, self.mask))
+        k, v = (self._append(kept, self.packed.unpack(x)) for kept, x in ((self.keys, k), (self.values, v)))
+        return self.packed.pack(attention(self.packed.unpack(q), k, v, self.mask))
 
-    def _written(self, kept: Tensor, new: Tensor) -> Tensor:
-        """The rows' keys or values, with the new ones at the end."""
+    def _append(self, kept: Tensor, new: Tensor) -> Tensor:
+        """The keys or values of this reading's rows, the new ones at the end; also written to the cache."""
         start = kept.shape[2] - new.shape[2]
         if self.rows is None:
             kept[:, :, start:] = new
@@ -55,10 +56,10 @@ class Continued:
 
 
 class Cache:
-    """What R documents hold: of each block keys and values (R, H, room, d), of which the first L are kept, which of
-    these are a row's own, valid (R, L), and the steps of its text.
+    """The cache of R documents: keys and values (R, H, capacity, d) of each block, of which the first L are in use;
+    valid (R, L), which of these belong to a row; steps (R,), the number of text steps so far (see sequences.py).
 
-    The room doubles when it is full, so that a token costs no copy of all that was read.
+    The capacity doubles when it is exhausted, so that appending a token seldom copies the cache.
     """
 
     def __init__(self, num_rows: int, depth: int, num_heads: int, head_dim: int, like: Tensor) -> None:
@@ -69,21 +70,21 @@ class Cache:
         self.last: Reading | None = None
 
     def reading(self, rows: Sequence[int]) -> Reading:
-        """To read on with document k of a batch as row `rows[k]`; `NOTHING` has no row, and cannot be kept."""
+        """A forward pass in which document k of the batch continues row `rows[k]`; `NO_ROW` for no context."""
         return Reading(self, torch.tensor(rows, device=self.valid.device))
 
-    def room(self, length: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each block, the first `length` places of them."""
+    def reserve(self, length: int) -> list[tuple[Tensor, Tensor]]:
+        """The first `length` keys and values of each block, after growing the capacity if need be."""
         short = length - self.keys[0].shape[2]
         if short > 0:
             more = (0, 0, 0, max(short, self.keys[0].shape[2]))
-            self.keys, self.values = ([F.pad(x, more) for x in held] for held in (self.keys, self.values))
+            self.keys, self.values = ([F.pad(x, more) for x in cached] for cached in (self.keys, self.values))
         return [(k[:, :, :length], v[:, :, :length]) for k, v in zip(self.keys, self.values, strict=True)]
 
 
 @dataclass
 class Reading:
-    """Some rows of a cache lent to one pass of the trunk, which writes into the room behind what is kept."""
+    """One forward pass over some rows of a cache, which writes its keys and values behind those in use."""
 
     cache: Cache
     rows: Tensor
@@ -91,34 +92,34 @@ class Reading:
 
     @property
     def steps(self) -> Tensor:
-        """Steps of the text behind each document, (r,)."""
+        """Text steps before each document, (r,)."""
         return self.cache.steps[self.rows].masked_fill(self.rows < 0, 0)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens behind each document, patches counted, (r,)."""
-        return self._held.sum(1)
+        """Cached tokens of each document, patches included, (r,)."""
+        return self._valid.sum(1)
 
     @property
-    def _held(self) -> Tensor:
-        """Which of the cache's places are of each row, (r, L)."""
+    def _valid(self) -> Tensor:
+        """Which of the cached tokens belong to each row, (r, L)."""
         return self.cache.valid[self.rows] & (self.rows >= 0)[:, None]
 
-    def attending(self, packed: Packed, layout: Layout) -> list[Continued]:
-        """The mask of each block."""
-        cache, new, held = self.cache, packed.mask.shape[-1], self._held
+    def attending(self, packed: Packed, layout: Layout) -> list[CachedAttention]:
+        """The attention mask of each block."""
+        cache, new, valid = self.cache, packed.mask.shape[-1], self._valid
         self.layout, cache.last = layout, self
-        mask = torch.cat([held[:, None, None, :].expand(-1, 1, new, -1), packed.mask], dim=-1)
-        seen = None if mask.all() else mask
+        mask = torch.cat([valid[:, None, None, :].expand(-1, 1, new, -1), packed.mask], dim=-1)
+        partial = None if mask.all() else mask
         whole = torch.equal(self.rows, torch.arange(len(cache.valid), device=self.rows.device))
         rows = None if whole else self.rows
         passing = bool((self.rows < 0).any())
-        return [Continued(*block, rows, packed, seen, passing) for block in cache.room(mask.shape[-1])]
+        return [CachedAttention(*block, rows, packed, partial, passing) for block in cache.reserve(mask.shape[-1])]
 
     def keep(self) -> None:
-        """Add what was read to the rows. The rest of the cache gets places that no one sees.
+        """Add the new tokens to their rows; other rows get as many invalid ones, which are masked out.
 
-        Raises ValueError where nothing was read, or something else after it: the room behind is that of the last pass.
+        Raises ValueError unless this was the cache's last forward pass: a later one overwrites its keys and values.
         """
         cache, layout = self.cache, self.layout
         if layout is None or cache.last is not self:

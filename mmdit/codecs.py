@@ -1,8 +1,7 @@
-"""Between latents and tokens: how an image enters the trunk and how its velocity leaves (Transfusion, arXiv 2408.11039,
-section 3.2 and table 7).
+"""Latents to tokens and tokens to velocities (Transfusion, arXiv 2408.11039, section 3.2 and table 7).
 
-Linear: one matrix a patch, each way. U-Net: convolutions and a halving of the sides for each factor two of the patch,
-and the way back, with what the way in has seen at each size.
+Linear: one matrix per patch, each way. U-Net: down blocks that halve the sides until a patch is one pixel, and the
+up blocks that reverse this, with skip connections at each size.
 
 Shape letters: B images of one size, C channels, h w latent sides, p patch side, n = (h/p)(w/p) tokens, D width,
 W channels of the U-Net's outermost level.
@@ -32,7 +31,7 @@ class LinearIn(nn.Linear):
         self.patch_size = config.patch_size
 
     def forward(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, Skips]:  # type: ignore[override]
-        """x (B, C, h, w) to tokens (B, n, D); nothing is kept for the way out."""
+        """x (B, C, h, w) to tokens (B, n, D); there are no skip connections."""
         return super().forward(patchify(x, self.patch_size)), ()
 
 
@@ -52,7 +51,7 @@ class LinearOut(nn.Linear):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside the input, the second modulated by the time."""
+    """A residual block of two 3x3 convolutions, the second modulated by the time."""
 
     def __init__(self, dim_in: int, dim: int, dim_c: int) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class ResBlock(nn.Module):
 
 
 class UNetIn(nn.Module):
-    """Down blocks: at each size a `ResBlock`, then half the sides and twice the channels, p times smaller in all."""
+    """Down blocks: at each size a `ResBlock`, then half the sides and twice the channels; p times smaller in all."""
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ class UNetIn(nn.Module):
         self.out = nn.Linear(widths[-1], config.width)
 
     def forward(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, Skips]:
-        """x (B, C, h, w) and silu of its time (B, D) to tokens (B, n, D), and what was seen at each size on the way."""
+        """x (B, C, h, w) and silu of its time (B, D) to tokens (B, n, D), and the skip connections of each size."""
         x = self.conv(x)
         skips = []
         for block, down in zip(self.blocks, self.down, strict=True):
@@ -94,7 +93,7 @@ class UNetIn(nn.Module):
 
 
 class UNetOut(nn.Module):
-    """Up blocks: `UNetIn` backwards, each size joined by what the way in has seen there."""
+    """Up blocks: `UNetIn` reversed, with its skip connections."""
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class UNetOut(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, size: tuple[int, int], silu_c: Tensor, skips: Skips) -> Tensor:
-        """tokens (B, n, D), silu of the time (B, D) and the way in's skips to velocities (B, C, h, w) of `size`."""
+        """tokens (B, n, D), silu of the time (B, D) and `UNetIn`'s skips to velocities (B, C, h, w) of `size`."""
         x = rearrange(self.into(tokens), "b (h w) c -> b c h w", h=size[0] // self.patch_size)
         x = self.first(x, silu_c)
         for up, block, skip in reversed(list(zip(self.up, self.blocks, skips, strict=True))):

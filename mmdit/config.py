@@ -1,4 +1,4 @@
-"""Shapes of the models: one documented dataclass and the published presets.
+"""Configs of the models, as documented dataclasses, and presets.
 
 Published sizes: Esser et al. 2024 (SD3, arXiv 2403.03206) and the SD3.5 model cards. Width is `num_heads * head_dim`;
 SD3 scales a model by its depth d alone: d blocks, d heads of 64.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """Everything that fixes the tensors and the mathematics of an `MMDiT`."""
+    """Everything that determines the tensors and the computation of an `MMDiT`."""
 
     in_channels: int = 16
     """Channels of the latent (or 3 for pixels)."""
@@ -26,19 +26,19 @@ class MMDiTConfig:
     head_dim: int = 64
     """Width of one head."""
     mlp_ratio: float = 4.0
-    """Hidden width of the MLPs over the model's width."""
+    """Hidden width of the MLPs, relative to the model's width."""
     context_dim: int = 4096
-    """Width of the text tokens that come in."""
+    """Width of the text tokens given to the model."""
     pooled_dim: int = 2048
-    """Width of the text vector that joins the time embedding."""
+    """Width of the pooled text vector, which is added to the time embedding."""
     qk_norm: Literal["rms_norm"] | None = None
     """RMS-normalise queries and keys per head, with a learnt scale (SD3.5; needed for long bf16 training)."""
     dual_attention_layers: tuple[int, ...] = ()
-    """Blocks whose image stream has a second attention over itself (SD3.5-medium: 0 to 12)."""
+    """Blocks whose image stream has a self-attention besides the joint one (SD3.5-medium: 0 to 12)."""
     positions: Literal["sincos", "rope", "both"] = "sincos"
     """Image positions: SD3's table added to the patches, 2-D rotary embedding of queries and keys, or both."""
     sample_size: int = 128
-    """Side of the latent that training is centred on, in latent pixels; fixes the spacing of the position table."""
+    """Side of the latents in training, in latent pixels; it sets the spacing of the position table."""
     pos_embed_max_size: int = 192
     """Side of the position table, in tokens: the largest height or width that can be sampled."""
 
@@ -82,7 +82,7 @@ class MMDiTConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What Llama's block has and SD3's has not (`mmdit/llama.py`); width and heads are the trunk's."""
+    """The fields of Llama's block that SD3's does not have (`mmdit/llama.py`); width and heads are the trunk's."""
 
     hidden: int
     """Hidden width of the MLP."""
@@ -107,10 +107,10 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class TransfusionConfig:
-    """Everything that fixes the tensors and the mathematics of a `Transfusion`.
+    """Everything that determines the tensors and the computation of a `Transfusion`.
 
-    Three settings of the one trunk: `weights="shared", time="added"` is the paper's (arXiv 2408.11039),
-    `weights="separate", time="added"` a mixture of transformers as BAGEL is (arXiv 2505.14683),
+    Three settings of one trunk: `weights="shared", time="added"` is the paper's (arXiv 2408.11039),
+    `weights="separate", time="added"` a mixture of transformers like BAGEL (arXiv 2505.14683),
     `weights="separate", time="all"` with `attention="full"` and `positions="sincos"` SD3's block.
     """
 
@@ -127,34 +127,33 @@ class TransfusionConfig:
     head_dim: int = 64
     """Width of one head."""
     mlp_ratio: float = 4.0
-    """Hidden width of the MLPs over the model's width."""
+    """Hidden width of the MLPs, relative to the model's width."""
     qk_norm: Literal["rms_norm"] | None = "rms_norm"
     """RMS-normalise queries and keys per head, with a learnt scale."""
     weights: Literal["shared", "separate"] = "shared"
     """One set of weights for all tokens, or one for text and one for patches, with attention over both."""
     time: Literal["added", "image", "all"] = "added"
     """Where an image's time enters: added to its patches, as adaLN of its patches, or as adaLN of all tokens of its
-    document, which then has one image (SD3)."""
+    document, which must then have exactly one image (SD3)."""
     attention: Literal["transfusion", "causal", "full"] = "transfusion"
-    """Who sees whom within a document: causal but for patches of one image, causal throughout, or all see all."""
+    """The mask within a document: causal except between patches of one image, causal throughout, or none (full)."""
     positions: Literal["rope", "sincos", "both"] = "both"
-    """Rotary by step of the text and by row and column, SD3's table added to the patches and none for text, or both (as
-    in BAGEL)."""
+    """Rotary by text step, row and column; SD3's table, added to the patches only; or both (as in BAGEL)."""
     sample_size: int = 32
-    """Side of the latent that SD3's table is centred on, in latent pixels."""
+    """Side of the latents in training, in latent pixels; it sets the spacing of SD3's table."""
     pos_embed_max_size: int = 64
     """Side of that table, in tokens: the largest height or width of an image."""
     codec: Literal["linear", "unet"] = "linear"
-    """How patches become tokens and tokens velocities: one matrix each, or the halves of a U-Net, with its skips."""
+    """How patches become tokens and tokens velocities: a matrix each, or the two halves of a U-Net."""
     codec_width: int = 64
-    """Channels of the U-Net at the latent's own size; twice as many at each half."""
+    """Channels of the U-Net at the latent's own size, doubled whenever the sides are halved."""
     llama: LlamaConfig | None = None
-    """Llama's block in the place of SD3's, of this shape, for the streams that no time modulates; there mlp_ratio and
-    qk_norm say nothing, and rotary positions are Llama's."""
+    """Use Llama's block of this shape instead of SD3's in the streams without time modulation; mlp_ratio and qk_norm
+    then have no effect there, and rotary positions are Llama's."""
     max_tokens: int = 4096
-    """Most tokens of one document, patches counted."""
+    """Most tokens of one document, including patches."""
     pad: int = 0
-    """Id of the token that is never written."""
+    """Id of the padding token, which is never generated."""
     eos: int = 1
     """Id of the token that ends a document."""
     boi: int = 2
@@ -162,10 +161,10 @@ class TransfusionConfig:
     eoi: int = 3
     """Id of the token after an image."""
     size_tokens: int = 0
-    """Tokens for sizes: two of them before each BOI say how many rows and columns of patches follow, up to so many, so
-    that the model can choose; 0: none."""
+    """Number of size tokens: two of them before each BOI state the image's rows and columns of patches, at most this
+    many, so that the model can choose the size; 0: none."""
     first_size: int = 4
-    """Id of the token for one row or column."""
+    """Id of the size token for one row or column."""
 
     def __post_init__(self) -> None:
         shape = ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "sample_size", "pos_embed_max_size")
@@ -225,21 +224,21 @@ class TransfusionConfig:
 
     @property
     def sizes(self) -> range:
-        """Ids of the tokens for sizes 1, 2, ..."""
+        """Ids of the size tokens for 1, 2, ... rows or columns."""
         return range(self.first_size, self.first_size + self.size_tokens)
 
     @property
     def opening(self) -> Sequence[int]:
-        """Ids with which an image begins."""
+        """Ids with which an image can begin."""
         return self.sizes or (self.boi,)
 
     @property
     def reserved(self) -> tuple[int, ...]:
-        """Ids that are no text; the end token is."""
+        """Ids that are not text; the end token counts as text."""
         return self.pad, self.boi, self.eoi, *self.sizes
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of a document that an image of latent size (h, w) takes, those around it counted."""
+        """The number of tokens that an image of latent size (h, w) takes, including those around it."""
         return size[0] * size[1] // self.patch_size**2 + (4 if self.size_tokens else 2)
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,7 +247,7 @@ class TransfusionConfig:
 
 
 def check_numbers(config: Any, counts: Sequence[str]) -> None:
-    """ValueError for a field that wants a number and has none, as anyone's JSON may, and for `counts` below 1."""
+    """Raises ValueError for a numeric field that holds no number, as JSON may, and for `counts` below 1."""
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type in (int, "int") and type(value) is not int:
@@ -309,8 +308,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> Any:
-    """The config of a size by name, published or ready-made (see `preset_names`): an `MMDiTConfig`, or for a name that
-    begins with "transfusion" a `TransfusionConfig`. Raises ValueError for another.
+    """The config of a published or other ready-made size (see `preset_names`): an `MMDiTConfig`, or for a name that
+    begins with "transfusion" a `TransfusionConfig`. Raises ValueError for an unknown name.
     """
     if name in _TRANSFUSION_PRESETS:
         return TransfusionConfig(**_TRANSFUSION_PRESETS[name])

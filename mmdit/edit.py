@@ -1,4 +1,4 @@
-"""A picture to start from: as a whole (image-to-image, Meng et al. 2022) or but for a part (inpainting).
+"""Editing a picture: image-to-image (Meng et al. 2022), or inpainting of the part under a mask.
 
 Shape letters: B batch, H W image sides; images float in [-1, 1].
 """
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture, or one for each prompt, that is drawn anew.
+    """A picture to edit, or one for each prompt.
 
-    strength in (0, 1]: the part of the steps that is walked; 1 forgets the picture. mask: a picture of the same size,
-    or one for each, white where the picture is drawn anew and black where it stays as it is, to the bit. Pictures of
-    any mode are taken as a viewer shows them: upright, transparency over white. Raises ValueError for what is none.
+    strength in (0, 1]: the fraction of the steps to take; 1 ignores the picture. mask: a picture of the same size, or
+    one for each, white where the picture is redrawn and black where it is kept, to the bit. Pictures of any mode are
+    taken as a viewer shows them: upright, transparency over white. Raises ValueError for anything but pictures.
     """
 
     image: Image | Sequence[Image]
@@ -47,10 +47,12 @@ class Edit:
         wrong = {(mask.height, mask.width) for mask in _listed(self.mask)} - sizes
         if wrong:
             (own, *_), (other, *_) = sizes, wrong
-            raise ValueError(f"the mask is {other[0]} x {other[1]}, the picture {own[0]} x {own[1]}: give one its size")
+            raise ValueError(
+                f"the mask is {other[0]} x {other[1]}, the picture {own[0]} x {own[1]}: give them one size"
+            )
 
     def fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The size of the pictures; ValueError where another is asked for."""
+        """The size of the pictures; ValueError if another one is asked for."""
         first = _listed(self.image)[0]
         own = first.height, first.width
         wanted = own[0] if height is None else height, own[1] if width is None else width
@@ -61,7 +63,7 @@ class Edit:
         return own
 
     def part(self, rows: slice, count: int) -> Edit:
-        """The pictures of some of `count` prompts."""
+        """The edit of the prompts `rows`, of `count` in all."""
         masks = None if self.mask is None else _each("masks", self.mask, count)[rows]
         return replace(self, image=_each("pictures", self.image, count)[rows], mask=masks)
 
@@ -70,15 +72,15 @@ class Edit:
         pixels = [np.asarray(image) for image in _each("pictures", self.image, count)]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def drawn(self, count: int) -> Tensor | None:
-        """Where each picture is drawn anew, (B, 1, H, W) in [0, 1]; None for everywhere."""
+    def redrawn(self, count: int) -> Tensor | None:
+        """Where each of `count` pictures is redrawn, (B, 1, H, W) in [0, 1]; None for everywhere."""
         if self.mask is None:
             return None
         pixels = [np.asarray(mask.convert("L")) for mask in _each("masks", self.mask, count)]
         return torch.from_numpy(np.stack(pixels))[:, None].float() / 255
 
-    def pasted(self, pictures: Sequence[Image]) -> list[Image]:
-        """The pictures drawn, with the old ones where the mask is black."""
+    def composited(self, pictures: Sequence[Image]) -> list[Image]:
+        """The drawn pictures, with the original ones where the mask is black."""
         from PIL import Image
 
         olds, masks = (_each("pictures", images, len(pictures)) for images in (self.image, self.mask or []))
@@ -87,9 +89,9 @@ class Edit:
         ]
 
 
-def known_latents(drawn: Tensor, factor: int) -> Tensor:
-    """Mask (B, 1, h, w) of the latent pixels that are known: those that no drawn pixel (B, 1, H, W) falls on."""
-    return 1 - F.max_pool2d(drawn, factor)
+def known_latents(redrawn: Tensor, factor: int) -> Tensor:
+    """Mask (B, 1, h, w) of the latent pixels to keep: those that cover no redrawn pixel of (B, 1, H, W)."""
+    return 1 - F.max_pool2d(redrawn, factor)
 
 
 def _listed(images: Image | Sequence[Image] | None) -> list[Image]:
@@ -101,5 +103,5 @@ def _listed(images: Image | Sequence[Image] | None) -> list[Image]:
 def _each(what: str, images: Image | Sequence[Image], count: int) -> list[Image]:
     listed = _listed(images)
     if len(listed) not in (1, count):
-        raise ValueError(f"{len(listed)} {what} for {count} prompts: give one for all, or one a prompt")
+        raise ValueError(f"{len(listed)} {what} for {count} prompts: give one for all, or one per prompt")
     return listed * count if len(listed) == 1 else listed

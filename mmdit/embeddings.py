@@ -1,4 +1,4 @@
-"""What enters the trunk: patches, their positions, the time, and the pooled text.
+"""The trunk's inputs: patches, their positions, the time, and the pooled text.
 
 SD3 (arXiv 2403.03206): patches of the latent become tokens; a 2-D sin-cos table gives their positions, centre-cropped
 to the latent's size; the conditioning vector is the sum of an embedded time and an embedded pooled text.
@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+IMAGE_BASE = 100.0  # of rotary frequencies: low, as a picture has tens of positions per axis, a text thousands
+
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Latents (B, C, h, w) to patch vectors (B, N, C*p*p), row by row."""
@@ -29,20 +31,18 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
 
 
-def sinusoid(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of x times `dim / 2` geometric frequencies from 1 down to 1 / max_period: (n,) to (n, dim), cosines
-    first.
-    """
+def sinusoid(x: Tensor, dim: int) -> Tensor:
+    """cos and sin of x times `dim / 2` geometric frequencies from 1 to 1 / 10,000: (n,) to (n, dim), cosines first."""
     half = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[:, None] * torch.exp(-math.log(max_period) / (dim // 2) * half)
+    angle = x.float()[:, None] * torch.exp(-math.log(10_000.0) / (dim // 2) * half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def position_table(dim: int, max_size: int, trained_size: int) -> Tensor:
     """SD3's 2-D sin-cos table, (1, max_size**2, dim) in float32.
 
-    Coordinates are (p - (max - s) / 2) * 16 / s with s = `trained_size` tokens, so the grid that training is centred
-    on spans 0 to 16 at any resolution (SD3, section 5.3.2 with S = 16 s). The first half of the channels holds the
+    Coordinates are (p - (max - s) / 2) * 16 / s with s = `trained_size` tokens, so that the central grid of the trained
+    size spans 0 to 16 at any resolution (SD3, section 5.3.2 with S = 16 s). The first half of the channels holds the
     column, the second the row; sines come before cosines.
     """
     p = (torch.arange(max_size, dtype=torch.float64) - (max_size - trained_size) / 2) * 16 / trained_size
@@ -53,17 +53,17 @@ def position_table(dim: int, max_size: int, trained_size: int) -> Tensor:
 
 
 def extended_positions(table: Tensor, side: int, trained_size: int) -> Tensor:
-    """A table (1, max**2, D) that holds `side` x `side` tokens: itself, or continued on all sides by its own formula.
+    """A table (1, max**2, D) of at least `side` x `side` tokens: the given one, or extended by its formula.
 
-    ValueError for a table that is not `position_table`'s, which cannot be continued.
+    Raises ValueError if it has to be extended and is not one of `position_table`.
     """
     own = math.isqrt(table.shape[1])
     if side <= own:
         return table
-    longer = own + 2 * math.ceil((side - own) / 2)  # the centre stays
+    longer = own + 2 * math.ceil((side - own) / 2)  # by an even number, so that the centre stays
     if table.is_meta:
         return table.new_empty(1, longer**2, table.shape[2])
-    if torch.compiler.is_exporting():  # where the table has no numbers that could be looked at
+    if torch.compiler.is_exporting():  # where the table's values cannot be compared
         raise ValueError(
             f"a picture of {side} tokens is beyond the position table of {own} x {own} and cannot be exported: "
             "build the model with a larger pos_embed_max_size"
@@ -93,16 +93,13 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     return grid.reshape(1, height * width, -1)
 
 
-def rotary_2d(
-    height: int, width: int, head_dim: int, device: torch.device, base: float = 100.0
-) -> tuple[Tensor, Tensor]:
+def rotary_2d(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Axial rotary angles (Su et al. 2021, on two axes): cos and sin, each (N, d / 2), rows first, then columns.
 
-    Positions count tokens from the picture's centre, so a picture and a larger one agree where they overlap, as with
-    SD3's centre-cropped table. The base is low because a picture has tens of positions on an axis where a text has
-    thousands.
+    Positions are counted from the picture's centre, so that pictures of different sizes agree where they overlap, as
+    with SD3's centre-cropped table.
     """
-    omega = base ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    omega = IMAGE_BASE ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     rows = (torch.arange(height, device=device) - (height - 1) / 2)[:, None] * omega
     columns = (torch.arange(width, device=device) - (width - 1) / 2)[:, None] * omega
     angle = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).reshape(
@@ -115,16 +112,16 @@ def rotary_mixed(coordinates: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Rotary angles of text and patches in one sequence: coordinates (S, 3), step of the text, row, column, to cos and
     sin, each (S, d / 2).
 
-    Half of the channel pairs turn with the step, as in a language model, a quarter with the row and a quarter with the
-    column, as in `rotary_2d`; text stands at row and column 0.
+    Half of the channel pairs rotate with the step, as in a language model, a quarter with the row and a quarter with
+    the column, as in `rotary_2d`; text has row and column 0.
     """
     step, row, column = coordinates.float().unbind(1)
 
-    def angles(at: Tensor, num: int, base: float) -> Tensor:
-        return at[:, None] * base ** (-torch.arange(num, device=at.device, dtype=torch.float32) / num)
+    def angles(x: Tensor, num: int, base: float) -> Tensor:
+        return x[:, None] * base ** (-torch.arange(num, device=x.device, dtype=torch.float32) / num)
 
     n = head_dim // 8
-    angle = torch.cat([angles(step, 2 * n, 10_000.0), angles(row, n, 100.0), angles(column, n, 100.0)], dim=1)
+    angle = torch.cat([angles(step, 2 * n, 10_000.0), angles(row, n, IMAGE_BASE), angles(column, n, IMAGE_BASE)], dim=1)
     return angle.cos(), angle.sin()
 
 
@@ -136,7 +133,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class VectorEmbedding(nn.Module):
-    """Two linear layers with SiLU between: a vector (B, in) to the conditioning width (B, D)."""
+    """Two linear layers with a SiLU between them: a vector (B, in) to the conditioning width (B, D)."""
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
@@ -148,8 +145,9 @@ class VectorEmbedding(nn.Module):
 
 
 class TimeEmbedding(VectorEmbedding):
-    """Time t (B,) in [0, 1] to (B, D): a 256-wide sinusoid of 1000 t, then two linear layers, all as the weights are:
-    autocast does not reach in here, where half precision would save nothing.
+    """Time t (B,) in [0, 1] to (B, D): a 256-wide sinusoid of 1000 t, then two linear layers.
+
+    It computes in the dtype of its weights, without autocast: half precision would save nothing here.
     """
 
     def __init__(self, dim: int) -> None:

@@ -1,13 +1,14 @@
-"""What frozen text encoders say of captions, kept apart for each encoder: computed once, read many times.
+"""Features of captions by frozen text encoders, kept per encoder, so that they can be cached and read many times.
 
-`TextEncoder.features` and `SD3Text.features` make them; `KnownText` stands in an encoder's place where they are known,
-and opens the encoder only for captions that are not.
+`TextEncoder.features` and `SD3Text.features` compute them; `KnownText` replaces the encoders where features are cached,
+and opens the encoders only for other captions.
 
 Shape letters: B batch, L tokens, D width of a state, P width of the pooled vector, E encoders.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """What one encoder says of captions: `states` (B, L, D), `pooled` (B, P), and `mask` (B, L) boolean, True where a
-    token is real; None where padding counts as text.
+    """One encoder's features of captions: `states` (B, L, D), `pooled` (B, P), and `mask` (B, L) boolean, True where a
+    token is real; None if the trunk attends to padding too.
     """
 
     states: Tensor
@@ -34,7 +35,7 @@ class Encoded(NamedTuple):
     mask: Tensor | None = None
 
     def dropped(self, drop: Tensor, empty: Encoded | None) -> Encoded:
-        """The features, where `drop` (B, 1) those of the empty caption (one row), or zeros where it is None."""
+        """The features with those of `empty` (one row), or zeros if it is None, where `drop` (B, 1) is True."""
         if empty is None:
             return Encoded(self.states.masked_fill(drop[..., None], 0), self.pooled.masked_fill(drop, 0), self.mask)
         mask = None if self.mask is None else torch.where(drop, empty.mask, self.mask)  # type: ignore[arg-type]
@@ -43,19 +44,19 @@ class Encoded(NamedTuple):
 
 
 class Features(tuple[Encoded, ...]):
-    """The features of a batch of captions, one `Encoded` for each encoder that there is."""
+    """The features of a batch of captions, one `Encoded` for each encoder that is present."""
 
     def to(self, device: torch.device | str) -> Features:
         return self._each(lambda x: x.to(device))
 
     def split(self, size: int) -> list[Features]:
-        """In parts of so many captions."""
+        """Split into batches of `size` captions."""
         count = len(self[0].pooled) if self else 0
         return [self._each(lambda x, i=i: x[i : i + size]) for i in range(0, count, size)]  # type: ignore[misc]
 
     @property
     def mask(self) -> Tensor:
-        """Which tokens (B, L) are real, of all encoders side by side. Raises ValueError where there is none."""
+        """Which tokens are real, (B, L), of all encoders concatenated. Raises ValueError without any encoder."""
         if not self:
             raise ValueError("these are features of no encoder: a caption has no tokens; leave one encoder in")
         return torch.cat(
@@ -67,7 +68,7 @@ class Features(tuple[Encoded, ...]):
 
 
 class TextShape(NamedTuple):
-    """The shape of a conditioner's features: for each encoder (L, D, P), and whether it is there or left out."""
+    """The shape of a conditioner's features: (L, D, P) for each encoder, and which encoders are present."""
 
     encoders: tuple[tuple[int, int, int], ...]
     there: tuple[bool, ...]
@@ -75,25 +76,25 @@ class TextShape(NamedTuple):
 
     @classmethod
     def read(cls, about: Sequence[Any]) -> TextShape:
-        """From what JSON makes of one."""
+        """From its JSON form."""
         encoders, there, context_dim = about
         return cls(tuple((int(a), int(b), int(c)) for a, b, c in encoders), tuple(map(bool, there)), int(context_dim))
 
     @property
     def present(self) -> list[tuple[int, int, int]]:
-        """Shapes of the encoders that are there."""
+        """Shapes of the encoders that are present."""
         return [shape for shape, there in zip(self.encoders, self.there, strict=True) if there]
 
 
 def left_out(shape: tuple[int, int, int], like: Tensor) -> Encoded:
-    """What an encoder of that shape (L, D, P) that is left out says: zeros, for as many captions as `like` has rows."""
+    """Zeros in place of the features of an encoder that is left out, of shape (L, D, P), a row for each of `like`'s."""
     length, width, pooled = shape
-    zeros = (torch.zeros(len(like), *rest, device=like.device) for rest in ((length, width), (pooled,)))
-    return Encoded(*zeros)
+    states = torch.zeros(len(like), length, width, device=like.device)
+    return Encoded(states, torch.zeros(len(like), pooled, device=like.device))
 
 
 def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
-    """What the trunk takes, in float32: one encoder's features as they are, or SD3's three together (`sd3_text.py`)."""
+    """The trunk's inputs in float32: one encoder's features, or those of SD3's three combined (`sd3_text.py`)."""
     if len(parts) == 1:
         [(states, pooled, mask)] = parts
         return Condition(states.float(), pooled.float(), mask)
@@ -103,12 +104,27 @@ def joined(parts: Sequence[Encoded], context_dim: int) -> Condition:
     return Condition(context, torch.cat([clip_l.pooled, clip_g.pooled], dim=1).float(), None)
 
 
-class KnownText(nn.Module):
-    """The conditioner of frozen encoders whose features are known: takes `Features`, or `Tokens` as they do.
+class FrozenText(nn.Module, ABC):
+    """The base of frozen conditioners: a saved pipeline records their source and fingerprint, not their weights."""
 
-    about: what the encoders' `about()` says; shape: of their features; empty: those of the empty caption.
-    `open_encoder` gives the encoders themselves, the first time that captions come; they live on the CPU, and on the
-    device only while they work. Nothing here is learnt, stored or copied, as with the encoders.
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Source and fingerprint. Raises ValueError for encoders that were not loaded from a folder."""
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write source and fingerprint, for `load_encoder`; the weights stay where they are."""
+        write_json(Path(folder) / "config.json", self.about())
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Nothing to write: frozen weights stay where they are."""
+
+
+class KnownText(FrozenText):
+    """The conditioner of frozen encoders with cached features: takes `Features`, or `Tokens` as the encoders do.
+
+    about: the encoders' `about()`; shape: of their features; empty: the features of the empty caption. `open_encoder`
+    loads the encoders when captions first come; they stay on the CPU, and are moved to the device only while they work.
+    As with the encoders, nothing here is learnt, saved or copied.
     """
 
     def __init__(
@@ -120,14 +136,14 @@ class KnownText(nn.Module):
     ) -> None:
         super().__init__()
         self._about, self.shape, self.empty = about, shape, empty
-        self._open, self._opened = open_encoder, ()  # in a tuple, out of sight of parameters() and state_dict()
+        self._open, self._opened = open_encoder, ()  # in a tuple, hidden from parameters() and state_dict()
 
     def __deepcopy__(self, memo: object) -> KnownText:
         return self
 
     @property
     def num_encoders(self) -> int:
-        """E: the encoders whose captions are dropped each by itself."""
+        """E: each encoder's caption is dropped independently."""
         return len(self.shape.encoders)
 
     @property
@@ -142,13 +158,12 @@ class KnownText(nn.Module):
 
     @property
     def encoder(self) -> Any:
-        """The encoders themselves, opened if they have not been."""
+        """The encoders, opened at first use."""
         if not self._opened:
             self._opened = (self._open(),)  # type: ignore[assignment]
         return self._opened[0]  # type: ignore[misc]
 
     def about(self) -> dict[str, Any]:
-        """What the encoders say of themselves."""
         return dict(self._about)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -157,7 +172,7 @@ class KnownText(nn.Module):
 
     @torch.no_grad()
     def forward(self, text: Features | Tokens, drop: Tensor | None = None) -> Condition:
-        """Features, or tokens, to a `Condition` in float32; where `drop` (B, E) an encoder's caption is dropped."""
+        """Features, or tokens, to a `Condition` in float32; drop (B, E): True where an encoder's caption is dropped."""
         if isinstance(text, Tokens):
             encoder = self.encoder.to(text.ids.device)
             try:
@@ -174,10 +189,3 @@ class KnownText(nn.Module):
                 part = part.dropped(drop[:, i : i + 1], None if self._about.get("dropped") == "zeros" else empty)
             parts.append(part)
         return joined(parts, self.context_dim)
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write where the encoders are and what they are, as they would."""
-        write_json(Path(folder) / "config.json", self._about)
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing: what is frozen does not change."""

@@ -1,7 +1,7 @@
-"""A trunk from disk and to disk: our own folder, a diffusers folder, and a single file in the original SD3 layout.
+"""Loading and saving a trunk: our own folder, a diffusers folder, or a single file in the original SD3 layout.
 
-A folder holds `config.json` and the weights: ours is told from diffusers' `SD3Transformer2DModel` by its config. A
-file holds tensors alone, of the trunk and perhaps of the text encoders and the autoencoder; shapes tell the model.
+A folder holds `config.json`, which tells ours from diffusers' `SD3Transformer2DModel`, and the weights. A file holds
+only tensors, of the trunk and perhaps of text encoders and autoencoder; the config follows from their shapes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ LayoutName = Literal["mmdit", "diffusers", "sd3"]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 TRUNK_PREFIX = "model.diffusion_model."
 OTHER_PARTS = ("first_stage_model.", "text_encoders.", "model_sampling.", "model.model_sampling.")
-"""Beginnings of the names in an SD3 file that are none of the trunk's."""
+"""Prefixes of the tensors in an SD3 file that are not the trunk's."""
 
 
 class _Stored(NamedTuple):
-    """A model on disk: its config, its tensors (mapped), whose layout they have (None: ours), and where they lie."""
+    """A model on disk: its config, its mapped tensors, their layout (None: ours), and where they were found."""
 
     config: MMDiTConfig | TransfusionConfig
     tensors: Weights
@@ -53,40 +53,40 @@ def load(
     """The trunk in a run folder, in what `save` wrote, in a diffusers folder (a transformer or a pipeline; shards and
     variants too), or in a .safetensors file in the original SD3 layout, with or without other parts in it.
 
-    dtype: of all tensors (None: as stored). device: where to (None: CPU). On the CPU, what needs no conversion stays
-    mapped to its file and is read when first used. Raises FileNotFoundError where there is none, ValueError for
-    pickles and for weights that do not fit, by name.
+    dtype: of all tensors (None: as stored). device: of all tensors (None: CPU). On the CPU, tensors that need no
+    conversion stay memory-mapped and are read when first used. Raises FileNotFoundError if there is no model,
+    ValueError for pickles and for weights that do not fit, naming them.
     """
     root = Path(path)
     check_dtype(dtype)
     stored = _from_file(root) if root.is_file() or root.suffix in PICKLES else _from_folder(root)
-    if stored.config.depth > len(stored.tensors):  # before so many blocks are made
+    if stored.config.depth > len(stored.tensors):  # before building that many blocks
         raise ValueError(f"{stored.where} has {len(stored.tensors)} tensors, too few for {stored.config.depth} blocks")
     with torch.device("meta"):
         model = Transfusion(stored.config) if isinstance(stored.config, TransfusionConfig) else MMDiT(stored.config)
     own = model.state_dict()
     check_fit(_expected(own, stored), stored.tensors, str(stored.where))
-    idle = {x.dtype for x in stored.tensors.values() if x.dtype.itemsize == 1 or not x.is_floating_point()}
-    if dtype is None and idle:
-        raise ValueError(f"{stored.where} holds numbers of {idle.pop()}, in which nothing is computed: give a dtype")
+    storage_only = {x.dtype for x in stored.tensors.values() if x.dtype.itemsize == 1 or not x.is_floating_point()}
+    if dtype is None and storage_only:
+        raise ValueError(f"{stored.where} holds {storage_only.pop()}, in which no model can compute: give a dtype")
     state = {}
-    for name, tensor in _ours(stored):
+    for name, tensor in _converted(stored):
         state[name] = tensor.to(device=device, dtype=dtype)
-        stored.tensors.release()  # or what was copied would be there twice
+        stored.tensors.release()  # else memory holds both the copy and the pages it was read from
     model.load_state_dict(state, assign=True)
     return model
 
 
 def _expected(own: dict[str, Tensor], stored: _Stored) -> dict[str, Tensor]:
-    """Names and shapes that the files must have for a model with the (meta) tensors `own`."""
+    """Names and shapes that the files must hold for a model with the (meta) tensors `own`."""
     if stored.layout is None:
         return own
     assert isinstance(stored.config, MMDiTConfig)
     return stored.layout.from_ours(own, stored.config)
 
 
-def _ours(stored: _Stored) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under our names; each leaves `stored` as it is taken."""
+def _converted(stored: _Stored) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in our layout, one by one; each is removed from `stored`."""
     if stored.layout is None:
         return ((name, stored.tensors.pop(name)) for name in [*stored.tensors])
     assert isinstance(stored.config, MMDiTConfig)
@@ -94,7 +94,7 @@ def _ours(stored: _Stored) -> Iterator[tuple[str, Tensor]]:
 
 
 def find(path: str | Path) -> Path:
-    """Where a trunk's config.json is: in a run folder, or in this one. Raises FileNotFoundError where there is none."""
+    """The folder of a trunk's config.json: this one, or that in a run folder or pipeline. FileNotFoundError if none."""
     root = Path(path)
     for folder in (root / "pipeline" / "transformer", root / "transformer", root):
         if (folder / "config.json").exists():
@@ -112,8 +112,8 @@ def _from_folder(root: Path) -> _Stored:
     if kind == "SD3Transformer2DModel":
         return _Stored(config_from_diffusers(config), read_folder(folder, DIFFUSERS_WEIGHTS), DIFFUSERS, folder)
     if not isinstance(config, dict) or not config or kind or "model_type" in config or "architectures" in config:
-        said = kind or (_said_to_be(config) if isinstance(config, dict) else None) or "no model that is known"
-        raise ValueError(f"{path} describes {said}, expected SD3Transformer2DModel or a model of mmdit's own")
+        found = kind or (_architecture(config) if isinstance(config, dict) else None) or "no model that is known"
+        raise ValueError(f"{path} describes {found}, expected SD3Transformer2DModel or a model of mmdit's own")
     own: Any = TransfusionConfig if "vocab_size" in config else MMDiTConfig
     if unknown := sorted(config.keys() - {field.name for field in fields(own)}):
         raise ValueError(
@@ -123,57 +123,57 @@ def _from_folder(root: Path) -> _Stored:
     return _Stored(read_config(own, path), read_folder(folder, "model"), None, folder)
 
 
-def _said_to_be(config: dict[str, Any]) -> Any:
-    """What a config of transformers says that its model is."""
+def _architecture(config: dict[str, Any]) -> Any:
+    """The architecture that a config of transformers names."""
     architectures = config.get("architectures")
     return architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
 
 
 def read_folder(folder: Path, stem: str) -> Weights:
-    """The tensors (mapped) of a model that diffusers or transformers saved: one file, shards with their index, or,
-    where these are not there, a variant, bf16 before fp16.
+    """The mapped tensors of a model that diffusers or transformers saved: one file, or shards with their index; of a
+    variant, bf16 before fp16, if there are none without.
 
-    Raises as `read_weights` does, and for a folder that has pickles alone.
+    Raises as `read_weights` does, and for a folder that has only pickles.
     """
     variant = variant_of(folder, stem)
     if variant is None:
         for path in sorted(folder.iterdir()):
             refuse_pickle(path)
         raise FileNotFoundError(f"no weights at {folder / stem}.safetensors")
-    whole, index = _places(folder, stem, variant)
-    return read_weights(whole) if whole.is_file() else _read_shards(index)
+    single, index = _weight_paths(folder, stem, variant)
+    return read_weights(single) if single.is_file() else _read_shards(index)
 
 
 def variant_of(folder: Path, stem: str) -> str | None:
-    """Which of such a model's weights are read: "" those without a variant, or its name; None where there are none."""
+    """The variant that `read_folder` reads: "" for weights without one, else its name; None if there are no weights."""
     found = [path.name.split(".")[1] for path in folder.glob(f"{stem}.*.safetensors")]
     found += [path.name.split(".")[-2] for path in folder.glob(f"{stem}.safetensors.index.*.json")]
-    there = (name for name in ("", *sorted({*found})) if any(path.is_file() for path in _places(folder, stem, name)))
-    return next(there, None)
+    names = ("", *sorted({*found}))
+    return next((name for name in names if any(path.is_file() for path in _weight_paths(folder, stem, name))), None)
 
 
-def _places(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:
-    """Where such weights lie whole, and where their index."""
+def _weight_paths(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:
+    """The paths of the single weights file and of the index of shards."""
     end = f".{variant}" if variant else ""
     return folder / f"{stem}{end}.safetensors", folder / f"{stem}.safetensors.index{end}.json"
 
 
 def _read_shards(index: Path) -> Weights:
     table = read_json(index)
-    places = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(places, dict):
+    file_of = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(file_of, dict):
         raise ValueError(f"{index} has no weight_map, which says where the tensors are")
-    if outside := [name for name in places.values() if not _is_file_name(name)]:
+    if outside := [name for name in file_of.values() if not _is_file_name(name)]:
         raise ValueError(f"{index} names {outside[0]!r}, expected files in its own folder")
-    shards = {name: read_weights(index.parent / name) for name in sorted({*places.values()})}
-    where: dict[str, str] = {}
+    shards = {name: read_weights(index.parent / name) for name in sorted({*file_of.values()})}
+    found: dict[str, str] = {}
     for file, shard in shards.items():
         for name in shard:
-            if (other := where.setdefault(name, file)) != file:
+            if (other := found.setdefault(name, file)) != file:
                 raise ValueError(f"{index.parent}: {name} is in {other} and in {file}, expected it in one of them")
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    if lost := sorted(places.keys() - tensors.keys()):
-        raise ValueError(f"{index} names {len(lost)} tensors that its files do not have: {', '.join(lost[:4])}")
+    if missing := sorted(file_of.keys() - tensors.keys()):
+        raise ValueError(f"{index} names {len(missing)} tensors that its files do not have: {', '.join(missing[:4])}")
     return Weights(tensors, [mapping for shard in shards.values() for mapping in shard.mappings])
 
 
@@ -197,10 +197,10 @@ def _from_file(path: Path) -> _Stored:
 
 
 def read_part(path: str | Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors (mapped) of one part of a single file, their names without the prefix: "first_stage_model." is the
-    autoencoder, "text_encoders.clip_l.", "text_encoders.clip_g." and "text_encoders.t5xxl." the text encoders.
+    """The mapped tensors of one part of a single file, without their prefix: "first_stage_model." is the autoencoder,
+    "text_encoders.clip_l.", "text_encoders.clip_g." and "text_encoders.t5xxl." the text encoders.
 
-    Empty where the file has no such part; raises as `mmdit.mapped.read_weights` does.
+    Empty if the file has no such part; raises as `mmdit.mapped.read_weights` does.
     """
     tensors = read_weights(Path(path))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -208,9 +208,9 @@ def read_part(path: str | Path, prefix: str) -> dict[str, Tensor]:
 
 def save(model: MMDiT | Transfusion, path: str | Path, layout: LayoutName = "mmdit") -> None:
     """Write a trunk: a folder in our layout, or as diffusers' `SD3Transformer2DModel.from_pretrained` reads it; or one
-    .safetensors file in the original SD3 layout ("sd3"). Adapters (`mmdit.lora`) are added to the weights.
+    .safetensors file in the original SD3 layout ("sd3"). LoRA adapters (`mmdit.lora`) are merged into the weights.
 
-    Raises ValueError for what the layout cannot express. A failure leaves nothing partial, and what was there before.
+    Raises ValueError for what the layout cannot express. A failure leaves the files there as they were.
     """
     if not isinstance(model, MMDiT | Transfusion):
         raise ValueError(f"got a {type(model).__name__}, expected an MMDiT or a Transfusion; a pipeline has `save`")

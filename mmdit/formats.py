@@ -1,5 +1,5 @@
-"""What the files of others say of a model's shape: diffusers' `config.json`, and the tensors of an SD3 file, which has
-no config. Names and order of the tensors themselves are in `mmdit/layouts.py`.
+"""Model configs of other formats: diffusers' `config.json`, and the shapes of the tensors in an SD3 file, which has no
+config. Names and layout of the tensors are in `mmdit/layouts.py`.
 """
 
 import json
@@ -26,7 +26,7 @@ _KEYS = {
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> MMDiTConfig:
-    """Our config from the `config.json` of a `SD3Transformer2DModel`. Raises ValueError where a key is missing."""
+    """Our config from the `config.json` of a `SD3Transformer2DModel`. Raises ValueError if a key is missing."""
     if missing := [theirs for theirs in _KEYS.values() if theirs not in config]:
         raise ValueError(f"the config of the SD3Transformer2DModel lacks {', '.join(missing)}")
     dual = config.get("dual_attention_layers") or ()
@@ -42,7 +42,7 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
             f"and {config.mlp_ratio}"
         )
     return {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()} | {
-        "sample_size": config.sample_size // config.patch_size * config.patch_size,  # its pipelines draw that side
+        "sample_size": config.sample_size // config.patch_size * config.patch_size,  # the size its pipelines draw
         "caption_projection_dim": config.width,
         "out_channels": config.in_channels,
         "dual_attention_layers": config.dual_attention_layers,
@@ -55,27 +55,24 @@ _POOLED_IN, _MLP, _Q_NORM = "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.m
 
 
 def config_from_sd3(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> MMDiTConfig:
-    """Our config from the shapes of the tensors in the original layout, whose names begin with no prefix.
+    """Our config from the shapes of tensors in the original layout, without a prefix in their names.
 
-    Two things have no shape: the width of a head where there is no QK-norm, and the side that training was centred
-    on. They are SD3's 64 and 128, unless the file is one of ours and its metadata say else. Raises ValueError where
-    tensors that tell the shape are missing.
+    Two fields do not show in shapes: head_dim, unless there is QK-norm, and sample_size. They are SD3's 64 and 128,
+    unless the file is one of ours, with metadata that states them. Raises ValueError if a tensor that the config is
+    read from is missing.
     """
-    lacking = [name for name in (_PATCH_IN, _TABLE, _CONTEXT_IN, _POOLED_IN, _MLP) if name not in state]
-    if lacking:
-        raise ValueError(f"the shape of the model cannot be told: {', '.join(lacking)} missing")
+    if missing := [name for name in (_PATCH_IN, _TABLE, _CONTEXT_IN, _POOLED_IN, _MLP) if name not in state]:
+        raise ValueError(f"the shape of the model cannot be told: {', '.join(missing)} missing")
     if state[_PATCH_IN].ndim != 4:
         raise ValueError(f"{_PATCH_IN} has shape {tuple(state[_PATCH_IN].shape)}, expected (width, channels, p, p)")
-    said = json.loads(metadata.get("mmdit", "{}"))
-    if not isinstance(said, dict) or any(type(value) is not int or value < 1 for value in said.values()):
-        raise ValueError(f"its metadata say {said!r} of the model, expected numbers")
+    stated = json.loads(metadata.get("mmdit", "{}"))
+    if not isinstance(stated, dict) or any(type(value) is not int or value < 1 for value in stated.values()):
+        raise ValueError(f"its metadata say {stated!r} of the model, expected numbers")
     width, channels, patch, _ = state[_PATCH_IN].shape
     side, norms = math.isqrt(state[_TABLE].shape[-2]), [state[name] for name in state if _Q_NORM in name]
-    head_dim = norms[0].shape[0] if norms else said.get("head_dim", 64)
+    head_dim = norms[0].shape[0] if norms else stated.get("head_dim", 64)
     if width % head_dim:
-        raise ValueError(
-            f"the model is {width} wide, which heads of {head_dim} do not divide: it is none of SD3's kind"
-        )
+        raise ValueError(f"the width {width} is no multiple of the head width {head_dim}: not a model of SD3's kind")
     hidden = state[_MLP].shape[0]
     return MMDiTConfig(
         in_channels=channels,
@@ -88,12 +85,12 @@ def config_from_sd3(state: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
         pooled_dim=state[_POOLED_IN].shape[1],
         qk_norm="rms_norm" if norms else None,
         dual_attention_layers=tuple(sorted({int(name.split(".")[1]) for name in state if ".attn2." in name})),
-        sample_size=said.get("sample_size", min(128, side * patch)),
+        sample_size=stated.get("sample_size", min(128, side * patch)),
         pos_embed_max_size=side,
     )
 
 
 def metadata_for_sd3(config: MMDiTConfig) -> dict[str, str]:
-    """What `config_from_sd3` finds in a file of ours, and other programs pass over."""
-    said = {"head_dim": config.head_dim, "sample_size": config.sample_size}
-    return {"format": "pt", "mmdit": json.dumps(said)}
+    """The metadata of a file of ours, which `config_from_sd3` reads and other programs ignore."""
+    stated = {"head_dim": config.head_dim, "sample_size": config.sample_size}
+    return {"format": "pt", "mmdit": json.dumps(stated)}

@@ -1,10 +1,9 @@
-"""Writing with a `Transfusion`: text token by token, images by solving their flow, in any order (Zhou et al. 2024,
+"""Generation with a `Transfusion`: text token by token, images by solving their flow, in any order (Zhou et al. 2024,
 arXiv 2408.11039, section 3.4).
 
-A prompt is read once into a cache. Then the language model writes; where it writes BOI (or the size that stands before
-it), an image is denoised in its place from noise, with any solver and guidance of `samplers`; when it is done it is
-read as finished, at t = 0, and writing goes on after its EOI. Prompts of a batch wait for each other only where images
-are drawn, together.
+A prompt is prefilled into a KV cache. Then text is sampled; at BOI (or the size tokens before it) an image is sampled
+from noise in its place, with any solver and guidance of `samplers`. The finished image is added to the cache at t = 0,
+and text continues after its EOI. Images of a batch are sampled together, once no prompt is writing text.
 
 Shape letters: R prompts, V vocabulary, C h w a latent.
 """
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from mmdit.cache import NOTHING, Cache
+from mmdit.cache import NO_ROW, Cache
 from mmdit.drawing import each_seed
 from mmdit.memory import keeping_memory
 from mmdit.sampling import check_finite, check_solver, pair_of_numbers
@@ -34,10 +33,10 @@ Told = Callable[[int, Part], object]
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How a token is drawn from its logits: greedily at temperature 0, else from those that every rule leaves.
+    """How a token is sampled from its logits: greedily at temperature 0, else from the tokens that every rule keeps.
 
-    top_k: the k likeliest; top_p: the likeliest that together have this probability; min_p: those with at least this
-    share of the likeliest one's.
+    top_k keeps the k most probable tokens; top_p the most probable ones up to this total probability; min_p those with
+    at least this fraction of the highest probability.
     """
 
     temperature: float = 1.0
@@ -57,13 +56,13 @@ class TextSampling:
             raise ValueError(f"min_p is {self.min_p}, expected a number in [0, 1]")
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One id (R,) of logits (R, V), row i with generator i (on the CPU)."""
+        """One id per row, (R,), of logits (R, V); row i is sampled with generator i (on the CPU)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.to(widest_float(logits.device))  # so that a temperature near 0 is none
+        logits = logits.to(widest_float(logits.device))  # in float32 the smallest temperatures would round to 0
         p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1).float()
         ordered, order = p.sort(dim=-1, descending=True)
-        kept = ordered.cumsum(-1) - ordered < self.top_p  # the likeliest one always
+        kept = ordered.cumsum(-1) - ordered < self.top_p  # always the most probable one
         kept &= ordered >= self.min_p * ordered[:, :1]
         if self.top_k is not None:
             kept[:, self.top_k :] = False
@@ -74,10 +73,10 @@ class TextSampling:
 
 @dataclass(frozen=True)
 class ImageSampling:
-    """How an image is drawn: size (h, w) of its latent, solver, steps, guidance over the same image without context.
+    """How an image is sampled: size (h, w) of its latent, solver, steps, guidance away from the image without context.
 
-    size None: the model chooses, if it has tokens for sizes. shift is that of images of size `shift_of`, and moves with
-    the root of the number of tokens; where that is None, of any size.
+    size None: the model chooses, if it has size tokens. shift: the time shift at latents of size `shift_of`; at other
+    sizes it is multiplied by the root of the ratio of tokens. shift_of None: shift holds for any size.
     """
 
     size: tuple[int, int] | None = (8, 8)
@@ -108,10 +107,10 @@ class ImageSampling:
 
 @dataclass
 class Written:
-    """What came of one prompt: new parts in reading order, token ids int64 (n,) and latents (C, h, w), or from a
-    pipeline strings and PIL images; and why it ended.
+    """The continuation of one prompt: new parts in reading order, token ids int64 (n,) and latents (C, h, w), or from
+    a pipeline strings and PIL images; and why it ended.
 
-    stopped: "end" at the end token; "length" where max_tokens, or the longest document of the model, was reached first.
+    stopped: "end" at the end token; "length" if max_tokens, or the model's longest document, was reached first.
     """
 
     parts: list[Any] = field(default_factory=list)
@@ -130,33 +129,36 @@ def generate(
     begin: Literal["text", "image"] = "text",
     told: Told | None = None,
 ) -> list[Written]:
-    """Go on from prompts, each a list of ids (n,) and latents (C, h, w), clean; an empty prompt begins with an image.
+    """Continue prompts, each a list of ids (n,) and clean latents (C, h, w); an empty prompt begins with an image.
 
-    max_tokens, max_images: of each document, beyond its prompt; at max_images none is begun any more. begin = "image"
-    draws one at once instead of waiting for BOI. seed: one number (prompt i takes seed + i) or one a prompt: a prompt
-    with its seed gives the same alone and in any batch, to rounding. told(i, part) is called with each token and image
-    of prompt i as it comes. Raises ValueError for prompts that are none, and for a size the patch does not divide.
+    max_tokens, max_images: of each document, beyond its prompt; after max_images the model cannot begin another one.
+    begin = "image" begins with an image instead of text. seed: one number (prompt i takes seed + i) or one per prompt;
+    a prompt and a seed give the same alone and in any batch, to rounding. told(i, part) is called with each token and
+    image of prompt i as it comes. Raises ValueError for prompts of another form, and for a size that is no multiple of
+    the patch.
     """
     text, image = (TextSampling() if text is None else text), (ImageSampling() if image is None else image)
     for name, given, kind in (("text", text, TextSampling), ("image", image, ImageSampling)):
         if not isinstance(given, kind):
             raise ValueError(f"{name} is a {type(given).__name__}, expected a {kind.__name__}")
     check_parts(prompts, "prompt")
-    prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # of no tokens is none
+    prompts = [[part for part in prompt if part.numel()] for prompt in prompts]  # drop empty parts
     _check(model, prompts, image, begin, max_tokens, max_images)
-    writer = _Writer(model, each_seed(seed, len(prompts)), max_tokens, max_images, text, image, told)
-    writer.begin(prompts, begin == "image")
+    generation = _Generation(model, each_seed(seed, len(prompts)), max_tokens, max_images, text, image, told)
+    generation.prefill(prompts, begin == "image")
     with keeping_memory(model.device):
-        while writer.writing or writer.drawing:
-            if writer.writing:
-                writer.write()
+        while generation.writing or generation.drawing:
+            if generation.writing:
+                generation.sample_tokens()
             else:
-                writer.draw()
-    return writer.out
+                generation.sample_images()
+    return generation.out
 
 
-class _Writer:
-    """Documents that are being written: which of them write text, which wait to draw, and what each has so far."""
+class _Generation:
+    """The state of a batch being generated: `writing`, the rows whose next part is text; `drawing`, the rows that wait
+    for an image, with the size of its latent; and what each row has so far.
+    """
 
     def __init__(
         self,
@@ -172,58 +174,58 @@ class _Writer:
         self.max_tokens, self.max_images, num = max_tokens, max_images, len(seeds)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.cache, self.out = model.cache(num), [Written() for _ in seeds]
-        self.logits = model.head.weight.new_zeros(num, self.config.vocab_size)  # of what follows
+        self.logits = model.head.weight.new_zeros(num, self.config.vocab_size)  # of each row's next token
         self.writing: set[int] = set()
-        self.drawing: dict[int, tuple[int, int]] = {}  # with the sizes of their latents
+        self.drawing: dict[int, tuple[int, int]] = {}
         self.tokens, self.images, self.lengths = [0] * num, [0] * num, [0] * num
 
-    def begin(self, prompts: Sequence[Sequence[Part]], draw: bool) -> None:
-        """Read the prompts."""
+    def prefill(self, prompts: Sequence[Sequence[Part]], image_first: bool) -> None:
+        """Add the prompts to the cache."""
         given = [i for i, prompt in enumerate(prompts) if prompt]
         if given:
-            self._read(given, [prompts[i] for i in given])
+            self._append(given, [prompts[i] for i in given])
         for i, prompt in enumerate(prompts):
-            if draw or not prompt:
-                self._wait_to_draw(i)
+            if image_first or not prompt:
+                self._begin_image(i)
             else:
                 self.writing.add(i)
 
-    def write(self) -> None:
-        """One token more for each that writes."""
-        self.writing = {i for i in self.writing if self.tokens[i] < self.max_tokens and self._room(i)}
+    def sample_tokens(self) -> None:
+        """One more token for each row that writes."""
+        self.writing = {i for i in self.writing if self.tokens[i] < self.max_tokens and self._fits(i)}
         rows = sorted(self.writing)
         if not rows:
             return
-        drawn = self.text.draw(self._allowed(rows), [self.generators[i] for i in rows]).tolist()
-        for i, token in zip(rows, drawn, strict=True):
+        sampled = self.text.draw(self._allowed(rows), [self.generators[i] for i in rows]).tolist()
+        for i, token in zip(rows, sampled, strict=True):
             if token == self.config.eos:
                 self.out[i].stopped = "end"
                 self.writing.discard(i)
             elif token in self.config.opening:
                 self.writing.discard(i)
-                self._wait_to_draw(i, token)
+                self._begin_image(i, token)
             else:
                 self.tokens[i] += 1
-                self._add(i, torch.tensor([token]))
-        more = [(i, token) for i, token in zip(rows, drawn, strict=True) if i in self.writing]
+                self._emit(i, torch.tensor([token]))
+        more = [(i, token) for i, token in zip(rows, sampled, strict=True) if i in self.writing]
         if more:
             ids = torch.tensor([[token] for _, token in more], device=self.logits.device)
-            self._read([i for i, _ in more], [[row] for row in ids])
+            self._append([i for i, _ in more], [[row] for row in ids])
 
-    def draw(self) -> None:
-        """An image for each that waits, those of one size together; then they go on writing."""
+    def sample_images(self) -> None:
+        """An image for each row that waits for one, those of one size together; then these rows write again."""
         for size in sorted(set(self.drawing.values())):
             rows = [i for i in sorted(self.drawing) if self.drawing[i] == size]
-            latents = self._denoised(rows, size)
-            self._read(rows, [[x] for x in latents])
+            latents = self._denoise(rows, size)
+            self._append(rows, [[x] for x in latents])
             for i, x in zip(rows, latents, strict=True):
                 self.images[i] += 1
-                self._add(i, x)
+                self._emit(i, x)
         self.writing = set(self.drawing)
         self.drawing = {}
 
-    def _read(self, rows: Sequence[int], documents: Sequence[Sequence[Part]]) -> None:
-        """Read finished parts; the logits after the last are kept."""
+    def _append(self, rows: Sequence[int], documents: Sequence[Sequence[Part]]) -> None:
+        """Add finished parts to the cache, and set the logits of the next token."""
         reading, batch = self.cache.reading(rows), self.model.pack(documents)
         states = self.model(batch, None, reading).states
         reading.keep()
@@ -232,13 +234,13 @@ class _Writer:
         for i, length in zip(rows, reading.lengths.tolist(), strict=True):
             self.lengths[i] = length
 
-    def _room(self, i: int, size: tuple[int, int] | None = None) -> bool:
-        """Whether one token more, or an image of a size, fits into the longest document of the model."""
+    def _fits(self, i: int, size: tuple[int, int] | None = None) -> bool:
+        """Whether one more token, or an image of this size, keeps row i within the model's longest document."""
         new = 1 if size is None else self.config.image_tokens(size)
         return self.lengths[i] + new <= self.config.max_tokens
 
     def _allowed(self, rows: list[int]) -> Tensor:
-        """The logits of rows without what may not come next: what is no text, and an image too many."""
+        """The logits of rows, with those of reserved tokens, and of a further image after `max_images`, at -inf."""
         allowed, opening = self.logits[rows].clone(), list(self.config.opening)
         allowed[:, [i for i in self.config.reserved if i not in opening]] = -torch.inf
         full = [self.images[i] >= self.max_images for i in rows]
@@ -247,39 +249,44 @@ class _Writer:
         )
         return allowed
 
-    def _wait_to_draw(self, i: int, token: int | None = None) -> None:
-        """Row i goes on with an image, if there is room: of the size asked for, or that its tokens say."""
-        if self._room(i):  # for the token that says the size, if one does
-            size = self.image.size or self._chosen_size(i, token)
-            if self._room(i, size):
+    def _begin_image(self, i: int, token: int | None = None) -> None:
+        """Row i continues with an image, if it fits: of the size asked for, or that its size tokens state.
+
+        token: the first of these, if it has been sampled.
+        """
+        if self._fits(i):  # the first size token, if there is one
+            size = self.image.size or self._sample_size(i, token)
+            if self._fits(i, size):
                 self.drawing[i] = size
 
-    def _chosen_size(self, i: int, rows: int | None) -> tuple[int, int]:
-        """The size that the model writes in two tokens, of which the first may have been drawn."""
+    def _sample_size(self, i: int, rows: int | None) -> tuple[int, int]:
+        """The latent size that the model states in two tokens, of which the first may have been sampled already."""
         opening, one, patch = torch.tensor(self.config.opening), self.config.first_size, self.config.patch_size
 
-        def drawn(logits: Tensor) -> int:
+        def sampled(logits: Tensor) -> int:
             return int(opening[self.text.draw(logits[None, opening.to(logits.device)], [self.generators[i]])[0].cpu()])
 
-        rows = drawn(self.logits[i]) if rows is None else rows
+        rows = sampled(self.logits[i]) if rows is None else rows
         ids = torch.tensor([rows], device=self.logits.device)
         batch = MixedBatch(ids, torch.zeros_like(ids), (), self.config.boi, self.config.eoi)
-        states = self.model(batch, None, self.cache.reading([i])).states  # read again with its image, so not kept
-        columns = drawn(self.model.head(states[-1]))
+        states = self.model(batch, None, self.cache.reading([i])).states  # not kept: it is appended with its image
+        columns = sampled(self.model.head(states[-1]))
         return (rows - one + 1) * patch, (columns - one + 1) * patch
 
-    def _denoised(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
+    def _denoise(self, rows: list[int], size: tuple[int, int]) -> list[Tensor]:
+        """Latents (C, h, w) of this size, sampled from noise, that continue these rows."""
         how, generators, model = self.image, [self.generators[i] for i in rows], self.model
         shape = (len(rows), self.config.in_channels, *size)
         x = samplers.randn(shape, generators, model.state_dtype, None).to(model.device)
-        field = velocity(self.model, self.cache, rows, how.guidance, how.interval)
-        old = how.shift_of or size
-        shift = how.shift * samplers.resolution_shift(size[0] * size[1], old[0] * old[1])
+        field = velocity(model, self.cache, rows, how.guidance, how.interval)
+        base = how.shift_of or size
+        shift = how.shift * samplers.resolution_shift(size[0] * size[1], base[0] * base[1])
         grid = samplers.time_grid(how.grid, how.num_steps, shift)
         out = samplers.sample(field, x, how.solver, grid=grid, diffusion=how.diffusion, generator=generators)
         return list(out.x)
 
-    def _add(self, i: int, part: Part) -> None:
+    def _emit(self, i: int, part: Part) -> None:
+        """Add a part to row i's output, and report it."""
         parts = self.out[i].parts
         if parts and not parts[-1].is_floating_point() and not part.is_floating_point():
             parts[-1] = torch.cat([parts[-1], part])
@@ -292,8 +299,8 @@ class _Writer:
 def velocity(
     model: Transfusion, cache: Cache, rows: Sequence[int], guidance: float = 1.0, interval: Sequence[float] = (0, 1)
 ) -> samplers.Field:
-    """The field of an image (B, C, h, w) that follows what B rows of a cache hold, guided away from that of an image
-    without context; both are asked in one pass.
+    """The field of images (B, C, h, w) that continue B rows of a cache, guided away from that of images without
+    context; both are evaluated in one pass.
     """
 
     def field(rows: Sequence[int]) -> samplers.Field:
@@ -302,7 +309,7 @@ def velocity(
 
         return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 
-    pair = field([*rows, *[NOTHING] * len(rows)])
+    pair = field([*rows, *[NO_ROW] * len(rows)])
     return samplers.cfg_batched(field(rows), pair, guidance, (interval[0], interval[1]))
 
 
@@ -318,20 +325,21 @@ def _check(
     if not images and (begin == "image" or not all(prompts)):
         raise ValueError("max_images is 0, but an image is to begin: give at least 1, and prompts that are not empty")
     if model.config.attention == "full":
-        raise ValueError("a model whose text sees what follows cannot write: attention must be causal over the text")
+        raise ValueError("a model with attention = 'full' cannot generate: attention must be causal over the text")
     if image.size is None:
         if not model.config.size_tokens or not all(prompts):
             raise ValueError(
                 "no size is given for an image: a model with size tokens (size_tokens) chooses one after a prompt"
             )
     elif any(side < 1 or side % model.config.patch_size for side in image.size):
-        raise ValueError(f"an image of {image.size} does not fit: both sides must divide by {model.config.patch_size}")
+        raise ValueError(
+            f"an image of {image.size} does not fit: both sides must be multiples of {model.config.patch_size}"
+        )
     else:
         c, (rows, columns) = model.config, (side // model.config.patch_size for side in image.size)
-        most = min(
-            [c.size_tokens] * bool(c.size_tokens) + [c.pos_embed_max_size] * (c.positions != "rope"), default=None
-        )
-        if most is not None and max(rows, columns) > most:
+        limits = [c.size_tokens] if c.size_tokens else []
+        limits += [c.pos_embed_max_size] if c.positions != "rope" else []
+        if limits and max(rows, columns) > min(limits):
             raise ValueError(
-                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {most}"
+                f"an image of {rows} x {columns} patches does not fit: the model draws sizes of 1 to {min(limits)}"
             )

@@ -1,8 +1,8 @@
 """AutoencoderKL of diffusers (Rombach et al. 2022, section 3.1), from its folder or from a single file.
 
-A single file has no config: its tensors' shapes tell the network, and the model that it belongs to tells how latents
-are scaled. It may have diffusers' names or those of the original code (latent diffusion's, which SD, SDXL, SD3 and
-Flux kept), alone or under "first_stage_model." beside a trunk.
+A single file has no config: the architecture follows from the tensors' shapes, and how latents are scaled from the
+model that it belongs to. Its names may be diffusers' or those of the original code (latent diffusion's, which SD, SDXL,
+SD3 and Flux kept), alone or under "first_stage_model." beside a trunk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALES: dict[str, tuple[int, float, float | None]] = {
 }
 """Latent channels, scaling factor and shift factor of published autoencoders."""
 
-_BESIDE = {  # names of tensors beside an autoencoder that tell whose it is
+_KIND_OF = {  # by the names of tensors stored beside the autoencoder
     "joint_blocks.": "sd3",
     "double_blocks.": "flux",
     "conditioner.embedders.1.": "sdxl",
@@ -59,7 +59,7 @@ _RENAMES = (  # the original code's names to diffusers', then diffusers' old nam
 
 
 class KLAutoencoder(Autoencoder):
-    """An AutoencoderKL behind our calls; `vae` is that network."""
+    """An AutoencoderKL of diffusers, `vae`, with our interface."""
 
     has_posterior = True
 
@@ -81,7 +81,7 @@ class KLAutoencoder(Autoencoder):
 
     @property
     def shift_factor(self) -> float:
-        return float(self.vae.config.shift_factor or 0.0)  # SD's have none
+        return float(self.vae.config.shift_factor or 0.0)  # SD's has none
 
     def statistics(self, images: Tensor) -> Tensor:
         return self.vae.encode(images).latent_dist.parameters
@@ -109,8 +109,8 @@ class KLAutoencoder(Autoencoder):
     def load(cls, path: str | Path, kind: str | None = None) -> KLAutoencoder:
         """A stored AutoencoderKL in float32, frozen, in eval mode: a folder, or a .safetensors file.
 
-        kind: whose scale of the latents a file has, one of `SCALES`; not needed where a trunk or text encoders in the
-        file, or a config.json beside it, tell. Raises ValueError where it cannot be read.
+        kind: the key of `SCALES` that says how a file's latents are scaled; not needed if the file also holds a trunk
+        or text encoders, or has a config.json beside it. Raises ValueError if it cannot be read.
         """
         from diffusers import AutoencoderKL
 
@@ -123,7 +123,7 @@ class KLAutoencoder(Autoencoder):
             with torch.device("meta"):
                 vae = AutoencoderKL.from_config(config)
             check_fit(vae.state_dict(), tensors, str(path))
-        except Exception as error:  # diffusers checks no config, and fails as it may
+        except Exception as error:  # diffusers does not check configs: any exception may come
             raise ValueError(f"cannot read the autoencoder in {path}: {first_line(error)}") from error
         vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         model = cls(vae)
@@ -141,20 +141,20 @@ def _from_file(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, 
     tensors = renamed({name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)})
     config = path.parent / "config.json"
     if kind is None and config.is_file():
-        said = read_json(config)
-        if isinstance(said, dict) and said.get("_class_name") == "AutoencoderKL":
-            return said, tensors
-    kind = kind or next((told for part, told in _BESIDE.items() if any(part in name for name in stored)), None)
+        stored_config = read_json(config)
+        if isinstance(stored_config, dict) and stored_config.get("_class_name") == "AutoencoderKL":
+            return stored_config, tensors
+    kind = kind or next((told for part, told in _KIND_OF.items() if any(part in name for name in stored)), None)
     if kind is None:
         raise ValueError(f"it does not say how its latents are scaled; write {', '.join(f'{k}:FILE' for k in SCALES)}")
     return config_from_tensors(tensors, kind), tensors
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an AutoencoderKL under diffusers' present names, whichever they have.
+    """Tensors of an AutoencoderKL, named as in any of the supported sources, under diffusers' present names.
 
-    The original code counts the decoder's levels from the largest picture down, diffusers in the order of work; and
-    its attention has 1x1 convolutions for what are linear layers there.
+    The original code numbers the decoder's levels from the highest resolution, diffusers in the order of execution; and
+    its attention projections are 1x1 convolutions, in diffusers linear layers.
     """
     levels = [int(found[1]) for name in tensors if (found := re.match(r"decoder\.up\.(\d+)\.", name))]
     out: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def config_from_tensors(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
     """diffusers' config of an AutoencoderKL from its tensors' shapes, with the scale of `kind`.
 
-    Raises ValueError where they are no such network, or have other channels than that kind.
+    Raises ValueError if they are not an AutoencoderKL, or its latent channels are not those of `kind`.
     """
     if kind not in SCALES:
         raise ValueError(f"no autoencoder is known as {kind!r}, expected one of {', '.join(SCALES)}")

@@ -1,10 +1,10 @@
-"""Language models in Hugging Face's format: which a `Transfusion` can hold exactly, and their tensors by our names.
+"""Language models in Hugging Face's format that a `Transfusion` can represent exactly, and their tensors by our names.
 
-GPT-NeoX (Black et al. 2022, arXiv 2204.06745) in the form of our block: sequential residuals, the tanh form of GELU,
-and half of each head's channels turning with the step. Its queries, keys and values are interleaved head by head, and
-its turning channels come first in a head, where ours are paired over the whole head.
+GPT-NeoX (Black et al. 2022, arXiv 2204.06745) if it has the form of our block: sequential residuals, the tanh form of
+GELU, and rotary positions in half of each head's channels. Its queries, keys and values are interleaved head by head,
+and its rotary channels are the first half of a head, where our pairs span the whole head.
 
-Llama, Mistral without a window and Qwen2 as streams of `llama.py`.
+Llama, Mistral without a sliding window, and Qwen2 as streams of `llama.py`.
 
 Shape letters: V vocabulary, D width, H heads, d head width.
 """
@@ -26,12 +26,12 @@ from mmdit.weights_io import read_json
 Fields = Mapping[str, Any]
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # tables that old files hold
+IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older files
 
 
 class LanguageModel(NamedTuple):
-    """A model on disk: its kind, what a trunk's config has to say to hold it, its embedding, its head (V, D) and final
-    norm by our names, and the tensors of each block by their names inside a stream.
+    """A model on disk: its kind; `needs`, the config fields that a trunk must have for it; `ends`, its embedding, head
+    (V, D) and final norm by our names; and the tensors of each block by their names inside a stream.
     """
 
     kind: str
@@ -41,8 +41,8 @@ class LanguageModel(NamedTuple):
 
 
 class _Family(NamedTuple):
-    allowed: dict[str, tuple[Any, tuple[Any, ...]]]  # a field's value where it is not given, and those that are held
-    needs: Callable[[Fields], dict[str, Any]]  # from a config that is allowed
+    allowed: dict[str, tuple[Any, tuple[Any, ...]]]  # of each config field its default, and the supported values
+    needs: Callable[[Fields], dict[str, Any]]  # `LanguageModel.needs` from a supported config
     ends: dict[str, str]
     prefix: str
     block: Callable[[dict[str, Tensor], Fields], dict[str, Tensor]]
@@ -51,8 +51,7 @@ class _Family(NamedTuple):
 def read_language_model(folder: Path) -> LanguageModel:
     """The model in a folder that `save_pretrained` wrote.
 
-    Raises ValueError that names the fields of its config that our blocks cannot represent, and tensors that are missing
-    or of nothing that is known.
+    Raises ValueError naming config fields that our blocks cannot represent, and tensors that are missing or unknown.
     """
     family, config = _supported(folder)
     state = dict(read_folder(folder, "model"))
@@ -73,12 +72,14 @@ def read_language_model(folder: Path) -> LanguageModel:
     unknown = [*state, *(name for layer in layers for name in layer)]
     if unknown or len(ends) < len(family.ends):
         missing = [theirs for ours, theirs in family.ends.items() if ours not in ends]
-        raise ValueError(f"{folder} is no whole {config['model_type']}: missing {missing[:4]}, unknown {unknown[:4]}")
+        raise ValueError(
+            f"{folder} holds no complete {config['model_type']}: missing {missing[:4]}, unknown {unknown[:4]}"
+        )
     return LanguageModel(config["model_type"], family.needs(config), ends, blocks)
 
 
 def language_needs(folder: Path) -> dict[str, Any]:
-    """What a trunk's config has to say to hold the model in a folder; raises as `read_language_model`."""
+    """The config fields that a trunk must have for the model in a folder; raises as `read_language_model` does."""
     family, config = _supported(folder)
     return family.needs(config)
 
@@ -105,7 +106,7 @@ def _supported(folder: Path) -> tuple[_Family, dict[str, Any]]:
 
 
 def _normal(config: Any) -> dict[str, Any]:
-    """The config with what concerns rotary positions under the same names whoever wrote it."""
+    """The config with its rotary fields under the same names for every version of transformers."""
     if not isinstance(config, dict):
         return {}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -161,7 +162,7 @@ def _neox_block(layer: dict[str, Tensor], config: Fields) -> dict[str, Tensor]:
 
 
 def _paired(x: Tensor) -> Tensor:
-    """Channels of heads (H, d, ...): the turning pairs (i, i + d/4) of the first half become pairs (i, i + d/2)."""
+    """Reorder the channels of heads (H, d, ...): rotary pairs (i, i + d/4) of the first half become (i, i + d/2)."""
     a, b, c, e = x.chunk(4, dim=1)
     return torch.cat([a, c, b, e], dim=1)
 

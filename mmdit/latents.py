@@ -1,4 +1,4 @@
-"""What every autoencoder answers: images <-> scaled latents, whole or tile by tile, and a cheap look at latents.
+"""The interface of autoencoders: images <-> scaled latents, whole or tile by tile, and a cheap preview of latents.
 
 Raw latents are shifted and scaled to zero mean and unit variance by two measured numbers that are stored with the
 weights, in the convention of diffusers (SD3: 1.5305 and 0.0609):
@@ -29,16 +29,16 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Autoencoder(nn.Module, ABC):
-    """What every autoencoder answers; a subclass gives `channels`, `factor`, and what is abstract here."""
+    """The interface of autoencoders; a subclass defines `channels`, `factor` and the abstract methods."""
 
     channels: int
     """Latent channels C."""
     factor: int
     """Image pixels per latent pixel, along each side."""
     has_posterior = False
-    """Whether `draw` gives more than the mode."""
+    """Whether latents are a distribution, which `draw` can sample from."""
     preview_map: Tensor | None
-    """(C + 1, 3): colour of a latent pixel, and a constant; None until one is fitted or read."""
+    """(C + 1, 3): the linear map from latent channels to colours, its bias last; None until it is fitted or read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,39 +47,39 @@ class Autoencoder(nn.Module, ABC):
     @property
     @abstractmethod
     def scaling_factor(self) -> float:
-        """1 / the standard deviation of the raw latents, as measured."""
+        """1 / the measured standard deviation of raw latents."""
 
     @property
     @abstractmethod
     def shift_factor(self) -> float:
-        """The mean of the raw latents, as measured."""
+        """The measured mean of raw latents."""
 
     @abstractmethod
     def statistics(self, images: Tensor) -> Tensor:
-        """What is known of each latent pixel (B, S, h, w): the raw latents, or what their distribution is told by."""
+        """The encoder's output (B, S, h, w): raw latents, or the parameters of their distribution."""
 
     def draw(self, statistics: Tensor, generator: Generators | None) -> Tensor:
-        """Raw latents of such statistics: a sample where a generator is given, or one for each, else their mode."""
+        """Raw latents from `statistics`: a sample if a generator (or a list, one per image) is given, else the mode."""
         return statistics
 
-    def raw_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents as they come, neither shifted nor scaled."""
-        return self.draw(self.statistics(images), generator)
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """The encoder's latents (their mode), neither shifted nor scaled."""
+        return self.draw(self.statistics(images), None)
 
     @abstractmethod
     def raw_images(self, raw: Tensor) -> Tensor:
-        """Images of such latents, not clamped."""
+        """Images of raw latents, not clamped."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write what `open_autoencoder` reads."""
+        """Write a folder that `open_autoencoder` reads."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        A kind with a posterior gives its mode, or a sample of it where a generator is given. tile: side in pixels of
-        the tiles that every layer is worked in, which bounds the device's memory and leaves the result as it is
-        (None: in one piece; see `mmdit.tiles`). Raises ValueError for sides that are no multiple of `factor`.
+        An autoencoder with a posterior gives its mode, or a sample if a generator is given. tile: side in pixels of the
+        tiles in which each layer is computed, which bounds the device's memory and does not change the result (None:
+        no tiles; see `mmdit.tiles`). Raises ValueError for sides that are not multiples of `factor`.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
@@ -88,18 +88,18 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"image sides must be multiples of {self.factor}, got {height} x {width}: crop or resize first"
             )
-        return self.latents_of(self._worked(self.statistics, images, tile), generator)
+        return self.latents_of(self._tiled(self.statistics, images, tile), generator)
 
     def latents_of(self, statistics: Tensor, generator: Generators | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of such statistics; `generator` as in `draw`."""
+        """Scaled latents (B, C, h, w) from `statistics`; `generator` as in `draw`."""
         return (self.draw(statistics, generator) - self.shift_factor) * self.scaling_factor
 
     def settings(self) -> dict[str, Any]:
-        """What beside the weights the latents follow from."""
+        """Everything beside the weights that the latents depend on, for `fingerprint`."""
         return {}
 
     def fingerprint(self) -> str:
-        """SHA-256 of the kind, its settings and its weights in float32: alike for every copy, wherever it is kept."""
+        """SHA-256 of class, settings and float32 weights: the same for every copy, wherever it is stored."""
         about = [type(self).__name__, self.channels, self.factor, self.scaling_factor, self.shift_factor]
         digest = hashlib.sha256(json.dumps([*about, self.settings()], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
@@ -111,13 +111,13 @@ class Autoencoder(nn.Module, ABC):
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents (B, C, h, w); `tile` as in `encode`."""
         self._check(latents)
         raw = latents / self.scaling_factor + self.shift_factor
-        return self._worked(self.raw_images, raw, tile).clamp(-1, 1)
+        return self._tiled(self.raw_images, raw, tile).clamp(-1, 1)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"expected latents of shape (B, {self.channels}, h, w), got {tuple(latents.shape)}")
 
-    def _worked(self, work: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
+    def _tiled(self, work: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
         if tile is None:
             return work(x)
         if tile < 16:
@@ -129,9 +129,9 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
-        """A rough look at scaled latents (B, C, h, w) without decoding: images (B, 3, h, w) in [-1, 1].
+        """A rough preview of scaled latents (B, C, h, w) without decoding: images (B, 3, h, w) in [-1, 1].
 
-        A linear map of the channels; where none has been fitted or read, it is fitted to made-up patches of colour.
+        A linear map of the channels; if none has been fitted or read, it is fitted to synthetic patches of colour.
         """
         self._check(latents)
         if self.preview_map is None:
@@ -142,8 +142,8 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def fit_preview(self, images: Tensor) -> None:
-        """Fit the map of `preview` by least squares: from the latents of images (B, 3, H, W) to the mean colour of
-        the pixels that each latent pixel stands for.
+        """Fit the map of `preview` by least squares: from each latent pixel of images (B, 3, H, W) to the mean colour
+        of its `factor` x `factor` image pixels.
         """
         own = next(self.parameters(), images)
         z = self.encode(images.to(own)).float().cpu().permute(0, 2, 3, 1).reshape(-1, self.channels)
@@ -152,33 +152,32 @@ class Autoencoder(nn.Module, ABC):
         self.preview_map = torch.linalg.lstsq(rows, colours, driver="gelsd").solution.float().to(own.device)
 
     def preview_file(self) -> dict[str, Callable[[Path], object]]:
-        """The file that keeps the map, for `write_all_aside`: null where there is none, so that no older one stays."""
+        """The preview map's file, for `write_all_aside`; null without a map, so that an older file is overwritten."""
         table = self.preview_map
         return {PREVIEW: json_writer(None if table is None else [[round(x, 5) for x in row] for row in table.tolist()])}
 
     def read_preview(self, folder: Path) -> None:
-        """Take the map that stands in a folder, if one does. Raises ValueError where it is of other channels."""
-        if not (folder / PREVIEW).is_file():
-            return
-        if (rows := read_json(folder / PREVIEW)) is None:
+        """Read the preview map in a folder, if there is one. Raises ValueError if it does not have C + 1 rows."""
+        path = folder / PREVIEW
+        if not path.is_file() or (rows := read_json(path)) is None:
             return
         try:
             table = torch.tensor(rows, dtype=torch.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / PREVIEW} is no table of numbers: {error}") from error
+            raise ValueError(f"{path} is no table of numbers: {error}") from error
         if table.shape != (self.channels + 1, 3):
-            raise ValueError(f"{folder / PREVIEW} is a table {tuple(table.shape)}, expected ({self.channels + 1}, 3)")
+            raise ValueError(f"{path} is a table {tuple(table.shape)}, expected ({self.channels + 1}, 3)")
         self.preview_map = table
 
 
 def _colours(factor: int) -> Tensor:
-    """Pictures of soft patches of random colour, the same each time: (16, 3, 16 factor, 16 factor)."""
+    """Images of smooth patches of random colour, the same each time: (16, 3, 16 factor, 16 factor)."""
     patches = torch.rand(16, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(patches, size=(16 * factor, 16 * factor), mode="bilinear")
 
 
 class PixelSpace(Autoencoder):
-    """The identity in the autoencoder's place: the latents are the pixels, (B, 3, H, W) in [-1, 1]."""
+    """The identity in place of an autoencoder: latents are pixels, (B, 3, H, W) in [-1, 1]."""
 
     channels = 3
     factor = 1

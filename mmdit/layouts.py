@@ -1,9 +1,9 @@
-"""Names and tensors of an MMDiT in the layouts of others: diffusers' `SD3Transformer2DModel`, and the original one of
-SD3 and SD3.5 (github.com/Stability-AI/sd3-ref, sd3.5).
+"""State dicts of an MMDiT in other layouts: diffusers' `SD3Transformer2DModel`, and the original one of SD3 and SD3.5
+(github.com/Stability-AI/sd3-ref, sd3.5).
 
 Our state dict differs from diffusers' in three ways: names; queries, keys and values are one fused matrix here; the
-last modulations are (shift, scale) here, and (scale, shift) there. From the original layout it differs in names alone.
-In both of them the patch embedding is a convolution with one step a patch, which is a linear layer on the patch.
+last modulations are (shift, scale) here, and (scale, shift) there. From the original layout it differs in names only.
+In both, the patch embedding is a convolution with the patch as kernel and stride, here a linear layer on the patch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mmdit.config import MMDiTConfig
 
 
 class Place(NamedTuple):
-    """Where one of our tensors stands: its rows are those of these tensors, one after the other, or, where it is
-    swapped, its halves are exchanged.
+    """The other layout's form of one of our tensors: split along its rows into tensors of these names, and, if swapped,
+    with its halves exchanged.
     """
 
     names: tuple[str, ...]
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of layers: of those that are there once, and of a block's image and text stream. A tuple: q, k and v."""
+    """The names of layers: those outside the blocks, and those of a block's image and text stream. A tuple: q, k, v."""
 
     title: str
     pos_embed: str
@@ -41,7 +41,7 @@ class Layout:
     """Whether the last modulations are (scale, shift)."""
 
     def places(self, config: MMDiTConfig) -> Iterator[tuple[str, Place]]:
-        """Every tensor's name here and its place there; tensors that the config does not have are among them."""
+        """Every tensor's name here and its place there, including tensors that this config does not have."""
         yield "pos_embed", Place((self.pos_embed,), False)
         layers: list[tuple[str, str | tuple[str, ...]]] = list(self.once.items())
         for i in range(config.depth):
@@ -57,7 +57,7 @@ class Layout:
                 yield f"{ours}.{leaf}", place
 
     def take(self, state: dict[str, Tensor], config: MMDiTConfig) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors one by one out of theirs, which leave `state` as they are read: nothing is held twice for long.
+        """Convert tensors to our layout, one by one. They are removed from `state`, which bounds the memory.
 
         A tensor that is missing there is missing here.
         """
@@ -71,8 +71,8 @@ class Layout:
             yield ours, tensor.flatten(1) if ours == "patch_in.weight" else tensor
 
     def to_ours(self, state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-        """Our state dict from theirs. Raises ValueError for a tensor that is not known; one that is missing there is
-        missing here.
+        """Our state dict from theirs. Raises ValueError for an unknown tensor; one that is missing there is missing
+        here.
         """
         known = {name for _, place in self.places(config) for name in place.names}
         if unknown := sorted(state.keys() - known):

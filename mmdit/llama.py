@@ -1,7 +1,8 @@
 """The block of Llama (Touvron et al. 2023, arXiv 2302.13971) as a stream beside SD3's: RMSNorm, SwiGLU, no biases, keys
 and values shared by groups of heads; Qwen2 (arXiv 2407.10671) adds biases to queries, keys and values.
 
-A stream that no time modulates may have this form, so that text can be a pretrained language model, exactly.
+A stream without time conditioning may have this form, so that the text stream can be exactly a pretrained language
+model.
 
 Shape letters: B batch, S tokens, D width, H heads, K heads of keys and values, d head width.
 """
@@ -21,7 +22,7 @@ from mmdit.embeddings import rotate
 
 
 class LlamaStream(nn.Module):
-    """What a `Stream` is to a `JointBlock`, in Llama's form: nothing modulates it."""
+    """A stream of a `JointBlock` in Llama's form, in place of `blocks.Stream`; it takes no modulation."""
 
     pre_only = False
 
@@ -35,13 +36,13 @@ class LlamaStream(nn.Module):
         self.down = nn.Linear(config.hidden, dim, bias=False)
 
     def modulation(self, _: object) -> tuple[Tensor, ...]:
-        """None."""
+        """No modulation."""
         return ()
 
-    def read(
+    def pre_attention(
         self, x: Tensor, mods: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, S, D) to q, k, v, each (B, H, S, d): a group's keys and values stand there for each of its heads."""
+        """x (B, S, D) to q, k, v, each (B, H, S, d): keys and values are repeated for each head of their group."""
         heads = rearrange(self.qkv(self.norm1(x)), "b s (h d) -> b h s d", h=sum(self.heads))
         q, k, v = heads.split(self.heads, dim=1)
         if rotary is not None:
@@ -49,9 +50,11 @@ class LlamaStream(nn.Module):
         k, v = (kv.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for kv in (k, v))
         return q, k, v
 
-    def attend(self, x: Tensor, heads: Tensor, mods: tuple[Tensor, ...], rotary: Any, mask: object = None) -> Tensor:
-        """The residual branches, given what the joint attention brought: `heads` (B, S, D)."""
-        y = x + self.out(heads)
+    def post_attention(
+        self, x: Tensor, attended: Tensor, mods: tuple[Tensor, ...], rotary: Any, mask: object = None
+    ) -> Tensor:
+        """The residual branches, given the joint attention's output `attended` (B, S, D)."""
+        y = x + self.out(attended)
         z = self.norm2(y)
         return y + self.down(F.silu(self.gate(z)) * self.up(z))
 
@@ -59,9 +62,9 @@ class LlamaStream(nn.Module):
 def rotary_llama(coordinates: Tensor, head_dim: int, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """Rotary angles of text and patches: coordinates (S, 3), step of the text, row, column, to cos and sin (S, d / 2).
 
-    All channel pairs turn with the step, as in Llama; for patches the row is added to it in one pair of three and the
-    column in another (the axes of Qwen2-VL, arXiv 2409.12191, section 2.1, but interleaved), so that text, at row and
-    column 0, is what the language model knows.
+    All channel pairs rotate with the step, as in Llama. Of every three pairs, one has the patch's row added to the step
+    and one its column (the axes of Qwen2-VL, arXiv 2409.12191, section 2.1, but interleaved); text has row and column
+    0, and so exactly the positions that the language model was trained with.
     """
     pairs = torch.arange(head_dim // 2, device=coordinates.device)
     omega = _frequencies(pairs, config)
@@ -72,7 +75,7 @@ def rotary_llama(coordinates: Tensor, head_dim: int, config: LlamaConfig) -> tup
 
 
 def _frequencies(pairs: Tensor, config: LlamaConfig) -> Tensor:
-    """theta^(-k / (d/2)); in a longer context (Llama 3.1, arXiv 2407.21783) slow ones are slower by a factor."""
+    """theta^(-k / (d/2)); Llama 3.1's scaling (arXiv 2407.21783) divides low frequencies by a factor."""
     omega = config.rope_theta ** (-pairs.float() / len(pairs))
     if config.rope_scaling is None:
         return omega

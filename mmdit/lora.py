@@ -1,10 +1,9 @@
-"""Low-rank adapters for fine-tuning (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft, in files that diffusers' SD3
-pipeline reads and writes.
+"""LoRA fine-tuning (Hu et al. 2021, arXiv 2106.09685) by peft, in the file format of diffusers' SD3 pipeline.
 
     W + (alpha / rank) B A        A (rank, in), B (out, rank); B starts at zero
 
-Only A and B are trained. Queries, keys and values are one matrix here and three there: ours share one A; three of
-theirs become one of three times the rank, with B in blocks, which is the same function.
+Only A and B are trained. Queries, keys and values are one matrix here and three in diffusers. Ours has one A, which is
+written three times; three of theirs become one of three times the rank, with a block-diagonal B: the same function.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 def add_lora(
     model: nn.Module, rank: int, alpha: float | None = None, targets: Literal["attention", "all"] = "attention"
 ) -> None:
-    """Put adapters beside the matrices of a trunk's blocks, and freeze all else.
+    """Add adapters to the linear layers of a trunk's blocks, and freeze everything else.
 
-    alpha None: as rank, a scale of 1. Raises ValueError for a rank below 1, and where peft is not installed.
+    alpha None: the rank, a scale of 1. Raises ValueError for a rank below 1, and if peft is not installed.
     """
     if type(rank) is not int or rank < 1 or targets not in TARGETS:
         raise ValueError(f"rank is {rank!r} and targets {targets!r}: expected at least 1, and one of {tuple(TARGETS)}")
@@ -43,14 +42,14 @@ def add_lora(
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that have an adapter, by the name of the layer that they stand in for."""
+    """The layers with an adapter, and their names."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
             yield name, module
 
 
 def lora_pairs(model: nn.Module) -> Pairs:
-    """A and B of each adapted layer, on the CPU, with the scale in B."""
+    """A and B of each adapted layer, on the CPU, with the scale multiplied into B."""
     return {
         name: (
             layer.lora_A["default"].weight.detach().cpu(),
@@ -61,7 +60,7 @@ def lora_pairs(model: nn.Module) -> Pairs:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights that they stand beside, and take them away."""
+    """Merge the adapters into the weights, and remove them."""
     for name, layer in list(lora_layers(model)):
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -70,7 +69,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it would be after `merge_lora`; the model stays as it is."""
+    """The state dict as it would be after `merge_lora`; the model is not changed."""
     pairs = lora_pairs(model)
     state = {
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
@@ -82,7 +81,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_lora(model: MMDiT, path: str | Path) -> None:
-    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError for a model without any."""
+    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError if there are none."""
     pairs = lora_pairs(model)
     if not pairs:
         raise ValueError("the model has no adapters: add_lora first")
@@ -95,9 +94,9 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
 
 
 def load_lora(model: MMDiT, path: str | Path) -> None:
-    """Put the adapters of a file beside a trunk's weights, in diffusers' layout, and freeze all else.
+    """Add the adapters of a file in diffusers' layout to a trunk, and freeze everything else.
 
-    Raises ValueError, and leaves the model as it was, where a layer or a shape is not the trunk's.
+    Raises ValueError, and leaves the model as it was, if a layer or a shape is not the trunk's.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already: merge_lora first")
@@ -113,7 +112,7 @@ def load_lora(model: MMDiT, path: str | Path) -> None:
 
 
 def _names(model: MMDiT) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our layers by name, and diffusers'."""
+    """The names of each of our layers, and of diffusers' layers for it."""
     for name, place in DIFFUSERS.places(model.config):
         if name.endswith(".weight"):
             yield name.removesuffix(".weight"), tuple(theirs.removesuffix(".weight") for theirs in place.names)
@@ -126,16 +125,16 @@ def _inject(model: nn.Module, target: str, rank: int, alpha: float, ranks: Mappi
 
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already: merge_lora first")
-    given = {f"^{name}$": value for name, value in ranks.items()}
-    scale: Any = alpha  # any number works
+    per_layer = {f"^{name}$": value for name, value in ranks.items()}
+    scale: Any = alpha  # peft declares an int, but any number works
     config = LoraConfig(
-        r=rank, lora_alpha=scale, target_modules=target, rank_pattern=dict(given), alpha_pattern=dict(given)
+        r=rank, lora_alpha=scale, target_modules=target, rank_pattern=dict(per_layer), alpha_pattern=dict(per_layer)
     )
     inject_adapter_in_model(config, model)
 
 
 def _read(path: Path) -> Pairs:
-    """A and B by diffusers' name of the layer; the scale, where the file has alphas, in B."""
+    """A and B by diffusers' name of the layer, with the file's scale multiplied into B."""
     state = {name.removeprefix("transformer."): tensor for name, tensor in read_weights(path).items()}
     pairs, scale = Pairs(), _scale(path)
     for name in [name for name in state if name.endswith(".lora_A.weight")]:
@@ -154,12 +153,12 @@ def _read(path: Path) -> Pairs:
 
 
 def _scale(path: Path) -> float:
-    """alpha / rank, where the file says so as diffusers does."""
-    said = read_metadata(path).get("lora_adapter_metadata", "{}")
+    """alpha / rank from the file's metadata, as diffusers writes it; 1 without."""
+    metadata = read_metadata(path).get("lora_adapter_metadata", "{}")
     try:
-        found = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
+        found = {name.removeprefix("transformer."): value for name, value in json.loads(metadata).items()}
     except (AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} says of its adapters what is no table: {error}") from error
+        raise ValueError(f"{path} has metadata of its adapters that is no table: {error}") from error
     if found.get("rank_pattern") or found.get("alpha_pattern") or found.get("use_dora") or found.get("use_rslora"):
         raise ValueError(f"{path} has ranks or scales by layer, DoRA or rank-stabilised scales, which are not read")
     if not {"r", "lora_alpha"} <= found.keys():
@@ -171,7 +170,7 @@ def _scale(path: Path) -> float:
 
 
 def _fused(theirs: Pairs, model: MMDiT, source: str) -> Pairs:
-    """By our names, queries, keys and values in one. Raises ValueError for layers and shapes that the model lacks."""
+    """Adapters for our layers, with fused q, k and v. Raises ValueError for layers and shapes that the model lacks."""
     pairs: Pairs = {}
     layers = dict(model.named_modules())
     for ours, parts in _names(model):

@@ -1,8 +1,8 @@
-"""Tensors of a safetensors file where they lie: memory-mapped, so that reading a file copies nothing.
+"""Memory-mapped safetensors files: reading a file copies nothing.
 
-The mapping is private: the system reads bytes when they are first used, a write changes the process's copy and never
-the file, and the mapping goes with the last of the tensors. What replaces the file by renaming (as everything here
-does) leaves them as they were; what writes into it does not.
+The mapping is private (copy on write): bytes are read from disk when first used, a write changes the process's copy and
+never the file, and the mapping lives as long as its last tensor. A file may be replaced by renaming, as all of this
+package does, without changing the tensors; but not written in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-"""Endings of files that are refused: they hold programs, which run when the file is opened."""
+"""Suffixes of files that are refused: pickles can execute code when they are opened."""
 
 _POINTER = b"version https://git-lfs"
 _DTYPES = {
@@ -38,16 +38,16 @@ _DTYPES = {
 
 
 class Weights(dict[str, Tensor]):
-    """Mapped tensors by name, and the mappings that they lie in."""
+    """Mapped tensors by name, and their memory mappings."""
 
     def __init__(self, tensors: Mapping[str, Tensor], mappings: Iterable[mmap.mmap]) -> None:
         super().__init__(tensors)
         self.mappings = list(mappings)
 
     def release(self) -> None:
-        """Give the memory of what was read back to the system, which reads it again where it is used again.
+        """Drop the pages read so far from memory; the system reads them again when they are used.
 
-        To be called while nothing has been written to the tensors: it would be lost.
+        Writes to the tensors are lost: call it only before any.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapping in self.mappings:
@@ -55,10 +55,10 @@ class Weights(dict[str, Tensor]):
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors of a safetensors file by name, mapped.
+    """The mapped tensors of a safetensors file, by name.
 
-    Raises FileNotFoundError where there is no file, ValueError that names the file where it is a pickle, a Git LFS
-    pointer, cut short or not safetensors.
+    Raises FileNotFoundError if there is no file, ValueError naming the file if it is a pickle, a Git LFS pointer,
+    truncated or not safetensors.
     """
     header, start = _header(path)
     header.pop("__metadata__", None)
@@ -76,12 +76,12 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; raises as `read_weights` does."""
+    """The metadata of a safetensors file; raises as `read_weights` does."""
     return _header(path)[0].get("__metadata__") or {}
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The file's table of tensors, and where their bytes start."""
+    """The header of the file, and the offset of the tensors' bytes."""
     from safetensors import SafetensorError, safe_open
 
     refuse_pickle(path)
@@ -91,7 +91,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull` where it came from")
     try:
-        with safe_open(path, framework="pt"):  # the library checks that the table is sound and the file whole
+        with safe_open(path, framework="pt"):  # the library checks that the header is valid and the file complete
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from error

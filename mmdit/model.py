@@ -55,7 +55,7 @@ class MMDiT(nn.Module):
         return JointBlock({"img": img, "txt": Stream(*shape, pre_only=i == c.depth - 1)})
 
     def init_weights(self) -> None:
-        """DiT's (see `init_linear`), with a zero way out, and time and text small, so that modulations start gently."""
+        """DiT's (see `init_linear`), with a zero output layer, and small weights in the embeddings of time and text."""
         init_linear(self)
         for embedding in (self.time_in, self.pooled_in):
             nn.init.normal_(embedding.fc1.weight, std=0.02)
@@ -74,66 +74,67 @@ class MMDiT(nn.Module):
         """Velocity at x_t (B, C, h, w), shaped like it.
 
         t (B,) in [0, 1], 0 = data; context (B, L, context_dim) text tokens; pooled (B, pooled_dim) text vector;
-        context_mask (B, L) boolean, True where a text token is real (None: all are); skip_layers: blocks, from 0, that
-        are passed over, for guidance by a weaker model. x_t may be a list of B latents (C, h, w), each of its own size:
-        then all tokens stand in one row without padding, and a list comes back, with the same numbers as one by one.
-        Raises ValueError for shapes that do not fit.
+        context_mask (B, L) boolean, True where a text token is real (None: all are); skip_layers: blocks, from 0, to
+        leave out, for skip-layer guidance. x_t may be a list of B latents (C, h, w) of any sizes: all tokens are then
+        packed in one row without padding, and a list is returned, with the same numbers as one by one. Raises
+        ValueError for shapes that do not fit.
         """
         self._check(x_t, t, context, pooled, context_mask)
         self.check_layers(skip_layers)
         context_mask = None if context_mask is None else context_mask.bool()
         silu_c = F.silu(self.time_in(t) + self.pooled_in(pooled))
         if not isinstance(x_t, Tensor):
-            mask = None if context_mask is None or context_mask.is_meta else context_mask  # a shape alone hides nothing
+            mask = (
+                None if context_mask is None or context_mask.is_meta else context_mask
+            )  # a meta tensor has no values: take all as real
             return self._packed(list(x_t), silu_c, context, mask, skip_layers)
-        (img, rotary), mask = self._read(x_t), key_mask(self._num_tokens(x_t), context_mask)
-        img = self._through([img, self.context_in(context)], [silu_c] * 2, mask, [rotary, None], skip_layers)
-        return self._write(img, silu_c, x_t.shape[-2:])
+        (img, rotary), mask = self._embed(x_t), key_mask(self._num_tokens(x_t), context_mask)
+        img = self._run_blocks([img, self.context_in(context)], [silu_c] * 2, mask, [rotary, None], skip_layers)
+        return unpatchify(self._patches_out(img, silu_c), self.config.patch_size, *x_t.shape[-2:])
 
     def _packed(
         self, latents: list[Tensor], silu_c: Tensor, context: Tensor, real: Tensor | None, skip_layers: Collection[int]
     ) -> list[Tensor]:
-        """The same without padding; images of one size stay side by side, of several they are a row like the texts."""
+        """`forward` without padding: text is packed into one row, and so are images unless all have one size."""
         counts = [self._num_tokens(x) for x in latents]
         lengths = [context.shape[1]] * len(latents) if real is None else real.sum(1).tolist()
         txt = self.context_in(context.flatten(0, 1) if real is None else context[real])[None]
         one_size = len({x.shape for x in latents}) == 1
         if one_size:
-            img, rotary = self._read(torch.stack(latents))
+            img, rotary = self._embed(torch.stack(latents))
         else:
-            img, rotary = self._read_row(latents)
-        of_img: Any = silu_c if one_size else _per_token(silu_c, counts)
-        conditions = [of_img, _per_token(silu_c, lengths)]
+            img, rotary = self._embed_row(latents)
+        img_c: Any = silu_c if one_size else _per_token(silu_c, counts)
+        conditions = [img_c, _per_token(silu_c, lengths)]
         mask = Pairs(tuple(counts), tuple(lengths))
-        img = self._through([img, txt], conditions, mask, [rotary, None], skip_layers)
+        img = self._run_blocks([img, txt], conditions, mask, [rotary, None], skip_layers)
+        patches, p = self._patches_out(img, img_c), self.config.patch_size
         if one_size:
-            return list(self._write(img, of_img, latents[0].shape[-2:]))
-        shift, scale = self.modulation_out(of_img)
-        patches = self.patch_out(modulate(img, shift, scale)).split(counts, dim=1)
-        sizes = [x.shape[-2:] for x in latents]
-        return [unpatchify(x, self.config.patch_size, *size)[0] for x, size in zip(patches, sizes, strict=True)]
+            return list(unpatchify(patches, p, *latents[0].shape[-2:]))
+        parts = zip(patches.split(counts, dim=1), latents, strict=True)
+        return [unpatchify(part, p, *latent.shape[-2:])[0] for part, latent in parts]
 
     def _num_tokens(self, x_t: Tensor) -> int:
         return x_t.shape[-2] * x_t.shape[-1] // self.config.patch_size**2
 
-    def _read(self, x_t: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Latents of one size as tokens (B, N, D) that know their places, and the rotary embedding, if there is one."""
+    def _embed(self, x_t: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Latents of one size to tokens (B, N, D) with positions added, and the rotary embedding, if there is one."""
         img = self.patch_in(patchify(x_t, self.config.patch_size))
-        table, rotary = self._places(x_t)
+        table, rotary = self._positions(x_t)
         return img if table is None else img + table.to(img.dtype), rotary
 
-    def _read_row(self, latents: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The same of latents of several sizes, as one row (1, S, D)."""
+    def _embed_row(self, latents: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The same for latents of several sizes, packed in one row (1, S, D)."""
         img = self.patch_in(torch.cat([patchify(x[None], self.config.patch_size) for x in latents], dim=1))
-        places = {x.shape: self._places(x) for x in latents}  # of each size once
-        tables, rotaries = zip(*(places[x.shape] for x in latents), strict=True)
+        positions = {x.shape: self._positions(x) for x in latents}  # computed once per size
+        tables, rotaries = zip(*(positions[x.shape] for x in latents), strict=True)
         img = img if tables[0] is None else img + torch.cat(tables, dim=1).to(img.dtype)
         if rotaries[0] is None:
             return img, None
         return img, (torch.cat([cos for cos, _ in rotaries]), torch.cat([sin for _, sin in rotaries]))
 
-    def _places(self, x_t: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """The table's positions (1, N, D) for latents of a size, and their rotary embedding, where there are such."""
+    def _positions(self, x_t: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Sin-cos positions (1, N, D) and rotary embedding for the size of x_t; None for what the model has not."""
         kind, p = self.config.positions, self.config.patch_size
         rows, columns = x_t.shape[-2] // p, x_t.shape[-1] // p
         table = None
@@ -142,7 +143,7 @@ class MMDiT(nn.Module):
             table = crop_positions(whole, rows, columns)
         return table, None if kind == "sincos" else rotary_2d(rows, columns, self.config.head_dim, x_t.device)
 
-    def _through(
+    def _run_blocks(
         self, streams: list[Tensor], conditions: list[Any], mask: Any, rotaries: list[Any], skip: Collection[int]
     ) -> Tensor:
         """The image stream after all blocks."""
@@ -151,10 +152,9 @@ class MMDiT(nn.Module):
                 streams = block(streams, conditions, mask, rotaries)
         return streams[0]
 
-    def _write(self, img: Tensor, silu_c: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens (B, N, D) of images of one size to velocities (B, C, h, w)."""
-        shift, scale = self.modulation_out(silu_c)
-        return unpatchify(self.patch_out(modulate(img, shift, scale)), self.config.patch_size, *size)
+    def _patches_out(self, img: Tensor, silu_c: Tensor | PerToken) -> Tensor:
+        """The image stream (B, N, D) to patches of the velocity (B, N, p*p*C)."""
+        return self.patch_out(modulate(img, *self.modulation_out(silu_c)))
 
     def _check(
         self, x_t: Tensor | Sequence[Tensor], t: Tensor, context: Tensor, pooled: Tensor, context_mask: Tensor | None
@@ -172,11 +172,13 @@ class MMDiT(nn.Module):
                 raise ValueError(f"x_t has shape {tuple(x.shape)}, expected {form}")
             height, width = x.shape[-2:]
             if height % c.patch_size or width % c.patch_size or not height or not width:
-                raise ValueError(f"x_t is {height} x {width}, both sides must divide by the patch ({c.patch_size})")
+                raise ValueError(
+                    f"x_t is {height} x {width}, both sides must be multiples of the patch ({c.patch_size})"
+                )
         if not batch:
             raise ValueError("x_t holds no image")
         if t.shape != (batch,):
-            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] a sample")
+            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({batch},): one time in [0, 1] per sample")
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:
             raise ValueError(f"context has shape {tuple(context.shape)}, expected ({batch}, L, {c.context_dim})")
         if pooled.shape != (batch, c.pooled_dim):
@@ -185,7 +187,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"context_mask has shape {tuple(context_mask.shape)}, expected {tuple(context.shape[:2])}")
 
     def check_layers(self, skip_layers: Collection[int]) -> None:
-        """Raises ValueError for layers to skip that are none."""
+        """Raises ValueError for layers to skip that do not exist."""
         if unknown := [i for i in skip_layers if not 0 <= i < self.config.depth]:
             raise ValueError(f"skip_layers names blocks {unknown}, but there are blocks 0 to {self.config.depth - 1}")
 
@@ -199,7 +201,7 @@ class MMDiT(nn.Module):
 
 
 def _per_token(silu_c: Tensor, counts: list[int]) -> PerToken:
-    """Conditioning (B, D) of tokens that stand in one row, so many of each sample."""
+    """Conditioning (B, D) for tokens packed in one row, `counts` of each sample."""
     numbers, repeats = torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu")
     rows = torch.repeat_interleave(numbers, repeats)
     return PerToken(silu_c, rows.to(silu_c.device))

@@ -1,4 +1,4 @@
-"""Our own autoencoder: the best linear code of 8x8 patches and small convolutional networks that learn the rest.
+"""Our own autoencoder: PCA of 8x8 patches, and small convolutional networks that learn the residual.
 
 Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h = H / 8), images float in [-1, 1].
 """
@@ -65,13 +65,12 @@ class ResidualBlock(nn.Module):
 
 
 class PatchAutoencoder(Autoencoder):
-    """The best linear code of 8x8 patches (PCA), and a small convolutional network on each side that learns the rest.
+    """PCA of 8x8 patches, and a small convolutional network in encoder and decoder that learns the residual.
 
-        z = A (p - mean) + f(x)          x = patches back of (mean + B z) + g(z)
+        z = A (p - mean) + f(x)          x = unpatchify(mean + B z) + g(z)
 
-    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality,
-    and all work is done at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al.
-    2016).
+    with p the patches of x, A and B set by `start_from` and f, g starting at zero: training starts at PCA's quality.
+    All layers work at 1/4 and 1/8 of the image's sides, where a CPU is quick (pixel unshuffling: Shi et al. 2016).
     """
 
     factor = 8
@@ -119,21 +118,20 @@ class PatchAutoencoder(Autoencoder):
         return self.config.shift_factor
 
     def set_scale(self, scaling_factor: float, shift_factor: float) -> None:
-        """Store the measured scalars."""
+        """Store the measured scaling and shift factors."""
         self.config = replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
 
     @torch.no_grad()
     def start_from(self, images: Tensor, balance: float) -> None:
-        """Set the linear code to the first C principal components of the 8x8 patches of images (B, 3, H, W) in [-1, 1].
+        """Set A, B and mean to the first C principal components of the 8x8 patches of images (B, 3, H, W) in [-1, 1].
 
-        balance: 0 keeps the components' own variances, 1 gives all the same; the mean square of the latents is 1
-        either way.
+        balance: 0 keeps the components' variances, 1 whitens them; the mean square of the latents is 1 either way.
         """
         patches = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 192)
         mean = patches.mean(0)
         std, axes = _principal(patches - mean, self.channels)
         wanted = std ** (1 - balance)
-        unit = std / (wanted / wanted.square().mean().sqrt())  # one latent step, in the component's own units
+        unit = std / (wanted / wanted.square().mean().sqrt())  # the component's change for a change of 1 in the latent
         self.linear_in.weight.copy_((axes / unit[:, None]).view_as(self.linear_in.weight))
         self.linear_in.bias.copy_(-(axes @ mean) / unit)  # type: ignore[union-attr]
         self.linear_out.weight.copy_((axes.T * unit)[:, :, None, None])
@@ -149,8 +147,8 @@ class PatchAutoencoder(Autoencoder):
         return F.pixel_shuffle(self.linear_out(raw), 8) + self.decoder(raw)
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, the preview's map, and model.safetensors (half precision: the rounding is far below the
-        reconstruction error).
+        """Write config.json, the preview map, and model.safetensors, in half precision: the rounding is far below the
+        reconstruction error.
         """
         state = {name: tensor.half() for name, tensor in self.state_dict().items()}
         config = {"_class_name": "PatchAutoencoder", **asdict(self.config)}
@@ -159,7 +157,7 @@ class PatchAutoencoder(Autoencoder):
 
     @classmethod
     def load(cls, folder: str | Path) -> PatchAutoencoder:
-        """A stored one, in float32, frozen, in eval mode. Raises ValueError where the files do not fit."""
+        """A stored autoencoder in float32, frozen, in eval mode. Raises ValueError if the files do not fit together."""
         config = {
             name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"
         }
@@ -179,8 +177,8 @@ class PatchAutoencoder(Autoencoder):
 
 
 def _principal(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest standard deviations of centred rows x (N, D), at least 1e-3, and their axes (n, D)."""
+    """PCA of centred rows x (N, D): the n largest standard deviations, at least 1e-3, and their axes (n, D)."""
     variances, axes = torch.linalg.eigh(x.T.double() @ x.double() / len(x))
     axes = axes.flip(1)[:, :n].T
-    axes = axes * torch.sign(axes.sum(1, keepdim=True) + 1e-12)  # eigenvectors have no sign of their own
+    axes = axes * torch.sign(axes.sum(1, keepdim=True) + 1e-12)  # the sign of an eigenvector is arbitrary: fix it
     return variances.flip(0)[:n].clamp(min=1e-6).sqrt().to(x.dtype), axes.to(x.dtype)

@@ -1,4 +1,4 @@
-"""PIL images of any kind as a model takes them: as a viewer shows them, upright and in 8-bit RGB."""
+"""PIL images of any mode as a model takes them: as a viewer shows them, upright and in 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def as_shown(image: Image) -> Image:
-    """The image as a viewer shows it: upright, in RGB. Raises ValueError for what is no image of Pillow."""
+    """The image as a viewer shows it: upright, in RGB. Raises ValueError for anything but a Pillow image."""
     from PIL.Image import Image
 
     if not isinstance(image, Image):
@@ -24,13 +24,13 @@ def upright(image: Image) -> Image:
     """The image turned as its EXIF orientation says."""
     from PIL import ImageOps
 
-    with suppress(Exception):  # broken EXIF data does not make a bad image
+    with suppress(Exception):  # an image with broken EXIF data is still good
         return ImageOps.exif_transpose(image)
     return image
 
 
 def as_rgb(image: Image) -> Image:
-    """Any mode of Pillow to RGB: transparency lies over white, 16-bit and float gray are scaled and not clipped."""
+    """Any Pillow mode to RGB: transparency is put over white, 16-bit and float gray are scaled, not clipped."""
     from PIL import Image as pil
 
     if image.mode.startswith("I") or image.mode == "F":
@@ -48,7 +48,8 @@ def as_rgb(image: Image) -> Image:
 def _gray_8bit(gray: np.ndarray) -> np.ndarray:
     """16-bit gray, or 32-bit integer or float gray, scaled (not clipped) to 8 bits.
 
-    Integers are of 16 bits unless some value needs more; floats are in [0, 1] unless some value exceeds 1, then 8 bits.
+    The range is taken from the values: integers are 16-bit unless one needs more; floats are in [0, 1], or in [0, 255]
+    if one exceeds 1.
     """
     levels = (1, 255) if gray.dtype.kind == "f" else (2**16 - 1, 2**31 - 1)
     gray = np.nan_to_num(gray.astype(np.float32))

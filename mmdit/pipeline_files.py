@@ -1,7 +1,7 @@
-"""A pipeline on disk: a folder of ours, one for diffusers' StableDiffusion3Pipeline, a file in SD3's original layout.
+"""Pipelines on disk: our own folder, one for diffusers' StableDiffusion3Pipeline, or a file in SD3's original layout.
 
-Ours holds `pipeline.json` (what a call takes where it is not told), `transformer/`, `text/` and `autoencoder/`, each
-with its config and safetensors; a run folder holds that in `pipeline/`.
+Ours holds `pipeline.json` (the default options), `transformer/`, `text/` and `autoencoder/`, each with its config and
+safetensors; a run folder holds one in `pipeline/`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def save_defaults(pipe: TextToImage, folder: Path) -> None:
 
 
 def save_pipeline_weights(pipe: TextToImage, folder: Path) -> None:
-    """The trunk's weights and the text encoder's; adapters are added to the trunk's, and written beside."""
+    """Write the weights of trunk and text encoder, with LoRA adapters merged, and beside these the adapters alone."""
     from mmdit.lora import lora_pairs, plain_state, save_lora
 
     trunk = pipe.model.transformer
@@ -89,7 +89,7 @@ def load_pipeline(
     text: str | Path | None = None,
     autoencoder: str | Path | None = None,
 ) -> TextToImage:
-    """On the CPU; see `TextToImage.load`."""
+    """The pipeline at `path`, on the CPU; see `TextToImage.load`."""
     check_dtype(dtype)
     if path.is_file() or path.suffix in (".safetensors", *PICKLES):
         from mmdit.sd3_file import read_sd3_file
@@ -103,7 +103,7 @@ def load_pipeline(
 
         return read_sd3(folder, dtype or torch.float32, without)
     if without:
-        raise ValueError(f"{path} has not the three text encoders of SD3: nothing can be left out")
+        raise ValueError(f"{path} does not have the three text encoders of SD3: nothing can be left out")
     return _load_own(path, folder)
 
 
@@ -122,7 +122,7 @@ def _load_own(root: Path, folder: Path) -> TextToImage:
 
 
 def _defaults(path: Path) -> dict[str, Any]:
-    """What `save_defaults` wrote. Raises ValueError that names what is missing or is none of it."""
+    """The defaults that `save_defaults` wrote. Raises ValueError naming a key that is missing or of the wrong type."""
     about: dict[str, Any] = read_config(dict, path)
     missing = [key for key in ("size", "shift", "sampling", "autoencoder") if key not in about]
     if missing:
@@ -140,15 +140,16 @@ def _defaults(path: Path) -> dict[str, Any]:
     return about
 
 
-def _kind(said: Any) -> type[TextToImage]:
+def _kind(name: Any) -> type[TextToImage]:
+    """The pipeline class of a "format"."""
     from mmdit.text_and_images import TransfusionPipeline
     from mmdit.text_to_image import TextToImage
 
-    return TransfusionPipeline if said == TransfusionPipeline.format else TextToImage
+    return TransfusionPipeline if name == TransfusionPipeline.format else TextToImage
 
 
 def load_captioned(folder: Path) -> nn.Module:
-    """The trunk and the text encoder in a folder of ours."""
+    """The trunk and the text encoder in our own folder."""
     from mmdit.text_to_image import CaptionedMMDiT
 
     text: LearnedText | TextEncoder | SD3Text
@@ -163,12 +164,12 @@ def load_captioned(folder: Path) -> nn.Module:
 
 
 def load_trunk(folder: Path, kind: type[T]) -> T:
-    """The trunk in a folder of ours, in float32, read into memory. Raises ValueError where it is of another kind."""
+    """The trunk in our own folder, in float32, read into memory. Raises ValueError if it is of another class."""
     trunk = load(folder / "transformer", torch.float32)
     if not isinstance(trunk, kind):
         raise ValueError(
             f"{folder / 'transformer'} holds a {type(trunk).__name__}, and its pipeline.json wants a {kind.__name__}"
         )
     for tensor in (*trunk.parameters(), *trunk.buffers()):
-        tensor.data = tensor.data.clone()  # mapped no longer: a run replaces its files while others draw with them
+        tensor.data = tensor.data.clone()  # no longer mapped: a training run replaces its files while they are used
     return trunk

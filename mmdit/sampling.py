@@ -1,6 +1,6 @@
-"""How a picture is drawn: everything between a model's velocity and a solution, as one documented dataclass.
+"""The options of sampling: solver, times and guidance, as one documented dataclass.
 
-A pipeline keeps its defaults as a table of these fields; what a call names replaces them.
+A pipeline keeps its defaults as a table of these fields; the arguments of a call override them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Sampling:
     guidance: float = 4.0
     """Scale of guidance; 1 is none, 0 ignores the prompt."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Times [low, high] between which guidance acts; outside it the prompt's velocity is used alone."""
+    """Times [low, high] between which guidance acts; outside, only the prompt's velocity is used."""
     rule: Literal["cfg", "apg", "cfg-zero"] = "cfg"
     """Classifier-free guidance, adaptive projected guidance, or CFG-Zero*."""
     rescale: float = 0.0
-    """Part of a guided velocity, in [0, 1], that is brought back to the deviation of the prompt's (rule "cfg")."""
+    """In [0, 1]: how far a guided velocity is rescaled to the standard deviation of the prompt's (rule "cfg")."""
     grid: str = "uniform"
-    """Times by name, of `samplers.GRIDS`, shifted for the picture's size; or "diffusers", those of its pipeline."""
+    """Times by name, of `samplers.GRIDS`, shifted for the picture's size; or "diffusers", its pipeline's."""
     diffusion: str | float | None = None
     """Noise of an SDE solver: "kl", "sigma", "sin2", "constant" or a number; None is the solver's own."""
     skip_layers: tuple[int, ...] = ()
-    """Blocks, from 0, that skip-layer guidance leaves out in a pass of its own ((7, 8, 9) for SD3.5-medium)."""
+    """Blocks, from 0, that skip-layer guidance leaves out in an additional pass ((7, 8, 9) for SD3.5-medium)."""
     skip_scale: float = 2.8
     """Scale of skip-layer guidance."""
     skip_steps: tuple[float, float] = (0.01, 0.2)
-    """Part of the steps, after the first number and before the second, in which skip-layer guidance acts."""
+    """Skip-layer guidance acts after the first and before the second of these fractions of the steps."""
 
     def __post_init__(self) -> None:
         for name in ("interval", "skip_steps"):
@@ -67,9 +67,9 @@ class Sampling:
 
     @classmethod
     def of(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """The defaults, with what is given and not None in their place. ValueError for a name that is none.
+        """The defaults, overridden by the given values that are not None. ValueError for an unknown name.
 
-        A diffusion of the defaults is for their solver: one that is given and takes none goes without.
+        The defaults' diffusion belongs to their solver: it is dropped if the given solver takes none.
         """
         known = [field.name for field in fields(cls)]
         for name in {**defaults, **given}:
@@ -83,7 +83,7 @@ class Sampling:
         return cls(**{**defaults, **given})
 
     def times(self, shift: float, resolution_shift: float) -> Tensor:
-        """The times of the steps, 1 to 0. shift: the model's own; resolution_shift: for the picture's size besides."""
+        """The times of the steps, from 1 to 0. shift: the model's; resolution_shift: the picture size's, on top."""
         if self.grid == DIFFUSERS:
             samplers.time_grid("uniform", self.num_steps)  # checks the number
             return samplers.grids.twice_shifted(self.num_steps, shift)
@@ -92,8 +92,8 @@ class Sampling:
     def guided(
         self, cond: samplers.Field, uncond: samplers.Field, pair: samplers.Field, weak: samplers.Field, ts: Tensor
     ) -> samplers.Field:
-        """The guided field. pair: both in one call (`samplers.cfg_batched`); weak: cond's without `skip_layers`; ts:
-        the times of the steps.
+        """The guided field. pair: cond and uncond in one call (`samplers.cfg_batched`); weak: cond with `skip_layers`
+        left out; ts: the times of the steps.
         """
         on = (self.interval[0], self.interval[1])
         if self.rule != "cfg":
@@ -104,9 +104,7 @@ class Sampling:
         return samplers.push_away(cond, pair, weak, self.guidance, self.skip_scale, on, within)
 
     def _skip_interval(self, ts: list[float]) -> tuple[float, float] | None:
-        """The times of the steps in which layers are skipped, None where none are. ValueError where there is no such
-        step.
-        """
+        """The times between which skip-layer guidance acts, None without it. ValueError if no step falls between."""
         steps, (start, stop) = len(ts) - 1, self.skip_steps
         if not self.skip_layers:
             return None
@@ -120,18 +118,18 @@ class Sampling:
 
 
 def _takes_diffusion(solver: object) -> bool:
-    """Whether it does; what is no solver is refused elsewhere."""
+    """Whether a solver takes a diffusion; True for what is no solver, which is refused elsewhere."""
     known = samplers.SOLVERS.get(solver) if isinstance(solver, str) else solver
     return not isinstance(known, samplers.Solver) or known.takes_diffusion
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_finite(config: object, names: Sequence[str]) -> None:
-    """Raises ValueError for a field of these that is no finite number."""
+    """Raises ValueError if one of these fields is not a finite number."""
     for name in names:
         if not is_number(getattr(config, name)):
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number")
@@ -145,7 +143,7 @@ def pair_of_numbers(name: str, value: object) -> tuple[float, float]:
 
 
 def check_solver(solver: str, ts: Tensor, diffusion: str | float | None = None) -> None:
-    """Raises ValueError for a solver that is none, or cannot take these times: before anything is drawn."""
+    """Raises ValueError, before anything is drawn, for an unknown solver or one that cannot take these times."""
     flow = samplers.RectifiedFlow()
     samplers.make_solver(solver, flow, diffusion).bind(samplers.Field(lambda x, t: x, flow, "velocity"), ts.tolist())
 

@@ -1,10 +1,10 @@
-"""The pipeline in one file of SD3's original layout: the trunk, and perhaps an autoencoder and text encoders beside it.
+"""Pipelines from one file in SD3's original layout: the trunk, and perhaps an autoencoder and text encoders beside it.
 
-Such a file holds tensors alone. Their shapes tell the trunk and the autoencoder (`mmdit/files.py`,
-`mmdit/kl_autoencoder.py`) and, here, CLIP-L, OpenCLIP bigG and T5. Tokenizers are in no file: they come from a folder,
-and so does an encoder that the file lacks.
+Such a file holds only tensors. The configs follow from their shapes: of the trunk and the autoencoder in
+`mmdit/files.py` and `mmdit/kl_autoencoder.py`, of CLIP-L, OpenCLIP bigG and T5 here. No file holds tokenizers: they
+come from a folder, and so does an encoder that the file lacks.
 
-CLIP-L's projection is the identity, whatever the file says: SD3 takes its pooled state unprojected.
+CLIP-L's projection is the identity, whatever the file holds: SD3 uses its pooled state unprojected.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from mmdit.autoencoder import Autoencoder, open_autoencoder
-from mmdit.files import load, read_part
-from mmdit.model import MMDiT
-from mmdit.sd3_pipeline import assembled
+from mmdit.files import read_part
+from mmdit.sd3_pipeline import assembled, load_mmdit
 from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, check_names
 from mmdit.text_encoders import (
     CLIPText,
@@ -33,7 +32,7 @@ from mmdit.text_encoders import (
 from mmdit.text_to_image import TextToImage
 
 SHIFT = 3.0
-"""The time shift of SD3 and SD3.5, which no tensor tells."""
+"""The time shift of SD3 and SD3.5, which no tensor records."""
 _PARTS = {"clip_l": "text_encoders.clip_l.", "clip_g": "text_encoders.clip_g.", "t5": "text_encoders.t5xxl."}
 _NOT_OURS = ("logit_scale", "spiece_model")
 _HEAD = 64
@@ -49,12 +48,10 @@ def read_sd3_file(
 ) -> TextToImage:
     """The pipeline in a file, on the CPU; see `TextToImage.load`.
 
-    Raises ValueError where a part is neither in the file nor given, cannot be read, or is of another model.
+    Raises ValueError if a part is neither in the file nor given, cannot be read, or is of another model.
     """
     check_names(without)
-    transformer = load(path, dtype)
-    if not isinstance(transformer, MMDiT):
-        raise ValueError(f"{path} holds a {type(transformer).__name__}, expected an MMDiT")
+    transformer = load_mmdit(path, dtype)
     parts = {name: read_part(path, prefix) for name, prefix in _PARTS.items() if name not in without}
     folder = (
         None if text is None else local_folder(text, [name for name, found in parts.items() if not found], [*parts])
@@ -66,15 +63,15 @@ def read_sd3_file(
 
 
 def local_folder(text: str | Path, encoders: Sequence[str], tokenizers: Sequence[str]) -> Path:
-    """A folder, or where none is there what the hub has under that name: of the encoders and tokenizers named."""
+    """A local folder, or else the named encoders and tokenizers downloaded from the hub's repository `text`."""
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    wanted = [FOLDERS[name][0] for name in encoders] + [FOLDERS[name][1] for name in tokenizers]
+    parts = [FOLDERS[name][0] for name in encoders] + [FOLDERS[name][1] for name in tokenizers]
     try:
-        return Path(snapshot_download(str(text), allow_patterns=[f"{part}/*" for part in wanted]))
+        return Path(snapshot_download(str(text), allow_patterns=[f"{part}/*" for part in parts]))
     except Exception as error:
         raise ValueError(f"text={text} is neither a folder nor read from the hub: {first_line(error)}") from error
 
@@ -90,30 +87,30 @@ def _autoencoder(path: Path, given: str | Path | None) -> Autoencoder:
 def _encoder(
     name: str, tensors: Mapping[str, Tensor], folder: Path | None, dtype: torch.dtype, path: Path
 ) -> HubEncoder:
-    """One text encoder with its tokenizer. ValueError that says what to give where either is not there."""
-    model, words = FOLDERS[name]
+    """One text encoder with its tokenizer. If either is missing, the ValueError says what to give."""
+    model, vocabulary = FOLDERS[name]
     if not tensors and (folder is None or not (folder / model / "config.json").is_file()):
         where = "" if folder is None else f", and {folder} has no {model}"
         raise ValueError(f"{path} does not hold the text encoder {name}{where}: {_HOW}, or without=[{name!r}]")
-    if folder is None or not (folder / words).is_dir():
-        where = "no file holds one" if folder is None else f"{folder} has no {words}"
+    if folder is None or not (folder / vocabulary).is_dir():
+        where = "no file holds one" if folder is None else f"{folder} has no {vocabulary}"
         raise ValueError(
             f"the text encoder {name} of {path} needs its tokenizer, {where}: {_HOW}, or without=[{name!r}]"
         )
     if not tensors:
-        return open_hub(folder / model, folder / words, None, dtype)
+        return open_hub(folder / model, folder / vocabulary, None, dtype)
     try:
-        return _built(name, tensors, read_tokenizer(folder / words), dtype)
+        return _from_tensors(name, tensors, read_tokenizer(folder / vocabulary), dtype)
     except ValueError as error:
         raise ValueError(f"the text encoder {name} of {path}: {error}") from error
 
 
-def _built(name: str, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype) -> HubEncoder:
-    """An encoder of tensors."""
+def _from_tensors(name: str, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype) -> HubEncoder:
+    """An encoder built from its tensors, whose shapes give its config."""
     import transformers
 
     state = {key.removeprefix("transformer."): x for key, x in tensors.items() if key not in _NOT_OURS}
-    state.pop("text_model.embeddings.position_ids", None)  # a count, which older files keep
+    state.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ..., a buffer in older files
     if name == "t5":
         state.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
         config = transformers.T5Config(**t5_shape(state))
@@ -137,10 +134,10 @@ _WORDS, _PLACES = "text_model.embeddings.token_embedding.weight", "text_model.em
 
 
 def clip_shape(tensors: Mapping[str, Tensor], act: str) -> dict[str, Any]:
-    """Arguments of transformers' CLIPTextConfig. Heads have no shape: they are 64 wide, as CLIP-L's and bigG's."""
+    """Arguments of transformers' CLIPTextConfig. The head width, which no shape shows, is 64, as in CLIP-L and bigG."""
     vocab, width = _shape(tensors, _WORDS)
     if width % _HEAD:
-        raise ValueError(f"it is {width} wide, which heads of {_HEAD} do not divide: no CLIP of SD3's kind")
+        raise ValueError(f"the width {width} is no multiple of the head width {_HEAD}: not a CLIP of SD3's kind")
     return {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -154,7 +151,7 @@ def clip_shape(tensors: Mapping[str, Tensor], act: str) -> dict[str, Any]:
 
 
 def t5_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of transformers' T5Config, of a T5 1.1 (gated) or the first."""
+    """Arguments of transformers' T5Config, for T5 1.1 (gated) or the original T5."""
     vocab, width = _shape(tensors, "shared.weight")
     first = "encoder.block.0.layer."
     buckets, heads = _shape(tensors, f"{first}0.SelfAttention.relative_attention_bias.weight")

@@ -1,12 +1,11 @@
-"""Diffusers' folders of an SD3 pipeline (StableDiffusion3Pipeline), in and out.
+"""Reading and writing diffusers' folders of an SD3 pipeline (StableDiffusion3Pipeline).
 
-In: transformer, AutoencoderKL, up to three text encoders with their tokenizers, and the scheduler's shift; sampled as
-told by default, a picture is theirs for the same noise.
+Read: transformer, AutoencoderKL, up to three text encoders with their tokenizers, and the scheduler's shift. With the
+default options, a picture is the same as diffusers' for the same noise.
 
-Out: what diffusers has a place for. A text encoder that was trained with the model, an autoencoder that is no
-AutoencoderKL, and a size that is not square, have none: they are written beside the rest for `TextToImage.load`.
-StableDiffusion3Pipeline then runs with `diffusers_inputs(pipe, prompts)`, the prompts as our encoder sees them, and
-gives latents for our autoencoder.
+Written: the parts that diffusers knows. A learnt text encoder, an autoencoder other than AutoencoderKL, and a size that
+is not square are written beside them for `TextToImage.load`. StableDiffusion3Pipeline then runs with
+`diffusers_inputs(pipe, prompts)`, the prompts encoded by our text encoder, and gives latents for our autoencoder.
 
 Shape letters: B batch, H heads, N image tokens, L text tokens, d head width.
 """
@@ -33,7 +32,7 @@ from mmdit.weights_io import read_json, write_json
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000
 DEFAULTS = "mmdit.json"
-"""The file that keeps what diffusers has no place for: a size that is not square, and that latents are pixels."""
+"""The file for settings that diffusers does not have: a size that is not square, and no autoencoder."""
 SAMPLING = {"solver": "euler", "num_steps": 28, "guidance": 7.0, "grid": DIFFUSERS}
 _MODELS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizer", "T5TokenizerFast")
@@ -49,27 +48,33 @@ _OTHER_TIMES = (
 
 
 def read_sd3(folder: Path, dtype: torch.dtype = torch.float32, without: Sequence[str] = ()) -> TextToImage:
-    """The pipeline in a folder, on the CPU. Raises ValueError for a folder of another pipeline or scheduler, and where
-    a part is missing or cannot be read.
+    """The pipeline in a folder, on the CPU. Raises ValueError for another pipeline or scheduler, and if a part is
+    missing or cannot be read.
     """
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != PIPELINE:
         raise ValueError(f"{folder} holds {kind or 'no known pipeline'}, expected a {PIPELINE}")
     shift = _shift(folder / "scheduler" / "scheduler_config.json")
-    transformer = load(folder / "transformer", dtype)
-    if not isinstance(transformer, MMDiT):
-        raise ValueError(f"{folder / 'transformer'} holds a {type(transformer).__name__}, expected an MMDiT")
+    transformer = load_mmdit(folder / "transformer", dtype)
     pipe = assembled(transformer, _text(folder, index, dtype, without), _autoencoder(folder, index), shift, folder)
     if (folder / DEFAULTS).is_file():
         pipe.size = _size(folder / DEFAULTS, pipe.step)
     return pipe
 
 
+def load_mmdit(path: Path, dtype: torch.dtype) -> MMDiT:
+    """The MMDiT at a path. Raises ValueError for a `Transfusion`."""
+    transformer = load(path, dtype)
+    if not isinstance(transformer, MMDiT):
+        raise ValueError(f"{path} holds a {type(transformer).__name__}, expected an MMDiT")
+    return transformer
+
+
 def assembled(
     transformer: MMDiT, text: LearnedText | SD3Text, autoencoder: Autoencoder, shift: float, where: Path
 ) -> TextToImage:
-    """A pipeline that draws as diffusers' does. Raises ValueError where its parts, found at `where`, are not of one
+    """A pipeline that samples as diffusers' does. Raises ValueError if its parts, found at `where`, are not of one
     model.
     """
     config = transformer.config
@@ -89,13 +94,13 @@ def assembled(
 
 
 def _size(path: Path, step: int) -> tuple[int, int]:
-    """The default size that `write_sd3` kept."""
+    """The default size that `write_sd3` wrote."""
     about = read_json(path)
     sides = about.get("size") if isinstance(about, dict) else None
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
         raise ValueError(f'{path} has no "size" of two numbers, height and width in pixels')
     if any(n % step for n in sides):
-        raise ValueError(f"{path} says a size of {sides[0]} x {sides[1]}, but both sides must divide by {step}")
+        raise ValueError(f"{path} says a size of {sides[0]} x {sides[1]}, but both sides must be multiples of {step}")
     return sides[0], sides[1]
 
 
@@ -109,7 +114,7 @@ def _text(folder: Path, index: dict[str, Any], dtype: torch.dtype, without: Sequ
 
 
 def _autoencoder(folder: Path, index: dict[str, Any]) -> Autoencoder:
-    """As the index says, and then `DEFAULTS`: a folder that was written before may hold what is no part of it now."""
+    """The autoencoder that the index and `DEFAULTS` declare; a folder written twice may hold an older one too."""
     if names(index, "vae") and (folder / "vae" / "config.json").exists():
         return open_autoencoder(folder / "vae")
     about = read_json(folder / DEFAULTS) if (folder / DEFAULTS).is_file() else {}
@@ -120,7 +125,7 @@ def _autoencoder(folder: Path, index: dict[str, Any]) -> Autoencoder:
 
 
 def _shift(path: Path) -> float:
-    """The shift of the scheduler in a file; ValueError for one whose times are others than `DIFFUSERS`'."""
+    """The scheduler's shift. Raises ValueError for a scheduler whose times differ from the grid `DIFFUSERS`."""
     config = read_json(path)
     config = config if isinstance(config, dict) else {}
     kind = config.get("_class_name")
@@ -142,10 +147,10 @@ def _shift(path: Path) -> float:
 
 
 def write_sd3(pipe: TextToImage, folder: Path) -> None:
-    """Write a pipeline for StableDiffusion3Pipeline; what has no place there stands beside, for `TextToImage.load`.
+    """Write a pipeline for StableDiffusion3Pipeline, and parts that it does not have beside it for `TextToImage.load`.
 
-    Times are those of `grid="diffusers"` with the pipeline's shift. Raises ValueError for a model that diffusers has
-    not: rotary positions, another mlp_ratio, text and images in one.
+    Its times are those of `grid="diffusers"` with the pipeline's shift. Raises ValueError for a model that diffusers
+    does not have: with rotary positions, another mlp_ratio, or a `Transfusion`.
     """
     text = pipe.model.conditioner
     if not isinstance(text, SD3Text | LearnedText):
@@ -154,14 +159,14 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
     about: dict[str, Any] = {"_class_name": PIPELINE, "transformer": ["diffusers", "SD3Transformer2DModel"]}
     if isinstance(text, SD3Text):
         text.save_parts(folder)
-        there = [encoder is not None for encoder in text.encoders]
+        present = [encoder is not None for encoder in text.encoders]
     else:
         text.save_config(folder / "text")
         text.save_weights(folder / "text")
-        there = [False] * len(ENCODERS)
-    for end, one, model, tokenizer in zip(("", "_2", "_3"), there, _MODELS, _TOKENIZERS, strict=True):
-        about[f"text_encoder{end}"] = ["transformers", model] if one else [None, None]
-        about[f"tokenizer{end}"] = ["transformers", tokenizer] if one else [None, None]
+        present = [False] * len(ENCODERS)
+    for end, has, model, tokenizer in zip(("", "_2", "_3"), present, _MODELS, _TOKENIZERS, strict=True):
+        about[f"text_encoder{end}"] = ["transformers", model] if has else [None, None]
+        about[f"tokenizer{end}"] = ["transformers", tokenizer] if has else [None, None]
     kl = isinstance(pipe.autoencoder, KLAutoencoder)
     about["vae"] = ["diffusers", "AutoencoderKL"] if kl else [None, None]
     pipe.autoencoder.save(folder / ("vae" if kl else "autoencoder"))
@@ -174,8 +179,8 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
 
 
 def absent(folder: str | Path) -> dict[str, None]:
-    """The parts that a folder has none of, as `StableDiffusion3Pipeline.from_pretrained(folder, **absent(folder))`
-    wants to be told.
+    """The parts that a folder does not have, as arguments: `StableDiffusion3Pipeline.from_pretrained(folder,
+    **absent(folder))`.
     """
     index = read_json(Path(folder) / "model_index.json")
     return dict.fromkeys(name for name, value in index.items() if isinstance(value, list) and value[0] is None)
@@ -185,17 +190,16 @@ def absent(folder: str | Path) -> dict[str, None]:
 def diffusers_inputs(
     pipe: TextToImage, prompts: str | Sequence[str], negative_prompts: str | Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """Arguments of StableDiffusion3Pipeline that stand for prompts: their embeddings by our text encoder, and height
-    and width of the model's own size, which diffusers takes to be square.
+    """Arguments of StableDiffusion3Pipeline for prompts: their embeddings by our text encoder, and height and width of
+    the model's own size, which diffusers assumes to be square.
 
-    An encoder that hides padding from the trunk gives a mask besides, which diffusers heeds once its transformer has
-    been given `MaskedAttention`: `theirs.transformer.set_attn_processor(MaskedAttention())`. Prompts are as a
-    pipeline's call takes them, and it raises as that does.
+    An encoder that masks padding gives a mask too, which diffusers applies once its transformer has `MaskedAttention`:
+    `theirs.transformer.set_attn_processor(MaskedAttention())`. Prompts and errors are those of a pipeline's call.
     """
     prompts = as_captions(prompts)
     both, n = pipe.conditions([*as_negatives(negative_prompts, len(prompts)), *prompts]), len(prompts)
     factor = pipe.autoencoder.factor
-    theirs = factor if isinstance(pipe.autoencoder, KLAutoencoder) else 8  # what it takes where it has no autoencoder
+    theirs = factor if isinstance(pipe.autoencoder, KLAutoencoder) else 8  # its default without an autoencoder
     inputs: dict[str, Any] = {
         "height": pipe.size[0] // factor * theirs,
         "width": pipe.size[1] // factor * theirs,
@@ -210,10 +214,10 @@ def diffusers_inputs(
 
 
 class MaskedAttention:
-    """Joint attention of diffusers' SD3 transformer with a mask (B, L) of the text tokens that are real.
+    """The joint attention of diffusers' SD3 transformer, with a mask (B, L) of real text tokens, which diffusers' does
+    not have.
 
-    diffusers' own has none. Called with the captioned half of a batch alone, as where there is no guidance, it takes
-    the mask's last rows.
+    Without guidance the batch is only the captioned half: then the last rows of the mask are used.
     """
 
     def __call__(

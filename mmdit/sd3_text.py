@@ -2,8 +2,8 @@
 
     context = [ CLIP-L | bigG | 0 ] (B, 77, D) then T5 (B, T, D), along the tokens;   pooled = [ CLIP-L | bigG ]
 
-with the states before each CLIP's last layer, padded with zeros to T5's width D, and both projected pooled vectors.
-Padding is seen by T5 and by the trunk. An encoder that is left out gives zeros.
+with the CLIPs' penultimate hidden states, zero-padded to T5's width D, and both projected pooled vectors. T5 and the
+trunk attend to padding tokens, as in SD3. An encoder that is left out gives zeros.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdit.features import Encoded, Features, TextShape, joined, left_out
+from mmdit.features import Encoded, Features, FrozenText, TextShape, joined, left_out
 from mmdit.text import Condition, Tokens
 from mmdit.text_encoders import TextEncoder, fingerprint, open_hub
-from mmdit.weights_io import read_json, write_json
+from mmdit.weights_io import read_json
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 FOLDERS = {
     name: (f"text_encoder{end}", f"tokenizer{end}") for name, end in zip(ENCODERS, ("", "_2", "_3"), strict=True)
 }
-"""Where a diffusers pipeline's folder has each encoder, and its tokenizer."""
+"""The subfolders of each encoder and its tokenizer in a diffusers pipeline."""
 CLIP_TOKENS = 77
 
 
-class SD3Text(nn.Module):
+class SD3Text(FrozenText):
     """Three frozen encoders, any of them None, as one conditioner.
 
-    context_dim is T5's width and pooled_dim the sum of both CLIPs'; where an encoder is left out they cannot be seen
-    from it and are given (4096 and 2048 in SD3). max_length: T5's tokens, 77, 256 or 512 in SD3.
+    context_dim: T5's width, and pooled_dim: the sum of both CLIPs', 4096 and 2048 in SD3; they are arguments because an
+    encoder may be left out. max_length: T5's tokens, 77, 256 or 512 in SD3.
 
-    dropped: what training and the unconditional half of guidance see in place of a caption: "zeros", as if the encoder
-    were left out (dropping each with 46.4 %, as SD3 does, then makes a model that can do without any of them); or
-    "empty", the empty caption, which diffusers' pipeline takes for unconditional.
+    dropped: what replaces a dropped caption in training and in the unconditional half of guidance: "zeros", as if the
+    encoder were left out (a model trained so, with each dropped at 46.4 % as in SD3, works without any of them); or
+    "empty", the empty caption, which is diffusers' unconditional prompt.
     """
 
     num_encoders = 3
@@ -79,13 +79,13 @@ class SD3Text(nn.Module):
             raise ValueError(f"the CLIPs' states are {self._widths()} wide, more than the context, {self.context_dim}")
 
     def _widths(self) -> list[int]:
-        """Widths of both CLIPs' states; one that is left out is as wide as what it lacks of the pooled vector."""
+        """Widths of both CLIPs' states; for one that is left out, the rest of the pooled vector's width."""
         clips = self.encoders[:2]
         lacking = self.pooled_dim - sum(clip.pooled_dim for clip in clips if clip)
         return [clip.context_dim if clip else lacking for clip in clips] if any(clips) else [0, 0]
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Captions to `Tokens`, on the CPU: those of each encoder side by side."""
+        """Captions to `Tokens`, on the CPU: those of each encoder, concatenated."""
         parts = [encoder.tokenize(captions) for encoder in self.encoders if encoder is not None]
         if not parts:
             none = torch.zeros(len(captions), 0, dtype=torch.int64)
@@ -94,11 +94,11 @@ class SD3Text(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
-        """Tokens to a `Condition` in float32 without a mask; where `drop` (B, 3) is True an encoder's caption is
-        dropped.
+        """Tokens to a `Condition` in float32 without a mask; an encoder's caption is dropped where `drop` (B, 3) is
+        True.
         """
         if drop is not None and self.dropped == "empty":
-            tokens = self._emptied(tokens, drop)
+            tokens = self._with_empty(tokens, drop)
         known, parts = iter(self.features(tokens)), []
         for i, (encoder, shape) in enumerate(zip(self.encoders, self.shape.encoders, strict=True)):
             part = left_out(shape, tokens.ids) if encoder is None else next(known)
@@ -109,7 +109,7 @@ class SD3Text(nn.Module):
 
     @torch.no_grad()
     def features(self, tokens: Tokens) -> Features:
-        """What the encoders that are there say of captions; T5's pooled vector, which nothing takes, is left out."""
+        """The features of the encoders that are present, without T5's pooled vector, which SD3 does not use."""
         parts = zip(self.encoders, self._ids(tokens), strict=True)
         encoded = [Encoded(*encoder.encode(ids, None)) for encoder, ids in parts if encoder is not None]
         if self.encoders[2] is not None:
@@ -118,7 +118,7 @@ class SD3Text(nn.Module):
 
     @property
     def shape(self) -> TextShape:
-        """Of the features of all three; of those that are left out, what the zeros in their place have."""
+        """The shapes of the features of all three; for one that is left out, of the zeros in its place."""
         clips, t5 = self.encoders[:2], self.encoders[2]
         lacking = self.pooled_dim - sum(clip.pooled_dim for clip in clips if clip)
         shapes = []
@@ -129,11 +129,11 @@ class SD3Text(nn.Module):
         return TextShape((*shapes, (self.max_length, self.context_dim, 0)), there, self.context_dim)
 
     def _ids(self, tokens: Tokens) -> Sequence[Tensor]:
-        """Those of each encoder; of one that is left out none."""
+        """The ids for each encoder; none for one that is left out."""
         return tokens.ids.split([encoder.max_length if encoder else 0 for encoder in self.encoders], dim=1)
 
-    def _emptied(self, tokens: Tokens, drop: Tensor) -> Tokens:
-        """Those of the empty caption where an encoder's is dropped."""
+    def _with_empty(self, tokens: Tokens, drop: Tensor) -> Tokens:
+        """The tokens, with those of the empty caption where an encoder's caption is dropped."""
         parts = zip(self.encoders, self._ids(tokens), drop.split(1, dim=1), strict=True)
         ids = [
             ids if encoder is None else encoder.dropped(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), one).ids
@@ -142,7 +142,6 @@ class SD3Text(nn.Module):
         return Tokens(torch.cat(ids, dim=1), tokens.mask)
 
     def about(self) -> dict[str, Any]:
-        """Where the encoders are and what they are. Raises ValueError for those that came from no folder."""
         if self.source is None:
             raise ValueError("these text encoders came from no folder: save the pipeline in the layout 'diffusers'")
         return {
@@ -153,15 +152,8 @@ class SD3Text(nn.Module):
             "sha256": fingerprint(self.source),
         }
 
-    def save_config(self, folder: str | Path) -> None:
-        """Write where the encoders are and what they were, for `load_encoder`."""
-        write_json(Path(folder) / "config.json", self.about())
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing: what is frozen does not change."""
-
     def save_parts(self, folder: str | Path) -> None:
-        """Write encoders and tokenizers as diffusers' pipeline keeps them. ValueError for one of open_clip."""
+        """Write encoders and tokenizers as in a diffusers pipeline. Raises ValueError for an encoder of open_clip."""
         for name, encoder in zip(ENCODERS, self.encoders, strict=True):
             if encoder is None:
                 continue
@@ -178,8 +170,9 @@ def open_sd3_text(
     dropped: Literal["zeros", "empty"] = "zeros",
     without: Sequence[str] = (),
 ) -> SD3Text:
-    """The encoders of a diffusers SD3 pipeline folder, on the CPU; one that the pipeline has not, or named in `without`
-    ("clip_l", "clip_g", "t5"), is left out. Raises ValueError for another name and where one is lost or cannot be read.
+    """The encoders of a diffusers SD3 pipeline folder, on the CPU, except those that the pipeline does not have or that
+    `without` names ("clip_l", "clip_g", "t5"). Raises ValueError for other names, and for an encoder that is missing or
+    cannot be read.
     """
     folder = Path(folder).expanduser().resolve()
     check_names(without)
@@ -188,45 +181,45 @@ def open_sd3_text(
     encoders: list[TextEncoder | None] = []
     for name in ENCODERS:
         network, tokenizer = (folder / part for part in FOLDERS[name])
-        there = name not in without and names(index, network.name) and (network / "config.json").is_file()
+        present = name not in without and names(index, network.name) and (network / "config.json").is_file()
         tokens = max_length if name == "t5" else CLIP_TOKENS
-        encoders.append(open_hub(network, tokenizer, tokens, dtype) if there else None)
+        encoders.append(open_hub(network, tokenizer, tokens, dtype) if present else None)
     context_dim, pooled_dim = _dims(folder, encoders)
     return SD3Text(encoders, context_dim, pooled_dim, max_length, dropped, folder)
 
 
 def check_names(without: Sequence[str]) -> None:
-    """Raises ValueError for encoders to leave out that SD3 has not."""
+    """Raises ValueError for unknown names of encoders to leave out."""
     if unknown := sorted({*([without] if isinstance(without, str) else without)} - {*ENCODERS}):
         raise ValueError(f"without names {', '.join(unknown)}, expected a list of some of {', '.join(ENCODERS)}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's model_index.json says; empty where there is none."""
+    """A pipeline's model_index.json; empty if there is none."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     return index if isinstance(index, dict) else {}
 
 
 def names(index: Mapping[str, Any], part: str, unsaid: bool = True) -> bool:
-    """Whether a model_index.json says that the pipeline has a part, whatever lies in its folder; unsaid: where it says
-    nothing of it.
+    """Whether a model_index.json declares a part, whatever is in its folder; unsaid: the answer if it does not mention
+    the part.
     """
     return index[part] not in (None, [None, None]) if part in index else unsaid
 
 
 def _check_there(folder: Path, index: Mapping[str, Any], without: Sequence[str]) -> None:
-    """Raises ValueError for an encoder that the folder's model_index.json names and that is not there."""
+    """Raises ValueError for an encoder that model_index.json declares and the folder does not hold."""
     named = [name for name in ENCODERS if name not in without and names(index, FOLDERS[name][0], unsaid=False)]
-    lost = [name for name in named if not (folder / FOLDERS[name][0] / "config.json").is_file()]
-    if lost:
+    missing = [name for name in named if not (folder / FOLDERS[name][0] / "config.json").is_file()]
+    if missing:
         raise ValueError(
-            f"{folder} has no {FOLDERS[lost[0]][0]}, which its model_index.json names: fetch it, or leave it out "
-            f"(without={lost}, or null there)"
+            f"{folder} has no {FOLDERS[missing[0]][0]}, which its model_index.json names: fetch it, or leave it out "
+            f"(without={missing}, or null there)"
         )
 
 
 def _dims(folder: Path, encoders: Sequence[TextEncoder | None]) -> tuple[int, int]:
-    """Widths of context and pooled vector: the transformer's beside the encoders says, else the encoders' own."""
+    """Widths of context and pooled vector: from the config of the transformer beside the encoders, else from these."""
     config = folder / "transformer" / "config.json"
     about = read_json(config) if config.is_file() else {}
     if "joint_attention_dim" in about and "pooled_projection_dim" in about:

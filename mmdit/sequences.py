@@ -1,8 +1,8 @@
 """Text and images in one sequence: how documents are packed, and which token sees which.
 
-A document is text and images in any order. Every image stands between two tokens of the text, BOI and EOI. Tokens are
-packed without padding, as two runs, one of each modality (so that each can have its own weights); what puts them in
-order is what each carries: its document, its position in it, and the span of one image that it belongs to.
+A document is text and images in any order. Every image stands between two text tokens, BOI and EOI. Tokens are packed
+without padding as two runs, one per modality, so that each can have its own weights. Their order is not that of memory:
+each token carries its document, its position in it, and the span (the image) that it belongs to.
 
     a query sees a key of its own document   if the key's position is not later, or both are of one span
 
@@ -15,7 +15,7 @@ Shape letters: T text tokens, I images, N patches of all images, S = N + T token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -32,10 +32,10 @@ RULES = ("transfusion", "causal", "full")
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Documents of text and images; `pack` makes one. Raises ValueError for what is no whole document.
+    """A batch of documents of text and images, made by `pack`. Raises ValueError for documents that are not complete.
 
-    ids (T,) int64: the text of all documents in reading order, BOI and EOI among it. document (T,) int64: which one
-    each token is of, from 0. latents: I tensors (C, h, w), the k-th between the k-th BOI and the EOI that follows it.
+    ids (T,) int64: the text of all documents in reading order, with BOI and EOI. document (T,) int64: the index of the
+    document of each token. latents: I tensors (C, h, w), the k-th between the k-th BOI and the EOI that follows it.
     """
 
     ids: Tensor
@@ -44,7 +44,7 @@ class MixedBatch:
     boi: int = BOI
     eoi: int = EOI
     lead: int = 0
-    """Tokens before BOI that say the image's size."""
+    """Number of tokens before BOI that state the image's size."""
 
     def __post_init__(self) -> None:
         ids, document = self.ids, self.document
@@ -70,13 +70,13 @@ class MixedBatch:
 
     @cached_property
     def opened(self) -> Tensor:
-        """Where in `ids` the images begin: the places of BOI (I,)."""
+        """The indices of BOI in `ids`, (I,): where images begin."""
         return (self.ids == self.boi).nonzero()[:, 0]
 
     @cached_property
     def predicting(self) -> Tensor:
-        """The places in `ids` from which the next token is to be predicted: the next is of the same document, and the
-        place is no BOI, after which comes an image."""
+        """The indices in `ids` of tokens from which the next one is predicted: those followed by a token of the same
+        document, except BOI, which is followed by an image."""
         place = (self.document[1:] == self.document[:-1]) & (self.ids[:-1] != self.boi)
         return place.nonzero()[:, 0]
 
@@ -86,14 +86,15 @@ class MixedBatch:
 
     def to(self, device: torch.device | str) -> MixedBatch:
         latents = tuple(latent.to(device) for latent in self.latents)
-        return MixedBatch(self.ids.to(device), self.document.to(device), latents, self.boi, self.eoi, self.lead)
+        return replace(self, ids=self.ids.to(device), document=self.document.to(device), latents=latents)
 
     def with_latents(self, latents: Sequence[Tensor]) -> MixedBatch:
-        """The same documents with other images in their places, noised ones, say."""
-        return MixedBatch(self.ids, self.document, tuple(latents), self.boi, self.eoi, self.lead)
+        """The same documents with these images in place of theirs, such as noised ones."""
+        return replace(self, latents=tuple(latents))
 
     def layout(self, patch_size: int, steps: Tensor | None = None) -> Layout:
-        """Where every token stands; steps (D,): of the text that each document has behind it already (None: none).
+        """Position, span and coordinates of every token. steps (D,): the text steps before each document, if it
+        continues a cached one (None: 0).
 
         Raises ValueError for sides that the patch does not divide.
         """
@@ -101,7 +102,9 @@ class MixedBatch:
         for i, latent in enumerate(self.latents):
             height, width = latent.shape[1:]
             if height % patch_size or width % patch_size or not height or not width:
-                raise ValueError(f"image {i} is {height} x {width}, both sides must divide by the patch ({patch_size})")
+                raise ValueError(
+                    f"image {i} is {height} x {width}, both sides must be multiples of the patch ({patch_size})"
+                )
             shapes.append((height // patch_size, width // patch_size))
         sizes = torch.tensor([h * w for h, w in shapes], dtype=torch.int64, device=device)
         span = torch.repeat_interleave(torch.arange(len(shapes), device=device), sizes)
@@ -109,39 +112,39 @@ class MixedBatch:
         tokens = torch.arange(len(self.ids), device=device)
         before = torch.zeros(len(self.ids) + 1, dtype=torch.int64, device=device)
         before[self.opened + 1] = sizes
-        before = before[:-1].cumsum(0)  # patches before each token of the text
+        before = before[:-1].cumsum(0)  # patches before each text token
         first = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])[:-1]
         inside = torch.arange(len(span), device=device) - first[span]
         position = torch.cat([(self.opened + before[self.opened])[span] + 1 + inside, tokens + before])
         document = torch.cat([self.document[self.opened][span], self.document])
-        # A whole image is one step of the text; its patches tell each other apart by row and column from its centre.
-        turn = torch.zeros(len(self.ids) + 1, dtype=torch.int64, device=device)
-        turn[self.opened + 1] = 1
-        turn = tokens + turn[:-1].cumsum(0)
+        # A whole image is one step of the text; its patches differ in row and column, counted from its centre.
+        step = torch.zeros(len(self.ids) + 1, dtype=torch.int64, device=device)
+        step[self.opened + 1] = 1
+        step = tokens + step[:-1].cumsum(0)
         start = torch.zeros(self.num_documents, dtype=torch.int64, device=device)
-        start[self.document.flip(0)] = turn.flip(0)  # the last write is that of the document's first token
-        turn = turn - (start if steps is None else start - steps)[self.document]
-        flat = turn.new_zeros(len(turn)).float()
+        start[self.document.flip(0)] = step.flip(0)  # the last write is that of the document's first token
+        step = step - (start if steps is None else start - steps)[self.document]
+        origin = step.new_zeros(len(step)).float()  # text has row and column 0
         rows = [torch.arange(h, device=device).repeat_interleave(w) - (h - 1) / 2 for h, w in shapes]
         columns = [torch.arange(w, device=device).repeat(h) - (w - 1) / 2 for h, w in shapes]
         coordinates = torch.stack(
             [
-                torch.cat([(turn[self.opened] + 1)[span], turn]).float(),
-                torch.cat([*rows, flat]),
-                torch.cat([*columns, flat]),
+                torch.cat([(step[self.opened] + 1)[span], step]).float(),
+                torch.cat([*rows, origin]),
+                torch.cat([*columns, origin]),
             ],
             dim=1,
         )
-        everywhere = torch.cat([span, span.new_full((len(self.ids),), -1)])
-        return Layout(document, position, everywhere, coordinates, shapes)
+        spans = torch.cat([span, span.new_full((len(self.ids),), -1)])
+        return Layout(document, position, spans, coordinates, shapes)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of S = N + T tokens stands, patches first. Two tokens of one span are patches of one image.
+    """What each of S = N + T tokens carries, patches first.
 
-    document, position, span (S,) int64, span = -1 for text; coordinates (S, 3): step of the text, row and column from
-    the image's centre, 0 for text. shapes: rows and columns of patches of each image.
+    document, position (S,) int64; span (S,) int64, the index of a patch's image, -1 for text; coordinates (S, 3): step
+    of the text, and row and column from the image's centre, 0 for text. shapes: rows and columns of each image.
     """
 
     document: Tensor
@@ -156,7 +159,7 @@ class Layout:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Tokens of each document in reading order, (D, longest), -1 where it is shorter."""
+        """Token indices of each document in reading order, (D, longest), padded with -1."""
         order = (self.document * (self.position.max() + 1) + self.position).argsort()
         counts = torch.bincount(self.document)
         rows = torch.full((len(counts), int(counts.max())), -1, dtype=torch.int64, device=order.device)
@@ -164,29 +167,29 @@ class Layout:
         return rows
 
     def attending(self, rule: Rule = "transfusion") -> Packed:
-        """What `attention` takes as its mask: each document alone, dense."""
+        """The mask for `attention`, dense within each document."""
         rows = self.rows
         mask = sees(self, rows.clamp(min=0)[:, :, None], rows.clamp(min=0)[:, None, :], rule)
         mask = mask & (rows >= 0)[:, None, :]
-        mask[..., 0] |= rows < 0  # a place without a token has to see something
+        mask[..., 0] |= rows < 0  # a padding query must see some key, or its softmax is NaN
         places = torch.empty_like(self.document)
         places[rows[rows >= 0]] = (rows >= 0).flatten().nonzero()[:, 0]
         ordered = torch.equal(places, torch.arange(rows.numel(), device=rows.device))
         return Packed(rows.clamp(min=0), mask[:, None], places, ordered)
 
     def mask_mod(self, rule: Rule = "transfusion") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The same rule as FlexAttention takes it, over all documents at once."""
+        """The same rule as a mask_mod of FlexAttention, over all documents."""
         return lambda b, h, query, key: sees(self, query, key, rule)
 
     def blocks(self, rule: Rule = "transfusion") -> Blocks:
-        """The same as FlexAttention's block mask."""
+        """The same rule as a block mask of FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         n = len(self.document)
         return Blocks(create_block_mask(self.mask_mod(rule), None, None, n, n, device=str(self.document.device)))
 
     def picture(self, rule: Rule = "transfusion") -> str:
-        """The mask for reading: a row a query, in reading order; `#` a key that it sees, `.` one that it does not."""
+        """The mask as text, a row per query in reading order: `#` is a key that it sees, `.` one that it does not."""
         order = self.rows[self.rows >= 0]
         mask = sees(self, order[:, None], order[None, :], rule).tolist()
         names = ["t" if s < 0 else str(s % 10) for s in self.span[order].tolist()]
@@ -195,9 +198,9 @@ class Layout:
 
 
 def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion") -> Tensor:
-    """Whether the tokens `query` see the tokens `key` (numbers into the layout, of shapes that broadcast).
+    """Whether the tokens `query` see the tokens `key`: indices into the layout, of shapes that broadcast.
 
-    "causal" is the rule without its second half, "full" without its first: all of the document.
+    rule: "transfusion", that of this file; "causal", without the bidirectional spans; "full", the whole document.
     """
     same = layout.document[query] == layout.document[key]
     if rule == "full":
@@ -213,11 +216,11 @@ def pack(
 ) -> MixedBatch:
     """Documents as one batch: each is a list of token ids, int64 (n,), and latents, float (C, h, w), in reading order.
 
-    BOI and EOI are put around every image, and before BOI, where there are ids for `sizes` 1, 2, ..., those of its rows
-    and columns of patches. Raises ValueError for an empty document, for a part that is neither, for ids that hold a
-    token of images already, and for an image that is larger than the largest size.
+    BOI and EOI are put around every image. sizes: the ids of tokens for sizes 1, 2, ...; if there are any, those of the
+    image's rows and columns of patches are put before BOI. Raises ValueError for an empty document, for a part that is
+    neither text nor image, for ids that contain an image token already, and for an image larger than the largest size.
     """
-    if not len(documents):  # a tensor has no truth
+    if not len(documents):  # it may be a tensor, which has no truth value
         raise ValueError("no document to pack")
     check_parts(documents, "document")
     ids: list[Tensor] = []
@@ -228,7 +231,7 @@ def pack(
         for part in document:
             if part.is_floating_point():
                 latents.append(part)
-                part = torch.tensor([*_said(part, sizes, patch_size), boi, eoi], device=part.device)
+                part = torch.tensor([*_size_tokens(part, sizes, patch_size), boi, eoi], device=part.device)
             elif part.dtype != torch.int64 or part.ndim != 1:
                 raise ValueError(
                     f"document {d} holds {part.dtype} {tuple(part.shape)}: text is int64 (n,), an image float (C, h, w)"
@@ -246,7 +249,7 @@ def pack(
 
 
 def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:
-    """Raises ValueError for documents that are no lists of tensors: words or pictures, say."""
+    """Raises ValueError for documents that are not lists of tensors, such as strings or PIL images."""
     if not isinstance(documents, Sequence | Tensor):
         raise ValueError(f"{what}s are a {type(documents).__name__}, expected a list of lists")
     for i, document in enumerate(documents):
@@ -257,8 +260,8 @@ def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:
             raise ValueError(f"{what} {i} holds a {found}, expected a list of ids, int64 (n,), and latents (C, h, w)")
 
 
-def _said(latent: Tensor, sizes: range, patch_size: int) -> list[int]:
-    """The tokens for an image's size."""
+def _size_tokens(latent: Tensor, sizes: range, patch_size: int) -> list[int]:
+    """The two tokens that state an image's size, or none."""
     if not sizes:
         return []
     rows, columns = (side // patch_size for side in latent.shape[1:])

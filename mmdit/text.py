@@ -1,8 +1,8 @@
-"""Text without downloads: a tokenizer trained on the captions (or any from disk), and a small transformer trained
-together with the model.
+"""Text conditioning without downloads: a tokenizer trained on the captions (or any from disk), and a small transformer
+trained together with the model.
 
-A *conditioner* turns captions into what the trunk takes: `context`, `pooled` and the mask of real tokens. This one
-learns; frozen encoders (text_encoders.py) have the same `tokenize`, `forward`, `num_encoders`, `context_dim`,
+A *conditioner* turns captions into the trunk's inputs: `context`, `pooled` and the mask of real tokens. This one is
+learnt; frozen encoders (text_encoders.py) have the same `tokenize`, `forward`, `num_encoders`, `context_dim`,
 `pooled_dim`, `save_config` and `save_weights`.
 
 Shape letters: B batch, L tokens, D width, H heads, d head width.
@@ -27,11 +27,11 @@ from mmdit.weights_io import load_weights, read_config, read_json, save_weights,
 
 PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
-SIZE = "<size {}>"  # so many rows or columns of patches
+SIZE = "<size {}>"  # a number of rows or columns of patches
 
 
 class Tokens(NamedTuple):
-    """Captions as numbers: `ids` (B, L) int64 and `mask` (B, L) boolean, True where a token is real."""
+    """Tokenized captions: `ids` (B, L) int64 and `mask` (B, L) boolean, True where a token is real."""
 
     ids: Tensor
     mask: Tensor
@@ -40,17 +40,17 @@ class Tokens(NamedTuple):
         return Tokens(self.ids.to(device), self.mask.to(device))
 
     def trimmed(self) -> Tokens:
-        """Without the padding that all of them have."""
+        """Cut to the longest caption."""
         longest = int(self.mask.sum(1).max())
         return Tokens(self.ids[:, :longest], self.mask[:, :longest])
 
     def split(self, size: int) -> list[Tokens]:
-        """In parts of so many captions."""
+        """Split into batches of `size` captions."""
         return list(map(Tokens, self.ids.split(size), self.mask.split(size)))
 
 
 class Condition(NamedTuple):
-    """What the trunk takes: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean, or None where all are real."""
+    """The trunk's inputs: `context` (B, L, D), `pooled` (B, P), `mask` (B, L) boolean, or None if all are real."""
 
     context: Tensor
     pooled: Tensor
@@ -66,11 +66,11 @@ class Condition(NamedTuple):
 
 
 class Tokenizer:
-    """Text to numbers, ended by one token, padded to a fixed length.
+    """Text to ids, with an end token, padded to a fixed length.
 
-    `train` makes one (byte-level BPE: any text can be written, nothing is unknown), `adopt` takes any of Hugging Face.
-    special: the ids of padding, the end, and the two tokens around an image, None where there are none such; sizes:
-    those of the tokens for 1, 2, ... rows or columns of patches.
+    `train` makes one (byte-level BPE, which can encode any text), `adopt` takes any of Hugging Face. special: the ids
+    of padding, the end, and the two tokens around an image, None if there are no such tokens; sizes: the ids of the
+    tokens for 1, 2, ... rows or columns of patches.
     """
 
     def __init__(self, backend: Any, max_length: int, pad: str = PAD, eos: str = EOS) -> None:
@@ -84,7 +84,7 @@ class Tokenizer:
         self.special: tuple[int, int, int | None, int | None] = (self.pad, self.eos, begin, end)
         self.sizes = _sizes(backend)
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids can have gaps
-        backend.encode_special_tokens = True  # "<pad>" written in a caption is text like any other
+        backend.encode_special_tokens = True  # "<pad>" written in a caption is plain text
 
     @classmethod
     def train(
@@ -92,8 +92,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """A tokenizer whose merges are learnt from `captions`; vocab_size >= 258 (256 bytes and two special tokens).
 
-        images: two more special tokens stand around images, for a `Transfusion`; sizes: so many more say how many rows
-        and columns of patches an image has.
+        images: add the two special tokens around images, for a `Transfusion`; sizes: add this many special tokens for
+        numbers of rows and columns of patches.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -123,9 +123,9 @@ class Tokenizer:
     def adopt(cls, folder: str | Path, max_length: int, images: bool = False, sizes: int = 0) -> Tokenizer:
         """The tokenizer in a Hugging Face folder: tokenizer.json, and the files that name its special tokens, if any.
 
-        Its padding and end are those that it names; ours are added where it names none, and for padding where that is
-        its end. images: `<image>` and `</image>` are special tokens, added where they are missing, and so are `sizes`
-        tokens for sizes. Raises ValueError for a folder that holds no tokenizer.
+        It keeps its own padding and end tokens; ours are added if it names none, or if its padding is its end token.
+        images: make `<image>` and `</image>` special tokens, added if they are missing; sizes: likewise this many size
+        tokens. Raises ValueError for a folder that holds no tokenizer.
         """
         from tokenizers import AddedToken
 
@@ -144,7 +144,7 @@ class Tokenizer:
         return cls(backend, max_length, pad, eos)
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
-        """Captions to ids (B, max_length); one that is too long is cut, and keeps its end token."""
+        """Captions to ids (B, max_length); one that is too long is truncated, with its end token kept."""
         ids = torch.full((len(captions), self.max_length), self.pad, dtype=torch.int64, device="cpu")
         for row, found in zip(ids, self.encode(captions), strict=True):
             tokens = [*found[: self.max_length - 1], self.eos]
@@ -152,9 +152,9 @@ class Tokenizer:
         return Tokens(ids, ids != self.pad)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, however long, without the end; `special` ones are never among them.
+        """The ids of each text, of any length, without an end token or any other of `special` and `sizes`.
 
-        Raises ValueError for what an adopted tokenizer has no token for, not even one for the unknown.
+        Raises ValueError for text that an adopted tokenizer cannot encode, if it has no token for unknown text.
         """
         _check_list(texts)
         readable = [*map(_encodable, texts)]
@@ -170,7 +170,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`, and beside it what names its special tokens, as transformers reads them."""
+        """Write `tokenizer.json`, and beside it the config that names its special tokens, as for transformers."""
         write_aside(Path(path), lambda aside: self.backend.save(str(aside)))
         pad, eos = self.names
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": eos}
@@ -178,11 +178,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, max_length: int) -> Tokenizer:
-        """A tokenizer that `save` wrote, from its `tokenizer.json`. Raises ValueError where that is no such file."""
+        """A tokenizer that `save` wrote, from its `tokenizer.json`. Raises ValueError for any other file."""
         return cls(_backend(Path(path)), max_length, *_names(Path(path).parent))
 
 
 def _sizes(backend: Any) -> range:
+    """The ids of the size tokens in a vocabulary, which follow each other."""
     first = backend.token_to_id(SIZE.format(1))
     if first is None:
         return range(0)
@@ -202,7 +203,7 @@ def _backend(path: Path) -> Any:
 
 
 def _names(folder: Path) -> tuple[str, str]:
-    """What the files beside a tokenizer call padding and the end; ours where they do not say."""
+    """The names of the padding and end tokens from the files beside a tokenizer; by default ours."""
     found = {"pad_token": PAD, "eos_token": EOS}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         about = read_json(path) if path.is_file() else {}
@@ -222,7 +223,7 @@ def _check_list(captions: Iterable[str]) -> None:
 
 
 def _encodable(caption: str) -> str:
-    """Half a surrogate pair, as JSON can hold, has no UTF-8: it becomes "?". Raises ValueError for what is no text."""
+    """Replace lone surrogates, which JSON allows and UTF-8 does not, by "?". Raises ValueError for a non-string."""
     if not isinstance(caption, str):
         raise ValueError(f"a caption is a {type(caption).__name__}, expected a string")
     return caption.encode("utf-8", "replace").decode("utf-8")
@@ -235,7 +236,7 @@ class TextConfig:
     vocab_size: int = 4096
     """Entries of the embedding table."""
     max_length: int = 64
-    """Tokens a caption, the end token counted; longer captions are cut."""
+    """Tokens per caption, including the end token; longer captions are truncated."""
     width: int = 256
     """Width of a token, and of the pooled vector."""
     depth: int = 2
@@ -250,7 +251,7 @@ class TextConfig:
         if self.depth < 0:
             raise ValueError(f"depth is {self.depth}, expected 0 or more")
         if self.width % (2 * self.num_heads):
-            raise ValueError(f"width {self.width} must divide by twice num_heads ({self.num_heads})")
+            raise ValueError(f"width {self.width} must be a multiple of twice num_heads ({self.num_heads})")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -293,7 +294,7 @@ class LearnedText(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Small embeddings (GPT-2's 0.02), Xavier matrices, zero biases."""
+        """Normal embeddings of deviation 0.02 (GPT-2), Xavier matrices, zero biases."""
         nn.init.normal_(self.embed.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -302,7 +303,7 @@ class LearnedText(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedText:
         super()._apply(fn, recurse)
-        self.empty = self.tokenizer([""]).ids.to(self.embed.weight.device)  # on the way from meta it would be lost
+        self.empty = self.tokenizer([""]).ids.to(self.embed.weight.device)  # `to_empty` would leave it uninitialised
         return self
 
     @property
@@ -326,7 +327,7 @@ class LearnedText(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> LearnedText:
-        """The text encoder in a folder with both. Raises ValueError where its files do not fit together."""
+        """The text encoder in a folder with both. Raises ValueError if its files do not fit together."""
         config = read_config(TextConfig, Path(folder) / "config.json")
         text = cls(config, Tokenizer.load(Path(folder) / "tokenizer.json", config.max_length))
         load_weights(text, Path(folder) / "model.safetensors")
@@ -337,7 +338,7 @@ class LearnedText(nn.Module):
         return self.tokenizer(captions)
 
     def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
-        """Tokens to a `Condition`; where `drop` (B, num_encoders) is True the caption counts as empty."""
+        """Tokens to a `Condition`; the caption is replaced by the empty one where `drop` (B, num_encoders) is True."""
         ids, mask = tokens
         if drop is not None:
             empty = self.empty[:, : ids.shape[1]]

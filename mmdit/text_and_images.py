@@ -1,7 +1,7 @@
-"""Text and images, in and out: a trained `Transfusion` with its tokenizer and autoencoder.
+"""The pipeline of text and images: a trained `Transfusion` with its tokenizer and autoencoder.
 
-Called with prompts it draws a picture of each, as every text-to-image pipeline; `generate` goes on from any mixture of
-text and pictures with both.
+Called with prompts it draws a picture for each, as any text-to-image pipeline; `generate` continues any mixture of text
+and pictures with both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Words(nn.Module):
-    """The conditioner of a trunk that reads words itself: a tokenizer, and nothing to learn."""
+    """The conditioner of a trunk that reads text itself: a tokenizer, without parameters."""
 
     num_encoders = 1
 
@@ -50,7 +50,7 @@ class Words(nn.Module):
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
     def save_weights(self, folder: str | Path) -> None:
-        """Nothing: there is nothing learnt."""
+        """Nothing to write: there are no parameters."""
 
 
 class CaptionedTransfusion(nn.Module):
@@ -73,23 +73,23 @@ class CaptionedTransfusion(nn.Module):
         self.transformer, self.conditioner = transformer, conditioner
 
     def pack(self, documents: Sequence[Sequence[Tensor]]) -> MixedBatch:
-        """As the trunk's."""
+        """`Transfusion.pack`."""
         return self.transformer.pack(documents)
 
     def forward(self, batch: MixedBatch, t: Tensor | None = None) -> MixedOutput:
-        """As the trunk's."""
+        """`Transfusion.forward`."""
         return self.transformer(batch, t)
 
 
 class TransfusionPipeline(TextToImage):
-    """Prompts to pictures, and with `generate` text and pictures to more of both."""
+    """Prompts to pictures; with `generate`, text and pictures to their continuation."""
 
     format = "mmdit transfusion 1"
 
-    def compile(self, **how: Any) -> TextToImage:
-        """Compile the trunk's blocks, for any number of tokens, at their first call. how: as torch.compile takes it."""
+    def compile(self, **options: Any) -> TextToImage:
+        """Compile the trunk's blocks at their first call, for any number of tokens. options: torch.compile's."""
         for block in self.model.transformer.blocks:
-            block.compile(**({"dynamic": True} | how))
+            block.compile(**({"dynamic": True} | options))
         return self
 
     @torch.no_grad()
@@ -98,13 +98,13 @@ class TransfusionPipeline(TextToImage):
         prompts: Sequence[Sequence[str | Image]],
         seed: int | Sequence[int] = 0,
         told: Callable[[int, str | Image], object] | None = None,
-        **how: Any,
+        **options: Any,
     ) -> list[Written]:
-        """Go on from prompts, each a list of strings and PIL images of sides that divide by `step`.
+        """Continue prompts, each a list of strings and of PIL images whose sides are multiples of `step`.
 
-        Gives the new parts of each, strings and PIL images, and why it ended. told(i, part) is called with each piece
-        of text and each picture of prompt i as it comes. how: as `mmdit.generate.generate` takes it (max_tokens,
-        max_images, text, begin, ...); pictures are drawn as the model's own defaults say unless `image` is given.
+        Returns the new parts of each, strings and PIL images, and why it ended. told(i, part) is called with each piece
+        of text and each picture of prompt i as it comes. options: those of `mmdit.generate.generate` (max_tokens,
+        max_images, text, begin, ...); without `image`, pictures are drawn with the model's defaults.
         """
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts is a {type(prompts).__name__}, expected a list of prompts, each a list")
@@ -113,15 +113,17 @@ class TransfusionPipeline(TextToImage):
                 found = type(prompt).__name__
                 raise ValueError(f"prompt {i} is a {found}, expected a list of strings and pictures")
         parts = [self._parts(p) for p in prompts]
-        how.setdefault("image", self.image_sampling(free=all(any(len(part) for part in prompt) for prompt in parts)))
-        streams = [_Stream(self.model.conditioner.tokenizer) for _ in prompts]
+        options.setdefault(
+            "image", self.image_sampling(free=all(any(len(part) for part in prompt) for prompt in parts))
+        )
+        decoders = [_StreamDecoder(self.model.conditioner.tokenizer) for _ in prompts]
 
-        def tell(i: int, part: Tensor) -> None:
-            new = self.pictures(part[None])[0] if part.is_floating_point() else streams[i].add(part)
+        def report(i: int, part: Tensor) -> None:
+            new = self.pictures(part[None])[0] if part.is_floating_point() else decoders[i].add(part)
             if told is not None and new != "":
                 told(i, new)
 
-        written = generate(self.model.transformer, parts, seed=seed, told=tell if told else None, **how)
+        written = generate(self.model.transformer, parts, seed=seed, told=report if told else None, **options)
         return [Written([self._shown(part) for part in one.parts], one.stopped) for one in written]
 
     def image_sampling(
@@ -134,28 +136,28 @@ class TransfusionPipeline(TextToImage):
         diffusion: str | float | None = None,
         free: bool = False,
     ) -> ImageSampling:
-        """How pictures are drawn, by the model's own defaults where nothing is said; height and width in pixels.
+        """Options for pictures, by default the model's own; height and width in pixels.
 
-        free: a model with tokens for sizes chooses the size where none is given.
+        free: if no size is given, a model with size tokens chooses it.
         """
         given = {"solver": solver, "num_steps": num_steps, "guidance": guidance, "diffusion": diffusion}
-        how = Sampling.of(self.sampling, given)
-        _check_guidance(how)
+        sampling = Sampling.of(self.sampling, given)
+        _check_guidance(sampling)
         factor, size = self.autoencoder.factor, None
         if not (free and height is None and width is None and self.model.transformer.config.size_tokens):
-            height, width = self._fitting(height, width)
+            height, width = self._image_size(height, width)
             size = (height // factor, width // factor)
         trained = (self.size[0] // factor, self.size[1] // factor)
         names = ("solver", "num_steps", "guidance", "interval", "grid", "diffusion")
-        own = {name: getattr(how, name) for name in names}
-        return ImageSampling(size, **own, shift=self.shift, shift_of=trained)
+        options = {name: getattr(sampling, name) for name in names}
+        return ImageSampling(size, **options, shift=self.shift, shift_of=trained)
 
     def _parts(self, prompt: Sequence[str | Image]) -> list[Tensor]:
         trunk, parts = self.model.transformer, []
         for part in prompt:
             if isinstance(part, str):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
-                parts.append(ids.to(trunk.device))  # without an end: there is more to come
+                parts.append(ids.to(trunk.device))  # without an end token: the document continues
             else:
                 pixels = torch.tensor(np.asarray(as_shown(part))).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
@@ -167,22 +169,22 @@ class TransfusionPipeline(TextToImage):
         return self.model.conditioner.tokenizer.decode(part)
 
     def offload(self, device: torch.device | str) -> TextToImage:
-        """Refused: the trunk is the one large part."""
+        """Raises ValueError: the trunk is the only large part."""
         raise ValueError(f"a model of text and images is one trunk: there is nothing to offload, move it to {device}")
 
     def _field(
-        self, prompts: Sequence[str], negatives: Sequence[str | None], how: Sampling, ts: Tensor
+        self, prompts: Sequence[str], negatives: Sequence[str | None], sampling: Sampling, ts: Tensor
     ) -> samplers.Field:
-        """The velocity of a picture after each prompt, guided over that of a picture alone."""
-        _check_guidance(how, negatives)
+        """The velocity of a picture that follows each prompt, guided away from that of a picture without a prompt."""
+        _check_guidance(sampling, negatives)
         trunk: Transfusion = self.model.transformer
         cache, parts = trunk.cache(len(prompts)), [self._parts([prompt]) for prompt in prompts]
-        rows = [i for i, (ids,) in enumerate(parts) if len(ids)]  # of some texts a tokenizer leaves nothing
+        rows = [i for i, (ids,) in enumerate(parts) if len(ids)]  # a tokenizer may give no ids for some texts
         if rows:
             reading = cache.reading(rows)
             trunk(trunk.pack([parts[i] for i in rows]), None, reading)
             reading.keep()
-        return velocity(trunk, cache, range(len(prompts)), how.guidance, how.interval)
+        return velocity(trunk, cache, range(len(prompts)), sampling.guidance, sampling.interval)
 
     @staticmethod
     def load_model(folder: Path) -> nn.Module:
@@ -191,17 +193,17 @@ class TransfusionPipeline(TextToImage):
         return CaptionedTransfusion(load_trunk(folder, Transfusion), Words(config, tokenizer))
 
 
-def _check_guidance(how: Sampling, negatives: Sequence[str | None] = ()) -> None:
-    """Raises ValueError for what a model of both cannot do."""
-    if any(negatives) or how.skip_layers or how.rescale or how.rule != "cfg":
+def _check_guidance(sampling: Sampling, negatives: Sequence[str | None] = ()) -> None:
+    """Raises ValueError for kinds of guidance that a model of text and images does not have."""
+    if any(negatives) or sampling.skip_layers or sampling.rescale or sampling.rule != "cfg":
         raise ValueError(
             "a model of text and images is guided away from no prompt, by rule 'cfg': leave out negative prompts, "
             "rule, rescale and skip_layers"
         )
 
 
-class _Stream:
-    """Tokens one by one to the pieces of text that they add; a character of several tokens comes when it is whole."""
+class _StreamDecoder:
+    """Decodes tokens as they come to the pieces of text that they add; a character of several tokens is added whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.ids, self.shown = tokenizer, list[int](), ""

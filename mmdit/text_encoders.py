@@ -1,8 +1,8 @@
-"""Frozen text encoders as conditioners: any CLIP, T5 or causal language model of a folder.
+"""Frozen text encoders as conditioners: any CLIP, T5 or causal language model in a folder.
 
-An encoder's network is used and never trained: it moves with the model that holds it, and is no part of its parameters,
-its state dict or its copies. Folders are as the hub's: config.json, model.safetensors and the tokenizer's files; or
-open_clip's, with open_clip_config.json. transformers and open_clip are imported when a folder of theirs is opened.
+An encoder's network is never trained: it moves with the model that holds it, but is not among its parameters, in its
+state dict or copied with it. Folders are in the hub's format, with config.json, model.safetensors and the tokenizer's
+files, or in open_clip's, with open_clip_config.json. transformers and open_clip are imported when they are needed.
 
 Shape letters: B batch, L tokens, D width, P width of the pooled vector.
 """
@@ -10,7 +10,7 @@ Shape letters: B batch, L tokens, D width, P width of the pooled vector.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.features import Encoded, Features, TextShape, joined
+from mmdit.features import Encoded, Features, FrozenText, TextShape, joined
 from mmdit.files import variant_of
 from mmdit.text import Condition, Tokens
-from mmdit.weights_io import read_json, write_json
+from mmdit.weights_io import read_json
 
 if TYPE_CHECKING:
     from mmdit.sd3_text import SD3Text
 
 
-class TextEncoder(nn.Module, ABC):
+class TextEncoder(FrozenText):
     """One frozen encoder; by itself the conditioner of a model trained from scratch.
 
-    Padding is hidden from the encoder and from the trunk, and a dropped caption is the empty caption, as with the text
-    encoder that is learnt. source: the folder it came from, None if it came from none.
+    As with `LearnedText`, padding is masked in the encoder and the trunk, and a dropped caption is the empty one.
+    source: the folder it was loaded from, or None.
     """
 
     num_encoders = 1
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module, ABC):
                 f"max_length is {max_length}, expected 2 to {longest or 'any number of'} tokens"
                 + (f", all that the text encoder {source or ''} has places for" if longest else "")
             )
-        # In a tuple, out of sight of parameters() and state_dict().
+        # In a tuple, hidden from parameters() and state_dict().
         self._held = (network.requires_grad_(False).eval(),)
         self.max_length, self.source = max_length, source
 
@@ -78,46 +78,38 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) and pooled vectors (B, P) of ids (B, L); mask None shows padding to the encoder."""
+        """States (B, L, D) and pooled vectors (B, P) of ids (B, L); with mask None the encoder attends to padding."""
 
     @torch.no_grad()
     def forward(self, tokens: Tokens, drop: Tensor | None = None) -> Condition:
-        """Tokens to a `Condition` in float32; where `drop` (B, 1) is True the caption counts as empty."""
+        """Tokens to a `Condition` in float32; the caption is replaced by the empty one where `drop` (B, 1) is True."""
         return joined(self.features(self.dropped(tokens, drop)), self.context_dim)
 
     @torch.no_grad()
     def features(self, tokens: Tokens) -> Features:
-        """What there is to know of captions: states, pooled vectors, and which tokens are real."""
+        """States, pooled vectors and mask of captions."""
         return Features([Encoded(*self.encode(*tokens), tokens.mask)])
 
     @property
     def shape(self) -> TextShape:
-        """Of the features."""
+        """The shape of the features."""
         return TextShape(((self.max_length, self.context_dim, self.pooled_dim),), (True,), self.context_dim)
 
     def dropped(self, tokens: Tokens, drop: Tensor | None) -> Tokens:
-        """The tokens, those of the empty caption where `drop` (B, 1) says so."""
+        """The tokens, with those of the empty caption where `drop` (B, 1) is True."""
         if drop is None:
             return tokens
         empty = self.tokenize([""]).to(tokens.ids.device)
         return Tokens(*(torch.where(drop, e, x) for e, x in zip(empty, tokens, strict=True)))
 
     def about(self) -> dict[str, Any]:
-        """Where the encoder is and what it is. Raises ValueError for one that came from no folder."""
         if self.source is None:
             raise ValueError("this text encoder came from no folder: save it, and open it with open_text_encoder")
         return {"encoder": str(self.source), "max_length": self.max_length, "sha256": fingerprint(self.source)}
 
-    def save_config(self, folder: str | Path) -> None:
-        """Write where the encoder is and what it was, for `load_encoder`; its weights stay where they are."""
-        write_json(Path(folder) / "config.json", self.about())
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing: what is frozen does not change."""
-
 
 def _kept_in_float32(network: nn.Module) -> Iterator[Tensor]:
-    """Weights that transformers keeps in float32 where the others are in float16: T5's numbers are too large for it."""
+    """The weights that transformers keeps in float32 when the others are float16: T5's activations overflow in it."""
     names = getattr(network, "_keep_in_fp32_modules", None) or ()
     for name, parameter in network.named_parameters():
         if not set(names).isdisjoint(name.split(".")):
@@ -125,7 +117,7 @@ def _kept_in_float32(network: nn.Module) -> Iterator[Tensor]:
 
 
 def _never_in_float16(device: str) -> AbstractContextManager:
-    """Within, autocast to float16 is off: the states of T5 and of language models may be too large for it."""
+    """A context without autocast to float16, in which the states of T5 and of language models may overflow."""
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     return torch.autocast(device, enabled=False) if half else nullcontext()
 
@@ -137,7 +129,7 @@ class HubEncoder(TextEncoder):
         self, network: Any, tokenizer: Any, max_length: int, longest: int | None = None, source: Path | None = None
     ) -> None:
         super().__init__(network, max_length, longest, source)
-        if tokenizer.pad_token is None:  # language models that write have none
+        if tokenizer.pad_token is None:  # as in most causal language models
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
         self.tokenizer = tokenizer
@@ -147,14 +139,14 @@ class HubEncoder(TextEncoder):
             list(captions), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
         mask = out.attention_mask.bool()
-        mask[:, 0] = True  # some tokenizers have no token at all for the empty caption
+        mask[:, 0] = True  # some tokenizers give no token for the empty caption
         return Tokens(out.input_ids, mask)
 
 
 class CLIPText(HubEncoder):
-    """A CLIP text model: the states before its last layer, and the projected state of the end token.
+    """A CLIP text model: its penultimate hidden states, and the projected state of the end token as pooled vector.
 
-    Without a projection (CLIPTextModel) the pooled vector is that state itself.
+    Without a projection (CLIPTextModel) the pooled vector is the unprojected state.
     """
 
     def __init__(self, network: Any, tokenizer: Any, max_length: int = 77, source: Path | None = None) -> None:
@@ -163,17 +155,17 @@ class CLIPText(HubEncoder):
         self.pooled_dim = network.config.projection_dim if hasattr(network, "text_projection") else self.context_dim
 
     def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = self.network(ids, output_hidden_states=True)  # causal: real tokens never see the padding behind them
+        out = self.network(ids, output_hidden_states=True)  # no mask: attention is causal, and padding comes last
         return out.hidden_states[-2], out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
 
 
 class HiddenStates(HubEncoder):
-    """The last hidden states of T5's encoder or of a causal language model; pooled is their mean over real tokens."""
+    """The last hidden states of T5's encoder or of a causal language model; pooled: their mean over real tokens."""
 
     def __init__(self, network: Any, tokenizer: Any, max_length: int, source: Path | None = None) -> None:
         longest = None if network.config.model_type in T5 else getattr(network.config, "max_position_embeddings", None)
         super().__init__(network, tokenizer, max_length, longest, source)
-        network.config.use_cache = False  # nothing is written
+        network.config.use_cache = False  # nothing is generated
         self.context_dim = self.pooled_dim = network.config.hidden_size
 
     def encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,7 +176,7 @@ class HiddenStates(HubEncoder):
 
 
 class OpenCLIPText(TextEncoder):
-    """`CLIPText` by open_clip: the same states and the same pooled vector."""
+    """`CLIPText` with a model of open_clip: the same states and pooled vector."""
 
     def __init__(self, network: Any, tokenizer: Any, max_length: int = 77, source: Path | None = None) -> None:
         text = getattr(network, "text", network)
@@ -216,8 +208,8 @@ def open_text_encoder(
 ) -> TextEncoder | SD3Text:
     """The frozen text encoder in a folder, or the three of a diffusers SD3 pipeline, on the CPU.
 
-    max_length: tokens a caption (of T5's, for the three); by default CLIP's 77, or 256. Raises ValueError where there
-    is no encoder, where tensors are missing, and for pickled weights.
+    max_length: tokens per caption (of T5, for SD3's three); by default CLIP's 77, or 256. Raises ValueError if there is
+    no encoder, if tensors are missing, and for pickled weights.
     """
     folder = Path(folder).expanduser().resolve()
     if (folder / "model_index.json").is_file() or (folder / "text_encoder").is_dir():
@@ -238,7 +230,7 @@ def open_text_encoder(
 
 
 def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch.dtype) -> HubEncoder:
-    """The encoder of transformers in a folder, with the tokenizer in another, as pipelines keep them."""
+    """The encoder of transformers in one folder, with the tokenizer of another, as pipelines store them."""
     import transformers
 
     config = read_json(folder / "config.json")
@@ -275,7 +267,7 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def from_transformers(kind: Any, tensors: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> Any:
-    """A network of transformers of tensors by name. Raises ValueError that lists those that do not fit."""
+    """A network of transformers with these tensors. Raises ValueError listing those that do not fit."""
     network, info = kind.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
@@ -284,7 +276,7 @@ def from_transformers(kind: Any, tensors: Mapping[str, Tensor], config: Any, dty
 
 
 def _check_read(info: Mapping[str, Any], kinds: Sequence[str], what: str) -> None:
-    """Raises ValueError for what transformers says that it could not place."""
+    """Raises ValueError for tensors that transformers reports as missing, unexpected or misshapen."""
     wrong = [str(name) for kind in kinds for name in sorted(info[kind])]
     if wrong:
         shown = ", ".join(wrong[:4])
@@ -292,7 +284,7 @@ def _check_read(info: Mapping[str, Any], kinds: Sequence[str], what: str) -> Non
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of transformers in a folder. Raises ValueError where it cannot be read."""
+    """The tokenizer of transformers in a folder. Raises ValueError if it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -311,12 +303,12 @@ def _open_clip(folder: Path, max_length: int, dtype: torch.dtype) -> OpenCLIPTex
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except Exception as error:
         raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error
-    network.visual = None  # pictures are not read
+    network.visual = None  # only text is encoded
     return OpenCLIPText(network, tokenizer, max_length, folder)
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an error of another library, whose kinds are many and whose texts may be long."""
+    """The first line of another library's error message, which may be long, or the error's type if it is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -324,7 +316,7 @@ def fingerprint(folder: str | Path) -> str:
     """SHA-256 of the configs, tokenizers and weights of a folder's text encoders."""
     folder = Path(folder)
     parts = [path for path in folder.glob("*") if path.name.startswith(("text_encoder", "tokenizer")) and path.is_dir()]
-    if not any(path.name.startswith("text_encoder") for path in parts):  # no pipeline: the weights lie in it
+    if not any(path.name.startswith("text_encoder") for path in parts):  # not a pipeline, but one encoder
         parts.append(folder)
     digest = hashlib.sha256()
     for path in sorted(path for part in parts for path in part.glob("*")):
@@ -335,8 +327,8 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder | SD3Text:
-    """The frozen encoder that `save_config` wrote about. Raises ValueError where it is gone, or another now."""
+def load_encoder(folder: str | Path) -> TextEncoder | SD3Text:
+    """The frozen encoder that `save_config` recorded, in float32. Raises ValueError if it is missing or has changed."""
     where = Path(folder) / "config.json"
     about = read_json(where)
     source = Path(about["encoder"])
@@ -350,5 +342,5 @@ def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Text
     if "dropped" in about:
         from mmdit.sd3_text import open_sd3_text
 
-        return open_sd3_text(source, about["max_length"], dtype, about["dropped"], about["without"])
-    return open_text_encoder(source, about["max_length"], dtype)
+        return open_sd3_text(source, about["max_length"], dropped=about["dropped"], without=about["without"])
+    return open_text_encoder(source, about["max_length"])

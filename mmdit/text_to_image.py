@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 
 class CaptionedMMDiT(nn.Module):
-    """An MMDiT and the conditioner that feeds it, learnt or frozen: all that is trained, as one module.
+    """An MMDiT and its conditioner, learnt or frozen: all that is trained, as one module.
 
-    packed: the trunk takes all samples in one row, without the padding of their captions, to the same numbers.
+    packed: samples are packed in one row without the padding of their captions, which gives the same numbers.
     """
 
     packed = False
@@ -54,8 +54,8 @@ class CaptionedMMDiT(nn.Module):
     def forward(
         self, x_t: Tensor | list[Tensor], t: Tensor, tokens: Tokens | Features, drop: Tensor | None = None
     ) -> Any:
-        """Velocity at x_t (B, C, h, w), or a list of (C, h, w), and t (B,), given captions; where `drop` (B, encoders),
-        the empty caption.
+        """Velocity at x_t (B, C, h, w), or a list of (C, h, w), and t (B,), given captions, which are dropped where
+        `drop` (B, num_encoders) is True.
         """
         if self.packed and isinstance(self.conditioner, LearnedText) and isinstance(tokens, Tokens):
             tokens = tokens.trimmed()
@@ -69,8 +69,8 @@ class TextToImage:
     """Prompts to pictures.
 
     size: (height, width) in pixels that the model was trained at, the default of a call. shift: the time shift it was
-    trained with; sampling at another size moves it by sqrt(tokens / trained tokens), as SD3 does (arXiv 2403.03206,
-    eq. 23). sampling: what a call takes where it is not told, fields of `Sampling`.
+    trained with; sampling at another size multiplies it by sqrt(tokens / trained tokens), as in SD3 (arXiv 2403.03206,
+    eq. 23). sampling: default options of a call, fields of `Sampling`.
     """
 
     format = "mmdit text-to-image 1"
@@ -86,40 +86,40 @@ class TextToImage:
         self.model, self.autoencoder, self.shift = model, autoencoder, shift
         self.size: tuple[int, int] = (size[0], size[1])
         self.sampling = {"solver": "ab2", "num_steps": 28, "guidance": 4.0, "interval": [0.0, 1.0]} | (sampling or {})
-        self._visiting: torch.device | None = None  # where parts work that live on the CPU
+        self._offload_device: torch.device | None = None  # with `offload`, where parts on the CPU do their work
 
     @property
     def step(self) -> int:
-        """Height and width of a picture must divide by this, in pixels."""
+        """Height and width of a picture must be multiples of this, in pixels."""
         return self.autoencoder.factor * self.model.transformer.config.patch_size
 
     @property
     def device(self) -> torch.device:
-        """Where pictures are drawn."""
-        return self._visiting or self.model.transformer.device
+        """The device that pictures are drawn on."""
+        return self._offload_device or self.model.transformer.device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextToImage:
-        """Move all parts; dtype is that of trunk and text encoders. The autoencoder and the states stay in float32.
+        """Move all parts; dtype: of trunk and text encoders. The autoencoder and the solver's states stay in float32.
 
-        Raises ValueError for a dtype that is none, or stands in the device's place.
+        Raises ValueError for what is no floating dtype, or a dtype in place of the device.
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"the device is {device}: a type goes after it, pipe.to(pipe.device, {device})")
         check_dtype(dtype)
-        self._visiting = None
+        self._offload_device = None
         self.model.to(device, dtype)
         self.autoencoder.to(device)
         return self
 
     def offload(self, device: torch.device | str) -> TextToImage:
-        """Keep all parts on the CPU, each on `device` while it works only: less memory there, more time."""
+        """Keep all parts on the CPU, and move each to `device` only while it works: less memory there, more time."""
         self.to("cpu")
-        self._visiting = torch.device(device)
+        self._offload_device = torch.device(device)
         return self
 
-    def compile(self, **how: Any) -> TextToImage:
-        """Compile the trunk at its first call, and again for new shapes. how: as torch.compile takes it."""
-        self.model.transformer.compile(**how)
+    def compile(self, **options: Any) -> TextToImage:
+        """Compile the trunk at its first call, and again for new shapes. options: torch.compile's."""
+        self.model.transformer.compile(**options)
         return self
 
     @torch.no_grad()
@@ -137,14 +137,14 @@ class TextToImage:
         progress: bool = False,
         **options: Any,
     ) -> list[Image]:
-        """One PIL image a prompt.
+        """One PIL image per prompt.
 
-        options: fields of `Sampling` (solver, num_steps, guidance, ...); what is not given is as the model's own
-        defaults, `self.sampling`, say. negative_prompts: what guidance leads away from, one for all or one a prompt;
-        by default no caption. seed: one number (prompt i takes seed + i) or one a prompt; a prompt with its seed is the
-        same alone and in any batch. edit: a picture to start from. callback: told of each solver step;
-        `preview(progress)` shows it. progress: show a bar of the steps. Raises ValueError for unknown options, for
-        sizes that do not divide by `step`, and for lists of other lengths than the prompts'.
+        options: fields of `Sampling` (solver, num_steps, guidance, ...), by default those of `self.sampling`.
+        negative_prompts: what guidance leads away from, one for all or one per prompt; by default no caption. seed: one
+        number (prompt i takes seed + i) or one per prompt; a prompt and a seed give the same picture alone and in any
+        batch. edit: a picture to start from. callback: called after each solver step; `preview(progress)` decodes its
+        state. progress: show a progress bar. Raises ValueError for unknown options, for sizes that are not multiples of
+        `step`, and for lists of other lengths than the prompts'.
         """
         prompts = as_captions(prompts)
         seeds, negatives = each_seed(seed, len(prompts)), as_negatives(negative_prompts, len(prompts))
@@ -154,72 +154,74 @@ class TextToImage:
             if not isinstance(edit, Edit):
                 raise ValueError(f"edit is a {type(edit).__name__}, expected an mmdit.Edit of a picture")
             height, width = edit.fitting(height, width)
-        height, width = self._fitting(height, width)
-        how = Sampling.of(self.sampling, options)
-        ts = how.times(self.shift, self._shift_at(height, width) / self.shift)
-        check_solver(how.solver, ts, how.diffusion)
+        height, width = self._image_size(height, width)
+        sampling = Sampling.of(self.sampling, options)
+        ts = sampling.times(self.shift, self._shift_at(height, width) / self.shift)
+        check_solver(sampling.solver, ts, sampling.diffusion)
         pictures: list[Image] = []
         firsts = range(0, len(prompts), batch_size)
-        shown = progress_bar(len(firsts), callback) if progress else nullcontext(callback)
-        with keeping_memory(self.device), shown as told:
+        reporting = progress_bar(len(firsts), callback) if progress else nullcontext(callback)
+        with keeping_memory(self.device), reporting as on_step:
             for first in firsts:
                 rows = slice(first, first + batch_size)
-                field = self._field(prompts[rows], negatives[rows], how, ts)
-                drawing = Drawing(field, how, ts, seeds[rows], told)
+                field = self._field(prompts[rows], negatives[rows], sampling, ts)
+                drawing = Drawing(field, sampling, ts, seeds[rows], on_step)
                 if edit is None:
-                    pictures += self._drawn(drawing, height, width)
+                    pictures += self._draw(drawing, height, width)
                 else:
-                    pictures += self._edited(drawing, edit.part(rows, len(prompts)))
+                    pictures += self._draw_edited(drawing, edit.part(rows, len(prompts)))
         return pictures
 
     def preview(self, progress: samplers.Progress) -> list[Image]:
-        """What a callback's pictures look like so far: the estimate of the data, decoded."""
+        """The pictures of a callback so far: its estimate of the data, decoded."""
         return self.pictures(progress.x_0)
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
-        """What pictures of that size in pixels start from, (B, C, h, w), each drawn from its seed on the CPU."""
+        """The initial noise (B, C, h, w) of pictures of this size in pixels, each drawn from its seed on the CPU."""
         like = self._latent(height, width)
         return samplers.randn((len(seeds), *like.shape), list(seeds), like.dtype, like.device)
 
     def _latent(self, height: int, width: int) -> Tensor:
-        """An empty latent (C, h, w); in float32, also where the trunk works in less."""
+        """An uninitialised latent (C, h, w); in float32 even if the trunk computes in half precision."""
         f, dtype = self.autoencoder.factor, torch.promote_types(self.model.transformer.dtype, torch.float32)
         return torch.empty(self.autoencoder.channels, height // f, width // f, dtype=dtype, device=self.device)
 
-    def _drawn(self, drawing: Drawing, height: int, width: int) -> list[Image]:
+    def _draw(self, drawing: Drawing, height: int, width: int) -> list[Image]:
         """Pictures from noise."""
-        with self._at_work(self.model.transformer):
+        with self._on_device(self.model.transformer):
             x_0 = drawing.from_noise(self._latent(height, width))
         return self.pictures(x_0)
 
-    def _edited(self, drawing: Drawing, edit: Edit) -> list[Image]:
-        """Pictures from pictures."""
+    def _draw_edited(self, drawing: Drawing, edit: Edit) -> list[Image]:
+        """Pictures from the pictures of an edit."""
         count = len(drawing.seeds)
-        images, drawn = edit.images(count).to(self.device), edit.drawn(count)
-        with self._at_work(self.autoencoder):
+        images, redrawn = edit.images(count).to(self.device), edit.redrawn(count)
+        with self._on_device(self.autoencoder):
             known = self.autoencoder.encode(images)
-        mask = None if drawn is None else known_latents(drawn, self.autoencoder.factor).to(known)
-        with self._at_work(self.model.transformer):
+        mask = None if redrawn is None else known_latents(redrawn, self.autoencoder.factor).to(known)
+        with self._on_device(self.model.transformer):
             x_0 = drawing.from_latents(known, edit.strength, mask)
-        return self.pictures(x_0) if drawn is None else edit.pasted(self.pictures(x_0))
+        return self.pictures(x_0) if redrawn is None else edit.composited(self.pictures(x_0))
 
     def pictures(self, x_0: Tensor) -> list[Image]:
         """PIL images of scaled latents (B, C, h, w)."""
         from PIL import Image
 
-        with self._at_work(self.autoencoder):
+        with self._on_device(self.autoencoder):
             images = self.autoencoder.decode(x_0.float())
         pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def _fitting(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The size asked for, the model's own where none is; ValueError where it does not divide."""
+    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The size asked for, by default the model's own. ValueError if its sides are not multiples of `step`."""
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         if not isinstance(height, Integral) or not isinstance(width, Integral):
             raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
-            raise ValueError(f"a picture of {height} x {width} does not fit: both sides must divide by {self.step}")
+            raise ValueError(
+                f"a picture of {height} x {width} does not fit: both sides must be multiples of {self.step}"
+            )
         if max(height, width) > 2**24:
             raise ValueError(f"a picture of {height} x {width}: expected sides of at most 2**24 pixels")
         return int(height), int(width)
@@ -228,34 +230,31 @@ class TextToImage:
         return self.shift * samplers.resolution_shift(height * width, self.size[0] * self.size[1])
 
     @contextmanager
-    def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """With `offload`, a part is on the device while it works."""
-        if self._visiting is None:
+    def _on_device(self, part: nn.Module) -> Iterator[None]:
+        """Move a part to the device while it works, if parts are offloaded."""
+        if self._offload_device is None:
             yield
             return
-        part.to(self._visiting)
+        part.to(self._offload_device)
         try:
             yield
         finally:
             part.to("cpu")
 
     def conditions(self, prompts: Sequence[str | None]) -> Condition:
-        """What the trunk takes for prompts; for None what it takes for no prompt, as in training where one is dropped.
-
-        Encoded once, not once a step.
-        """
+        """The conditions of prompts for the trunk; None is a dropped prompt, as in training."""
         encode = self.model.conditioner
         drop = torch.tensor([[prompt is None] * encode.num_encoders for prompt in prompts], device=self.device)
-        with self._at_work(encode):
+        with self._on_device(encode):
             out = encode(encode.tokenize([prompt or "" for prompt in prompts]).to(self.device), drop)
         return out.to(self.device, self.model.transformer.dtype)
 
     def _field(
-        self, prompts: Sequence[str], negatives: Sequence[str | None], how: Sampling, ts: Tensor
+        self, prompts: Sequence[str], negatives: Sequence[str | None], sampling: Sampling, ts: Tensor
     ) -> samplers.Field:
-        """The guided velocity field of a batch of prompts."""
+        """The guided velocity field of a batch of prompts, which are encoded once, not once per step."""
         trunk, n = self.model.transformer, len(prompts)
-        trunk.check_layers(how.skip_layers)
+        trunk.check_layers(sampling.skip_layers)
         both = self.conditions([*prompts, *negatives])
         cond, uncond = both.rows(slice(n)), both.rows(slice(n, None))
 
@@ -265,17 +264,18 @@ class TextToImage:
 
             return samplers.Field(network, samplers.RectifiedFlow(), "velocity")
 
-        return how.guided(velocity(cond), velocity(uncond), velocity(both), velocity(cond, how.skip_layers), ts)
+        weak = velocity(cond, sampling.skip_layers)
+        return sampling.guided(velocity(cond), velocity(uncond), velocity(both), weak, ts)
 
     def save(self, folder: str | Path, layout: Literal["mmdit", "diffusers"] = "mmdit") -> None:
         """Write everything that `load` needs, each part with its config and safetensors.
 
-        layout "diffusers": a folder for StableDiffusion3Pipeline (see mmdit/sd3_pipeline.py for what it can hold).
+        layout "diffusers": a folder for StableDiffusion3Pipeline (mmdit/sd3_pipeline.py says what it can hold).
         """
         save_pipeline(self, Path(folder), layout)
 
     def save_defaults(self, folder: str | Path) -> None:
-        """Replace what a call takes where it is not told, in a folder that `save` wrote."""
+        """Replace the default options in a folder that `save` wrote."""
         save_defaults(self, Path(folder))
 
     def save_weights(self, folder: str | Path) -> None:
@@ -297,10 +297,10 @@ class TextToImage:
         .safetensors file in the original SD3 layout.
 
         device: None is CUDA if there is one. dtype: of trunk and text encoders, None for float32. without: text
-        encoders of SD3 to leave out, of "clip_l", "clip_g" and "t5". For a file, text: where its tokenizers are, and
-        the text encoders that it lacks, a diffusers SD3 pipeline's folder or its name on the hub; autoencoder: as
-        `open_autoencoder` takes it, None for the file's own. Raises FileNotFoundError where no pipeline is, ValueError
-        where its parts are missing, do not fit together or are of another pipeline.
+        encoders of SD3 to leave out, of "clip_l", "clip_g" and "t5". For a single file, text: the source of tokenizers
+        and of text encoders that the file lacks, a diffusers SD3 pipeline's folder or its name on the hub; autoencoder:
+        as `open_autoencoder` takes it, None for the file's own. Raises FileNotFoundError if there is no pipeline,
+        ValueError if its parts are missing, do not fit together or are of another pipeline.
         """
         pipe = load_pipeline(Path(path), dtype, without, text, autoencoder)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
@@ -312,7 +312,7 @@ class TextToImage:
 
 
 def as_captions(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list. Raises ValueError where there is none, and for what is no text."""
+    """Prompts as a list. Raises ValueError for an empty list, and for anything but strings."""
     listed = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
     if not listed:
         raise ValueError("no prompt given: pass at least one caption")
@@ -322,13 +322,13 @@ def as_captions(prompts: str | Sequence[str]) -> list[str]:
 
 
 def as_negatives(negatives: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """Negative prompts, one a prompt; None where there is none."""
+    """Negative prompts as a list, one per prompt; None for no negative prompt."""
     if negatives is None or isinstance(negatives, str):
         return [negatives] * count
     if not isinstance(negatives, Sequence):
-        raise ValueError(f"negative_prompts is {negatives!r}, expected a string, or a list with one a prompt")
+        raise ValueError(f"negative_prompts is {negatives!r}, expected a string, or a list with one per prompt")
     if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one a prompt")
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one for all, or one per prompt")
     if wrong := [one for one in negatives if not isinstance(one, str | None)]:
         raise ValueError(f"a negative prompt is a {type(wrong[0]).__name__}, expected a string, or None for none")
     return list(negatives)

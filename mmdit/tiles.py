@@ -1,12 +1,12 @@
-"""A convolutional network over a large picture in tiles, with the result that it has in one piece.
+"""Exact tiling of a convolutional network: a large picture in tiles, with the same result as without tiles.
 
-A network that is run over each tile of a picture alone sees edges that are none, and its GroupNorms take the mean and
-the variance of the tile: docs/autoencoder.md has what that costs. Here it is the layers that are worked in tiles, one
-layer after the other. A convolution takes each tile with the rim that its kernel sees; a GroupNorm goes over the
-tiles twice, for the statistics of the whole picture and for the result. So nothing has to be blended.
+Running a whole network on each tile is not exact: convolutions are padded at the edges of the tile, and GroupNorms
+normalise by the tile's statistics (docs/autoencoder.md measures the error). Here tiling is per layer. A convolution
+takes each tile with the halo that its kernel needs; a GroupNorm goes over the tiles twice, once for the statistics of
+the whole picture and once to normalise. So no blending of tiles is needed.
 
-Activations stay in main memory and the device of the weights holds one tile at a time, save in attention over all
-pixels, which autoencoders have where the picture is smallest.
+Activations stay in main memory, and the weights' device holds one tile at a time, except in attention over all pixels,
+which autoencoders have at the smallest resolution.
 
 Shape letters: B batch, C channels, H W sides, G groups.
 """
@@ -22,30 +22,30 @@ from torch.nn import functional as F
 
 @contextmanager
 def in_tiles(network: nn.Module, side: int) -> Iterator[None]:
-    """While open, the layers of `network` work in tiles of `side` pixels of their own resolution, on input in main
-    memory. Not for two threads at once.
+    """Within this context the layers of `network` compute in tiles of `side` pixels at their own resolution, with
+    input and output in main memory. Not thread-safe.
     """
     work: dict[type[nn.Module], Callable[..., Tensor]]
     work = {nn.Conv2d: _convolution, nn.GroupNorm: _group_norm, nn.SiLU: _silu}
-    changed = [(m, f) for m in network.modules() for kind, f in work.items() if isinstance(m, kind)]
-    changed += [(m, _elsewhere) for m in network.modules() if type(m).__name__ == "Attention"]
+    patched = [(m, f) for m in network.modules() for kind, f in work.items() if isinstance(m, kind)]
+    patched += [(m, _untiled) for m in network.modules() if type(m).__name__ == "Attention"]
     try:
-        for module, function in changed:
+        for module, function in patched:
             vars(module)["forward"] = partial(function, module, side)
         yield
     finally:
-        for module, _ in changed:
+        for module, _ in patched:
             vars(module).pop("forward", None)
 
 
-def _elsewhere(module: nn.Module, side: int, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """The layer as it is, on the device of its weights."""
+def _untiled(module: nn.Module, side: int, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """The layer without tiles, on the device of its weights."""
     device = next(module.parameters(), x).device
     return type(module).forward(module, x.to(device), *args, **kwargs).to(x.device)
 
 
 def _silu(module: nn.SiLU, side: int, x: Tensor) -> Tensor:
-    return F.silu(x, inplace=True)  # it follows a norm, whose result nothing else reads
+    return F.silu(x, inplace=True)  # its input is a norm's output, which nothing else reads
 
 
 def _spans(length: int, side: int) -> list[tuple[int, int]]:
@@ -54,34 +54,34 @@ def _spans(length: int, side: int) -> list[tuple[int, int]]:
 
 def _convolution(conv: nn.Conv2d, side: int, x: Tensor) -> Tensor:
     if max(x.shape[-2:]) <= side or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        return _elsewhere(conv, side, x)
+        return _untiled(conv, side, x)
     stride, padding = conv.stride, conv.padding
-    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    sides = [(x.shape[i - 2] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
+    extent = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    sides = [(x.shape[i - 2] + 2 * padding[i] - extent[i]) // stride[i] + 1 for i in (0, 1)]
     out = x.new_empty(len(x), conv.out_channels, *sides)
     for top, bottom in _spans(sides[0], max(1, side // stride[0])):
         for left, right in _spans(sides[1], max(1, side // stride[1])):
             piece = x
             for axis, first, last in ((0, top, bottom), (1, left, right)):
-                length = (last - first - 1) * stride[axis] + reach[axis]
-                piece = _cut(piece, axis - 2, first * stride[axis] - padding[axis], length)
+                length = (last - first - 1) * stride[axis] + extent[axis]
+                piece = _padded_slice(piece, axis - 2, first * stride[axis] - padding[axis], length)
             piece = piece.to(conv.weight.device)
             y = F.conv2d(piece, conv.weight, conv.bias, stride, 0, conv.dilation, conv.groups)
             out[..., top:bottom, left:right] = y
     return out
 
 
-def _cut(x: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """Of an axis (-2 or -1) what lies from `start` on, zeros where there is nothing."""
+def _padded_slice(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """x[start : start + length] along an axis (-2 or -1), with zeros beyond its ends."""
     first, last = (min(max(end, 0), x.shape[axis]) for end in (start, start + length))
     before = min(length, max(0, -start))
-    rim = (before, length - before - (last - first))
-    return F.pad(x.narrow(axis, first, last - first), rim if axis == -1 else (0, 0, *rim))
+    padding = (before, length - before - (last - first))
+    return F.pad(x.narrow(axis, first, last - first), padding if axis == -1 else (0, 0, *padding))
 
 
 def _group_norm(norm: nn.GroupNorm, side: int, x: Tensor) -> Tensor:
     if x.ndim != 4 or max(x.shape[-2:]) <= side:
-        return _elsewhere(norm, side, x)
+        return _untiled(norm, side, x)
     rows, columns = (_spans(length, side) for length in x.shape[2:])
     tiles = [(..., slice(*a), slice(*b)) for a in rows for b in columns]
     shape, device = (len(x), norm.num_groups, -1), norm.weight.device
@@ -95,9 +95,9 @@ def _group_norm(norm: nn.GroupNorm, side: int, x: Tensor) -> Tensor:
     share = torch.tensor(counts, device=device)[:, None, None] / sum(counts)
     mean = (share * torch.stack(means)).sum(0)
     variance = (share * (torch.stack(variances) + (torch.stack(means) - mean).square())).sum(0)
-    each = norm.num_channels // norm.num_groups  # channels of a group
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(each, 1) * norm.weight
-    shift = norm.bias - mean.repeat_interleave(each, 1) * scale
+    per_group = norm.num_channels // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group, 1) * norm.weight
+    shift = norm.bias - mean.repeat_interleave(per_group, 1) * scale
     out = torch.empty_like(x)
     for tile in tiles:
         out[tile] = (x[tile].to(device).float() * scale[..., None, None] + shift[..., None, None]).to(x.dtype)

@@ -1,8 +1,8 @@
 """Transfusion: one transformer that reads and writes text and images (Zhou et al. 2024, arXiv 2408.11039).
 
-Text is learnt by predicting the next token, images by the velocity of a rectified flow, in one sequence and one trunk:
-the MMDiT's blocks, with the mask of `sequences.py`. Text is not modulated by an image's time, and an image in the
-context has one of its own: 0 where it is clean.
+Text is learnt by next-token prediction and images by the velocity of a rectified flow, in one sequence and one trunk:
+the MMDiT's blocks, with the mask of `sequences.py`. Every image has a time of its own, 0 if it is clean; text is not
+modulated by it.
 
 Shape letters: T text tokens, I images, N patches of all images, S = N + T, D width, V vocabulary, C h w a latent.
 """
@@ -28,8 +28,8 @@ from mmdit.sequences import Layout, MixedBatch, Part, pack
 
 
 class Document(NamedTuple):
-    """The model's answer to one document: `logits` (n, V), row k for what follows its k-th token of text, BOI and EOI
-    counted; `v`, a velocity (C, h, w) for each of its images."""
+    """The output for one document: `logits` (n, V), row k for what follows its k-th text token, BOI and EOI included;
+    `v`, a velocity (C, h, w) for each of its images."""
 
     logits: Tensor
     v: list[Tensor]
@@ -37,9 +37,10 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class MixedOutput:
-    """What the model says of a batch: text states (T, D), which `head` makes logits of, and v, one (C, h, w) an image.
+    """The output for a batch: states (T, D), the text's hidden states before `head`, and v, a velocity (C, h, w) for
+    each image.
 
-    Logits of all tokens at once are the largest tensor of a step: take those of some tokens, `head(states[rows])`.
+    The logits of all tokens are the largest tensor of a step; `head(states[rows])` gives those of some tokens.
     """
 
     states: Tensor
@@ -49,11 +50,11 @@ class MixedOutput:
 
     @property
     def logits(self) -> Tensor:
-        """(T, V): row k says what follows token k of the text."""
+        """(T, V): row k predicts what follows text token k."""
         return self.head(self.states)
 
     def per_document(self) -> list[Document]:
-        """One `Document` each, in order."""
+        """The output of each document, in order."""
         counts = torch.bincount(self.batch.document).tolist()
         images = self.batch.document[self.batch.opened].tolist()
         return [
@@ -63,7 +64,7 @@ class MixedOutput:
 
 
 class Transfusion(nn.Module):
-    """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`; `model.generate` writes on."""
+    """The trunk over packed documents: `model(batch, t)` is a `MixedOutput`; `model.generate` continues documents."""
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Transfusion(nn.Module):
         return JointBlock({"img": stream(c.time != "added"), "txt": stream(c.time == "all")})
 
     def init_weights(self) -> None:
-        """As the MMDiT's; words and the head are small too."""
+        """As in `MMDiT`, with token embeddings and head small too."""
         init_linear(self)
         for weight in (self.time_in.fc1.weight, self.time_in.fc2.weight, self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
@@ -109,7 +110,7 @@ class Transfusion(nn.Module):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Of times and of the states between a solver's steps: float32 at least."""
+        """The dtype of times and of a solver's states: at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -128,15 +129,15 @@ class Transfusion(nn.Module):
     def forward(self, batch: MixedBatch, t: Tensor | None = None, past: Reading | None = None) -> MixedOutput:
         """Text states and velocities of documents whose latents are x_t.
 
-        t (I,) in [0, 1], 0 = clean: one time an image, in reading order; None: all are clean. past: what the documents
-        go on from (see cache.py). Raises ValueError for another number of times, tokens beyond the vocabulary, other
-        channels, and sides the patch does not divide.
+        t (I,) in [0, 1], 0 = clean: one time per image, in reading order; None: all are clean. past: the cached context
+        that the documents continue (see cache.py). Raises ValueError for another number of times, tokens beyond the
+        vocabulary, other channels, and sides the patch does not divide.
         """
         self._check(batch, t)
         c, images = self.config, len(batch.latents)
         layout = batch.layout(c.patch_size, None if past is None else past.steps)
         span = layout.span[: layout.num_patches]
-        # Of 1000 t bfloat16 would keep three digits, too few for the sinusoids.
+        # bfloat16 keeps three digits of 1000 t, too few for the sinusoids.
         t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.state_dtype)
         time = self.time_in(t)
         groups = _groups(batch)
@@ -154,7 +155,7 @@ class Transfusion(nn.Module):
         else:
             flex = current_backend() == "flex"
             masks = [layout.blocks(c.attention) if flex else layout.attending(c.attention)] * c.depth
-        cut = layout.num_patches
+        cut = layout.num_patches  # patches come before text
         if c.weights == "shared":
             streams, rotaries = [torch.cat([img, txt])[None]], [rotary]
         else:
@@ -169,19 +170,19 @@ class Transfusion(nn.Module):
         v = self._velocities(patches, batch, groups, F.silu(time), skips)
         return MixedOutput(self.norm_out(x[cut:]), v, batch, self.head)
 
-    def generate(self, prompts: Sequence[Sequence[Tensor]], **how: Any) -> list[Any]:
-        """Text and images that go on from prompts: see `generate.generate`."""
+    def generate(self, prompts: Sequence[Sequence[Tensor]], **options: Any) -> list[Any]:
+        """Continue prompts with text and images: see `generate.generate`."""
         from mmdit.generate import generate
 
-        return generate(self, prompts, **how)
+        return generate(self, prompts, **options)
 
     def _conditions(self, batch: MixedBatch, span: Tensor, silu_c: Tensor) -> list[PerToken | None]:
-        """For each stream what modulates its tokens; where text is in a modulated stream, it takes a row of zeros."""
+        """The conditioning of each stream's tokens; in a modulated stream, text without a time takes a row of zeros."""
         c = self.config
         if c.time == "added":
             return [None] * (1 if c.weights == "shared" else 2)
         if c.time == "all":
-            text = batch.document  # its one image has the same number
+            text = batch.document  # each document has one image, of the same index
         else:
             silu_c = torch.cat([silu_c, silu_c.new_zeros(1, silu_c.shape[1])])
             text = torch.full_like(batch.ids, len(silu_c) - 1)
@@ -195,25 +196,27 @@ class Transfusion(nn.Module):
         return rotary_mixed(coordinates, self.config.head_dim)
 
     def _patches(self, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor) -> tuple[Tensor, list[Skips]]:
-        """Tokens (N, D) of all images in order, and what each group of one size keeps for `_velocities`."""
+        """Tokens (N, D) of all images in order, and the skip connections of each group of one size."""
         if not groups:
             return silu_c.new_zeros(0, self.config.width), []
         pairs = [
-            self.patch_in(torch.stack([batch.latents[i] for i in group]).to(self.dtype), _some(silu_c, group, groups))
+            self.patch_in(
+                torch.stack([batch.latents[i] for i in group]).to(self.dtype), _rows_of(silu_c, group, groups)
+            )
             for group in groups
         ]
         return torch.cat(_in_order([x for x, _ in pairs], groups)), [skips for _, skips in pairs]
 
     def _velocities(
-        self, x: Tensor, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor, kept: list[Skips]
+        self, x: Tensor, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor, skips: list[Skips]
     ) -> tuple[Tensor, ...]:
-        """One (C, h, w) an image of the patches' last states (N, D)."""
+        """A velocity (C, h, w) for each image, from the patches' last states (N, D)."""
         states = x.split([latent[0].numel() // self.config.patch_size**2 for latent in batch.latents])
         v = []
-        for group, skips in zip(groups, kept, strict=True):
+        for group, own in zip(groups, skips, strict=True):
             height, width = batch.latents[group[0]].shape[1:]
-            some = torch.stack([states[i] for i in group])
-            v.append(self.patch_out(some, (height, width), _some(silu_c, group, groups), skips))
+            tokens = torch.stack([states[i] for i in group])
+            v.append(self.patch_out(tokens, (height, width), _rows_of(silu_c, group, groups), own))
         return tuple(_in_order(v, groups))
 
     def _check_length(self, layout: Layout, past: Reading | None) -> None:
@@ -221,7 +224,7 @@ class Transfusion(nn.Module):
         longest = int((lengths if past is None else lengths + past.lengths).max())
         if longest > self.config.max_tokens:
             raise ValueError(
-                f"a document of {longest} tokens, patches counted, is longer than the model's limit of "
+                f"a document of {longest} tokens, including patches, is longer than the model's limit of "
                 f"{self.config.max_tokens} (max_tokens): cut it"
             )
 
@@ -231,7 +234,7 @@ class Transfusion(nn.Module):
             raise ValueError(f"the batch is a {type(batch).__name__}, expected documents packed by model.pack")
         if t is not None and (not isinstance(t, Tensor) or t.shape != (len(batch.latents),)):
             found = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
-            raise ValueError(f"t {found}, expected a tensor ({len(batch.latents)},): one time an image")
+            raise ValueError(f"t {found}, expected a tensor ({len(batch.latents)},): one time per image")
         lowest, highest = (int(end) for end in batch.ids.aminmax())
         if lowest < 0 or highest >= c.vocab_size:
             raise ValueError(
@@ -250,18 +253,19 @@ class Transfusion(nn.Module):
 
 
 def _groups(batch: MixedBatch) -> list[list[int]]:
-    """The images of each size, by number."""
+    """The indices of images, grouped by their size."""
     groups: dict[torch.Size, list[int]] = {}
     for i, latent in enumerate(batch.latents):
         groups.setdefault(latent.shape, []).append(i)
     return list(groups.values())
 
 
-def _some(x: Tensor, group: list[int], groups: list[list[int]]) -> Tensor:
+def _rows_of(x: Tensor, group: list[int], groups: list[list[int]]) -> Tensor:
+    """The group's rows of x (I, ...)."""
     return x if len(groups) == 1 else x[group]
 
 
 def _in_order(parts: list[Tensor], groups: list[list[int]]) -> list[Tensor]:
-    """Rows of the groups' tensors as one list, row i that of image i."""
+    """The inverse of the grouping: one row per image, in order, from a tensor per group."""
     rows = {i: row for part, group in zip(parts, groups, strict=True) for i, row in zip(group, part, strict=True)}
     return [rows[i] for i in range(len(rows))]

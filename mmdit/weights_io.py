@@ -1,5 +1,5 @@
-"""Weights and configs on disk: safetensors and JSON, written aside and renamed, so that no reader ever meets half a
-file.
+"""Weights and configs on disk: safetensors and JSON, written to a temporary file and renamed, so that no reader ever
+sees a partial file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write every file aside as `write_aside` does, then move all to their places, in order."""
-    own = secrets.token_hex(4)  # not a process's number, which others on other machines have too
+    """Write every file to a temporary one as `write_aside` does, then move all to their places, in order."""
+    own = secrets.token_hex(4)  # not a process id, which another machine may have too
     asides = {path: path.with_name(f".{path.name}.{own}.part") for path in writes}
     made = [folder for path in writes for folder in (path.parent, *path.parents) if not folder.exists()]
     try:
@@ -37,7 +37,7 @@ def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             asides[path].touch()
             mode = asides[path].stat().st_mode
             write(asides[path])
-            asides[path].chmod(mode)  # safetensors makes files that their owner alone can read
+            asides[path].chmod(mode)  # safetensors makes files that only their owner can read
         if taken := [path for path in writes if path.is_dir()]:
             raise IsADirectoryError(f"{taken[0]} is a folder, expected the name of a file to write")
         for path, aside in asides.items():
@@ -51,38 +51,38 @@ def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
 
 def _remove_empty(made: Sequence[Path]) -> None:
     for folder in sorted({*made}, reverse=True):
-        with suppress(OSError):  # another has put something there
+        with suppress(OSError):  # not empty: another process has written there
             folder.rmdir()
 
 
 def json_writer(value: Any) -> Callable[[Path], object]:
-    """For `write_all_aside`: writes a value as readable JSON."""
+    """For `write_all_aside`: write a value as indented JSON."""
     return lambda path: path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], object]:
-    """For `write_all_aside`: writes tensors as one safetensors file."""
+    """For `write_all_aside`: write tensors as one safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors, places = {}, set[int]()
+    tensors, pointers = {}, set[int]()
     for name, tensor in state.items():
         tensor = tensor.detach().contiguous().cpu()
-        tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # a file has no tied weights
-        places.add(tensor.data_ptr())
+        tensors[name] = tensor.clone() if tensor.data_ptr() in pointers else tensor  # safetensors refuses tied weights
+        pointers.add(tensor.data_ptr())
 
     def write(path: Path) -> None:
         try:
             save_file(tensors, path, metadata)
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"cannot write {path.parent}: {error}") from error
 
     return write
 
 
 def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary folder)`, then move the result to `folder`, file by file where it is there, weights before
-    configs; a failure leaves nothing partial, and what was there before.
+    """Call `write(temporary folder)`, then move the result to `folder`; if it exists, file by file, weights before
+    configs. A failure leaves the folder as it was.
     """
     new = not folder.exists()
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part") if new else folder / f".{os.getpid()}.part"
@@ -104,7 +104,7 @@ def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON."""
+    """Write a value as indented JSON."""
     write_aside(path, json_writer(value))
 
 
@@ -114,13 +114,13 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raises ValueError for a type that no model computes in."""
+    """Raises ValueError for a dtype that no model computes in."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype is {dtype!r}, expected a floating type of torch: torch.float32, torch.bfloat16, ...")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. Raises ValueError that names the file where it is none, FileNotFoundError where there is no file."""
+    """Read JSON. Raises ValueError naming the file if it is not JSON, FileNotFoundError if there is no file."""
     try:
         return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(kind: Callable[..., T], path: Path) -> T:
-    """The config of a class from its JSON. Raises ValueError where that is none of it."""
+    """A config of class `kind` from its JSON. Raises ValueError if the fields do not fit."""
     try:
         return kind(**read_json(path))
     except TypeError as error:
@@ -136,18 +136,18 @@ def read_config(kind: Callable[..., T], path: Path) -> T:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Read a safetensors file into a module. Raises ValueError that lists missing, extra and misshapen tensors."""
+    """Read a safetensors file into a module. Raises ValueError listing missing, extra and misshapen tensors."""
     assign_weights(module, read_weights(path), str(path))
 
 
 def assign_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into a module; every tensor must be there, in its shape, and none besides."""
+    """Copy `state` into a module. Raises ValueError as `check_fit` does."""
     check_fit(module.state_dict(), state, source)
     module.load_state_dict(dict(state))
 
 
 def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError that lists what of `expected` is missing in `state`, what is extra, and what is misshapen."""
+    """Raises ValueError listing the tensors of `state` that are missing, extra or misshapen, compared to `expected`."""
     problems = {
         "missing": sorted(expected.keys() - state.keys()),
         "extra": sorted(state.keys() - expected.keys()),

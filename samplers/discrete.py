@@ -1,9 +1,9 @@
 """The discrete schedules of DDPM: a list of betas, and the continuous path that runs through them.
 
-N betas give alpha_bar_k = prod_{i <= k} (1 - beta_i), k = 0 ... N-1 (Ho et al. 2020, eq. 4). The index k stands at
+N betas give alpha_bar_k = prod_{i <= k} (1 - beta_i), k = 0 ... N-1 (Ho et al. 2020, eq. 4). Index k is the time
 t = (k + 1) / N, so that t = 0 is the data and t = 1 the last, noisiest index. Between two indices the log-SNR is linear
-in t, as k-diffusion and diffusers interpolate; from the data to index 0 sigma / alpha is linear, and to a last index of
-zero SNR alpha / sigma is: so both ends are met with finite derivatives.
+in t, as k-diffusion and diffusers interpolate. From the data to index 0 it is sigma / alpha that is linear, and to a
+last index of zero SNR alpha / sigma, so that the derivatives are finite at both ends.
 """
 
 import math
@@ -18,7 +18,7 @@ from samplers.schedules import Coefficients, Schedule, Time, as_time, float_tens
 
 @dataclass(frozen=True, eq=False)
 class DiscreteVP(Schedule):
-    """The path of N DDPM betas; `betas` is a tensor or sequence (N,), each in (0, 1); the last may be 1 (zero SNR)."""
+    """The schedule of N DDPM betas, a tensor or sequence (N,), each in (0, 1); the last may be 1 (zero SNR)."""
 
     betas: tuple[float, ...] | Sequence[float] | Tensor
     _log_snr: Tensor = field(init=False)
@@ -54,7 +54,7 @@ class DiscreteVP(Schedule):
 
     @classmethod
     def scaled_linear(cls, num: int = 1000, first: float = 0.00085, last: float = 0.012) -> "DiscreteVP":
-        """Roots of the betas linear in the index, the schedule of Stable Diffusion (Rombach et al. 2022)."""
+        """Square roots of the betas linear in the index, as in Stable Diffusion (Rombach et al. 2022)."""
         return cls(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64) ** 2)
 
     @classmethod
@@ -65,7 +65,7 @@ class DiscreteVP(Schedule):
         return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
     def zero_terminal_snr(self) -> "DiscreteVP":
-        """These betas so changed that the last index is pure noise, the first as it was (Lin et al. 2023, alg. 1)."""
+        """The schedule rescaled to pure noise at the last index, the first unchanged (Lin et al. 2023, alg. 1)."""
         alpha = self.alpha_bar.sqrt()
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         alpha_bar = torch.cat((torch.ones(1, dtype=torch.float64), alpha**2))
@@ -77,14 +77,14 @@ class DiscreteVP(Schedule):
         return torch.cumprod(1 - torch.tensor(self.betas, dtype=torch.float64), 0)
 
     def index(self, t: Time) -> Tensor:
-        """A DDPM network's time: N t - 1, a fraction between two indices; 0 from the data to index 0.
+        """The time of a DDPM network: N t - 1, fractional between two indices, and 0 from the data to index 0.
 
-        At an index k it is k to rounding: for a network of whole numbers only take `index(t).round().long()`.
+        At index k it is k up to rounding: for a network that takes only integers use `index(t).round().long()`.
         """
         return (as_time(t) * len(self) - 1).clamp(min=0)
 
     def time(self, index: Time | int) -> Tensor:
-        """The time (k + 1) / N of an index k in [0, N - 1]; ValueError outside."""
+        """The time (k + 1) / N of an index k in [0, N - 1]; ValueError outside this range."""
         index = float_tensor(index)
         if not ((index >= 0) & (index <= len(self) - 1)).all():
             raise ValueError(f"index {index.tolist()}: indices run from 0 to {len(self) - 1}")
@@ -96,7 +96,7 @@ class DiscreteVP(Schedule):
         place = t.to(wide) * n
         k = place.floor().long().clamp(1, n - 1)  # between the knots k and k + 1, which are the indices k - 1 and k
         low, high = table[k - 1], table[k]
-        high = torch.where(high.isneginf(), low, high)  # made below; an infinity here would be a NaN in gradients
+        high = torch.where(high.isneginf(), low, high)  # handled below; an infinity here would make gradients NaN
         # Half the log-SNR, l = log(alpha / sigma), and its derivative.
         slope = (high - low) / 2 * n
         middle = low / 2 + slope * (place - k) / n

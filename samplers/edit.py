@@ -1,4 +1,4 @@
-"""Starting from a picture: from its noised state (img2img), and with a part of it held fast (inpainting)."""
+"""Editing data: sampling from its noised state (img2img), or with a known part (inpainting)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,9 @@ def start_from(
 ) -> tuple[Tensor, Tensor]:
     """x_0 noised to a time of the grid, and the grid from there: what `sample` takes for img2img (Meng et al. 2022).
 
-    strength in (0, 1]: the part of the grid's steps that is walked, at least one; 1 keeps only what the schedule leaves
-    of x_0 at the grid's first time. Returns x (B, ...) like x_0 and the times (k + 1,). Noise comes from `generator`.
+    strength in (0, 1]: the fraction of the grid's steps to take, at least one; at 1 sampling starts at the grid's first
+    time, where little or nothing of x_0 is left. Returns x (B, ...) like x_0 and the times (k + 1,). generator: of the
+    noise.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength = {strength}: give a number in (0, 1]; 1 starts from noise")
@@ -41,10 +42,11 @@ def start_from(
 
 @dataclass(frozen=True, eq=False)
 class Inpaint(Solver):
-    """`inner`, with known data put in after each step at the noise level reached (Song et al. 2021, app. I.2).
+    """Inpainting: after each step of `inner`, known data is put in at the noise level reached (Song et al. 2021, app.
+    I.2).
 
-    known (B, ...) data like x; mask like it or broadcast to it: 1 where it is known, 0 where it is made, between them a
-    blend; eps: the noise of the known part, the same at all times, so that it lies on one straight path. At t = 0 the
+    known (B, ...): data like x; mask, broadcastable to it: 1 where data is known, 0 where it is sampled, in between a
+    blend; eps: the noise of the known part, the same at all times, so that this part follows one path. At t = 0 the
     known part is `known` itself. diffusion: of `inner`, if it takes one.
     """
 
@@ -56,9 +58,9 @@ class Inpaint(Solver):
 
     @classmethod
     def of(cls, inner: str | Solver, known: Tensor, mask: Tensor, generator: Generators = None) -> "Inpaint":
-        """Of a solver or the name of one, with noise drawn from `generator`.
+        """Inpainting with a solver or its name, and noise drawn from `generator`.
 
-        ValueError where the shapes do not fit or the mask leaves [0, 1].
+        Raises ValueError if the shapes do not fit or the mask leaves [0, 1].
         """
         inner = inner if isinstance(inner, Solver) else lookup("solver", inner, SOLVERS)
         check_states(known)

@@ -5,31 +5,31 @@ With l = log(alpha / sigma) the probability-flow ODE has, between the times t an
     x_s = (sigma_s / sigma_t) x_t + sigma_s int e^l x_0(l) dl        in the data prediction (Lu et al. 2022b, eq. 8)
     x_s = (alpha_s / alpha_t) x_t - alpha_s int e^-l eps(l) dl       in the noise prediction (Lu et al. 2022a, eq. 3.4)
 
-Put a polynomial through known predictions m_j for x_0 or eps, and each is a linear combination
+With a polynomial through known predictions m_j in place of x_0 or eps, each becomes a linear combination
 
     x_s = A x_t + T sum_j w_j m_j,      sum_j w_j = 1,      T = alpha_s - A alpha_t   (or sigma_s - A sigma_t for eps)
 
-whose weights w_j integrate the polynomial under the kernel. With one node the step is DDIM, in either prediction. What
-is left to choose is a method:
+whose weights w_j integrate the polynomial under the kernel. With one node the step is DDIM, in either prediction. A
+method is a choice of
   - the prediction, `view`: "data" (the ++ family, SA-Solver) or "noise" (DPM-Solver, DEIS, LMS, EDM's Heun), or the
     "velocity", for which A = 1, T = dt and the polynomial is in t: Adams and Bashforth's methods;
   - the `variable` of the polynomial: "log-snr", l itself; "rho", sigma / alpha; "flow", sigma / (alpha + sigma), the
     time of a rectified flow, which is finite at both ends;
-  - the nodes: steps before (`Multistep`), stages within (`SingleStep`), and the end of the step (a corrector);
-  - the `rule`: "exact" integration, or the published approximations of it where there are two nodes, E[tau] = 1/2
-    ("half": DPM-Solver, UniPC's B(h) = e^h - 1) or its value for small h ("bh1": UniPC's B(h) = h, SA-Solver), which
-    grows with tau^2 h (below) without bound, so that where tau > 1 it is "half";
-    "third-halved" is "half", and with three nodes half of the second difference, as diffusers and k-diffusion have it
-    in DPM-Solver++(3M): its order is 2, for compatibility only.
+  - the nodes: previous steps (`Multistep`), stages within the step (`SingleStep`), the end of the step (a corrector);
+  - the `rule`: "exact" integration, or for two nodes one of its published approximations, E[tau] = 1/2 ("half":
+    DPM-Solver, UniPC's B(h) = e^h - 1) or its value for small h ("bh1": UniPC's B(h) = h, SA-Solver), which grows
+    without bound with tau^2 h (below), so that "half" replaces it where tau > 1; "third-halved" is "half", and with
+    three nodes it halves the second difference, as diffusers and k-diffusion do in DPM-Solver++(3M), which makes its
+    order 2: it is for compatibility only.
 
 **Noise.** With a diffusion coefficient w = tau^2 w_kl, data prediction and the decay D = exp(-int tau^2 dl) (Xue et al.
 2023, prop. 4.2), A = (sigma_s / sigma_t) D, the kernel is e^((1 + tau^2) l), and independent noise of deviation
-(sigma_s^2 - A^2 sigma_t^2)^1/2 is added: x_s has the right variance whatever D is. tau = 1 with one node is DDPM's
+(sigma_s^2 - A^2 sigma_t^2)^1/2 is added: x_s has the right variance for every D. tau = 1 with one node is DDPM's
 ancestral step; DDIM's eta is D^2 = 1 - eta^2 (1 - e^-2h) (Song et al. 2021, eq. 16).
-A polynomial through predictions of the past does not know how the noise was spread within each step: the variance is
-off by tau^2 h^2 however many nodes there are, so that a third one gives order 3 only where tau^2 is as small as h.
+A polynomial through past predictions does not know how the noise was distributed within each step: for any number of
+nodes the variance has an error of tau^2 h^2, so that a third node gives order 3 only where tau^2 is as small as h.
 
-All coefficients are computed in float64 before the loop, and are numbers in it.
+All coefficients are computed in float64 before the loop, in which they are Python numbers.
 """
 
 import math
@@ -54,11 +54,11 @@ VARIABLES = {
     "flow": (lambda x: torch.sigmoid(-x), lambda p: -torch.logit(p)),
 }
 RULES = ("exact", "half", "bh1", "third-halved")
-MOST_RATE = 2 + 1e-6  # of the kernel at tau = 1, to which "bh1" holds
+BH1_MAX_RATE = 2 + 1e-6  # the kernel's rate 1 + tau^2 at tau = 1, above which "bh1" becomes "half"
 
 
 class Point(NamedTuple):
-    """The path at one time; l = log(alpha / sigma), infinite at a pure end."""
+    """The schedule at one time; l = log(alpha / sigma), infinite where alpha or sigma is 0."""
 
     t: float
     alpha: float
@@ -83,7 +83,7 @@ class Linear(NamedTuple):
 
 
 def points(schedule: Schedule, ts: Sequence[float]) -> list[Point]:
-    """The path at these times."""
+    """The schedule at these times."""
     c = schedule(torch.tensor(ts, dtype=torch.float64))
     log_snr = schedule.log_snr(torch.tensor(ts, dtype=torch.float64))
     return [Point(*row) for row in zip(ts, c.alpha.tolist(), c.sigma.tolist(), (log_snr / 2).tolist(), strict=True)]
@@ -92,15 +92,15 @@ def points(schedule: Schedule, ts: Sequence[float]) -> list[Point]:
 def linear(
     view: str, start: Point, end: Point, nodes: Sequence[float], variable: str, rule: str, damping: float = 1.0
 ) -> Linear:
-    """The step from `start` to `end` with predictions at `nodes` (values of l, that of `start` or nearest to it first).
+    """The step from `start` to `end` with predictions at `nodes`: values of l (or t), that of `start` first.
 
-    damping: D above, 1 without noise. Weights of nodes that cannot be used, at infinite l, are 0.
+    damping: D above, 1 without noise. Nodes at infinite l cannot be used: their weights are 0.
     """
     if view == "velocity":
         dt, ts = end.t - start.t, tuple(nodes)
         return Linear(view, 1.0, tuple(dt * w for w in weights(start.t, end.t, ts, "log-snr", rule, 0.0)))
     if start.alpha == 0 and view == "noise":
-        view, nodes = ("data", nodes[:1])  # DDIM's step, the same in both predictions, and finite in this one
+        view, nodes = ("data", nodes[:1])  # DDIM's step, which is the same in both predictions, but finite in this one
     if view == "data":
         if start.sigma == 0:
             raise ValueError("a step in the data prediction cannot leave t = 0, where sigma = 0: take a solver of v")
@@ -112,8 +112,8 @@ def linear(
         total, noise = end.sigma - a * start.sigma, 0.0
     h = end.l - start.l
     rate = 1 - math.log(max(damping, 1e-300)) / h if damping < 1 else 1.0
-    share = weights(start.l, end.l, tuple(nodes), variable, rule, rate if view == "data" else -1.0)
-    return Linear(view, a, tuple(total * w for w in share), noise)
+    w = weights(start.l, end.l, tuple(nodes), variable, rule, rate if view == "data" else -1.0)
+    return Linear(view, a, tuple(total * w_j for w_j in w), noise)
 
 
 @lru_cache(maxsize=4096)
@@ -135,7 +135,7 @@ def weights(
     tau = ((p - p_start) / (p_end - p_start))[usable]
     moments = _moments(start, end, len(tau), variable, rate)
     if len(tau) == 2 and rule != "exact":
-        small_h = rule == "bh1" and rate < MOST_RATE
+        small_h = rule == "bh1" and rate < BH1_MAX_RATE
         moments[1] = 0.5 * rate * (end - start) / -math.expm1(rate * (start - end)) if small_h else 0.5
     if len(tau) == 3 and rule == "third-halved":
         moments[2] /= 2
@@ -145,19 +145,19 @@ def weights(
 
 
 def _moments(start: float, end: float, num: int, variable: str, rate: float) -> Tensor:
-    """E[tau^k], k < num, under the density e^(rate l) between l = start and end; either may be infinite."""
+    """E[tau^k] for k < num, under the density e^(rate l) between l = start and end; either may be infinite."""
     value = VARIABLES[variable][0]
     heavy, light = (end, start) if rate * (end - start) > 0 else (start, end)
     k = torch.arange(num, dtype=torch.float64)
     if rate == 0 or (rate == -1 and variable == "rho"):  # the density is flat in the variable itself
         return 1 / (k + 1)
     p_start, p_end = (value(torch.tensor(at, dtype=torch.float64)) for at in (start, end))
-    if math.isinf(heavy):  # all the mass is there
+    if math.isinf(heavy):  # all mass is there
         l = torch.full((1,), heavy, dtype=torch.float64)  # noqa: E741
         mass = torch.ones(1, dtype=torch.float64)
     else:
         s, mass = _gauss_legendre(48)
-        length = min(abs(rate * (light - heavy)), 40.0)  # beyond, e^-40 of the mass is left
+        length = min(abs(rate * (light - heavy)), 40.0)  # beyond it there is only e^-40 of the mass
         l = heavy + math.copysign(length / abs(rate), light - heavy) * s  # noqa: E741
         mass = mass * torch.exp(-length * s)
     tau = (value(l) - p_start) / (p_end - p_start)
@@ -174,10 +174,10 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 class Past(NamedTuple):
-    """What a multistep method carries: the step it was, its predictions, and the x and noise that it stepped from;
-    while it is being started, the starter's state."""
+    """The state of a multistep method: number of the last step, predictions from the newest on, the x and noise of the
+    last step, and the state of the starting solver."""
 
-    number: int
+    step: int
     outputs: tuple[Tensor, ...]
     x: Tensor
     z: Tensor | None
@@ -186,7 +186,7 @@ class Past(NamedTuple):
 
 @dataclass(frozen=True)
 class Exponential(Solver):
-    """What `Multistep` and `SingleStep` share."""
+    """The base of `Multistep` and `SingleStep`."""
 
     view: str = "data"
     variable: str = "log-snr"
@@ -200,13 +200,14 @@ class Exponential(Solver):
 
 @dataclass(frozen=True)
 class Multistep(Exponential):
-    """Predictions of this step and those before, `num_nodes` in all; one evaluation a step.
+    """A multistep method: a polynomial through the predictions of this step and previous ones, `num_nodes` in all; one
+    evaluation per step.
 
-    corrector: with k > 0, the step is made again when the prediction at its end is known, from k predictions with that
-    one among them (UniPC, Zhao et al. 2023; SA-Solver): one order more for no further evaluation. The first steps have
-    fewer predictions and so a lower order, which shows in the whole for more than two nodes; `start` is a one-step
-    solver that makes them instead, and then the order is the one that is named. lower_order_final: the last steps use
-    as many as there are steps left, as diffusers does below 15 steps. diffusion: noise, see above.
+    corrector: if k > 0, each step is redone once the prediction at its end is known, with k predictions including that
+    one (UniPC, Zhao et al. 2023; SA-Solver), which gives one more order for no further evaluation. The first steps have
+    fewer predictions, whose lower order limits the whole for more than two nodes; `start`, a one-step solver, makes
+    these steps instead, and the method has its nominal order. lower_order_final: the last steps use no more nodes than
+    there are steps left, as diffusers does below 15 steps. diffusion: of the noise, see above.
     """
 
     num_nodes: int = 1
@@ -255,15 +256,15 @@ class Multistep(Exponential):
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Past | None = None, noise: Noise | None = None
     ) -> Step:
-        index = state.number + 1 if state else 0
+        index = state.step + 1 if state else 0
         plan, past = self.predict[index], state.outputs if state else ()
         if self.start and index < self.num_nodes - 1:
             x, prediction, own = self.start.step(field, x_t, t, t_next, state.starter if state else None)
             return Step(x, prediction, Past(index, (prediction.view(self.view), *past), x_t, None, own))
         prediction = field.predict(x_t, t)
         output = prediction.view(self.view)
-        if state is not None and (again := self.correct[index - 1]) is not None:
-            x_t = again(state.x, (past[0], output, *past[1:]), state.z)
+        if state is not None and (corrector := self.correct[index - 1]) is not None:
+            x_t = corrector(state.x, (past[0], output, *past[1:]), state.z)
         outputs = (output, *past)[: max(self.num_nodes, self.corrector - 1)]
         z = noise.unit(t, t_next) if noise is not None and plan.noise > 0 else None
         used = outputs if plan.view == self.view else (prediction.view(plan.view),)
@@ -272,11 +273,11 @@ class Multistep(Exponential):
 
 @dataclass(frozen=True)
 class SingleStep(Exponential):
-    """Stages within the step: an exponential Runge-Kutta method.
+    """An exponential Runge-Kutta method, with stages within the step.
 
-    nodes: places of the stages, from 0 (the start) to 1 (the end), in `variable`; uses[i]: which stages the polynomial
-    that leads to stage i + 1 runs through, the last one leading to the end. A step from or to an infinite value of
-    `variable`, or to an end with sigma = 0 that has a stage there, is DDIM's.
+    nodes: where the stages are in `variable`, from 0 (the start) to 1 (the end); uses[i]: the stages whose predictions
+    lead to stage i + 1, and the last of these to the end. A step from or to an infinite value of `variable`, or to
+    sigma = 0 if there is a stage at the end, is replaced by DDIM's.
     """
 
     nodes: tuple[float, ...] = (0.0,)
@@ -289,11 +290,11 @@ class SingleStep(Exponential):
         return replace(self, plans=plans)
 
     def _plan(self, schedule: Schedule, start: Point, end: Point) -> tuple[tuple[float, Linear], ...]:
-        """Of each stage, the time of its evaluation and the step that follows."""
+        """For each stage the time of its evaluation, and the linear step that follows."""
         value, inverse = VARIABLES[self.variable]
         p_start, p_end = (value(torch.tensor(point.l, dtype=torch.float64)) for point in (start, end))
-        blind = 1.0 in self.nodes and end.sigma == 0
-        if blind or not (p_start.isfinite() and p_end.isfinite()):
+        stage_at_0 = 1.0 in self.nodes and end.sigma == 0
+        if stage_at_0 or not (p_start.isfinite() and p_end.isfinite()):
             return ((start.t, linear(self.view, start, end, [start.l], self.variable, self.rule)),)
         places = inverse(p_start + torch.tensor(self.nodes, dtype=torch.float64) * (p_end - p_start))
         times = schedule.t_from_log_snr(2 * places).tolist()
@@ -303,8 +304,8 @@ class SingleStep(Exponential):
         for i, used in enumerate(self.uses):
             target = stages[i + 1] if i + 1 < len(stages) else end
             step = linear(self.view, start, target, [stages[j].l for j in used], self.variable, self.rule)
-            share = dict(zip(used, step.b, strict=False))
-            plan.append((stages[i].t, step._replace(b=tuple(share.get(j, 0.0) for j in range(i + 1)))))
+            weight_of = dict(zip(used, step.b, strict=False))
+            plan.append((stages[i].t, step._replace(b=tuple(weight_of.get(j, 0.0) for j in range(i + 1)))))
         return tuple(plan)
 
     def step(
@@ -323,8 +324,19 @@ class SingleStep(Exponential):
 
 _DPM, _DPMPP, _UNIPC = "DPM-Solver, Lu et al. 2022a", "DPM-Solver++, Lu et al. 2022b", "UniPC, Zhao et al. 2023"
 
+DDIM = Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16")
+EDM_HEUN = SingleStep(
+    "edm-heun",
+    2,
+    2,
+    "EDM, Karras et al. 2022, alg. 1",
+    view="noise",
+    variable="rho",
+    nodes=(0.0, 1.0),
+    uses=((0,), (0, 1)),
+)
 METHODS: tuple[Solver, ...] = (
-    Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16"),
+    DDIM,
     SingleStep("dpm-1", 1, 1, f"{_DPM}, eq. 3.7: DDIM", view="noise"),
     SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
     SingleStep(
@@ -359,14 +371,5 @@ METHODS: tuple[Solver, ...] = (
     Multistep(
         "sa-solver", 2, 1, "SA-Solver, Xue et al. 2023, alg. 1", rule="bh1", num_nodes=2, corrector=2, diffusion=1.0
     ),
-    SingleStep(
-        "edm-heun",
-        2,
-        2,
-        "EDM, Karras et al. 2022, alg. 1",
-        view="noise",
-        variable="rho",
-        nodes=(0.0, 1.0),
-        uses=((0,), (0, 1)),
-    ),
+    EDM_HEUN,
 )

@@ -1,7 +1,7 @@
-"""Field: a network adapted once, at the edge; what it predicts at (x_t, t) in every view, on any schedule.
+"""Field: a network with its schedule and prediction type, which gives x_0, eps, v and score, on any schedule.
 
-x_t is (B, ...), t a float, a 0-d tensor or (B,), in [0, 1]. One evaluation of the network is one `Prediction`, whose
-views are computed when they are read, so that a stepper or a guidance rule that wants both x_0 and eps pays once.
+x_t is (B, ...), t a float, a 0-d tensor or (B,), in [0, 1]. One evaluation of the network gives one `Prediction`, whose
+views are computed when they are read, so that x_0 and eps together cost one evaluation.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from samplers.views import ROWS, View, convert, convert_at, determined, edm_view
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a field says at (x_t, t): `value` is the view called `kind`; the others follow from it (see views.py).
+    """A field's prediction at (x_t, t): `value` is the view `kind`, from which the others follow (see views.py).
 
-    `num_evals` counts the network evaluations that it took, per sample: one, or two under classifier-free guidance.
+    `num_evals`: network evaluations that it took, per sample: one, or two with classifier-free guidance.
     """
 
     value: Tensor = field(repr=False)
@@ -61,8 +61,8 @@ class Field:
     """A network, the schedule it was trained on and what it predicts, as one vector field.
 
     network: (x_t (B, ...), t (B,)) -> tensor like x_t; prediction: "velocity", "noise", "data", "ddpm_v", "score",
-    "edm" (for data of deviation 0.5; `edm_view(sigma_data)` for another), or a row of one's own (see views.py).
-    Each view is one network evaluation; take `predict` where several are wanted.
+    "edm" (for data of standard deviation 0.5, else `edm_view(sigma_data)`), or your own view (see views.py).
+    Each method is one network evaluation; use `predict` to get several views of one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Field:
             raise ValueError(f"network is {network!r}: give a function of (x_t, t)")
         _check_schedule(schedule)
         if callable(prediction):
-            row_of(prediction, schedule(0.5))  # ValueError for what is no view
+            row_of(prediction, schedule(0.5))  # raises ValueError if it is not a view
         else:
             lookup("prediction", prediction, ROWS)
         self.network, self.schedule, self.prediction = network, schedule, prediction
@@ -103,57 +103,57 @@ class Field:
     def score(self, x_t: Tensor, t: Time) -> Tensor:
         """The score grad log p_t(x_t) = -eps / sigma.
 
-        ValueError where sigma = 0 at a time that is a number, unless the score is what the network predicts; at a time
-        per sample, which may hold any, it is 0 there.
+        Raises ValueError where sigma = 0, unless the network predicts the score; only where t is a number, however: for
+        a tensor t it is 0 there.
         """
         if self.prediction != "score" and not isinstance(t, Tensor) and float(self.schedule.sigma(t)) == 0:
             raise ValueError(f"there is no score at t = {t:g}, where sigma = 0: ask for eps, or at a later time")
         return self.predict(x_t, t).score
 
     def determined(self, t: Time) -> bool:
-        """Whether x_t and what the network predicts at this time (at all of them) determine both x_0 and eps.
+        """Whether x_t and the network's prediction determine both x_0 and eps at this time (at all times of a tensor).
 
         False for a data or score prediction where sigma = 0, and for a noise prediction where alpha = 0 (see views.py).
         """
         return bool(determined(self.prediction, self.schedule(t)).all())
 
     def determines_velocity(self, t: Time) -> bool:
-        """`determined`, and the schedule has no pole at this time: whether a solver may look at v there."""
+        """Whether a solver may evaluate v at this time: `determined`, and no pole of the schedule."""
         at_pole = any(bool((as_time(t) == pole).any()) for pole in self.schedule.poles)
         return not at_pole and self.determined(t)
 
     def begin(self) -> None:
-        """Forget what was kept of an earlier solution, as `apg` with momentum does; `integrate` calls this first."""
+        """Reset state of an earlier solution, such as the momentum of `apg`; `integrate` calls this first."""
 
     def on(self, schedule: Schedule) -> "Field":
-        """The same model seen on another schedule: asked at the time of equal log-SNR, with x_t rescaled to it.
+        """The same model on another schedule: evaluated at the time of equal log-SNR, with x_t rescaled.
 
-        With log-SNR matched the rows (alpha, sigma) of both schedules are parallel (Kingma et al. 2021, sec. 5.1), so
-        that x_0 and eps are the same. Beyond the log-SNR range of its own schedule the model is asked at the nearer
-        end, and what it says there that x_t does not is kept: x_0 where noise prevails, eps where data does.
+        At equal log-SNR the vectors (alpha, sigma) of both schedules are parallel (Kingma et al. 2021, sec. 5.1), so
+        that x_0 and eps are the same. Beyond the log-SNR range of its own schedule the model is evaluated at the nearer
+        end, and the view that x_t does not determine is kept: x_0 where noise prevails, eps where data does.
         """
         _check_schedule(schedule)
         if schedule == self.schedule:
             return self
 
-        def there(t: Time) -> tuple[Time, Tensor]:
+        def own_time(t: Time) -> tuple[Time, Tensor]:
             log_snr = schedule.log_snr(t)
-            t_there = self.schedule.t_from_log_snr(log_snr)
-            return (t_there if isinstance(t, Tensor) else float(t_there)), log_snr
+            t_own = self.schedule.t_from_log_snr(log_snr)
+            return (t_own if isinstance(t, Tensor) else float(t_own)), log_snr
 
         def predict(x_t: Tensor, t: Time) -> Prediction:
-            here, (t_there, log_snr) = schedule(t), there(t)
-            c = self.schedule(t_there)
-            scale = torch.hypot(c.alpha, c.sigma) / torch.hypot(here.alpha, here.sigma)
-            inner = self.predict(expand(scale, x_t) * x_t, t_there)
+            c, (t_own, log_snr) = schedule(t), own_time(t)
+            own = self.schedule(t_own)
+            scale = torch.hypot(own.alpha, own.sigma) / torch.hypot(c.alpha, c.sigma)
+            inner = self.predict(expand(scale, x_t) * x_t, t_own)
             if not isinstance(t, Tensor):
                 kind = "data" if log_snr < 0 else "noise"
                 return Prediction(inner.view(kind), kind, x_t, t, schedule, inner.num_evals)
-            noisy, clean = (convert(inner.view(kind), kind, "ddpm_v", x_t, here) for kind in ("data", "noise"))
+            noisy, clean = (convert(inner.view(kind), kind, "ddpm_v", x_t, c) for kind in ("data", "noise"))
             value = torch.where(expand(log_snr < 0, x_t) > 0, noisy, clean)
             return Prediction(value, "ddpm_v", x_t, t, schedule, inner.num_evals)
 
-        return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(there(t)[0]), self.begin)
+        return DerivedField(predict, schedule, "ddpm_v", lambda t: self.determined(own_time(t)[0]), self.begin)
 
 
 def _check_schedule(schedule: Schedule) -> None:
@@ -162,10 +162,10 @@ def _check_schedule(schedule: Schedule) -> None:
 
 
 class DerivedField(Field):
-    """A field made of other fields: guidance, a change of schedule, a count. `predict` is given as a function.
+    """A field made of other fields, by guidance or a change of schedule, whose `predict` is the given function.
 
-    determined: at which times those it is made of determine x_0 and eps; without it, as `prediction` would. begin: what
-    its own `begin` does, such as that of those it is made of.
+    determined: the method `determined`, by default that of `prediction` on `schedule`. begin: the method `begin`, which
+    should call those of the other fields.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ def edm_network(
     """A raw EDM network F(c_in x, c_noise) as a network of (x_t, t); its Field predicts `edm_view(sigma_data)`.
 
     c_in = 1 / (sigma^2 + s_d^2)^1/2 and c_noise = log(sigma) / 4 for x = x_t / alpha and sigma = sigma(t) / alpha(t)
-    (Karras et al. 2022, table 1); beyond the trained `sigma_min` and `sigma_max` c_noise stays.
+    (Karras et al. 2022, table 1); c_noise is clamped to the trained range, `sigma_min` to `sigma_max`.
     """
 
     def wrapped(x_t: Tensor, t: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ def shift_time(t: T, shift: float) -> T:
     """t' = s t / (1 + (s - 1) t), which lowers the log-SNR of a rectified flow by 2 log s (SD3 paper, sec. 5.3.2)."""
     if not shift > 0:
         raise ValueError(f"shift = {shift}: give a positive number; 1 changes nothing, above 1 favours noise")
-    return shift * t / (shift * t + (1 - t))  # the denominator so written keeps 0 and 1 exactly where they are
+    return shift * t / (shift * t + (1 - t))  # in this form 0 and 1 are mapped exactly to themselves
 
 
 def resolution_shift(num_tokens: int, base_tokens: int) -> float:
-    """The shift sqrt(m / n) that gives m tokens the uncertainty that n tokens had (SD3 paper, sec. 5.3.2)."""
+    """The shift sqrt(m / n) at which m tokens have the same uncertainty as n without shift (SD3 paper, sec. 5.3.2)."""
     if num_tokens < 1 or base_tokens < 1:
         raise ValueError(f"tokens {num_tokens} and {base_tokens}: both are counts of at least 1")
     return (num_tokens / base_tokens) ** 0.5
@@ -42,7 +42,7 @@ def dynamic_shift(
     base_mu: float = 0.5,
     max_mu: float = 1.15,
 ) -> float:
-    """The shift e^mu of Flux, mu on the line through (base_tokens, base_mu) and (max_tokens, max_mu), unbounded."""
+    """The shift e^mu of Flux, mu linear through (base_tokens, base_mu) and (max_tokens, max_mu), not clamped."""
     if num_tokens < 1 or not 0 < base_tokens < max_tokens:
         raise ValueError(f"tokens {num_tokens} of {base_tokens} ... {max_tokens}: give counts, base below max")
     slope = (max_mu - base_mu) / (max_tokens - base_tokens)
@@ -50,9 +50,9 @@ def dynamic_shift(
 
 
 def log_snr_uniform(num_steps: int, schedule: Schedule, margin: float = 1e-3) -> Tensor:
-    """Uniform in log-SNR from the time 1 - margin (put to 1) to margin; then 0 (Lu et al. 2022, sec. 3.3).
+    """Uniform in log-SNR from the time 1 - margin (replaced by 1) to margin; then 0 (Lu et al. 2022, sec. 3.3).
 
-    The margin keeps off the ends, where the log-SNR may be infinite.
+    The margin avoids the ends, where the log-SNR may be infinite.
     """
     if not 0 < margin < 0.5:
         raise ValueError(f"margin = {margin}: give a time in (0, 0.5)")
@@ -71,7 +71,7 @@ def karras(
 ) -> Tensor:
     """(sigma / alpha)^(1/rho) uniform from sigma_max to sigma_min; then 0 (Karras et al. 2022, eq. 5).
 
-    The range is narrowed to the schedule's own; the first time is put to 1.
+    The range is clipped to the schedule's own; the first time is replaced by 1.
     """
     check_positive(rho=rho)
     low, high = _sigma_range(sigma_min, sigma_max, schedule)
@@ -87,7 +87,7 @@ def karras_between(t: float, t_next: float, num_steps: int, schedule: Schedule, 
 
 
 def cosine(num_steps: int, schedule: Schedule) -> Tensor:
-    """Uniform in the angle arctan(sigma / alpha), the time of the cosine schedule, between the schedule's own ends."""
+    """Uniform in the angle arctan(sigma / alpha), the time of the cosine schedule, between the schedule's ends."""
     first, last = (Trig().t_from_log_snr(schedule.log_snr(t)) for t in (1.0, 0.0))
     ts = schedule.t_from_log_snr(Trig().log_snr(torch.lerp(last, first, uniform(num_steps))))
     ts[0], ts[-1] = 1.0, 0.0
@@ -103,8 +103,8 @@ def beta(num_steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
 def ddpm(num_steps: int, schedule: Schedule, spacing: str = "leading", offset: int = 0, to_data: bool = True) -> Tensor:
     """Integer indices of a discrete schedule, spaced "leading", "trailing" or "linspace" (Lin et al. 2023, table 2).
 
-    offset is added to the leading ones (1 for Stable Diffusion). The last step goes to the data, t = 0, or with
-    to_data=False to index 0. Leading indices do not begin at t = 1. ValueError for a schedule without indices.
+    offset is added to leading indices (1 for Stable Diffusion), which do not begin at t = 1. The last step goes to the
+    data, t = 0, or with to_data=False to index 0. Raises ValueError for a schedule without indices.
     """
     if not isinstance(schedule, DiscreteVP):
         raise ValueError(f"grid {spacing!r} counts the indices of a DiscreteVP schedule, not of {schedule}")
@@ -128,9 +128,8 @@ def ddpm(num_steps: int, schedule: Schedule, spacing: str = "leading", offset: i
 def twice_shifted(num_steps: int, shift: float, num_train: int = 1000) -> Tensor:
     """The sigmas of diffusers' flow-matching schedulers for a static shift: the smallest one is shifted twice.
 
-    They run from 1 to a smallest sigma which is 1 / num_train already shifted, and then all are shifted. With shift 3
-    and 28 steps the last is 0.0089 where one shift gives 0.0030. For the same samples as theirs; `shift_time` of a
-    uniform grid is the right one.
+    They run from 1 to 1 / num_train shifted once, and then all are shifted. With shift 3 and 28 steps the smallest is
+    0.0089 instead of 0.0030. Use it for the same samples as theirs; the correct grid is `shift_time` of a uniform one.
     """
     ts = 1 + _ramp(num_steps) * (shift_time(1 / num_train, shift) - 1)
     return torch.cat((shift_time(ts, shift), torch.zeros(1, dtype=torch.float64)))
@@ -152,15 +151,16 @@ GRIDS: dict[str, Callable[[int, Schedule], Tensor]] = {
 def time_grid(
     grid: str | Tensor | Sequence[float], num_steps: int, shift: float = 1.0, schedule: Schedule | None = None
 ) -> Tensor:
-    """A grid by name with `num_steps` steps on `schedule`, or one's own times, checked; then shifted. float64, CPU."""
+    """A named grid with `num_steps` steps on `schedule`, or your own times after a check; shifted. float64, CPU."""
     if isinstance(grid, str):
         if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps < 2**53:
             raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1, below 2**53")
         return shift_time(lookup("grid", grid, GRIDS)(int(num_steps), schedule or RectifiedFlow()), shift)
-    return shift_time(_own_grid(grid), shift)
+    return shift_time(_checked_times(grid), shift)
 
 
-def _own_grid(grid: Tensor | Sequence[float]) -> Tensor:
+def _checked_times(grid: Tensor | Sequence[float]) -> Tensor:
+    """A user's grid as a float64 tensor; ValueError unless its times decrease strictly within [0, 1]."""
     try:
         ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
     except (TypeError, ValueError) as error:
@@ -186,7 +186,7 @@ def _ramp(num: int) -> Tensor:
 
 
 def _sigma_range(sigma_min: float, sigma_max: float, schedule: Schedule) -> tuple[float, float]:
-    """The part of a range of sigma / alpha that the schedule has."""
+    """The intersection of a range of sigma / alpha with the schedule's own."""
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: give 0 < sigma_min < sigma_max")
     low, high = (math.exp(-float(schedule.log_snr(t)) / 2) for t in (0.0, 1.0))
@@ -198,15 +198,15 @@ def _sigma_range(sigma_min: float, sigma_max: float, schedule: Schedule) -> tupl
 
 
 def _from_ratios(ratios: Callable[[Tensor], Tensor], num_steps: int, schedule: Schedule) -> Tensor:
-    """Times of a function that takes 0 ... 1 to falling sigma / alpha; the first put to 1, and then 0.
+    """Times from sigma / alpha as a decreasing function of a ramp in [0, 1]; the first becomes 1, and 0 is appended.
 
-    Where the last sigma / alpha is the schedule's own end, as for VE, it is the time 0, and none comes after it.
+    If the last sigma / alpha is that of the schedule at t = 0, as for VE, its time is 0 already, and none is appended.
     """
     check_positive(num_steps=num_steps)
-    ends = schedule.t_from_log_snr(-2 * ratios(_ramp(2)).log())[-1] < 1e-9
-    ts = schedule.t_from_log_snr(-2 * ratios(_ramp(num_steps + 1 if ends else num_steps)).log())
+    reaches_0 = schedule.t_from_log_snr(-2 * ratios(_ramp(2)).log())[-1] < 1e-9
+    ts = schedule.t_from_log_snr(-2 * ratios(_ramp(num_steps + 1 if reaches_0 else num_steps)).log())
     ts[0] = 1.0
-    if ends:
+    if reaches_0:
         ts[-1] = 0.0
         return ts
     return torch.cat((ts, torch.zeros(1, dtype=torch.float64)))
@@ -231,7 +231,7 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
     if x > (a + 1) / (a + b + 2):
         return 1 - _beta_cdf(1 - x, b, a)
     fraction = 1.0
-    for m in range(60, 0, -1):  # from the inside out; 60 terms are more than enough below the mean
+    for m in range(60, 0, -1):  # from the innermost term; 60 terms are more than enough below the mean
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
         fraction = 1 + odd / (1 + even / fraction)

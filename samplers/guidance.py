@@ -1,9 +1,10 @@
 """Guidance: functions of fields that give a field again.
 
-A guided prediction is a combination of predictions at the same (x_t, t). Where its weights sum to one, as in
-classifier-free guidance, it is the same in every view; what is not linear says in which view it works. A scale of 1 is
-the conditional field itself; `interval` is where in time guidance is on, both ends included (Kynkaanniemi et al. 2024),
-and outside of it only the conditional field is evaluated. Fields of other schedules are seen on the first one's.
+A guided prediction is a combination of predictions at the same (x_t, t). If its weights sum to one, as in
+classifier-free guidance, it is the same in every view; rules that are not linear state the view that they work in. A
+scale of 1 is the conditional field itself. `interval` is the range of times with guidance, both ends included
+(Kynkaanniemi et al. 2024); outside, only the conditional field is evaluated. Fields of other schedules are converted to
+the first one's.
 
 The second field of `cfg`, `apg` and `cfg_zero` may be the model without a condition, with a negative one, or a weaker
 model with the same condition, which is autoguidance (Karras et al. 2024).
@@ -29,28 +30,30 @@ EVERYWHERE: Interval = (0.0, 1.0)
 def cfg(cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHERE, rescale: float = 0.0) -> Field:
     """Classifier-free guidance: uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
 
-    rescale: phi in [0, 1], the part taken of a prediction that is brought back to the standard deviation of cond's, per
-    sample, in the view that cond's network predicts (Lin et al. 2023, sec. 3.4).
+    rescale: phi in [0, 1], how far the guided prediction is rescaled to the standard deviation of cond's, per sample,
+    in the view that cond's network predicts (Lin et al. 2023, sec. 3.4).
     """
     _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
-    return _guided([cond, uncond], lambda on, off: _plain(on, off, scale, rescale), interval, off=scale == 1)
+    return _guided([cond, uncond], lambda on, off: _cfg(on, off, scale, rescale), interval, disabled=scale == 1)
 
 
 def cfg_batched(cond: Field, pair: Field, scale: float, interval: Interval = EVERYWHERE, rescale: float = 0.0) -> Field:
-    """`cfg` with both predictions from one call: pair's network is given (2B, ...), the first half conditional.
+    """`cfg` with both predictions from one call: pair's network takes (2B, ...), the first half conditional.
 
-    `cond` answers where guidance is off. A call of the pair counts as two evaluations per sample.
+    Without guidance, `cond` is evaluated. A call of the pair counts as two evaluations per sample.
     """
     _check_numbers(scale=scale)
     _check_unit("rescale", rescale)
     _check_fields(cond, pair)
-    both = _halves(pair.on(cond.schedule))
-    return _guided([cond, pair], lambda on, off: _plain(on, off, scale, rescale), interval, scale == 1, predict=both)
+    both = _split_pair(pair.on(cond.schedule))
+    return _guided(
+        [cond, pair], lambda on, off: _cfg(on, off, scale, rescale), interval, disabled=scale == 1, predict=both
+    )
 
 
-def _halves(pair: Field) -> Callable[[Tensor, Time], list[Prediction]]:
-    """Both predictions of a field that is given each sample twice."""
+def _split_pair(pair: Field) -> Callable[[Tensor, Time], list[Prediction]]:
+    """A function that evaluates a pair on each sample twice, and gives its two predictions."""
 
     def both(x_t: Tensor, t: Time) -> list[Prediction]:
         twice = torch.cat((t, t)) if isinstance(t, Tensor) and t.ndim else t
@@ -71,14 +74,14 @@ def push_away(
 ) -> Field:
     """Guidance by two weaker models: uncond + scale (cond - uncond) + weak_scale (cond - weak).
 
-    pair as for `cfg_batched`, whose field this is outside of `weak_interval`; weak: with the same condition as cond. A
-    model that skips some of its layers for `weak` makes it the skip-layer guidance of SD3.5-medium. At a time that is a
-    number only what counts there is evaluated.
+    pair: as in `cfg_batched`, whose field this is outside of `weak_interval`; weak: with cond's condition. If weak is
+    the model without some of its layers, this is the skip-layer guidance of SD3.5-medium. At a time that is a number
+    only the fields that have an effect there are evaluated.
     """
     _check_numbers(scale=scale, weak_scale=weak_scale)
     _check_fields(cond, pair, weak)
-    both, weak = _halves(pair.on(cond.schedule)), weak.on(cond.schedule)
-    (lo, hi), (weak_lo, weak_hi) = _checked(interval), _checked(weak_interval)
+    both, weak = _split_pair(pair.on(cond.schedule)), weak.on(cond.schedule)
+    (lo, hi), (weak_lo, weak_hi) = _widened(interval), _widened(weak_interval)
     outside = cfg_batched(cond, pair, scale, interval)
     if weak_scale == 0:
         return outside
@@ -89,12 +92,12 @@ def push_away(
         on = cond.predict(x_t, t)
         return [on, replace(on, num_evals=0), weak.predict(x_t, t)]
 
-    def combine(on: Tensor, off: Tensor, less: Tensor, t: Time) -> Tensor:
-        guided = _chosen((lo, hi), t, _plain(on, off, scale, 0), on)
-        return _chosen((weak_lo, weak_hi), t, guided + weak_scale * (on - less), guided)
+    def combine(on: Tensor, off: Tensor, weaker: Tensor, t: Time) -> Tensor:
+        guided = _where((lo, hi), t, _cfg(on, off, scale, 0), on)
+        return _where((weak_lo, weak_hi), t, guided + weak_scale * (on - weaker), guided)
 
-    asked = [cond, weak] if scale == 1 else [cond, pair, weak]
-    within = _guided(asked, combine, EVERYWHERE, timed=True, predict=all_three)
+    fields = [cond, weak] if scale == 1 else [cond, pair, weak]
+    within = _guided(fields, combine, EVERYWHERE, timed=True, predict=all_three)
 
     def predict(x_t: Tensor, t: Time) -> Prediction:
         return (within if isinstance(t, Tensor) or weak_lo <= t <= weak_hi else outside).predict(x_t, t)
@@ -111,17 +114,17 @@ def apg(
     norm: float | None = None,
     momentum: float = 0.0,
 ) -> Field:
-    """Adaptive projected guidance, which guides without oversaturation (Sadat et al. 2024, alg. 1), in the data view.
+    """Adaptive projected guidance, which avoids oversaturation (Sadat et al. 2024, alg. 1), in the data view.
 
-    x_0 = cond + (scale - 1) u: of cond - uncond, u keeps the part orthogonal to cond, and `parallel` times the rest
-    (1 is classifier-free guidance). norm: the difference is shortened to this length per sample. momentum: so much of
-    the difference at the time before is added, below 0 to push away from it; it starts anew with each solution and
-    where time rises.
+    x_0 = cond + (scale - 1) u, where u is the part of cond - uncond orthogonal to cond, plus `parallel` times the part
+    parallel to it (1 is classifier-free guidance). norm: the difference is clipped to this length per sample. momentum:
+    the factor with which the difference at the previous time is added, usually negative; it is reset with each solution
+    and when time increases.
     """
     _check_numbers(scale=scale, parallel=parallel, momentum=momentum)
     at: float = math.inf
     before: Tensor | None = None  # the difference at the time before `at`
-    newest: Tensor | None = None  # that at `at`
+    newest: Tensor | None = None  # the difference at `at`
     if norm is not None and not norm > 0:
         raise ValueError(f"norm = {norm}: give a positive length, or None for none")
 
@@ -145,18 +148,17 @@ def apg(
         along = _sum(difference * on, dims) / _sum(on.square(), dims).clamp(min=1e-12) * on
         return on + (scale - 1) * (difference - (1 - parallel) * along)
 
-    return _guided([cond, uncond], combine, interval, off=scale == 1, kind="data", timed=True, begin=begin)
+    return _guided([cond, uncond], combine, interval, disabled=scale == 1, kind="data", timed=True, begin=begin)
 
 
 def cfg_zero(
     cond: Field, uncond: Field, scale: float, interval: Interval = EVERYWHERE, zero_from: float | None = 1.0
 ) -> Field:
-    """CFG-Zero*: s uncond + scale (cond - s uncond) with the s that fits uncond to cond best (Fan et al. 2025, alg. 1).
+    """CFG-Zero*: s uncond + scale (cond - s uncond), with s uncond the best fit to cond (Fan et al. 2025, alg. 1).
 
-    s = <cond, uncond> / |uncond|^2 per sample, in the velocity. At times t >= zero_from the guided velocity is 0, which
-    skips the first step where it is 1; None for never.
+    s = <cond, uncond> / |uncond|^2 per sample, in the velocity. The guided velocity is 0 at times t >= zero_from: 1
+    skips the first step, None is never.
     """
-
     _check_numbers(scale=scale)
 
     def combine(on: Tensor, off: Tensor, t: Time) -> Tensor:
@@ -165,7 +167,7 @@ def cfg_zero(
         guided = fit * off + scale * (on - fit * off)
         if zero_from is None:
             return guided
-        return _chosen((zero_from, math.inf), t, torch.zeros_like(on), guided)
+        return _where((zero_from, math.inf), t, torch.zeros_like(on), guided)
 
     return _guided([cond, uncond], combine, interval, kind="velocity", timed=True)
 
@@ -180,19 +182,19 @@ def cfg_text_image(
     renorm: str = "global",
     renorm_min: float = 0.0,
 ) -> Field:
-    """Guidance by two conditions, first the text and then the image, brought back to length (BAGEL, Deng et al. 2025).
+    """Guidance by two conditions, first the text and then the image, with renormalisation (BAGEL, Deng et al. 2025).
 
     v_text = without_text + text_scale (full - without_text); v = without_image + image_scale (v_text - without_image).
-    renorm: v is scaled by |full| / |v| within [renorm_min, 1], with norms per sample ("global"), per position over the
-    channels, dimension 1 ("channel"), or so for v_text alone ("text-channel"); "none" for not at all.
-    A scale of 1 costs no evaluation of its field.
+    renorm: v is multiplied by |full| / |v|, clamped to [renorm_min, 1], with norms per sample ("global") or over the
+    channels, dimension 1 ("channel"); "text-channel" does the latter for v_text instead; "none" does nothing.
+    A field whose scale is 1 is not evaluated.
     """
     _check_numbers(text_scale=text_scale, image_scale=image_scale)
     lookup("renorm", renorm, dict.fromkeys(("global", "channel", "text-channel", "none")))
     _check_unit("renorm_min", renorm_min)
     scales = [(field, s) for field, s in ((without_text, text_scale), (without_image, image_scale)) if s != 1]
 
-    def back(v: Tensor, on: Tensor) -> Tensor:
+    def renormalised(v: Tensor, on: Tensor) -> Tensor:
         dims = tuple(range(1, on.ndim)) if renorm == "global" else (1,)
         return v * (_norm(on, dims) / _norm(v, dims)).clamp(renorm_min, 1)
 
@@ -201,33 +203,33 @@ def cfg_text_image(
         for (field, s), off in zip(scales, offs, strict=True):
             v = off + s * (v - off)
             if renorm == "text-channel" and field is without_text:
-                v = back(v, on)
-        return back(v, on) if renorm in ("global", "channel") else v
+                v = renormalised(v, on)
+        return renormalised(v, on) if renorm in ("global", "channel") else v
 
-    return _guided([full, *(field for field, _ in scales)], combine, interval, off=not scales, kind="velocity")
+    return _guided([full, *(field for field, _ in scales)], combine, interval, disabled=not scales, kind="velocity")
 
 
 def _guided(
     fields: Sequence[Field],
     combine: Callable[..., Tensor],
     interval: Interval,
-    off: bool = False,
+    disabled: bool = False,
     kind: View | None = None,
     timed: bool = False,
     predict: Callable[[Tensor, Time], list[Prediction]] | None = None,
     begin: Callable[[], None] = lambda: None,
 ) -> Field:
-    """The field that `combine`s the fields' values in the view `kind` (the first one's own) where `interval` says so.
+    """The field that `combine`s the fields' values in the view `kind` (by default the first one's own) in `interval`.
 
-    off: guidance changes nothing. timed: `combine` is given the time too. A time per sample is decided per sample, at
-    the price of all evaluations. `predict` gives all predictions at once, the first field's first. begin: that of the
-    guidance itself. In half precision the combination is made in float32, where the length of a large picture does not
-    overflow.
+    combine takes the values of all fields, the first one's first. disabled: guidance has no effect. timed: combine
+    takes the time as well. For a tensor of times all fields are evaluated, and `interval` is applied per sample.
+    predict: gives all predictions at once. begin: resets the state of the guidance itself. Half-precision values are
+    combined in float32, where norms do not overflow.
     """
-    lo, hi = _checked(interval)
+    lo, hi = _widened(interval)
     _check_fields(*fields)
     cond, *others = fields
-    if off:
+    if disabled:
         return cond
     others = [field.on(cond.schedule) for field in others]
 
@@ -239,7 +241,7 @@ def _guided(
         value, values = on.view(view), [prediction.view(view) for prediction in rest]
         wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in (value, *values)]
         out = (combine(*wide, t) if timed else combine(*wide)).to(value.dtype)
-        out = _chosen((lo, hi), t, out, value)
+        out = _where((lo, hi), t, out, value)
         return Prediction(out, view, x_t, t, cond.schedule, sum(p.num_evals for p in (on, *rest)))
 
     def determined(t: Time) -> bool:
@@ -258,14 +260,14 @@ def _check_fields(*fields: Field) -> None:
         raise ValueError(f"guidance by {wrong[0]!r}: give samplers.Field(network, schedule, prediction)")
 
 
-def _checked(interval: Interval) -> Interval:
-    """The interval, a little wider: a time of a grid or in float32 is an end of it to rounding."""
+def _widened(interval: Interval) -> Interval:
+    """The interval, after a check, widened for times that equal one of its ends only up to rounding."""
     if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval = {interval}: give (lo, hi) with 0 <= lo <= hi <= 1, in time; 1 is noise")
     return interval[0] - 1e-6, interval[1] + 1e-6
 
 
-def _chosen(interval: Interval, t: Time, inside: Tensor, outside: Tensor) -> Tensor:
+def _where(interval: Interval, t: Time, inside: Tensor, outside: Tensor) -> Tensor:
     """`inside` where the time is within the interval, both ends included, else `outside`; per sample for (B,) times."""
     lo, hi = interval
     if not isinstance(t, Tensor):
@@ -273,7 +275,7 @@ def _chosen(interval: Interval, t: Time, inside: Tensor, outside: Tensor) -> Ten
     return torch.where(expand(((lo <= t) & (t <= hi)).to(inside.dtype), inside) > 0, inside, outside)
 
 
-def _plain(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:
+def _cfg(on: Tensor, off: Tensor, scale: float, rescale: float) -> Tensor:
     return rescaled(off + scale * (on - off), on, rescale)
 
 
@@ -287,7 +289,7 @@ def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Over these dimensions, which stay as 1; over none of them x itself, where torch would sum over all."""
+    """The sum over these dimensions, kept as 1; with no dimensions x itself, where torch would sum over all."""
     return x.sum(dims, keepdim=True) if dims else x
 
 

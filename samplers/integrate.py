@@ -1,7 +1,7 @@
-"""The one loop: a solver's step, repeated over a time grid; with the count of network evaluations and the callback.
+"""The one sampling loop: a solver's step over a time grid, with the count of network evaluations and the callback.
 
-Nothing in the loop waits for the accelerator: times are Python floats, and NaN is looked for at the end, in the sums of
-the states, of which each step leaves one on the device. They also say where it arose.
+Nothing in the loop synchronises with the accelerator: times are Python floats, and NaN is checked for at the end, in
+the sum of each step's state, which stays on the device until then. The sums also show at which step it arose.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from samplers.solvers import make_solver
 class Solution:
     """x at the last time; ts (num_steps + 1,), the times visited; num_evals, network evaluations per sample.
 
-    trajectory (num_steps + 1, B, ...): the states at `ts`, where they were asked for.
+    trajectory (num_steps + 1, B, ...): the states at `ts`, if asked for.
     """
 
     x: Tensor
@@ -38,9 +38,9 @@ class Solution:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is given after each step: step `index` of `num_steps` went from x_t at t to x_next at t_next.
+    """The argument of a callback after each step: step `index` of `num_steps` went from x_t at t to x_next at t_next.
 
-    `prediction` is the one made at (x_t, t): its views, such as the data estimate, cost no further network evaluation.
+    prediction: that at (x_t, t), whose views, such as the data estimate, cost no further network evaluation.
     """
 
     index: int
@@ -77,11 +77,11 @@ def sample(
     """Solve the probability-flow ODE dx = v dt, or an SDE with its marginals (see noise.py), from noise to data.
 
     x (B, ...): the state at grid[0]; sigma(1) eps for pure noise. solver: one of `solver_names()`, or a Solver.
-    grid: a name with `num_steps` steps, or one's own decreasing times in [0, 1], which then say the number of steps.
+    grid: a name, with `num_steps` steps, or your own decreasing times in [0, 1], which determine the number of steps.
     diffusion: None for the solver's own (else the ODE); "kl", "sigma", "sin2", "constant", a number eta or w(t) for a
-    solver that takes it (see noise.py). Noise is drawn from `generator`: one for the batch, or a list with
-    one, or a seed, per sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
-    Raises ValueError before the first step for what cannot work, and after the last one for NaN, saying where it arose.
+    solver that takes it (see noise.py). generator: of the noise, one for the batch, a list with a generator or seed per
+    sample, or a `BrownianTree`. callback: called with a `Progress` after each step.
+    Raises ValueError for invalid arguments before the first step, and for NaN after the last, saying where it arose.
     """
     check_field(field)
     check_states(x)
@@ -102,8 +102,8 @@ def integrate(
 ) -> Solution:
     """Step `solver` through `ts` from x at ts[0], in either direction; differentiable in x and the network, not in ts.
 
-    noise: of x's shape. An SDE solver goes from noise to data only. Not for `torch.func.vmap`, under which nothing can
-    be looked at for NaN: batch x itself.
+    noise: of x's shape. An SDE solver goes from noise to data only. Not for `torch.func.vmap`, under which NaN cannot
+    be checked for: batch x itself.
     """
     if not isinstance(solver, Solver) or not isinstance(ts, Tensor):
         raise ValueError(f"solver is {solver!r}, ts a {type(ts).__name__}: give a Solver, by make_solver, and a tensor")
@@ -128,7 +128,9 @@ def integrate(
     counting = DerivedField(counted, field.schedule, field.prediction, field.determined)
     states, state = [x], None
     wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision overflows
-    sums = torch.empty(len(times) - 1, dtype=wide, device=x.device)  # at once: small pieces would scatter the states
+    sums = torch.empty(
+        len(times) - 1, dtype=wide, device=x.device
+    )  # one tensor: small ones between the states would fragment memory
     dims = tuple(range(x.ndim))
     for index, (t, t_next) in enumerate(pairwise(times)):
         step = solver.step(counting, x, t, t_next, state, noise)
@@ -143,13 +145,13 @@ def integrate(
 
 
 def check_field(field: Field) -> None:
-    """ValueError for a field that is none."""
+    """Raises ValueError for what is not a Field."""
     if not isinstance(field, Field):
         raise ValueError(f"field is {field!r}: give a samplers.Field(network, schedule, prediction)")
 
 
 def check_states(x: Tensor) -> None:
-    """ValueError for what is no batch of states."""
+    """Raises ValueError for what is not a batch of states."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x is a {type(x).__name__}: give a floating tensor (B, ...) with B >= 1")
     if not x.is_floating_point() or x.ndim < 1 or not len(x):
@@ -157,7 +159,7 @@ def check_states(x: Tensor) -> None:
 
 
 def _check_finite(x: Tensor, sums: Tensor, times: list[float]) -> None:
-    """ValueError naming the first step whose state has a sum that is not finite, unless the last one is finite."""
+    """Raises ValueError naming the first step whose state is not finite, unless the last state is finite."""
     finite = sums.isfinite().tolist()
     if all(finite) or x.isfinite().all():
         return

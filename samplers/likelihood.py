@@ -1,4 +1,4 @@
-"""Likelihood by the probability-flow ODE, and the ODE run from data to noise.
+"""Likelihood by the probability-flow ODE, and inversion: the ODE from data to noise.
 
 Along dx = v dt the density changes by the divergence of v, so that with x_1 the end of the path from x_0
 
@@ -39,24 +39,23 @@ def log_likelihood(
 ) -> Tensor:
     """log p_0(x_0) of each sample in nats, (B,).
 
-    x_0 (B, ...): data at the last time of the grid, which is walked from there to its first. solver: an ODE solver of
-    the velocity ("dopri5", "rk4", "ab2", one's own). divergence: "exact", from as many derivatives as a sample has
-    numbers, or Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of
-    them, drawn from `generator`. Of x_0 in half precision the sum is float32. At the noise end x is taken as N(0,
-    sigma^2 + alpha^2) per number, which is exact where alpha = 0 and for unit data. Raises ValueError where the
-    velocity at an end is not determined: keep the grid away from it; and where the network gives no derivative, as
-    under torch.no_grad.
+    x_0 (B, ...): data at the last time of the grid, which is integrated to its first. solver: an ODE solver of the
+    velocity ("dopri5", "rk4", "ab2", your own). divergence: "exact", by one backward pass per number of a sample, or
+    Hutchinson's with "rademacher" (smaller variance) or "gaussian" probes, the mean over `num_probes` of them, drawn
+    from `generator`. For x_0 in half precision the sum is float32. The prior at the noise end is N(0, sigma^2 +
+    alpha^2) per number, which is exact where alpha = 0 and for data of unit variance. Raises ValueError if the velocity
+    at an end of the grid is not determined, and if the network gives no gradient, as under torch.no_grad.
     """
     check_field(field)
     check_states(x_0)
     lookup("divergence", divergence, dict.fromkeys(DIVERGENCES))
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: give a count of at least 1")
-    method, ts = _upwards(field, solver, num_steps, grid)
-    if method.stochastic or not _of_velocity(method):
+    method, ts = _data_to_noise(field, solver, num_steps, grid)
+    if method.stochastic or not _uses_velocity(method):
         raise ValueError(f"{method.name!r} does not integrate the velocity: take 'dopri5' or a Runge-Kutta method")
-    _must_determine(field.determines_velocity, ts[0], ts[-1])
-    with torch.inference_mode(False), torch.no_grad():  # in inference mode there would be no derivatives
+    _check_determined(field.determines_velocity, ts[0], ts[-1])
+    with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients
         probes = None
         if divergence != "exact":
             own = seeded(generator, len(x_0))
@@ -72,10 +71,10 @@ def log_likelihood(
 
 
 def bits_per_dim(log_likelihood: Tensor, num_dims: int, bin_width: float = 2 / 256) -> Tensor:
-    """Bits that one number of a sample takes: -log2 of the probability of its bin, over `num_dims`.
+    """Bits per dimension: -log2 of the probability of a sample's bin, divided by `num_dims`.
 
-    log_likelihood (B,) in nats, of data with numbers in bins of `bin_width`: 2/256 for 8-bit pixels in [-1, 1], to
-    which noise uniform over the bin was added (Theis et al. 2016). For data scaled by c, the width is c times as large.
+    log_likelihood (B,) in nats, of quantised data with bins of `bin_width`, 2/256 for 8-bit pixels in [-1, 1], to which
+    noise uniform over the bin was added (Theis et al. 2016). For data scaled by c the width is c times as large.
     """
     if num_dims < 1 or not bin_width > 0:
         raise ValueError(f"num_dims = {num_dims}, bin_width = {bin_width}: give positive numbers")
@@ -92,31 +91,31 @@ def invert(
     """The ODE from data to noise: the x that `sample` takes back to x_0 on the same grid, up to the solver's error.
 
     x_0 (B, ...): the state at the last time of the grid. solver: one that can leave t = 0, such as "heun" or "rk4".
-    Raises ValueError where the network does not determine what the first step takes from it, such as a data network
-    at t = 0, which knows nothing of the noise that a picture is to become.
+    Raises ValueError if the network does not determine the first step, such as a data prediction at t = 0, which says
+    nothing about the noise.
     """
     check_field(field)
     check_states(x_0)
-    method, ts = _upwards(field, solver, num_steps, grid)
+    method, ts = _data_to_noise(field, solver, num_steps, grid)
     if method.stochastic:
         raise ValueError(f"{method.name!r} draws noise, and cannot be run backwards: take a solver of the ODE")
-    _must_determine(field.determines_velocity if _of_velocity(method) else field.determined, ts[0])
+    _check_determined(field.determines_velocity if _uses_velocity(method) else field.determined, ts[0])
     with torch.no_grad():
         return integrate(field, x_0, method, ts)
 
 
-def _upwards(
+def _data_to_noise(
     field: Field, solver: str | Solver, num_steps: int, grid: str | Tensor | Sequence[float]
 ) -> tuple[Solver, Tensor]:
     """The solver, and the grid from data to noise."""
     return make_solver(solver, field.schedule), time_grid(grid, num_steps, schedule=field.schedule).flip(0)
 
 
-def _of_velocity(solver: Solver) -> bool:
+def _uses_velocity(solver: Solver) -> bool:
     return not isinstance(solver, Exponential) or solver.view == "velocity"
 
 
-def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
+def _check_determined(determined: Callable[[Time], bool], *ts: Tensor) -> None:
     for t in map(float, ts):
         if not determined(t):
             raise ValueError(
@@ -126,8 +125,8 @@ def _must_determine(determined: Callable[[Time], bool], *ts: Tensor) -> None:
 
 
 def _augmented(field: Field, like: Tensor, probes: Tensor | None) -> Field:
-    """The field of (x, log-density): (B, D + 1), whose last velocity is the divergence; its network is given x `like`
-    the data.
+    """The field of (x, log-density), (B, D + 1), whose last component of the velocity is the divergence; like: the
+    data, whose shape and dtype the network takes.
     """
 
     def predict(state: Tensor, t: Time) -> Prediction:

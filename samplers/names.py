@@ -1,4 +1,4 @@
-"""Looking a thing up by its name, with an error that suggests the near one."""
+"""Lookup by name, with an error that suggests the nearest one."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
-    """`table[name]`; ValueError naming the nearest entry, or all of them, when there is none."""
+    """`table[name]`; for an unknown name a ValueError with the nearest one, or with all."""
     if isinstance(name, str) and name in table:
         return table[name]
     near = get_close_matches(str(name), table, n=1, cutoff=0.5)

@@ -1,6 +1,6 @@
-"""What makes a sampler stochastic: the diffusion coefficient w(t), and the Brownian motion it scales.
+"""The noise of SDE solvers: the diffusion coefficient w(t), and Brownian motion.
 
-Every w >= 0 has the same marginals (SiT, Ma et al. 2024, eq. 4), backwards in time:
+The SDE has the same marginals for every w >= 0 (SiT, Ma et al. 2024, eq. 4), backwards in time:
 
     dX = (v - w/2 score) dt + sqrt(w) dW
 """
@@ -24,17 +24,17 @@ Generators = Generator | Sequence[Generator | int] | None
 
 
 class Noise(Protocol):
-    """A source of Brownian motion W, shaped like x: calls give W(t_next) - W(t), which is N(0, |t_next - t|)."""
+    """Brownian motion W, shaped like x; a call gives the increment W(t_next) - W(t), N(0, |t_next - t|)."""
 
     def __call__(self, t: Time, t_next: Time) -> Tensor: ...
 
     def unit(self, t: Time, t_next: Time) -> Tensor:
-        """The increment divided by its deviation, N(0, 1)."""
+        """The increment divided by its standard deviation, N(0, 1)."""
         ...
 
 
 def _kl(schedule: Schedule, t: Time) -> Tensor:
-    """w = 2 sigma (sigma' - alpha' sigma / alpha), the forward SDE's own g^2; infinite at alpha = 0."""
+    """w = 2 sigma (sigma' - alpha' sigma / alpha), the forward SDE's g^2; infinite at alpha = 0."""
     c = schedule(t)
     return 2 * c.sigma * (c.d_sigma - c.d_alpha * c.sigma / c.alpha)
 
@@ -59,7 +59,7 @@ class Eta:
 
 
 def make_diffusion(diffusion: "str | float | Diffusion", schedule: Schedule) -> Diffusion:
-    """w(t) by name ("kl", "sigma", "sin2", "constant"), by eta >= 0 as eta^2 w_kl, or one's own function of t."""
+    """w(t) by name ("kl", "sigma", "sin2", "constant"), as eta^2 w_kl from a number eta >= 0, or your own function."""
     if callable(diffusion):
         return diffusion
     if isinstance(diffusion, Real):
@@ -73,7 +73,7 @@ def make_diffusion(diffusion: "str | float | Diffusion", schedule: Schedule) -> 
 
 
 def check_diffusion(diffusion: Diffusion, ts: Sequence[float]) -> list[Tensor]:
-    """w at these times; ValueError where it is below 0 or NaN."""
+    """w at these times. Raises ValueError if it is negative or NaN."""
     ws = [torch.as_tensor(diffusion(t)) for t in ts]
     for t, w in zip(ts, ws, strict=True):
         if not (w >= 0).all():
@@ -82,10 +82,10 @@ def check_diffusion(diffusion: Diffusion, ts: Sequence[float]) -> list[Tensor]:
 
 
 def decay(diffusion: Diffusion | None, schedule: Schedule, t: float, t_next: float) -> float:
-    """D = exp(-int tau^2 dl) from t to t_next, tau^2 = w / w_kl, l = log(alpha / sigma): what noise leaves of eps.
+    """D = exp(-int tau^2 dl) from t to t_next, tau^2 = w / w_kl, l = log(alpha / sigma): the decay factor of eps.
 
-    As w_kl = -2 sigma^2 l', this is exp(-int w / (2 sigma^2) |dt|). For eta <= 1 it is what makes a step the one of
-    DDIM with that eta (Song et al. 2021, eq. 16), D^2 = 1 - eta^2 (1 - e^-2h), which for eta = 1 is the integral too.
+    As w_kl = -2 sigma^2 l', this is exp(-int w / (2 sigma^2) |dt|). For eta <= 1 it is DDIM's with that eta instead,
+    D^2 = 1 - eta^2 (1 - e^-2h) (Song et al. 2021, eq. 16), which equals the integral for eta = 1.
     """
     if diffusion is None or t_next >= t:
         return 1.0
@@ -106,36 +106,36 @@ def randn(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise; a list of generators, one per sample, makes a sample independent of the batch it is in.
+    """Standard normal noise; with a list of generators, one per sample, a sample does not depend on its batch.
 
-    Seeds may stand in place of generators. A seed's noise is one for each dtype: in float64 other numbers are drawn
-    than in float32. ValueError for a list of another length than the batch.
+    Seeds may replace generators. The noise of a seed depends on the dtype: float64 draws other numbers than float32.
+    Raises ValueError for a list of another length than the batch.
     """
     if generator is not None and not isinstance(generator, Generator):
-        return torch.stack([randn(shape[1:], own, dtype, device) for own in _each(generator, shape[0])])
+        return torch.stack([randn(shape[1:], own, dtype, device) for own in _generators(generator, shape[0])])
     drawn_on = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on).to(device)
 
 
 def seeded(generator: Generators, batch: int) -> Generators:
-    """Generators in place of seeds; ValueError unless there is one per sample, or one generator for all."""
-    return generator if generator is None or isinstance(generator, Generator) else _each(generator, batch)
+    """Seeds replaced by generators. Raises ValueError unless there is one per sample, or one generator for all."""
+    return generator if generator is None or isinstance(generator, Generator) else _generators(generator, batch)
 
 
-def _each(generators: Sequence[Generator | int], batch: int) -> list[Generator]:
+def _generators(generators: Sequence[Generator | int], batch: int) -> list[Generator]:
     try:
-        each = [g if isinstance(g, Generator) else Generator().manual_seed(index(g)) for g in generators]
+        listed = [g if isinstance(g, Generator) else Generator().manual_seed(index(g)) for g in generators]
     except TypeError as error:
         raise ValueError(
             f"generator is {generators!r}: give a torch.Generator, or a list with one or a seed per sample"
         ) from error
-    if len(each) != batch:
-        raise ValueError(f"{len(each)} generators for a batch of {batch}: give one per sample")
-    return each
+    if len(listed) != batch:
+        raise ValueError(f"{len(listed)} generators for a batch of {batch}: give one per sample")
+    return listed
 
 
 class Brownian:
-    """Brownian motion shaped like x: the increment from t to t_next is drawn when it is asked for."""
+    """Brownian motion shaped like x, whose increments are drawn anew at each call."""
 
     def __init__(self, x: Tensor, generator: Generators = None) -> None:
         self.generator = seeded(generator, len(x))
@@ -151,12 +151,12 @@ class Brownian:
 
 
 class BrownianTree:
-    """One Brownian path on [0, 1] per seed, the same on every grid: a step's increment is the sum over its parts.
+    """One Brownian path on [0, 1] per seed, the same on every grid: a step's increment is the sum over any substeps.
 
-    seeds: one number for the batch, or one per sample, which then is the same alone and in any batch. The path is built
-    from coarse to fine by Brownian bridges (Levy's construction), each draw seeded by its place, so that any time can
-    be asked for in any order. Times are rounded to 2^-depth. Noise is drawn on the CPU: a new place costs up to `depth`
-    draws, of which near times share most.
+    seeds: one number for the batch, or one per sample, whose path then does not depend on the batch. The path is built
+    from coarse to fine by Brownian bridges (Levy's construction), each draw seeded by its time, so that times may come
+    in any order. Times are rounded to 2^-depth. Noise is drawn on the CPU: a new time costs up to `depth` draws,
+    most of them shared with nearby times.
     """
 
     def __init__(self, x: Tensor, seeds: int | Sequence[int] = 0, depth: int = 20) -> None:
@@ -169,21 +169,21 @@ class BrownianTree:
         if not 1 <= depth <= 30:
             raise ValueError(f"depth = {depth}: give a number of halvings from 1 to 30")
         self.shape, self.dtype, self.device, self.seeds, self.depth = x.shape, x.dtype, x.device, seeds, depth
-        self._kept = torch.promote_types(x.dtype, torch.float32)  # small differences of it are asked for
-        self._known: OrderedDict[int, Tensor] = OrderedDict()
+        self._path_dtype = torch.promote_types(x.dtype, torch.float32)  # increments are small differences of the path
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
 
     def __call__(self, t: Time, t_next: Time) -> Tensor:
         return (self.at(t_next) - self.at(t)).to(self.device, self.dtype)
 
     def unit(self, t: Time, t_next: Time) -> Tensor:
-        """The increment from t to t_next over the root of their distance; ValueError where they are one place."""
+        """The increment from t to t_next over its standard deviation. Raises ValueError if they round to one time."""
         places = abs(self._place(t_next) - self._place(t))
         if not places:
             raise ValueError(f"t = {t} and {t_next} are nearer than 2^-{self.depth}: give the tree a larger depth")
         return self(t, t_next) / math.sqrt(places / 2**self.depth)
 
     def at(self, t: Time) -> Tensor:
-        """W(t), on the CPU, in float32 at least; W(0) = 0."""
+        """W(t), on the CPU, at least in float32; W(0) = 0."""
         return self._at(self._place(t))
 
     def _place(self, t: Time) -> int:
@@ -191,29 +191,29 @@ class BrownianTree:
 
     def _at(self, place: int) -> Tensor:
         if place == 0:
-            return torch.zeros(self.shape, dtype=self._kept)
-        if place in self._known:
-            self._known.move_to_end(place)
-            return self._known[place]
-        half = place & -place  # the distance to the two places that this one halves
+            return torch.zeros(self.shape, dtype=self._path_dtype)
+        if place in self._cache:
+            self._cache.move_to_end(place)
+            return self._cache[place]
+        half = place & -place  # the distance to both ends of the bridge that this time bisects
         if half == 2**self.depth:
             value = self._draw(place)
         else:
             scale = math.sqrt(half / 2**self.depth / 2)
             value = (self._at(place - half) + self._at(place + half)) / 2 + scale * self._draw(place)
-        self._known[place] = value
-        if len(self._known) > 4 * self.depth:
-            self._known.popitem(last=False)
+        self._cache[place] = value
+        if len(self._cache) > 4 * self.depth:
+            self._cache.popitem(last=False)
         return value
 
     def _draw(self, place: int) -> Tensor:
         if isinstance(self.seeds, int):
-            return randn(self.shape, _place_generator(self.seeds, place), self._kept)
-        return torch.stack([randn(self.shape[1:], _place_generator(s, place), self._kept) for s in self.seeds])
+            return randn(self.shape, _place_generator(self.seeds, place), self._path_dtype)
+        return torch.stack([randn(self.shape[1:], _place_generator(s, place), self._path_dtype) for s in self.seeds])
 
 
 def _place_generator(seed: int, place: int) -> Generator:
-    """A generator of its own for each seed and place: their numbers mixed (the finaliser of splitmix64)."""
+    """A generator for each seed and time, seeded by a hash of both (the finaliser of splitmix64)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + place) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> shift)) * factor % 2**64

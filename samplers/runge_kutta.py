@@ -2,11 +2,11 @@
 
 A method is data, its Butcher tableau:  k_i = v(x + dt sum_j a_ij k_j, t + c_i dt);  x_next = x + dt sum_i b_i k_i.
 
-**The end that cannot be seen.** A network that predicts the data says nothing of the velocity at t = 0, and some
-schedules have a pole there (`Field.determines_velocity`). A method with a stage at c = 1, such as Heun's, would look
-just there in its last step. That step is then made by a method of one order less (of 3 at most) without such a stage:
-its local error is of the order that the global error has, so that the order of convergence stays, up to 4. For Heun it
-is Euler's, as in Karras et al. (2022), alg. 1.
+**Ends where the velocity is undetermined.** A network that predicts the data does not determine the velocity at t = 0,
+and some schedules have a pole there (`Field.determines_velocity`). A method with a stage at c = 1, such as Heun's,
+would evaluate it just there in its last step. That step is then made by a method of one order less (at most 3) without
+such a stage: its local error is of the order of the global error, so that the order of convergence is kept, up to 4.
+For Heun it is Euler's, as in Karras et al. (2022), alg. 1.
 """
 
 from collections.abc import Sequence
@@ -27,42 +27,43 @@ from samplers.views import plus
 class RungeKutta(Solver):
     """An explicit method with nodes c, weights a and b. t may also be a time per sample, (B,).
 
-    in_place: from the second step on x_t itself becomes x_next, which saves Euler's method a third of its memory
-    traffic; only for a network that does not keep what it was given, and without callback and trajectory.
+    in_place: from the second step on x_next is written into x_t, which saves Euler's method a third of its memory
+    traffic; only for a network that does not keep its input, and without callback and trajectory. undetermined: set by
+    `bind`, the times of the grid at which the velocity is undetermined.
     """
 
     c: tuple[float, ...]
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     in_place: bool = False
-    blind: frozenset[float] = field(default=frozenset(), repr=False)
+    undetermined: frozenset[float] = field(default=frozenset(), repr=False)
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         if 1.0 not in self.c:
             return self
-        return replace(self, blind=frozenset(t for t in ts[1:] if not field.determines_velocity(t)))
+        return replace(self, undetermined=frozenset(t for t in ts[1:] if not field.determines_velocity(t)))
 
     def step(
         self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: Any = None, noise: Noise | None = None
     ) -> Step:
-        if self.blind and t_next in self.blind:
+        if self.undetermined and t_next in self.undetermined:
             lower = OPEN[min(max(self.order - 1, 1), len(OPEN))]
-            return lower.step(field, x_t, t, t_next)  # a step of its own: never in place
-        stages = self.stages(field, x_t, t, t_next)
+            return lower.step(field, x_t, t, t_next)  # never in place
+        stages = self._stages(field, x_t, t, t_next)
         owned = self.in_place and state is not None  # the first x_t is the caller's
         return Step(advance(x_t, t_next - t, self.b, [stage.v for stage in stages], owned), stages[0], self.in_place)
 
-    def stages(self, field: Field, x_t: Tensor, t: Time, t_next: Time) -> list[Prediction]:
+    def _stages(self, field: Field, x_t: Tensor, t: Time, t_next: Time) -> list[Prediction]:
         """The predictions at all stages."""
         stages: list[Prediction] = []
         for c, a in zip(self.c, self.a, strict=True):
             x_stage = advance(x_t, t_next - t, a, [stage.v for stage in stages])
-            stages.append(field.predict(x_stage, (1 - c) * t + c * t_next))  # so written, c = 1 meets t_next exactly
+            stages.append(field.predict(x_stage, (1 - c) * t + c * t_next))  # in this form c = 1 gives exactly t_next
         return stages
 
 
 def advance(x: Tensor, dt: Time, weights: Sequence[float], slopes: Sequence[Tensor], owned: bool = False) -> Tensor:
-    """x + dt sum_i weights_i slopes_i; in x itself where it is owned."""
+    """x + dt sum_i weights_i slopes_i; if owned, x may be overwritten."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight == 0:
             continue
@@ -102,15 +103,15 @@ OPEN = {1: EULER, 2: MIDPOINT, 3: RALSTON3}
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
-    """An embedded pair whose step size is chosen per sample: Dormand & Prince 1980, steered by a PI controller.
+    """Dormand & Prince's embedded pair (1980), with a step size per sample that a PI controller adapts.
 
-    Each sample has its own time and step, so that it is the same alone and in any batch; the network is given a time
-    per sample. A step is taken where the root mean square over the sample of error / (atol + rtol max(|x|, |x_next|))
-    is at most 1; the next one is h * safety * error^(-0.7/5) * last_error^(0.4/5) (Hairer et al. 1993, sec. IV.2),
-    within a factor of 0.2 to 5. The last stage of a step is the first of the next. One grid step holds any number of
-    these, so the grid [1, 0] suffices. An end that cannot be seen is approached to 1e-4, and met by one step of DDIM.
-    The number of evaluations depends on the data, and so each attempt waits for the accelerator.
-    Raises ValueError after `max_attempts` steps tried in one step of the grid, or where the step falls below 1e-9.
+    Each sample has its own time and step, so that it does not depend on its batch; the network takes a time per sample.
+    A step is accepted if the root mean square over the sample of error / (atol + rtol max(|x|, |x_next|)) is at most 1;
+    the next is h * safety * error^(-0.7/5) * last_error^(0.4/5) (Hairer et al. 1993, sec. IV.2), within a factor of 0.2
+    to 5. The last stage of a step is the first of the next. A step of the grid takes any number of these, so that
+    the grid [1, 0] suffices. An end with undetermined velocity is approached to 1e-4, and reached by one step of DDIM.
+    The number of evaluations depends on the data, so that each attempt synchronises with the accelerator.
+    Raises ValueError after `max_attempts` attempts in one step of the grid, or if the step size falls below 1e-9.
     """
 
     tableau: RungeKutta = field(repr=False)
@@ -138,22 +139,22 @@ class Adaptive(Solver):
         for _ in range(self.max_attempts):
             left = (end - now).abs()
             if not (left > 0).any():
-                return Step(self._meet(field, x, end, t_next), prediction, (h, last_error))
+                return Step(self._finish(field, x, end, t_next), prediction, (h, last_error))
             if (h < 1e-9).any():
                 break
-            last = h * (1 + 1e-6) >= left  # to rounding, so that no step of 1e-17 is left over
+            last = h * (1 + 1e-6) >= left  # with tolerance, so that no step of 1e-17 is left over
             new = torch.where(last, end, now + sign * h)
             x_new, error, last_slope = self._attempt(field, x, now, new, slope)
-            done, taken = left == 0, error <= 1
+            done, accepted = left == 0, error <= 1
             grow = self.safety * error.clamp(min=1e-10) ** (-0.7 / 5) * last_error ** (0.4 / 5)
             shrink = self.safety * error.clamp(min=1e-10) ** (-1 / 5)
-            factor = torch.where(taken, grow.clamp(0.2, 5), shrink.clamp(0.2, 1))
+            factor = torch.where(accepted, grow.clamp(0.2, 5), shrink.clamp(0.2, 1))
             h_next = torch.where(last, left, h) * factor
-            h = torch.where(done, h, torch.where(last & taken, torch.maximum(h, h_next), h_next))
-            last_error = torch.where(taken & ~done, error.clamp(min=1e-4), last_error)
-            now = torch.where(taken, new, now)
-            take = expand(taken.to(x.dtype), x) > 0
-            x, slope = torch.where(take, x_new, x), torch.where(take, last_slope, slope)
+            h = torch.where(done, h, torch.where(last & accepted, torch.maximum(h, h_next), h_next))
+            last_error = torch.where(accepted & ~done, error.clamp(min=1e-4), last_error)
+            now = torch.where(accepted, new, now)
+            update = expand(accepted.to(x.dtype), x) > 0
+            x, slope = torch.where(update, x_new, x), torch.where(update, last_slope, slope)
         raise ValueError(
             f"{self.name} stayed at t = {now.max():g} on its way from {t:g} to {t_next:g}, its step {h.min():.1e}: "
             "give a larger atol and rtol, x in float64, or look for NaN in the network's output"
@@ -167,12 +168,13 @@ class Adaptive(Solver):
         for c, a in zip(rk.c[1:], rk.a[1:], strict=True):
             x_new = advance(x, dt, a, slopes)
             slopes.append(field.predict(x_new, (1 - c) * now + c * new).v)
-        off = advance(torch.zeros_like(x), dt, self.error, slopes)
-        norm = (off / (self.atol + self.rtol * torch.maximum(x.abs(), x_new.abs()))).to(now.dtype)
+        difference = advance(torch.zeros_like(x), dt, self.error, slopes)
+        norm = (difference / (self.atol + self.rtol * torch.maximum(x.abs(), x_new.abs()))).to(now.dtype)
         error = norm.flatten(1).square().mean(1).sqrt() if norm.ndim > 1 else norm.abs()
-        return x_new, torch.where(error.isfinite(), error, torch.inf), slopes[-1]  # a NaN is a step refused
+        return x_new, torch.where(error.isfinite(), error, torch.inf), slopes[-1]  # NaN rejects the step
 
-    def _meet(self, field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+    def _finish(self, field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+        """The step of DDIM to an end with undetermined velocity, if there is one."""
         if t == t_next:
             return x
         prediction, c = field.predict(x, t), field.schedule(t_next)

@@ -1,7 +1,7 @@
 """Schedules: the path from data to noise, x_t = alpha(t) x_0 + sigma(t) eps, with its derivatives.
 
-`t` is in [0, 1], t = 0 data, t = 1 noise; a float, a 0-d tensor, or (B,), one time per sample. A float is computed as a
-0-d float64 tensor on the CPU: exact, and no reason to wait for the accelerator. `x_0`, `eps`, `x_t` are (B, ...).
+`t` is in [0, 1], t = 0 data, t = 1 noise; a float, a 0-d tensor, or (B,), one time per sample. For a float, the values
+are 0-d float64 tensors on the CPU: exact, and without synchronisation. `x_0`, `eps`, `x_t` are (B, ...).
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Time = float | Tensor
-POLE = 1e-4  # at a pole of sigma' the sigma it is divided by is held at this
+POLE = 1e-4  # lower bound of the sigma that sigma' is divided by, near a pole
 
 
 class Coefficients(NamedTuple):
@@ -27,21 +27,21 @@ class Coefficients(NamedTuple):
 
 
 class Schedule(ABC):
-    """A path x_t = alpha(t) x_0 + sigma(t) eps whose log-SNR falls strictly with t; a subclass states its mathematics.
+    """A path x_t = alpha(t) x_0 + sigma(t) eps whose log-SNR decreases strictly with t; a subclass defines it.
 
-    The four coefficients are finite on all of [0, 1]. Where a derivative has a pole, `poles` names the time, and the
-    schedule gives it a large finite value there. Schedules are compared by value: make a subclass a frozen dataclass.
+    The four coefficients are finite on all of [0, 1]: at a pole of a derivative, whose time is in `poles`, the schedule
+    gives a large finite value. Schedules are compared by value: make a subclass a frozen dataclass.
     """
 
     poles: ClassVar[tuple[float, ...]] = ()
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
-        """The path and its derivatives at a floating tensor `t` in [0, 1]."""
+        """alpha, sigma and their derivatives at a floating tensor `t` in [0, 1]."""
 
     @abstractmethod
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        """The time in [0, 1] with this log-SNR, the inverse of `log_snr`; beyond its range, the nearer end."""
+        """The inverse of `log_snr`: the time in [0, 1], clamped to its ends."""
 
     def __call__(self, t: Time) -> Coefficients:
         return self.coefficients(as_time(t))
@@ -113,7 +113,7 @@ class Cosine(Schedule):
     """alpha = cos(u (t + s)) / cos(u s), u = pi / (2 + 2 s), sigma^2 = 1 - alpha^2 (Nichol & Dhariwal 2021, eq. 17).
 
     Without the offset s (the default) it is x_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps. With it (0.008 in the paper)
-    sigma grows as the root of t near the data, and its derivative there has a pole.
+    sigma grows as the square root of t near t = 0, where its derivative has a pole.
     """
 
     offset: float = 0.0
@@ -129,7 +129,7 @@ class Cosine(Schedule):
     def coefficients(self, t: Tensor) -> Coefficients:
         rate = math.pi / 2 / (1 + self.offset)
         start = rate * self.offset
-        # cos(rate (t + s)) as a sine of the way left to t = 1; sigma^2 = (cos^2 start - cos^2) / cos^2 start, factored.
+        # cos(rate (t + s)) as the sine of rate (1 - t), exact at t = 1; sigma^2 = 1 - alpha^2 as a product of sines.
         alpha = torch.sin(rate * (1 - t)) / math.cos(start)
         sigma = (torch.sin(rate * t) * torch.sin(rate * t + 2 * start)).sqrt() / math.cos(start)
         d_alpha = -rate * torch.sin(rate * t + start) / math.cos(start)
@@ -142,7 +142,7 @@ class Cosine(Schedule):
         rate = math.pi / 2 / (1 + self.offset)
         start = rate * self.offset
         log_snr = float_tensor(log_snr)
-        # cos^2 and sin^2 of the angle: cos^2 start * alpha^2, and the rest
+        # cosine and sine of the angle rate (t + s), from cos^2 = cos^2 start * alpha^2
         cos = torch.sigmoid(log_snr).sqrt() * math.cos(start)
         sin = (torch.sigmoid(-log_snr) + torch.sigmoid(log_snr) * math.sin(start) ** 2).sqrt()
         return ((torch.atan2(sin, cos) - start) / rate).clamp(0, 1)
@@ -152,8 +152,8 @@ class Cosine(Schedule):
 class VPLinear(Schedule):
     """The VP SDE with beta(t) linear: alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2) (Song et al. 2021, eq. 33).
 
-    sigma = (1 - alpha^2)^1/2 grows as the root of t near the data: its derivative there has a pole. At t = 1 a little
-    of the data is left (alpha = 0.0066 for the defaults).
+    sigma = (1 - alpha^2)^1/2 grows as the square root of t near t = 0, where its derivative has a pole. At t = 1 a
+    little of the data is left (alpha = 0.0066 for the defaults).
     """
 
     poles = (0.0,)
@@ -182,7 +182,7 @@ class VPLinear(Schedule):
 class VE(Schedule):
     """The variance-exploding SDE: x_t = x_0 + sigma_min (sigma_max / sigma_min)^t eps (Song et al. 2021, eq. 30).
 
-    Neither end is pure: at t = 0 noise of sigma_min is left. Start from sigma(1) eps.
+    Neither end is pure: at t = 0 there is noise of deviation sigma_min. Start from sigma(1) eps.
     """
 
     sigma_min: float = 0.01
@@ -205,9 +205,9 @@ class VE(Schedule):
 
 @dataclass(frozen=True)
 class EDM(Schedule):
-    """x_t = x_0 + sigma_max t eps: the noise level itself is the time (Karras et al. 2022, table 1 and sec. 3).
+    """x_t = x_0 + sigma_max t eps: time is the noise level itself (Karras et al. 2022, table 1 and sec. 3).
 
-    t = sigma / sigma_max, so v = sigma_max eps; the data end is pure. Start from sigma_max eps.
+    t = sigma / sigma_max, so v = sigma_max eps; at t = 0 there is no noise. Start from sigma_max eps.
     """
 
     sigma_max: float = 80.0
@@ -224,7 +224,7 @@ class EDM(Schedule):
 
 
 def check_positive(**numbers: float) -> None:
-    """ValueError naming the first of `numbers` that is not positive and finite."""
+    """Raises ValueError naming the first of `numbers` that is not positive and finite."""
     for name, number in numbers.items():
         if not 0 < number < math.inf:
             raise ValueError(f"{name} = {number}: give a positive number")
@@ -257,9 +257,9 @@ def batch_time(t: Time, x: Tensor) -> Tensor:
 
 
 def expand(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient, () or (B,), shaped to multiply x (B, ...); the one place where time meets the batch."""
+    """A coefficient, () or (B,), reshaped to multiply x (B, ...)."""
     if c.ndim == 0:
-        return c  # a 0-d tensor leaves x's dtype as it is, and on the CPU it needs no copy to x's device
+        return c  # a 0-d tensor does not change x's dtype, and on the CPU needs no copy to x's device
     _check_batch(c, x)
     return c.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
@@ -275,7 +275,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def float_tensor(value: Time) -> Tensor:
-    """A floating tensor as it is, a whole one and a number as float64."""
+    """A floating tensor unchanged; an integer tensor or a number as float64."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else value.to(widest_float(value.device))
     return torch.tensor(float(value), dtype=torch.float64)

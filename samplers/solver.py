@@ -1,4 +1,4 @@
-"""What a solver is: one pure step from t to t_next. The loop is in integrate.py, the methods in the files beside."""
+"""The interface of solvers: one pure step from t to t_next. The loop is in integrate.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from samplers.schedules import Time
 
 
 class Step(NamedTuple):
-    """x at t_next; the prediction made at (x_t, t); what the next step needs to know of this one."""
+    """x at t_next; the prediction made at (x_t, t); and the state that the next step takes."""
 
     x: Tensor
     prediction: Prediction
@@ -23,10 +23,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A stepper, with what is known about it: its order of convergence, field evaluations per step, and source.
+    """A stepper with its name, order of convergence, evaluations per step, and source.
 
-    A method of one's own is a subclass with a `step`. Before the loop `bind` is called once with the field and all
-    times: the place for coefficients and for ValueErrors, none of which belong in the loop.
+    Your own method is a subclass with a `step`. `bind` is called once before the loop with the field and all times: it
+    computes coefficients and raises ValueErrors, so that the loop does neither.
     """
 
     name: str
@@ -36,27 +36,27 @@ class Solver(ABC):
 
     @property
     def takes_diffusion(self) -> bool:
-        """Whether `sample` may give it a diffusion coefficient, that is a field of this name."""
+        """Whether `sample` may set its diffusion coefficient, a field named `diffusion`."""
         return hasattr(self, "diffusion")
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws noise as it stands."""
+        """Whether it draws noise with its present fields."""
         return getattr(self, "diffusion", None) is not None
 
     @property
     def steps_in_place(self) -> bool:
-        """Whether a step may write into the x that it is given, itself or by the solver within it."""
+        """Whether a step, or that of its inner solver, may overwrite the x that it takes."""
         inner = getattr(self, "inner", None)
         return getattr(self, "in_place", False) or (isinstance(inner, Solver) and inner.steps_in_place)
 
     @property
     def draws_once(self) -> bool:
-        """Whether a step draws no more than its own increment, which is all that a `BrownianTree` has for it."""
+        """Whether a step draws only one increment, its own, which is all that a `BrownianTree` can give."""
         return True
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
-        """This solver made ready for these times; ValueError for what cannot be solved."""
+        """This solver, prepared for these times. Raises ValueError for what it cannot solve."""
         return self
 
     @abstractmethod
@@ -79,7 +79,7 @@ class NoisySolver(Solver):
 class SDESolver(NoisySolver):
     """A stepper of dX = (v - w/2 score) dt + sqrt(w) dW, with its diffusion coefficient w(t).
 
-    w_at: where in a step w is taken, from 0, its start, to 1.
+    w_at: where in a step w is evaluated, from 0 (its start) to 1.
     """
 
     w_at: ClassVar[float] = 0.0
@@ -96,5 +96,5 @@ class SDESolver(NoisySolver):
 
 
 def with_diffusion(solver: Solver, diffusion: Diffusion | None) -> Solver:
-    """A solver that takes a diffusion coefficient with this one; None leaves its own."""
+    """The solver with this diffusion coefficient; None leaves its own."""
     return solver if diffusion is None else replace(solver, diffusion=diffusion)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""All solvers by name. A new method is a new entry, or a Solver of one's own given to `sample`."""
+"""All solvers by name. A new method is a new entry, or your own Solver given to `sample`."""
 
 from samplers import exponential, runge_kutta
 from samplers.names import lookup
@@ -26,12 +26,12 @@ SOLVERS: dict[str, Solver] = {solver.name: solver for solver in _ALL}
 
 
 def solver_names() -> list[str]:
-    """The names that `sample` knows; `SOLVERS[name]` says each one's order, evaluations per step and source."""
+    """The names that `sample` takes; `SOLVERS[name]` has order, evaluations per step and source."""
     return list(SOLVERS)
 
 
 def make_solver(solver: str | Solver, schedule: Schedule, diffusion: str | float | Diffusion | None = None) -> Solver:
-    """A solver by name, or one's own, with its diffusion coefficient; ValueError where the two do not go together."""
+    """A solver by name, or your own, with its diffusion coefficient. ValueError if the solver does not take one."""
     solver = solver if isinstance(solver, Solver) else lookup("solver", solver, SOLVERS)
     if not solver.takes_diffusion:
         if diffusion is not None:

@@ -1,6 +1,6 @@
-"""Stochastic solvers of dX = (v - w/2 score) dt + sqrt(w) dW, and solvers that add noise between the steps of another.
+"""Solvers of the SDE dX = (v - w/2 score) dt + sqrt(w) dW, and solvers that add noise between the steps of another.
 
-Those that work with coefficients in the log-SNR (DDPM, DPM-Solver++ SDE, SA-Solver) are in exponential.py.
+Exponential integrators of the SDE (DDPM, DPM-Solver++ SDE, SA-Solver) are in exponential.py.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from samplers.exponential import METHODS, Linear, SingleStep, points
+from samplers.exponential import DDIM, EDM_HEUN, Linear, SingleStep, points
 from samplers.field import Field
 from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
@@ -26,9 +26,9 @@ from samplers.views import plus
 class EulerMaruyama(SDESolver):
     """x_next = x + (v - w/2 score) dt + sqrt(w) dW, backwards in time.
 
-    w is bounded by sigma(t_next)^2 / |dt|: a step puts in no more noise than there is where it lands. Any w >= 0 has
-    the same marginals, so the limit of small steps is as it was, but the pole of w at t = 1 and that of the score at
-    t = 0 are gone, and a step to sigma = 0 is without noise: it ends at the mean.
+    w is at most sigma(t_next)^2 / |dt|, so that a step adds no more noise than there is at its end. As every w >= 0 has
+    the same marginals, this does not change the limit of small steps, but it removes the poles of w at t = 1 and of the
+    score at t = 0, and a step to sigma = 0 adds no noise: it ends at the mean.
     """
 
     def step(
@@ -44,10 +44,10 @@ class EulerMaruyama(SDESolver):
 
 @dataclass(frozen=True)
 class StochasticHeun(SDESolver):
-    """Heun's rule on the drift, the noise of the step added first: weak order 2 (Kloeden & Platen 1992, sec. 15.1).
+    """Heun's rule for the drift, after the noise of the step: weak order 2 (Kloeden & Platen 1992, sec. 15.1).
 
-    Within a step w is constant, taken at its middle and bounded as in `EulerMaruyama`: that is another SDE of the same
-    family, with the same marginals. Where the end cannot be seen (see runge_kutta.py) the step is Euler-Maruyama's.
+    Within a step w is constant, its value at the middle, bounded as in `EulerMaruyama`: another SDE of the same family,
+    with the same marginals. To an end with undetermined velocity (see runge_kutta.py) the step is Euler-Maruyama's.
     """
 
     w_at = 0.5
@@ -59,30 +59,30 @@ class StochasticHeun(SDESolver):
         w = bounded(self.diffusion, field, t, t_next, self.w_at)
         dt = torch.as_tensor(t_next - t, dtype=torch.float64)
         first = field.predict(x_t, t)
-        kick = expand(w.sqrt(), x_t) * noise(t, t_next)
+        diffused = expand(w.sqrt(), x_t) * noise(t, t_next)
 
         def drift(prediction: Any, at: Time) -> Tensor:
             sigma = field.schedule.sigma(at)
-            push = torch.where(w > 0, w / (2 * sigma), 0.0)  # w = 0 where sigma = 0
-            return prediction.v + expand(push, x_t) * prediction.eps
+            weight = torch.where(w > 0, w / (2 * sigma), 0.0)  # w = 0 where sigma = 0
+            return prediction.v + expand(weight, x_t) * prediction.eps  # score = -eps / sigma
 
         slope = drift(first, t)
-        ahead = x_t + expand(dt, x_t) * slope + kick
+        x_euler = x_t + expand(dt, x_t) * slope + diffused
         if not field.determines_velocity(t_next):
-            return Step(ahead, first)
-        slope = (slope + drift(field.predict(ahead, t_next), t_next)) / 2
-        return Step(x_t + expand(dt, x_t) * slope + kick, first)
+            return Step(x_euler, first)
+        slope = (slope + drift(field.predict(x_euler, t_next), t_next)) / 2
+        return Step(x_t + expand(dt, x_t) * slope + diffused, first)
 
 
 def bounded(diffusion: Diffusion, field: Field, t: Time, t_next: Time, at: float) -> Tensor:
-    """w at this part of the step, at most sigma(t_next)^2 / |dt|, float64."""
+    """w at this fraction of the step, at most sigma(t_next)^2 / |dt|, float64."""
     dt = torch.as_tensor(t_next - t, dtype=torch.float64)
     w = torch.as_tensor(diffusion(t + at * (t_next - t)))
     return torch.minimum(w, field.schedule.sigma(t_next) ** 2 / dt.abs())
 
 
 class _Churned(NamedTuple):
-    """A step of `Churn`: how x is scaled and noise added, and the inner solver bound to the step that follows."""
+    """A step of `Churn`: the scaling and noise that raise the noise level, and the inner solver bound to the rest."""
 
     lift: Linear
     inner: SingleStep
@@ -90,17 +90,17 @@ class _Churned(NamedTuple):
 
 @dataclass(frozen=True)
 class Churn(NoisySolver):
-    """EDM's stochastic sampler: noise takes x back to sigma (1 + gamma) before each step (Karras et al. 2022, alg. 2).
+    """EDM's stochastic sampler: noise raises sigma to sigma (1 + gamma) before each step (Karras et al. 2022, alg. 2).
 
     gamma = min(churn / num_steps, sqrt(2) - 1) where sigma_min <= sigma / alpha <= sigma_max, else 0; the noise is
-    scaled by `noise_scale`. inner: the one-step solver that follows. Noise above the schedule's own is not added.
+    scaled by `noise_scale`. inner: the one-step solver. Sigma is not raised beyond the schedule's own.
     """
 
     churn: float = 40.0
     sigma_min: float = 0.05
     sigma_max: float = 50.0
     noise_scale: float = 1.003
-    inner: SingleStep = next(m for m in METHODS if isinstance(m, SingleStep) and m.name == "edm-heun")
+    inner: SingleStep = EDM_HEUN
     plans: tuple[_Churned, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -111,12 +111,12 @@ class Churn(NoisySolver):
 
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         schedule, num = field.schedule, len(ts) - 1
-        most = math.exp(-float(schedule.log_snr(1.0)) / 2)
+        sigma_end = math.exp(-float(schedule.log_snr(1.0)) / 2)
         plans = []
         for start, end in pairwise(points(schedule, ts)):
             sigma, hat, lift = math.exp(-start.l), start, Linear("data", 1.0, ())
             if self.sigma_min <= sigma <= self.sigma_max:
-                raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), most)
+                raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), sigma_end)
                 hat = points(schedule, [float(schedule.t_from_log_snr(-2 * math.log(raised)))])[0]
                 a = hat.alpha / start.alpha
                 added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * hat.alpha * self.noise_scale
@@ -141,12 +141,12 @@ class Langevin(NoisySolver):
     """Predictor-corrector: after each step of `inner`, `num_corrections` Langevin steps at the time it reached.
 
     x <- x + e s + sqrt(2 e) z with the score s and e = 2 (snr sigma)^2. That is the 2 (snr |z| / |s|)^2 of Song et al.
-    (2021, alg. 5) with the norms at what they are expected to be, |s| = |z| / sigma: a step size that looked at the
-    sample would change the distribution, and one that looked at the batch would tie samples to each other.
+    (2021, alg. 5) with the expected norms, |s| = |z| / sigma: a step size that depends on the sample would change the
+    distribution, and one that depends on the batch would make samples depend on each other.
     At sigma = 0 there is no correction.
     """
 
-    inner: Solver = METHODS[0]
+    inner: Solver = DDIM
     snr: float = 0.16
     num_corrections: int = 1
     diffusion: Diffusion | None = None
@@ -170,23 +170,23 @@ class Langevin(NoisySolver):
     ) -> Step:
         assert noise is not None
         x, first, state = self.inner.step(field, x_t, t, t_next, state, noise)
-        for _ in range(self.num_corrections):
-            if float(field.schedule.sigma(t_next)) == 0:
-                break
-            score, size = field.predict(x, t_next).score, 2 * (self.snr * float(field.schedule.sigma(t_next))) ** 2
+        sigma = float(field.schedule.sigma(t_next))
+        size = 2 * (self.snr * sigma) ** 2
+        for _ in range(self.num_corrections if sigma > 0 else 0):
+            score = field.predict(x, t_next).score
             x = plus(plus(x, score, size), noise.unit(t, t_next), math.sqrt(2 * size), owned=True)
         return Step(x, first, state)
 
 
 @dataclass(frozen=True)
 class Restart(NoisySolver):
-    """From a low noise level back up to a high one and down again, some times (Restart, Xu et al. 2023, alg. 1).
+    """Restart sampling: repeatedly add noise from a low noise level to a high one and denoise (Xu et al. 2023, alg. 1).
 
-    intervals: (t_low, t_high, times, num_steps) each; when the grid first reaches t_low or below, noise takes x from
-    there up to t_high, and `inner` back down in num_steps steps spaced as in Karras et al. 2022; this, `times` over.
+    intervals: each (t_low, t_high, times, num_steps). When the grid first reaches t_low or below, `times` times: noise
+    takes x up to t_high, and `inner` back down in num_steps steps, spaced as in Karras et al. 2022.
     """
 
-    inner: Solver = next(m for m in METHODS if m.name == "edm-heun")
+    inner: Solver = EDM_HEUN
     intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
     loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
 
@@ -204,7 +204,7 @@ class Restart(NoisySolver):
     def bind(self, field: Field, ts: Sequence[float]) -> Self:
         loops = []
         for low, high, times, num_steps in self.intervals:
-            near = low + 1e-6  # a time of the grid is `low` to rounding
+            near = low + 1e-6  # a time of the grid may equal `low` only up to rounding
             reached = next((i for i, (t, t_next) in enumerate(pairwise(ts)) if t_next <= near < t), None)
             if reached is None or ts[reached + 1] <= 0:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Views: what a network may predict, and every conversion among them, safe at both ends of time.
+"""Views: the quantities that a network may predict, and all conversions between them, safe at both ends of time.
 
 With x_t = alpha x_0 + sigma eps, each view is a row (p, q): the view is p x_0 + q eps, up to a scale w,
 
@@ -12,14 +12,13 @@ With x_t = alpha x_0 + sigma eps, each view is a row (p, q): the view is p x_0 +
 
 so x_t and one prediction are two linear equations for (x_0, eps), solved by their determinant alpha q - sigma p.
 
-**The ends.** The determinant is zero where a prediction says only what x_t already says: noise (and score) where
-alpha = 0, data where sigma = 0. There the prediction's own part is kept, and the other one is its mean, 0: for eps at
-t = 0 that is the mean given x_0, for x_0 at t = 1 the mean of normalised data. The score at sigma = 0 cannot be had
-from another view, and is given as 0. Whether eps is 0 on a path that reaches t = 0 depends on the data: it is where
-they have a density (eps = -sigma score), it is not where they lie on a manifold, as images nearly do, which each path
-meets with its own eps. So the velocity of a data or score prediction at t = 0 is not determined, nor that of a noise
-prediction at t = 1 of a schedule that ends in pure noise: `determined` says so, and a solver does not look there
-(runge_kutta.py).
+**The ends.** The determinant is zero where the prediction adds nothing to x_t: noise (and score) where alpha = 0, data
+where sigma = 0. There the predicted one of x_0 and eps is kept, and the other is its mean, 0: for eps at t = 0 that is
+the mean given x_0, for x_0 at t = 1 the mean of normalised data. The score at sigma = 0 does not follow from another
+view, and is given as 0. Whether eps tends to 0 on a path to t = 0 depends on the data: it does where these have a
+density (eps = -sigma score), but not where they lie on a manifold, as images nearly do, where each path has its own eps
+at its end. So a data or score prediction does not determine the velocity at t = 0, nor a noise prediction at t = 1 of a
+schedule that ends in pure noise: `determined` says so, and solvers do not evaluate it there (runge_kutta.py).
 """
 
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from torch import Tensor
 from samplers.names import lookup
 from samplers.schedules import Coefficients, Schedule, Time, check_positive, expand
 
-TINY = 1e-6  # a determinant below this is zero: what it would divide by has drowned in rounding
+TINY = 1e-6  # a determinant below this counts as zero: it is only rounding error
 
 
 class Row(NamedTuple):
@@ -48,9 +47,9 @@ View = str | Callable[[Coefficients], Row]
 
 @lru_cache
 def edm_view(sigma_data: float = 0.5) -> Callable[[Coefficients], Row]:
-    """The raw output F of an EDM-preconditioned network for data of deviation `sigma_data`, as a view."""
+    """The view of the raw output F of an EDM-preconditioned network, for data of standard deviation `sigma_data`."""
     if isinstance(sigma_data, Coefficients):
-        raise ValueError("edm_view makes a view and is none itself: give edm_view(), or edm_view(sigma_data)")
+        raise ValueError("edm_view is not a view, but makes one: give edm_view() or edm_view(sigma_data)")
     check_positive(sigma_data=sigma_data)
 
     def row(c: Coefficients) -> Row:
@@ -72,7 +71,7 @@ VIEWS = tuple(ROWS)
 
 
 def row_of(view: View, c: Coefficients) -> Row:
-    """The row of a view, given by its name or as its own function of the coefficients."""
+    """The row of a view, given by name or as a function of the coefficients."""
     row = (view if callable(view) else lookup("view", view, ROWS))(c)
     if not isinstance(row, Row):
         raise ValueError(f"the view {view!r} gave {row!r}: give a name, or a function that gives a views.Row")
@@ -88,7 +87,7 @@ def convert(value: Tensor, source: View, target: View, x_t: Tensor, c: Coefficie
 
 
 def convert_at(value: Tensor, source: View, target: View, x_t: Tensor, schedule: Schedule, t: Time) -> Tensor:
-    """`convert` at a time. The weights of a time that is a number are numbers, and are computed once."""
+    """`convert` at a time; if that is a number, the weights are numbers, and cached."""
     if source == target:
         return value
     if isinstance(t, Tensor) or torch.compiler.is_compiling():
@@ -120,21 +119,21 @@ def _weights_at(source: View, target: View, schedule: Schedule, t: float) -> tup
 
 
 def combine(x: Tensor, y: Tensor, a: float, b: float) -> Tensor:
-    """a x + b y in as few passes over memory as it takes."""
+    """a x + b y in as few passes over memory as possible."""
     if a == 0 or b == 0:
         return y * b if a == 0 else x * a
     return plus(x, y, b) if a == 1 else plus(x * a, y, b, owned=True)
 
 
 def plus(x: Tensor, y: Tensor, b: float, owned: bool = False) -> Tensor:
-    """x + b y in one pass over memory; in x itself where it is owned."""
+    """x + b y in one pass over memory; if owned, x is overwritten."""
     if torch.compiler.is_compiling():
-        return x + b * y  # torch 2.14 compiles `add` of a matrix product into one without its alpha
+        return x + b * y  # torch 2.14 loses alpha when it fuses `add` with a matrix product
     return x.add_(y, alpha=b) if owned else torch.add(x, y, alpha=b)
 
 
 def _solve(row: Row, c: Coefficients) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weights of (x_t, value) that give x_0, and that give eps: Cramer's rule, or where it fails the least norm."""
+    """Weights of (x_t, value) for x_0 and for eps: by Cramer's rule, or the least-norm solution if it is singular."""
     p, q, scale = row
     determinant = c.alpha * q - c.sigma * p
     solvable = determinant.abs() > TINY

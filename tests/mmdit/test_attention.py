@@ -152,7 +152,7 @@ def varlen(monkeypatch):
         return torch.cat([x.transpose(0, 1) for x in heads])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
-    monkeypatch.setattr("mmdit.attention.HALVES", (torch.float64,))
+    monkeypatch.setattr("mmdit.attention.HALF_DTYPES", (torch.float64,))
 
 
 @pytest.mark.parametrize("mask", ["none", "keys"])
@@ -186,7 +186,7 @@ def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
 @pytest.mark.parametrize("absent", ["xformers", "torch.nn.attention.varlen"])
 def test_what_cuda_has_is_what_is_installed(monkeypatch, absent):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == absent else object())
-    monkeypatch.setattr("mmdit.attention._knows", mmdit.attention._knows.__wrapped__)
+    monkeypatch.setattr("mmdit.attention._has_varlen", mmdit.attention._has_varlen.__wrapped__)
     there, name = {"xformers": ("varlen", "xformers"), "torch.nn.attention.varlen": ("xformers", "varlen")}[absent]
     assert attention_backends("cuda") == ["sdpa", "flex", there]
     assert "here there are sdpa, flex, " + there in why_not(name, "cuda") and why_not(there, "cuda") is None

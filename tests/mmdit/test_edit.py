@@ -69,7 +69,7 @@ def test_one_picture_and_mask_are_for_all_prompts(pipe):
     old, mask = picture(*pipe.size), Image.new("L", (pipe.size[1], pipe.size[0]), 0)
     mask.paste(255, (0, 0, 4, 4))
     one, each = Edit(old, 1.0, mask), Edit((old, old), 1.0, (mask, mask))
-    assert [len(part) for edit in (one, each) for part in (edit.images(2), edit.drawn(2))] == [2] * 4
+    assert [len(part) for edit in (one, each) for part in (edit.images(2), edit.redrawn(2))] == [2] * 4
     a, b = (pipe(PROMPTS[:2], edit=edit, num_steps=2, seed=3) for edit in (one, each))
     assert [x.tobytes() for x in a] == [x.tobytes() for x in b] and len(a) == 2
 
@@ -115,7 +115,7 @@ def test_pictures_are_taken_as_a_viewer_shows_them(tmp_path):
     for image, colour in ((gray, 128), (clear, 255), (red.convert("P"), (255, 0, 0))):
         expected = torch.tensor(np.broadcast_to(colour, 3)).float() / 127.5 - 1
         assert torch.equal(Edit(image).images(1), expected[None, :, None, None].expand(1, 3, 8, 12))
-    assert torch.allclose(Edit(red, 0.5, gray).drawn(1), torch.tensor(128 / 255))
+    assert torch.allclose(Edit(red, 0.5, gray).redrawn(1), torch.tensor(128 / 255))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter, as a phone writes it
     picture(8, 12).save(tmp_path / "old.png", exif=exif)

@@ -151,7 +151,7 @@ def test_a_loaded_model_trains_and_its_file_stays(model, tmp_path):
 def test_eight_bit_weights_want_a_type(model, tmp_path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in SD3.from_ours(model.state_dict(), TINY).items()}
     save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="numbers of torch.float8_e4m3fn, in which .* give a dtype"):
+    with pytest.raises(ValueError, match="holds torch.float8_e4m3fn, in which .* give a dtype"):
         mmdit.load(tmp_path / "x.safetensors")
     assert mmdit.load(tmp_path / "x.safetensors", dtype=torch.bfloat16).dtype == torch.bfloat16
 

@@ -96,7 +96,7 @@ def test_metadata_that_lie_are_refused(said):
 def test_without_metadata_heads_and_training_size_are_sd3s():
     config = replace(TINY, num_heads=1, head_dim=64, sample_size=16, pos_embed_max_size=8)
     assert config_from_sd3(shapes(config), {}) == config  # the table's side bounds the 128
-    with pytest.raises(ValueError, match="16 wide, which heads of 64 do not divide"):
+    with pytest.raises(ValueError, match="the width 16 is no multiple of the head width 64"):
         config_from_sd3(shapes(TINY), {})
 
 

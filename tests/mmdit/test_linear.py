@@ -16,9 +16,9 @@ LARGE = (256, 64, 128)  # tokens, in, out: enough work for the kernel
 def calls(monkeypatch):
     """What is asked of the kernel, for learning too where there is as much to do as here."""
     found = []
-    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
-    inner = linear._in_one
-    monkeypatch.setattr(linear, "_in_one", lambda *args: found.append(args[-1]) or inner(*args))
+    monkeypatch.setattr(linear, "MIN_PRODUCTS_GRAD", linear.MIN_PRODUCTS)
+    inner = linear._fused
+    monkeypatch.setattr(linear, "_fused", lambda *args: found.append(args[-1]) or inner(*args))
     return found
 
 
@@ -86,7 +86,7 @@ def test_what_is_learnt_are_torchs_derivatives(calls, loss, bias):
 
 
 def test_small_products_are_learnt_by_torchs_own(calls, monkeypatch):
-    monkeypatch.setattr(linear, "LEARNT", 2**26)
+    monkeypatch.setattr(linear, "MIN_PRODUCTS_GRAD", 2**26)
     layer, x = layer_and_input()
     layer(x).sum().backward()
     assert calls == []
@@ -233,7 +233,7 @@ def test_compiled_it_is_taken_too(calls):
 
 
 def test_compiled_it_is_learnt_too(monkeypatch):
-    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
+    monkeypatch.setattr(linear, "MIN_PRODUCTS_GRAD", linear.MIN_PRODUCTS)
     layer, x = layer_and_input()
     given = [x.requires_grad_(), *layer.parameters()]
     compiled = torch.compile(lambda x: linear_gelu(layer, x), fullgraph=True)

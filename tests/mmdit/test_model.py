@@ -492,10 +492,10 @@ def test_a_picture_beyond_the_table_is_not_exported():
     [
         (dict(x_t=torch.zeros(2, 5, 8, 8)), r"x_t has shape \(2, 5, 8, 8\), expected \(B, 4, h, w\)"),
         (dict(x_t=torch.zeros(4, 8, 8)), "x_t has shape"),
-        (dict(x_t=torch.zeros(2, 4, 8, 7)), "both sides must divide by the patch"),
+        (dict(x_t=torch.zeros(2, 4, 8, 7)), "both sides must be multiples of the patch"),
         (dict(t=torch.zeros(2, 1)), r"t has shape \(2, 1\), expected \(2,\)"),
-        (dict(x_t=torch.zeros(2, 4, 8, 0)), "both sides must divide by the patch"),
-        (dict(x_t=torch.zeros(2, 4, 0, 8)), "both sides must divide by the patch"),
+        (dict(x_t=torch.zeros(2, 4, 8, 0)), "both sides must be multiples of the patch"),
+        (dict(x_t=torch.zeros(2, 4, 0, 8)), "both sides must be multiples of the patch"),
         (dict(t=torch.tensor(0.5)), "t has shape"),
         (dict(context=torch.zeros(2, 24)), "context has shape"),
         (dict(t=0.5), "t is a float, expected a tensor"),

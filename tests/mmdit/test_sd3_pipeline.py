@@ -217,7 +217,7 @@ def test_a_size_that_is_no_square_is_kept_beside_and_diffusers_is_told(ours, tmp
     assert_same(again(PROMPTS, num_steps=2, height=28, width=28), square)
     for said, message in (
         ([24], "has no .size. of two numbers"),
-        ([24, 41], "24 x 41, but both sides must divide by 4"),
+        ([24, 41], "24 x 41, but both sides must be multiples of 4"),
     ):
         (tmp_path / "mmdit.json").write_text(json.dumps({"size": said}))
         with pytest.raises(ValueError, match=message):

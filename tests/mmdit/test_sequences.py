@@ -167,5 +167,5 @@ def test_an_image_of_less_than_a_patch_has_no_size():
 
 @pytest.mark.parametrize("size", [(3, 4), (4, 5), (0, 4)])
 def test_sides_that_the_patch_does_not_divide_are_refused(size):
-    with pytest.raises(ValueError, match="image 1 is .* must divide by the patch"):
+    with pytest.raises(ValueError, match="image 1 is .* must be multiples of the patch"):
         pack([[IMAGE], [torch.zeros(4, *size)]]).layout(2)

@@ -14,7 +14,7 @@ from mmdit.autoencoder import PixelSpace
 from mmdit.config import TransfusionConfig
 from mmdit.generate import TextSampling
 from mmdit.text import TextConfig, Tokenizer
-from mmdit.text_and_images import CaptionedTransfusion, TransfusionPipeline, Words, _Stream
+from mmdit.text_and_images import CaptionedTransfusion, TransfusionPipeline, Words, _StreamDecoder
 from mmdit.transfusion import Transfusion
 
 PROMPTS = ["a red circle", "two blue stars", ""]
@@ -112,7 +112,7 @@ def test_guidance_that_it_does_not_know_is_refused(pipe, how):
 def test_a_character_of_several_tokens_is_told_whole():
     tokenizer = Tokenizer.train(["plain words"], 280, 32, images=True)
     ids = tokenizer(["café ☃ ok"]).ids[0]
-    stream = _Stream(tokenizer)
+    stream = _StreamDecoder(tokenizer)
     pieces = [stream.add(i[None]) for i in ids[: tokenizer(["café ☃ ok"]).mask.sum() - 1]]
     assert "".join(pieces) == "café ☃ ok" and "\ufffd" not in "".join(pieces) and "" in pieces
 
@@ -172,7 +172,7 @@ def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
 
 
 def test_a_picture_that_does_not_fit_is_refused(pipe):
-    with pytest.raises(ValueError, match="must divide by the patch"):
+    with pytest.raises(ValueError, match="must be multiples of the patch"):
         pipe.generate([[Image.new("RGB", (10, 8)), "two"]])
 
 

@@ -257,7 +257,7 @@ def test_callback_is_told_of_each_step(pipe):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        (["a"], dict(height=10), "10 x 12 does not fit: both sides must divide by 4"),
+        (["a"], dict(height=10), "10 x 12 does not fit: both sides must be multiples of 4"),
         (["a"], dict(width=4 * 10**18), "8 x 4(0){18}: expected sides of at most"),
         (["a"], dict(width=0), "8 x 0 does not fit"),
         (["a"], dict(height=-8), "-8 x 12 does not fit"),

@@ -218,7 +218,7 @@ def test_presets():
         ([[torch.tensor([7, -1])]], None, "token -1 is beyond the vocabulary"),
         ([[text(5, 40)]], None, "token 40 is beyond the vocabulary of 40"),
         ([[torch.randn(4, 4, 4)]], None, "images have 4 channels, expected 3"),
-        ([[image(4, 5)]], None, "must divide by the patch"),
+        ([[image(4, 5)]], None, "must be multiples of the patch"),
     ],
 )
 def test_bad_input_is_refused(documents, t, what):

@@ -88,7 +88,7 @@ def test_a_picture_to_start_from_is_brought_to_the_size(client, tmp_path):
 
 
 def test_what_cannot_be_drawn_is_said_on_the_page_and_the_next_is_drawn(client):
-    with pytest.raises(Exception, match="both sides must divide by 4"):
+    with pytest.raises(Exception, match="both sides must be multiples of 4"):
         asked(client, height=9)
     assert len(asked(client)[0]) == 2
 

@@ -296,7 +296,7 @@ def with_defaults(call):
 
 
 RESULTS = {"Solution", "Prediction", "Progress", "Step", "Coefficients"}
-BOUND = {"predict", "correct", "plans", "loops", "blind"}  # what `bind` computes
+BOUND = {"predict", "correct", "plans", "loops", "undetermined"}  # what `bind` computes
 WITHOUT_EFFECT = {(samplers.RungeKutta, "in_place")}  # on the result: test_solvers.py tells
 
 

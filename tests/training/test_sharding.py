@@ -400,7 +400,7 @@ def test_a_process_that_is_gone_is_one_line_and_other_errors_stay_as_they_are(st
 
 def test_compiled_selective_recompute_keeps_onednns_products(monkeypatch):
     """Two products and two derivatives by what went into them; computed again, the first would be a fifth."""
-    monkeypatch.setattr(linear, "LEARNT", linear.WORTH)
+    monkeypatch.setattr(linear, "MIN_PRODUCTS_GRAD", linear.MIN_PRODUCTS)
     first, second = linear.Linear(64, 128), linear.Linear(128, 64)
     x = torch.randn(2, 256, 64, requires_grad=True)
     kept = partial(create_selective_checkpoint_contexts, list(kept_ops()))
