@@ -131,7 +131,7 @@ def test_edm_preconditioning_is_the_published_one():
 
 
 def test_a_function_that_is_no_view_is_refused_with_the_field():
-    for view, match in ((edm_view, r"give edm_view\(\), or edm_view\(sigma_data\)"), (lambda c: (1.0, 0.0), "gave")):
+    for view, match in ((edm_view, r"give edm_view\(\) or edm_view\(sigma_data\)"), (lambda c: (1.0, 0.0), "gave")):
         with pytest.raises(ValueError, match=match):
             Field(lambda x_t, t: x_t, RectifiedFlow(), view)
         with pytest.raises(ValueError, match=match):

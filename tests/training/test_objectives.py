@@ -518,7 +518,7 @@ MIXED = ("transfusion.enabled=true", "model.positions=rope")
 
 
 def test_a_run_learns_what_its_config_says():
-    plain = Shifted(LogitNormal(), 1.0)
+    plain = LogitNormal()
     assert make_objective(load_config("pixels-tiny")) == FlowMatching(plain)
     assert make_objective(load_config("pixels-tiny", MIXED)) == TextAndImages(plain)
     how = [f"objective.{change}" for change in ("m=0.5", "s=0.6", "shift=3", "caption_dropout=0.2", "stratified=false")]
