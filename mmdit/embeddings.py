@@ -8,6 +8,7 @@ head width.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -21,6 +22,14 @@ IMAGE_BASE = 100.0  # of rotary frequencies: low, as a picture has tens of posit
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Latents (B, C, h, w) to patch vectors (B, N, C*p*p), row by row."""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def patch_grid(what: str, size: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of a latent of size (h, w). ValueError, naming `what`, if the patch does not fit."""
+    height, width = size
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(f"{what} is {height} x {width}, both sides must be multiples of the patch ({patch_size})")
+    return height // patch_size, width // patch_size
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:

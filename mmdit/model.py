@@ -21,6 +21,7 @@ from mmdit.embeddings import (
     VectorEmbedding,
     crop_positions,
     extended_positions,
+    patch_grid,
     patchify,
     position_table,
     rotary_2d,
@@ -170,11 +171,7 @@ class MMDiT(nn.Module):
             if x.ndim != (4 if dense else 3) or x.shape[-3] != c.in_channels:
                 form = f"({'B, ' if dense else ''}{c.in_channels}, h, w)"
                 raise ValueError(f"x_t has shape {tuple(x.shape)}, expected {form}")
-            height, width = x.shape[-2:]
-            if height % c.patch_size or width % c.patch_size or not height or not width:
-                raise ValueError(
-                    f"x_t is {height} x {width}, both sides must be multiples of the patch ({c.patch_size})"
-                )
+            patch_grid("x_t", x.shape[-2:], c.patch_size)
         if not batch:
             raise ValueError("x_t holds no image")
         if t.shape != (batch,):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mmdit.attention import Blocks, Packed
+from mmdit.embeddings import patch_grid
 
 BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
 Part = Tensor  # of a document: int64 (n,) token ids, or a float (C, h, w) latent
@@ -98,14 +99,8 @@ class MixedBatch:
 
         Raises ValueError for sides that the patch does not divide.
         """
-        device, shapes = self.ids.device, []
-        for i, latent in enumerate(self.latents):
-            height, width = latent.shape[1:]
-            if height % patch_size or width % patch_size or not height or not width:
-                raise ValueError(
-                    f"image {i} is {height} x {width}, both sides must be multiples of the patch ({patch_size})"
-                )
-            shapes.append((height // patch_size, width // patch_size))
+        device = self.ids.device
+        shapes = [patch_grid(f"image {i}", x.shape[1:], patch_size) for i, x in enumerate(self.latents)]
         sizes = torch.tensor([h * w for h, w in shapes], dtype=torch.int64, device=device)
         span = torch.repeat_interleave(torch.arange(len(shapes), device=device), sizes)
         # In reading order every patch comes after the BOI of its image and before the next token of the text.

@@ -141,7 +141,7 @@ class Transfusion(nn.Module):
         t = torch.zeros(images, device=batch.ids.device) if t is None else t.to(self.state_dtype)
         time = self.time_in(t)
         groups = _groups(batch)
-        img, skips = self._patches(batch, groups, F.silu(time))
+        img, skips = self._embed_images(batch, groups, F.silu(time))
         if c.positions != "rope" and images:
             img = img + torch.cat([crop_positions(self.pos_embed, *shape)[0] for shape in layout.shapes]).to(img.dtype)
         if c.time == "added":
@@ -150,11 +150,6 @@ class Transfusion(nn.Module):
         conditions = self._conditions(batch, span, F.silu(time))
         rotary = self._rotary(layout.coordinates) if c.positions != "sincos" else None
         self._check_length(layout, past)
-        if past is not None:
-            masks: Sequence[Mask] = past.attending(layout.attending(c.attention), layout)
-        else:
-            flex = current_backend() == "flex"
-            masks = [layout.blocks(c.attention) if flex else layout.attending(c.attention)] * c.depth
         cut = layout.num_patches  # patches come before text
         if c.weights == "shared":
             streams, rotaries = [torch.cat([img, txt])[None]], [rotary]
@@ -162,11 +157,10 @@ class Transfusion(nn.Module):
             streams = [img[None], txt[None]]
             rotaries = [None, None] if rotary is None else [(rotary[0][:cut], rotary[1][:cut]),
                                                             (rotary[0][cut:], rotary[1][cut:])]  # fmt: skip
-        for block, mask in zip(self.blocks, masks, strict=True):
+        for block, mask in zip(self.blocks, self._masks(layout, past), strict=True):
             streams = block(streams, conditions, mask, rotaries)
         x = torch.cat([stream[0] for stream in streams])
-        shift, scale = self.modulation_out(PerToken(F.silu(time), span))
-        patches = modulate(x[None, :cut], shift, scale)[0]
+        patches = modulate(x[None, :cut], *self.modulation_out(PerToken(F.silu(time), span)))[0]
         v = self._velocities(patches, batch, groups, F.silu(time), skips)
         return MixedOutput(self.norm_out(x[cut:]), v, batch, self.head)
 
@@ -175,6 +169,14 @@ class Transfusion(nn.Module):
         from mmdit.generate import generate
 
         return generate(self, prompts, **options)
+
+    def _masks(self, layout: Layout, past: Reading | None) -> Sequence[Mask]:
+        """The attention mask of each block."""
+        rule = self.config.attention
+        if past is not None:
+            return past.attending(layout.attending(rule), layout)
+        mask = layout.blocks(rule) if current_backend() == "flex" else layout.attending(rule)
+        return [mask] * self.config.depth
 
     def _conditions(self, batch: MixedBatch, span: Tensor, silu_c: Tensor) -> list[PerToken | None]:
         """The conditioning of each stream's tokens; in a modulated stream, text without a time takes a row of zeros."""
@@ -195,7 +197,7 @@ class Transfusion(nn.Module):
             return rotary_llama(coordinates, self.config.head_dim, self.config.llama)
         return rotary_mixed(coordinates, self.config.head_dim)
 
-    def _patches(self, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor) -> tuple[Tensor, list[Skips]]:
+    def _embed_images(self, batch: MixedBatch, groups: list[list[int]], silu_c: Tensor) -> tuple[Tensor, list[Skips]]:
         """Tokens (N, D) of all images in order, and the skip connections of each group of one size."""
         if not groups:
             return silu_c.new_zeros(0, self.config.width), []

@@ -384,7 +384,7 @@ def test_every_parameter_learns(text):
         (dict(max_length=1), "max_length is 1"),
         (dict(max_length=2.5), "max_length is 2.5, expected a whole number"),
         (dict(width="32"), "width is '32', expected a whole number"),
-        (dict(width=18, num_heads=2), "width 18 must divide"),
+        (dict(width=18, num_heads=2), "width 18 must be a multiple"),
     ],
 )
 def test_configs_that_do_not_work_are_named(change, message):
