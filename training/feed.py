@@ -235,7 +235,8 @@ class _Alternatives:
 
     def __init__(self, source: Source, indices: Sequence[int], first: list[str]) -> None:
         self.captions = first
-        found = [source.captions(i) for i in indices]
+        several = type(source).captions is not Source.captions  # by default a sample has but the one it came with
+        found = [source.captions(i) for i in indices] if several else []
         self.several = any(len(texts) > 1 for texts, _ in found)
         if self.several:
             self._found = [(len(texts), shares) for texts, shares in found]

@@ -64,7 +64,7 @@ class Writer:
         return len(self._starts)
 
     def add(self, entry: Entry, shared: bool, block: int | None = None) -> None:
-        """Append a sample. shared: whether other samples have its path; block: the number of samples read as one."""
+        """Append a sample. shared: whether other samples have its path; block: number of the block that it is in."""
         self._hashes.append(_hash(entry.key))
         self._starts.append(self._end)
         if entry.image_size is not None:

@@ -125,6 +125,9 @@ def test_windows_are_cut_from_large_images_and_odd_sides_fit(tmp_path):
     train, held_out = read_images(settings, lines.append)
     assert len(train) + len(held_out) == 30
     assert any(line.startswith("skipped 1 ") and line.endswith("images: broken") for line in lines)
+    alone = []
+    assert np.array_equal(module.read_held_out(settings, 8, alone.append), held_out)
+    assert alone == [line for line in lines if "held-out" in line]
     assert train.shape[1] % 8 == 0 and train.shape[2] % 8 == 0 and train.shape[2] > train.shape[1]
     assert module._draw(train, settings, 0).shape == (4, 3, 24, 24)
     assert not torch.equal(module._draw(train, settings, 0), module._draw(train, settings, 1))

@@ -185,6 +185,13 @@ def test_rows_are_picked_as_asked(text):
     assert feed.at([1]).latents.shape == (1, 3, 4, 6)
 
 
+def test_captions_that_come_with_the_images_are_not_made_again(text, monkeypatch):
+    """A drawn scene's caption costs as much as a third of its picture."""
+    monkeypatch.setattr(Numbers, "caption", None)
+    feed, _ = latent_feed(text, Numbers(), range(10))
+    assert feed.captions == [str(i) for i in range(10)] and len(next(feed.batches(4, 0)).latents) == 4
+
+
 def test_progress_counts_to_the_end(text, monkeypatch):
     monkeypatch.setattr("training.feed.ENCODE_BATCH", 4)
     seen = []
