@@ -71,6 +71,15 @@ def test_the_example_on_weights_runs(tmp_path, monkeypatch):
     assert names["half"].dtype == torch.bfloat16 and names["half"].config == names["model"].config
 
 
+def test_the_data_set_in_ones_own_code_is_read(capsys):
+    names: dict = {}
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    exec(block, names)
+    batch = names["batch"]
+    assert batch.captions == [f"grey number {image[0, 0, 0]}" for image in batch.images]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_the_loop_of_ones_own_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_images").mkdir()
