@@ -21,7 +21,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 """Suffixes of files that are refused: pickles can execute code when they are opened."""
 
 _POINTER = b"version https://git-lfs"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types of tensors by their names in safetensors."""
 
 
 class Weights(dict[str, Tensor]):
@@ -66,9 +67,9 @@ def read_weights(path: Path) -> Weights:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} in {path} is of type {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
-        dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} in {path} is of type {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
         num = (last - first) // dtype.itemsize
         flat = torch.frombuffer(mapping, dtype=dtype, count=num, offset=start + first) if num else torch.empty(0)
         tensors[name] = flat.to(dtype).view(entry["shape"])

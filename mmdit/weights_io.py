@@ -121,10 +121,15 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON. Raises ValueError naming the file if it is not JSON, FileNotFoundError if there is no file."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """The JSON in the bytes of a file. Raises ValueError, with the file's name, if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{name} is not JSON: {error}") from error
 
 
 def read_config(kind: Callable[..., T], path: Path) -> T:

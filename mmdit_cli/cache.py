@@ -33,7 +33,7 @@ def cache(
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help="Images and captions, as for `mmdit train`.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder to write; an unfinished one is continued.")
+        str | None, typer.Option(metavar="FOLDER", help="Folder to write; an unfinished one is continued.")
     ] = None,
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Write only part I of N, from 0, while others write the rest.")
@@ -42,7 +42,7 @@ def cache(
     text_dtype: Annotated[Number, typer.Option(help="Type of a frozen text encoder's features.")] = Number.fp16,
     shard_mb: Annotated[float, typer.Option(metavar="MB", help="Size of a shard at most.")] = 256,
     verify: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FOLDER", help="Check every byte of a cache; with --data also whether the data is unchanged."
         ),
@@ -59,6 +59,8 @@ def cache(
       mmdit cache latent --data "shards/*.tar" --out cache/ --part 0/4 data.num_workers=8
 
       mmdit cache --verify cache/
+
+      mmdit cache --verify s3://bucket/cache/cache.json
 
       mmdit train my.toml --data cache/
     """
@@ -79,7 +81,7 @@ def cache(
     from training.config import load_config
 
     options = CacheOptions(dtype.value, text_dtype.value, shard_mb, (int(numbers[1]), int(numbers[2])))
-    _report(out, options.part, write_cache(load_config(config_name, settings), out, options), words or [])
+    _report(Path(out), options.part, write_cache(load_config(config_name, settings), out, options), words or [])
 
 
 def _report(folder: Path, part: tuple[int, int], written: "Written", words: list[str]) -> None:
@@ -98,12 +100,12 @@ def _report(folder: Path, part: tuple[int, int], written: "Written", words: list
         print(f"whole, {size / 1e6:.1f} MB; train with: mmdit train {shlex.join(words)} --data {folder}")
 
 
-def _verify(folder: Path, data: str | None) -> None:
+def _verify(spec: str, data: str | None) -> None:
     from training.cache import Cache, CacheError
     from training.cache_writer import changed, data_of
     from training.progress import Progress
 
-    found = Cache(folder)
+    found = Cache(spec)
     with Progress("verifying", len(found.shards) + (found.empty is not None)) as progress:
         problems = found.problems(progress.show)
     if data is not None and not problems:
@@ -113,6 +115,6 @@ def _verify(folder: Path, data: str | None) -> None:
         print(problem)
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise CacheError(f"{folder} does not verify: {count}, the first: {problems[0]}")
+        raise CacheError(f"{spec} does not verify: {count}, the first: {problems[0]}")
     shards = f"{len(found.shards)} shards" if len(found.shards) > 1 else "1 shard"
-    print(f"{folder}: {len(found.samples)} samples in {shards}, all as they were written")
+    print(f"{spec}: {len(found.samples)} samples in {shards}, all as they were written")

@@ -8,7 +8,7 @@
 
 Shard k has the samples from k * shard_samples on, in the order of the data: its bytes do not depend on who writes it
 or when. Files are written under another name and renamed, a shard's .json last: where it exists, the shard is whole. A
-sample's digest is checked the first time that it is read.
+sample's digest is checked the first time that it is read; from a server, to which a cache may be copied, each time.
 
 Shape letters: N samples with an image, M their captions, S channels and h w sides of the statistics, L tokens, D width
 of a text state, P width of the pooled vector, T all tokens of a shard.
@@ -17,8 +17,7 @@ of a text state, P width of the pooled vector, T all tokens of a shard.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +28,21 @@ import torch
 from torch import Tensor
 
 from mmdit.features import TextShape
-from mmdit.mapped import read_weights
 from mmdit.weights_io import weights_writer, write_aside
+from training.cache_files import (
+    CACHE_JSON,
+    CacheError,
+    RemoteTensor,
+    anew,
+    file_of,
+    is_cache,
+    read_table,
+    read_tensors,
+    sha256_of_file,
+)
 from training.errors import DataError
-from training.signed import fsync, read_signed, sha256, write_signed
+from training.remote import PATIENT, Patience, is_url, read_each
+from training.signed import fsync, sha256, write_signed
 
 FORMAT = "mmdit cache 1"
 FIT = "scaled to cover, centre-cropped"
@@ -53,11 +63,6 @@ _WORDS = {
     "seed": "seed",
     "shard_samples": "size of shards (--shard-mb)",
 }
-_AGAIN = "delete {0}.* and run `mmdit cache` again"
-
-
-class CacheError(DataError):
-    """A cache that is missing, not whole, changed, or made for another model; the message is one line."""
 
 
 # --- what a cache was made from --------------------------------------------------------------------------------------
@@ -134,25 +139,20 @@ class About:
 
     def write(self, folder: Path) -> None:
         """Write it as cache.json."""
-        write_signed(folder / "cache.json", {"format": FORMAT, **asdict(self)})
+        write_signed(folder / CACHE_JSON, {"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def read(cls, folder: Path) -> About:
-        """Raises CacheError where the folder is no cache."""
-        if not is_cache(folder):
-            raise CacheError(f"{folder} is no cache: it has no cache.json, which `mmdit cache` writes")
-        table = _read(folder / "cache.json")
+    def read(cls, cache: str | Path, patience: Patience = PATIENT) -> About:
+        """cache: as `Cache` takes it. Raises CacheError where that is no cache."""
+        if not is_cache(cache):
+            raise CacheError(f"{cache} is no cache: it has no cache.json, which `mmdit cache` writes")
+        table = read_table(file := file_of(cache, CACHE_JSON), patience)
         if table.pop("format", None) != FORMAT:
-            raise CacheError(f"{folder / 'cache.json'} is of another version of mmdit: make the cache anew")
+            raise CacheError(f"{file} is of another version of mmdit: make the cache anew")
         shape = table["text_shape"]
         sizes = {"size": tuple(table["size"]), "sizes": tuple(map(tuple, table["sizes"]))}
         lists = {"weights": tuple(table["weights"]), "text_shape": shape and TextShape.read(shape)}
         return cls(**table | sizes | lists)
-
-
-def is_cache(folder: str | Path) -> bool:
-    """Whether a folder has a cache.json, which `mmdit cache` writes first."""
-    return os.path.isfile(Path(folder) / "cache.json")  # also of a spec that is too long for a name
 
 
 def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -211,14 +211,14 @@ def _bytes(x: Tensor) -> Any:
 class Shard:
     """Samples in two files, `stem`.json and `stem`.safetensors; the latter is opened when a sample is read."""
 
-    def __init__(self, stem: Path) -> None:
-        """Raises CacheError where a file is missing, cut or changed."""
-        self.stem, self.file = stem, stem.with_name(stem.name + ".safetensors")
-        table = _read(stem.with_name(stem.name + ".json"))
+    def __init__(self, stem: str | Path, patience: Patience = PATIENT) -> None:
+        """stem: a path or URL without suffix. Raises CacheError where a file is missing, cut or changed."""
+        self.file, self.is_remote, self._patience = f"{stem}.safetensors", is_url(str(stem)), patience
+        table = read_table(f"{stem}.json", patience)
         self._sha256, self._size = table["file"], table["bytes"]
         self.samples = [CachedSample(*row) for row in table["samples"]]
-        if not self.file.is_file() or self.file.stat().st_size != self._size:
-            raise CacheError(f"{self.file} is not as it was written: {_AGAIN.format(stem.name)}")
+        if not self.is_remote and not (Path(self.file).is_file() and Path(self.file).stat().st_size == self._size):
+            raise CacheError(f"{self.file} is not as it was written: {anew(self.file)}")
         good = [sample.error is None for sample in self.samples]
         self._rows = np.cumsum([0, *good[:-1]])  # of each sample: its row in the tensors
         self._captions = np.cumsum(
@@ -227,18 +227,25 @@ class Shard:
         self._checked: set[int] = set()
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Any]:
         """latents (flat), shapes (N, 3), digests (N, 32); of each encoder text.i.states (T, D), .lengths (M,), .pooled
-        (M, P); all memory-mapped. Raises CacheError where their sizes do not fit each other.
+        (M, P). On a disk all are mapped; on a server shapes, digests and lengths are read, the others `RemoteTensor`s.
+        Raises CacheError where their sizes do not fit each other.
         """
         try:
-            tensors = read_weights(self.file)
+            found = read_tensors(self.file, self._size, self._patience)
+            tensors = {
+                name: x[:] if name.endswith(("shapes", "digests", "lengths")) else x for name, x in found.items()
+            }
             self._check_tables(tensors)
         except (ValueError, KeyError, OSError) as error:
-            raise CacheError(f"{self.file} is no shard: {error}; {_AGAIN.format(self.stem.name)}") from error
+            if type(error) is DataError:  # of a server
+                raise
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise CacheError(f"{self.file} is no shard: {reason}; {anew(self.file)}") from error
         return tensors
 
-    def _check_tables(self, tensors: dict[str, Tensor]) -> None:
+    def _check_tables(self, tensors: Mapping[str, Any]) -> None:
         shapes, rows = tensors["shapes"], sum(sample.error is None for sample in self.samples)
         fits = shapes.shape == (rows, 3) and tensors["digests"].shape == (rows, 32) and bool((shapes >= 0).all())
         fits = fits and int(shapes.long().prod(1).sum()) == len(tensors["latents"])
@@ -257,28 +264,28 @@ class Shard:
         return [np.concatenate([[0], count.cumsum(0).numpy()]) for count in counts]
 
     def read(self, place: int) -> Known:
-        """The tensors of a good sample, mapped from the file; its digest is checked the first time.
+        """The tensors of a good sample; its digest is checked the first time, and whenever a server sent them.
 
-        Raises CacheError, which names the sample, where they have changed.
+        Raises CacheError, which names the sample, where they have changed, DataError where the server fails.
         """
         row, tensors = int(self._rows[place]), self.tensors
         first, last = self._starts[0][row : row + 2]
         statistics = tensors["latents"][first:last].view(*tensors["shapes"][row].tolist())
-        known = Known(statistics, [self._text(m) for m in range(*self._captions[place : place + 2])])
-        if place not in self._checked:
+        known = Known(statistics, self._text(*self._captions[place : place + 2]))
+        if self.is_remote or place not in self._checked:
             if known.digest() != tensors["digests"][row].numpy().tobytes():
-                key = self.samples[place].key
-                raise CacheError(f"{self.file}: sample {key} has changed; {_AGAIN.format(self.stem.name)}")
+                raise CacheError(f"{self.file}: sample {self.samples[place].key} has changed; {anew(self.file)}")
             self._checked.add(place)
         return known
 
-    def _text(self, m: int) -> list[tuple[Tensor, Tensor]]:
-        """(states, pooled) of caption m of the shard by each encoder."""
-        text = []
+    def _text(self, first: int, last: int) -> list[list[tuple[Tensor, Tensor]]]:
+        """For captions first ... last - 1 of the shard, (states, pooled) by each encoder."""
+        by_encoder = []
         for i, starts in enumerate(self._starts[1:]):
-            states, pooled = self.tensors[f"text.{i}.states"], self.tensors[f"text.{i}.pooled"]
-            text.append((states[starts[m] : starts[m + 1]], pooled[m]))
-        return text
+            states = self.tensors[f"text.{i}.states"][starts[first] : starts[last]]
+            pooled = self.tensors[f"text.{i}.pooled"][first:last]
+            by_encoder.append(list(zip(states.split(np.diff(starts[first : last + 1]).tolist()), pooled, strict=True)))
+        return [list(pairs) for pairs in zip(*by_encoder, strict=True)]
 
     def good(self) -> Iterator[int]:
         """The places of the samples that have an image."""
@@ -286,7 +293,7 @@ class Shard:
 
     def problems(self) -> list[str]:
         """What has changed since the shard was written, one line for each sample; every byte is read."""
-        if sha256(self.file) == self._sha256:
+        if sha256_of_file(self.file, self._size, self._patience) == self._sha256:
             return []
         found = []
         self._checked.clear()
@@ -295,10 +302,10 @@ class Shard:
                 self.read(place)
             except CacheError as error:
                 found.append(str(error))
-        return list(dict.fromkeys(found)) or [f"{self.file} has changed; {_AGAIN.format(self.stem.name)}"]
+        return list(dict.fromkeys(found)) or [f"{self.file} has changed; {anew(self.file)}"]
 
 
-def num_encoders(tensors: dict[str, Tensor]) -> int:
+def num_encoders(tensors: Mapping[str, Tensor | RemoteTensor]) -> int:
     """The number of text encoders that have features among a shard's tensors."""
     return sum(name.endswith(".pooled") for name in tensors)
 
@@ -340,37 +347,35 @@ def merged(parts: Sequence[Shard]) -> tuple[list[CachedSample], dict[str, Tensor
     return samples, {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_signed(path)
-    except FileNotFoundError:
-        raise CacheError(f"{path} is missing: run `mmdit cache` again") from None
-    except (ValueError, OSError) as error:
-        raise CacheError(f"{error}; delete it and run `mmdit cache` again") from error
-
-
 # --- the whole cache -------------------------------------------------------------------------------------------------
 
 
 class Cache:
     """A whole cache, open for reading: samples by their number in the data."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Raises CacheError where the folder is no cache, or shards are missing, cut or changed."""
-        self.folder = Path(folder)
-        self.about = About.read(self.folder)
-        missing = [k for k in range(self.about.num_shards) if not is_there(self.folder, k)]
+    def __init__(self, spec: str | Path, patience: Patience = PATIENT) -> None:
+        """spec: a folder, or the URL of a cache.json. Raises CacheError where that is no cache, or shards are missing,
+        cut or changed, DataError where the server fails.
+        """
+        self.spec, self.is_remote = str(spec), is_url(str(spec))
+        self.about = About.read(spec, patience)
+        shards = range(self.about.num_shards)
+        missing = [] if self.is_remote else [k for k in shards if not is_there(Path(spec), k)]
         if missing:
             raise CacheError(
-                f"{folder} is not whole: {len(missing)} of {self.about.num_shards} shards are missing, the first is "
-                f"{stem_of(self.folder, missing[0]).name}; go on with `mmdit cache`"
+                f"{spec} is not whole: {len(missing)} of {len(shards)} shards are missing, the first is "
+                f"{shard_name(missing[0])}; go on with `mmdit cache`"
             )
-        self.shards = [Shard(stem_of(self.folder, k)) for k in range(self.about.num_shards)]
-        for k, shard in enumerate(self.shards):
-            if len(shard.samples) != len(self.about.places(k)):
-                raise CacheError(f"{shard.stem} is of another cache: it has {len(shard.samples)} samples")
-        self.samples = [sample for shard in self.shards for sample in shard.samples]
-        self.empty = Shard(self.folder / "empty") if self.about.text else None
+
+        def shard(name: str) -> Shard:
+            return Shard(file_of(spec, name), patience)
+
+        self.shards = list(read_each(shard, map(shard_name, shards), self.is_remote))
+        for k, one in enumerate(self.shards):
+            if len(one.samples) != len(self.about.places(k)):
+                raise CacheError(f"{one.file} is of another cache: it has {len(one.samples)} samples")
+        self.samples = [sample for one in self.shards for sample in one.samples]
+        self.empty = shard("empty") if self.about.text else None
 
     def read(self, i: int) -> Known:
         """The tensors of sample i, which has to be a good one. Raises CacheError where they have changed."""
@@ -386,11 +391,11 @@ class Cache:
         return found
 
 
-def stem_of(folder: Path, shard: int) -> Path:
-    """The path of a shard's files, without their suffix."""
-    return folder / f"shard-{shard:05d}"
+def shard_name(shard: int) -> str:
+    """The name of a shard's files, without their suffix."""
+    return f"shard-{shard:05d}"
 
 
 def is_there(folder: Path, shard: int) -> bool:
     """Whether a shard has been written."""
-    return stem_of(folder, shard).with_suffix(".json").is_file()
+    return (folder / f"{shard_name(shard)}.json").is_file()

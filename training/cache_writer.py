@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,24 +33,24 @@ from training.cache import (
     About,
     Cache,
     CachedSample,
-    CacheError,
     Known,
     Shard,
     as_tensors,
     content_of,
-    is_cache,
     is_there,
     merged,
-    stem_of,
+    shard_name,
     write_shard,
 )
+from training.cache_files import CacheError, is_cache
 from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device
 from training.feed import statistics_of
-from training.image_batches import READ_AHEAD, by_shape
+from training.image_batches import by_shape
 from training.interrupts import Interrupts
 from training.progress import Progress
+from training.remote import is_url, read_each
 from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws
 from training.stream import STREAM
 from training.workers import run
@@ -104,6 +103,8 @@ def write_cache(
     On an interrupt (Ctrl-C, SIGTERM) it completes the current chunk and returns. Raises CacheError where the folder
     holds something else, or a cache of other data, encoders or options, or another process writes the same part.
     """
+    if is_url(str(folder)):
+        raise CacheError(f"{folder}: a cache is written to a disk; copy it to the server once it is whole")
     with Interrupts() as interrupts:
         writer = _Writer(config, Path(folder), options or CacheOptions(), log)
         try:
@@ -210,7 +211,7 @@ class _Writer:
 
     def _jobs(self, shard: int) -> list[_Job]:
         """The chunks that a shard lacks; removes half-written files of an earlier call."""
-        for rest in self.folder.glob(f".{stem_of(self.folder, shard).name}.*.part"):
+        for rest in self.folder.glob(f".{shard_name(shard)}.*.part"):
             rest.unlink()
         if is_there(self.folder, shard):
             shutil.rmtree(self._chunk(shard, 0).parent, ignore_errors=True)
@@ -226,13 +227,13 @@ class _Writer:
         return [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
 
     def _chunk(self, shard: int, chunk: int) -> Path:
-        return self.folder / f".{stem_of(self.folder, shard).name}" / f"{chunk:05d}"
+        return self.folder / f".{shard_name(shard)}" / f"{chunk:05d}"
 
     def _merge(self, shard: int) -> None:
         """Join the chunks of a shard into it, if all are there."""
         stems = [self._chunk(shard, c) for c in range(len(self._chunks(shard)))]
         if all(stem.with_name(stem.name + ".json").is_file() for stem in stems):
-            write_shard(stem_of(self.folder, shard), *merged([Shard(stem) for stem in stems]))
+            write_shard(self.folder / shard_name(shard), *merged([Shard(stem) for stem in stems]))
             shutil.rmtree(stems[0].parent)
 
     # --- encoding ---
@@ -296,11 +297,7 @@ class _Read(NamedTuple):
 
 def _read(source: Source, places: range) -> _Read:
     """What a worker does: read and fit the images of a chunk, and compute their digests."""
-    if source.is_remote:
-        with ThreadPoolExecutor(READ_AHEAD) as pool:
-            found = list(pool.map(partial(_one, source), places))
-    else:
-        found = [_one(source, i) for i in places]
+    found = list(read_each(partial(_one, source), places, source.is_remote))
     images = by_shape([torch.from_numpy(np.array(image)) for _, image in found if image is not None])
     return _Read([sample for sample, _ in found], [(rows, x.permute(0, 3, 1, 2).contiguous()) for rows, x in images])
 
@@ -363,12 +360,12 @@ def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object]
     """
     source = open_run_source(config, cache.about.step)
     if list(source.keys) != [sample.key for sample in cache.samples]:
-        raise CacheError(f"{config.data.source} has other samples than {cache.folder} was made of")
+        raise CacheError(f"{config.data.source} has other samples than {cache.spec} was made of")
     found = []
     for i, known in enumerate(cache.samples):
         if _one(source, i)[0].content != known.content:
             found.append(
-                f"{known.key}: picture or caption has changed in {config.data.source} since {cache.folder} was made"
+                f"{known.key}: picture or caption has changed in {config.data.source} since {cache.spec} was made"
             )
         progress(i + 1)
     return found

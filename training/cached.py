@@ -20,7 +20,8 @@ from mmdit.features import Encoded, Features, KnownText, TextShape
 from mmdit.text_encoders import fingerprint, load_encoder, open_text_encoder
 from mmdit.weights_io import read_json
 from training.ahead import ahead
-from training.cache import Cache, CacheError, Known, same_text
+from training.cache import Cache, Known, same_text
+from training.cache_files import CacheError
 from training.captions import Captions, choose
 from training.config import DataConfig
 from training.data import Sample, Source
@@ -29,9 +30,11 @@ from training.image_batches import rng_for
 from training.images import Size, fit_size
 from training.objectives import Batch
 from training.order import Layout, Plan
+from training.remote import PATIENT, Patience, read_each
 from training.share import WHOLE, Share
 
 AHEAD = 2  # batches that are read ahead
+READS = 64  # samples that are read from a server at the same time
 
 
 class CachedSource(Source):
@@ -39,29 +42,30 @@ class CachedSource(Source):
 
     def __init__(
         self,
-        folder: str | Path,
+        spec: str | Path,
         image_size: Size | None = None,
         step: int = 1,
         num_samples: int | None = None,
         mixed: bool = False,
+        patience: Patience = PATIENT,
     ) -> None:
         """mixed: whether a batch may hold several sizes. Raises CacheError where the cache is not whole, or its images
         have other sizes than the model needs or the config asks for.
         """
-        self.cache = Cache(folder)
+        self.cache = Cache(spec, patience)
         about = self.cache.about
         self.image_size = about.size
         if wrong := [size for size in about.sizes if size[0] % step or size[1] % step]:
             size = " x ".join(map(str, wrong[0]))
             raise CacheError(
-                f"{folder} has images of {size}, the model needs multiples of {step}: it was made for {about.step}"
+                f"{spec} has images of {size}, the model needs multiples of {step}: it was made for {about.step}"
                 + (f', with autoencoder = "{about.autoencoder_name}"' if about.autoencoder_name else "")
             )
         if image_size is not None and fit_size(*image_size, step) != self.image_size:
             size = " x ".join(map(str, self.image_size))
-            raise CacheError(f"{folder} has images of {size}: leave out data.image_size, or make another cache")
+            raise CacheError(f"{spec} has images of {size}: leave out data.image_size, or make another cache")
         if about.options["buckets"] == "own" and not mixed:
-            raise CacheError(f"{folder} has images in sizes of their own: set training.packing=true")
+            raise CacheError(f"{spec} has images in sizes of their own: set training.packing=true")
         self.mixed = mixed and bool(about.options["buckets"])
         self.numbers = self._first(num_samples)  # in the cache
         self.samples = [self.cache.samples[i] for i in self.numbers]
@@ -97,6 +101,14 @@ class CachedSource(Source):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def is_remote(self) -> bool:
+        return self.cache.is_remote
+
+    def read(self, i: int) -> Known:
+        """The latents and text features of sample i. Raises CacheError where they have changed."""
+        return self.cache.read(self.numbers[i])
+
     def caption(self, i: int) -> str:
         captions = self.samples[i].captions
         return captions[0] if captions else ""
@@ -109,21 +121,21 @@ class CachedSource(Source):
         their default ask for nothing.
         """
         if data.crop != "center" or data.flip:
-            raise CacheError(f"{self.cache.folder} has one crop of each image: leave out data.crop and data.flip")
+            raise CacheError(f"{self.cache.spec} has one crop of each image: leave out data.crop and data.flip")
         for name, value in self.cache.about.options.items():
             asked = getattr(data, name)
             if asked not in (value, getattr(DataConfig(), name)):
-                raise CacheError(f"{self.cache.folder} was made with data.{name} = {value}, not {asked}: leave it out")
+                raise CacheError(f"{self.cache.spec} was made with data.{name} = {value}, not {asked}: leave it out")
 
     def __getitem__(self, i: int) -> Sample:
         """Raises CacheError: there are no images."""
-        raise CacheError(f"{self.cache.folder} is a cache of latents, not of images: name the images instead")
+        raise CacheError(f"{self.cache.spec} is a cache of latents, not of images: name the images instead")
 
     def check(self, autoencoder: Autoencoder) -> None:
         """Raises CacheError for another autoencoder than the cache was made with."""
         if autoencoder.fingerprint() != self.cache.about.autoencoder:
             raise CacheError(
-                f"{self.cache.folder} was made with another {self.cache.about.its_autoencoder}: name that one, or make "
+                f"{self.cache.spec} was made with another {self.cache.about.its_autoencoder}: name that one, or make "
                 "another cache"
             )
 
@@ -136,7 +148,7 @@ class CachedSource(Source):
         """
         known, shape = self.cache.about.text, self.cache.about.text_shape
         if known is None or shape is None or self.cache.empty is None:
-            raise CacheError(f"{self.cache.folder} has no text features: make a cache with text.encoder={encoder}")
+            raise CacheError(f"{self.cache.spec} has no text features: make a cache with text.encoder={encoder}")
         if written is not None:
             about, open_it = read_json(written / "config.json"), partial(load_encoder, written)
         else:
@@ -148,7 +160,7 @@ class CachedSource(Source):
         new = same_text(about) or {}
         if other := [name for name, value in (same_text(known) or {}).items() if new.get(name) != value]:
             what = ", ".join("weights" if name == "sha256" else name for name in other)
-            raise CacheError(f"{self.cache.folder} was made with another text encoder: it differs in {what}")
+            raise CacheError(f"{self.cache.spec} was made with another text encoder: it differs in {what}")
         empty = features([self.cache.empty.read(0).text[0]], shape)
         return KnownText(about, shape, empty, open_it)
 
@@ -219,7 +231,7 @@ class CachedFeed:
     def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor | list[Tensor], Any]:
         """(statistics (B, S, h, w), or a list of (S, h, w) where sizes are mixed; features or tokens of captions)."""
         indices = [self.rows[row] for row in rows]
-        known: list[Known] = [self.source.cache.read(self.source.numbers[i]) for i in indices]
+        known = list(read_each(self.source.read, indices, self.source.is_remote, READS))
         chosen = [0] * len(rows)
         if draws is not None:
             found = [self.source.captions(i) for i in indices]

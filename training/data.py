@@ -24,7 +24,8 @@ from typing import Literal
 import numpy as np
 
 from training.buckets import assign, bucket_sizes, merge_small, own_sizes
-from training.cache import About, is_cache
+from training.cache import About
+from training.cache_files import is_cache
 from training.captions import Captions, Weights, choose, items_in, parse_weights
 from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
@@ -188,7 +189,7 @@ def open_source(
     if is_cache(spec):
         from training.cached import CachedSource
 
-        return CachedSource(spec, size, step, num_samples, options.mixed)
+        return CachedSource(spec, size, step, num_samples, options.mixed, options.wanted.patience)
     for name, _ in mix:
         _check_alone(name)
     indexes = [Index(name, need_captions, options.wanted) for name, _ in mix]
@@ -210,7 +211,7 @@ def is_mix(spec: str) -> bool:
 
 def is_shapes(spec: str) -> bool:
     """Whether the data is the drawn world, or a cache of it."""
-    return (About.read(Path(spec)).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
+    return (About.read(spec).source if is_cache(spec) else spec).partition(":")[0] == "shapes"
 
 
 class FileSource(Source):

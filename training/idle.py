@@ -175,7 +175,7 @@ RULES = (
 
 
 def _is_cache(source: str) -> bool:
-    from training.cache import is_cache
+    from training.cache_files import is_cache
 
     return is_cache(source)
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from training.errors import DataError
 from training.order import Plan
+from training.remote import read_each
 from training.share import WHOLE, Share
 from training.workers import run
 
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["ImageBatch", "by_shape", "loader", "make_batch", "one_pass", "rng_for"]
-
-READ_AHEAD = 16
-"""Samples of a batch that are read from a server at the same time."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +111,7 @@ class _Shuffled:
     def __call__(self, step: int) -> ImageBatch:
         bucket, places = self.plan.places(step, self.rows)
         asked = [(pool, place, step, row) for (pool, place), row in zip(places, self.rows, strict=True)]
-        if self.source.is_remote:
-            with ThreadPoolExecutor(READ_AHEAD) as pool:
-                found: Iterable[Any] = list(pool.map(self._good_sample, asked))
-        else:
-            found = map(self._good_sample, asked)
+        found = read_each(self._good_sample, asked, self.source.is_remote)
         skipped: list[tuple[str, str]] = []
 
         def samples() -> Iterator[tuple[int, Sample]]:

@@ -11,9 +11,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from training.errors import one_line
 
@@ -22,6 +23,9 @@ BLOCK = 1 << 20
 
 AT_ONCE = 16
 """Files to ask a server for at the same time."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _MISSING = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
@@ -41,6 +45,9 @@ class Patience:
     timeout: float = 30.0
     retries: int = 5
     pause: float = 0.5
+
+
+PATIENT = Patience()
 
 
 class Listed(NamedTuple):
@@ -94,6 +101,21 @@ def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
         return data
 
     return _patiently(read, url, patience)
+
+
+def read_whole(url: str, patience: Patience) -> bytes:
+    """All bytes of a small file. Raises `RemoteError` after the last try."""
+    files, path = _open(url)
+    data: bytes = _patiently(lambda: files.cat_file(path), url, patience)
+    return data
+
+
+def read_each(read: Callable[[T], R], items: Iterable[T], remote: bool, at_once: int = AT_ONCE) -> Iterable[R]:
+    """read(item) of each item, in order; where reading is mostly waiting for a server, several `at_once`."""
+    if not remote:
+        return map(read, items)
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(read, items))
 
 
 class RemoteFile(io.RawIOBase):
@@ -175,7 +197,7 @@ def _behind(error: FileNotFoundError) -> str:
     cause = error.__cause__
     answer = getattr(cause, "response", None)  # of s3
     status = answer["ResponseMetadata"]["HTTPStatusCode"] if isinstance(answer, dict) else getattr(cause, "status", 0)
-    if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
+    if cause is None or isinstance(cause, FileNotFoundError | KeyError) or status in (404, 410):  # KeyError: memory://
         return ""
     return one_line(cause)
 

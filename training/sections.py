@@ -41,7 +41,7 @@ class DataConfig(Settings):
     source: str = "shapes"
     """The pictures: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a folder, a glob
     or a URL), "hf:NAME", a mix of these by weight, "a=0.7,b=0.3", or a cache of them by `mmdit cache`
-    (docs/data.md)."""
+    (its folder, or the URL of its cache.json) (docs/data.md)."""
     num_samples: Count | None = None
     """Number of samples to use, the first ones ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None

@@ -28,7 +28,7 @@ from mmdit.text_and_images import CaptionedTransfusion, Words
 from mmdit.text_encoders import TextEncoder, load_encoder, open_text_encoder
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
-from training.cache import is_cache
+from training.cache_files import is_cache
 from training.cached import CachedFeed, CachedSource, latent_feed
 from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdit.weights_io import read_json, write_aside
+from mmdit.weights_io import parse_json, write_aside
 
 
 def sha256(path: Path) -> str:
@@ -47,7 +47,12 @@ def write_signed(path: Path, table: Mapping[str, Any]) -> None:
 
 def read_signed(path: Path) -> dict[str, Any]:
     """The table in a file that `write_signed` wrote. Raises ValueError where it is not JSON or has changed."""
-    table = read_json(path)
+    return signed(path.read_bytes(), str(path))
+
+
+def signed(data: bytes, name: str) -> dict[str, Any]:
+    """The table in the bytes of such a file. Raises ValueError, with the file's name, as `read_signed` does."""
+    table = parse_json(data, name)
     if not isinstance(table, dict) or table.pop("sha256", None) != sha256_of(table):
-        raise ValueError(f"{path} has changed since it was written")
+        raise ValueError(f"{name} has changed since it was written")
     return table

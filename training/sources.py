@@ -134,7 +134,7 @@ class Index:
             self._pass_over(names, IMAGE_SUFFIXES, f"files of their own beside {PARQUET} files")
         elif names and is_url(names[0]):
             if any(name.endswith("/cache.json") for name in names):
-                raise DataError(f"{spec} is a cache on a server: copy it to a disk first, for its files are mapped")
+                raise DataError(f"{spec} is a cache: name its cache.json, {spec.rstrip('/')}/cache.json")
             raise DataError(f"{spec} holds no shards ({' '.join(SHARD_SUFFIXES)}) and no {PARQUET} files")
         else:
             self._add_folder(root, names)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.text_and_images import CaptionedTransfusion
-from training.cache import is_cache
+from training.cache_files import is_cache
 from training.config import TrainConfig
 from training.flops import captioned, in_one_row, of_documents, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
+from training.remote import is_url
 from training.sharding import whole
 from training.stream import STREAM
 
@@ -234,7 +235,7 @@ def memory(device: torch.device) -> dict[str, float]:
 def _remedy(config: TrainConfig) -> str:
     data = config.data
     if is_cache(data.source):
-        return f"put {data.source} on a faster disk, or lower the load beside it"
+        return f"put {data.source} on a {'faster ' * (not is_url(data.source))}disk, or lower the load beside it"
     if data.cache_latents:
         return "the latents are in memory, so give the process more of a core, or lower the load beside it"
     more = f"raise data.num_workers (it is {data.num_workers})"

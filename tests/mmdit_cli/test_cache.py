@@ -2,6 +2,7 @@
 
 import time
 
+import fsspec
 import pytest
 
 from tests.mmdit_cli.test_main import assert_one_line_error, run
@@ -36,6 +37,19 @@ def test_it_writes_goes_on_and_verifies(tmp_path):
     assert "sample shapes-00000127" in seen.stdout
 
 
+def test_it_verifies_a_copy_on_a_server(tmp_path):
+    out = tmp_path / "cache"
+    assert run(*TINY, "--out", out).exit_code == 0
+    disk, server = fsspec.filesystem("file"), fsspec.filesystem("memory")
+    for path in out.iterdir():
+        server.pipe_file(f"/copied/{path.name}", disk.cat_file(str(path)))
+    seen = run("cache", "--verify", "memory://copied/cache.json", "--data", "shapes")
+    assert seen.exit_code == 0 and "memory://copied/cache.json: 64 samples in 1 shard, all as they were" in seen.output
+    server.rm("/copied/shard-00000.safetensors")
+    missing = "memory://copied/shard-00000.safetensors: there is no such file on the server"
+    assert_one_line_error(run("cache", "--verify", "memory://copied/cache.json"), missing)
+
+
 def test_options_reach_the_library(tmp_path):
     out = tmp_path / "cache"
     how = ("--dtype", "bf16", "--text-dtype", "fp32", "--data", "shapes:20", "--out", out)
@@ -57,6 +71,7 @@ def test_options_reach_the_library(tmp_path):
         (["cache", "demo", "--out", "cache", "--data", "nowhere"], "no folder or file nowhere"),
         (["cache", "demo", "--out", "cache", "autoencoder=nowhere"], "autoencoder not found: nowhere"),
         (["cache", "demo", "--out", "cache", "text.encoder=nowhere"], "no text encoder in"),
+        (["cache", "demo", "--out", "memory://cache"], "memory://cache: a cache is written to a disk; copy it"),
         (["cache", "--verify", "nowhere"], "nowhere is no cache: it has no cache.json"),
         (["cache", "demo", "--verify", "nowhere"], "--verify takes a cache alone"),
     ],

@@ -1,5 +1,7 @@
 """What tests of training share."""
 
+import threading
+
 import pytest
 import torch
 
@@ -11,3 +13,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def flaky():
+    """The server of flaky:// (tests/training/flaky.py), empty and without faults."""
+    from tests.training.flaky import Flaky
+
+    Flaky.store.clear()
+    Flaky.faults, Flaky.reads, Flaky.over = [], [], threading.Event()
+    yield
+    Flaky.over.set()

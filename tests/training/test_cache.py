@@ -288,7 +288,7 @@ def test_an_interrupt_keeps_what_is_there(written, parts, tmp_path, monkeypatch,
 def test_of_two_that_write_the_same_part_one_is_told(written, parts, tmp_path, monkeypatch):
     def done_by_another(chunks):
         whole = merged(chunks)
-        shutil.rmtree(chunks[0].stem.parent)
+        shutil.rmtree(Path(chunks[0].file).parent)
         return whole
 
     merged, how = cache_writer.merged, (config(f"text.encoder={parts / 't5'}"), tmp_path / "cache")

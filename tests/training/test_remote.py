@@ -8,11 +8,10 @@ import threading
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.training.flaky import Flaky, put
 from tests.training.pictures import members, parquet_of, shards_of, tar_of
 from training.data import DataError, SourceOptions, loader, open_source
 from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_range
@@ -23,46 +22,13 @@ SHORT = Patience(timeout=0.1, retries=2, pause=0.01)  # where no answer is to co
 ENOUGH = Patience(timeout=1.0, retries=9, pause=0.01)  # for an answer after some that do not come
 
 
-class Flaky(MemoryFileSystem):
-    """Files in memory whose reads do what `faults` says, one after the other, and then work."""
-
-    protocol = "flaky"
-    store: dict = {}
-    pseudo_dirs = [""]
-    faults: list[str] = []
-    reads: list[tuple[int, int]] = []
-    over = threading.Event()
-
-    def cat_file(self, path, start=None, end=None, **how):
-        type(self).reads.append((start, end))
-        match type(self).faults.pop(0) if type(self).faults else "works":
-            case "stalls":
-                type(self).over.wait()
-            case "fails":
-                raise ConnectionResetError("connection reset by peer")
-            case "cuts":
-                return super().cat_file(path, start, end)[:-1]
-        return super().cat_file(path, start, end)
-
-
-fsspec.register_implementation("flaky", Flaky, clobber=True)
-
-
 @pytest.fixture(autouse=True)
-def _fresh():
-    Flaky.store.clear()
-    Flaky.faults, Flaky.reads, Flaky.over = [], [], threading.Event()
-    yield
-    Flaky.over.set()
+def _flaky(flaky):
+    pass
 
 
 def options(patience=QUICK, **wanted) -> SourceOptions:
     return SourceOptions(wanted=Wanted(patience=patience, **wanted))
-
-
-def put(path: str, data: bytes) -> None:
-    with fsspec.open(path, "wb") as file:
-        file.write(data)
 
 
 def test_what_a_url_is():

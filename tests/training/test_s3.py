@@ -91,7 +91,7 @@ def test_parquet_in_a_bucket(server, tmp_path):
         ("bucket/none.tar", "s3://bucket/none.tar: there is no such file on the server"),
         ("bucket/set/{001..004}.tar", "s3://bucket/set/00[34].tar: there is no such file on the server"),
         ("bucket/none*.tar", r"no images found in s3://bucket/none\*.tar"),
-        ("bucket/cache", "s3://bucket/cache is a cache on a server: copy it to a disk"),
+        ("bucket/cache", "s3://bucket/cache is a cache: name its cache.json, s3://bucket/cache/cache.json"),
     ],
 )
 def test_what_cannot_be_read_is_said_at_once(shards, server, spec, message):

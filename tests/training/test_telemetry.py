@@ -202,6 +202,7 @@ def test_every_parameter_is_of_a_part():
         (["data.cache_latents=false", "data.num_workers=2"], "raise data.num_workers (it is 2), or keep the latents"),
         (["data.cache_latents=false", "data.source=hf-stream:x"], "(it is 0), or train from a copy of the data"),
         (["data.source=cache"], "put cache on a faster disk"),
+        (["data.source=s3://bucket/cache.json"], "put s3://bucket/cache.json on a disk"),
         ([], "more of a core"),
     ],
 )
