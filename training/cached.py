@@ -25,7 +25,7 @@ from training.cache_files import CacheError
 from training.captions import Captions, choose
 from training.config import DataConfig
 from training.data import Sample, Source
-from training.feed import Encoding, LatentFeed, NothingUsable, latent_generators, latents_from
+from training.feed import Encoding, LatentFeed, NothingUsable, RowFeed, latent_generators, latents_from
 from training.image_batches import rng_for
 from training.images import Size, fit_size
 from training.objectives import Batch
@@ -205,6 +205,10 @@ class CachedFeed:
         return len(self.rows)
 
     @property
+    def num_ordered(self) -> int:
+        return len(self)
+
+    @property
     def captions(self) -> list[str]:
         """The first caption of each sample."""
         return [self.source.caption(i) for i in self.rows]
@@ -251,6 +255,8 @@ class CachedFeed:
         return Batch(latents, text.to(encoding.device))
 
 
-def latent_feed(source: Source, indices: np.ndarray, encoding: Encoding) -> LatentFeed | CachedFeed:
+def latent_feed(source: Source, indices: np.ndarray, encoding: Encoding) -> RowFeed:
     """A feed whose samples can be asked for by row: read from the cache, or encoded now."""
-    return (CachedFeed if isinstance(source, CachedSource) else LatentFeed)(source, indices, encoding)  # type: ignore
+    if isinstance(source, CachedSource):
+        return CachedFeed(source, indices, encoding)
+    return LatentFeed(source, indices, encoding)

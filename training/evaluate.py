@@ -22,12 +22,12 @@ from mmdit.generate import TextSampling
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import write_json
-from training.cached import CachedFeed, latent_feed
+from training.cached import latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
 from training.devices import available
-from training.feed import Encoding, LatentFeed, NothingUsable, chunks_of
+from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
@@ -49,7 +49,7 @@ def fixed_times(n: int) -> list[float]:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, feed: LatentFeed | CachedFeed, config: TrainConfig) -> dict[str, float]:
+def validation_loss(model: nn.Module, feed: RowFeed, config: TrainConfig) -> dict[str, float]:
     """Mean squared error of the velocity over held-out samples, at each fixed time, and the mean over times.
 
     Each sample has its own noise. Where there are several image sizes, but no more than MOST_SIZES, each also gets its
@@ -102,7 +102,7 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
     return {"validation_corpus": total / count}
 
 
-def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> LatentFeed | CachedFeed | None:
+def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> RowFeed | None:
     """The held-out samples of a run's data, encoded; None where there are none, or none can be read. index: the folder
     in which the run keeps a slow index.
     """

@@ -1,8 +1,8 @@
 """From images to what the objective takes: numbered batches of scaled latents and tokens.
 
-Feeds share one method, `batches`. `ImageFeed` reads and encodes each batch as it comes; `LatentFeed` encodes every
-image once and keeps the latents in memory; `cached.CachedFeed` reads them from disk. `WithText` adds documents of text
-to any of them. Batch number `step` always is a pure function of (seed, step).
+`ImageFeed` reads and encodes each batch as it comes; `LatentFeed` encodes every image once and keeps the latents in
+memory; `cached.CachedFeed` reads them from a cache. `WithText` adds documents of text to any of them. Batch number
+`step` always is a pure function of (seed, step).
 
 Shape letters: B batch, C channels, h w latent sides.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, groupby, pairwise
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from training.corpus import Pieces
 from training.data import DataError, ImageBatch, Source, loader, one_pass
 from training.image_batches import by_shape, rng_for
 from training.objectives import Batch
-from training.order import Plan
+from training.order import Layout, Plan
 from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
@@ -58,6 +58,39 @@ class Encoding:
 
 class NothingUsable(DataError):
     """Not one of the samples asked for can be read."""
+
+
+class Feed(Protocol):
+    """Batches to train on."""
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
+        ...
+
+    @property
+    def num_ordered(self) -> int:
+        """The number of samples in the training order, which depends on it; 0 for a stream."""
+        ...
+
+
+class RowFeed(Feed, Protocol):
+    """A feed whose samples can be asked for by row, as validation does."""
+
+    layout: Layout
+    """How rows fall into buckets."""
+
+    @property
+    def captions(self) -> list[str]:
+        """The first caption of each row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def at(self, rows: Sequence[int]) -> Batch:
+        """The samples at some rows, of one bucket unless sizes are mixed, with their first captions and the mode of
+        their latents.
+        """
+        ...
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -109,6 +142,10 @@ class ImageFeed:
 
     def __init__(self, source: Source, indices: np.ndarray, encoding: Encoding) -> None:
         self.source, self.indices, self.encoding = source, indices, encoding
+
+    @property
+    def num_ordered(self) -> int:
+        return len(self.indices)
 
     def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
         workers = self.encoding.num_workers
@@ -200,6 +237,10 @@ class LatentFeed:
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def num_ordered(self) -> int:
+        return len(self)
+
     def at(
         self,
         rows: Sequence[int],
@@ -252,7 +293,7 @@ class _Alternatives:
         return [self._firsts[row] + choose(*self._found[row], u) for row, u in zip(rows, draws, strict=True)]
 
 
-def chunks_of(feed: Any, size: int) -> Iterator[range]:
+def chunks_of(feed: RowFeed, size: int) -> Iterator[range]:
     """All rows of a feed in order, up to `size` at a time, and of one bucket at a time unless buckets are mixed."""
     groups, bucket = [len(feed)], feed.layout.bucket
     if bucket is not None and not feed.layout.mixed:
@@ -261,17 +302,15 @@ def chunks_of(feed: Any, size: int) -> Iterator[range]:
         yield from (range(row, min(row + size, last)) for row in range(first, last, size))
 
 
-def num_ordered(feed: Any) -> int:
-    """The number of samples in the training order, which depends on it; 0 for a stream."""
-    pictures = getattr(feed, "feed", feed)
-    return len(pictures.indices) if isinstance(pictures, ImageFeed) else len(pictures)
-
-
 class WithText:
     """A feed of pictures with `num_documents` documents of text alone added to each batch."""
 
-    def __init__(self, feed: Any, text: Pieces, num_documents: int) -> None:
+    def __init__(self, feed: Feed, text: Pieces, num_documents: int) -> None:
         self.feed, self.text, self.num_documents = feed, text, num_documents
+
+    @property
+    def num_ordered(self) -> int:
+        return self.feed.num_ordered
 
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on; batch_size counts pictures and documents."""

@@ -43,7 +43,7 @@ from training.data import (
     open_source,
     split_by_key,
 )
-from training.feed import Conditioner, Encoding, ImageFeed, LatentFeed, NothingUsable, StreamFeed
+from training.feed import Conditioner, Encoding, Feed, ImageFeed, LatentFeed, NothingUsable, RowFeed, StreamFeed
 from training.mup import scale_start
 from training.progress import Progress
 from training.remote import Patience
@@ -322,7 +322,7 @@ def open_feeds(
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
-) -> tuple[ImageFeed | LatentFeed | StreamFeed | CachedFeed, LatentFeed | CachedFeed | None]:
+) -> tuple[Feed, RowFeed | None]:
     """(training feed, validation feed); the latter is None where no held-out sample can be used.
 
     Raises DataError where no sample is left to train on.
@@ -361,7 +361,7 @@ def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tupl
 
 def _validation_feed(
     config: TrainConfig, run: RunFolder, source: Source, held_out: np.ndarray, encoding: Encoding
-) -> LatentFeed | CachedFeed | None:
+) -> RowFeed | None:
     """The first evaluation.validation_samples of the held-out samples, encoded; with a warning where there are none."""
     some = held_out[: config.evaluation.validation_samples]
     with suppress(NothingUsable):

@@ -21,7 +21,6 @@ from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
 from training.boards import open_board
-from training.cached import CachedFeed
 from training.checkpoint import (
     assign,
     load_optimizer_tensors,
@@ -35,7 +34,7 @@ from training.data import Source
 from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
-from training.feed import ImageFeed, LatentFeed, WithText, num_ordered
+from training.feed import Feed, WithText
 from training.idle import idle_warnings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
@@ -144,14 +143,14 @@ class Trainer:
     def _open_feeds(self, source: Source, corpus: Corpus | None) -> None:
         """Open the training and validation data; encoding captions needs the conditioner on the device."""
         config, run, words = self.config, self.run, self.model.conditioner
-        self.feed: ImageFeed | LatentFeed | CachedFeed | WithText
+        self.feed: Feed
         self.feed, self.validation = open_feeds(config, run, source, self.autoencoder, words, self.device)
         self.held_out_text: Pieces | None = None
         if corpus is not None:
             tokenizer: Any = words.tokenizer
             pieces, self.held_out_text = open_pieces(config, run, corpus, tokenizer, self.device)
             self.feed = WithText(self.feed, pieces, config.text_documents)
-        before, self._ordered = self._ordered, num_ordered(self.feed)
+        before, self._ordered = self._ordered, self.feed.num_ordered
         if before not in (None, self._ordered):
             made = f"of {self._ordered} samples, not of {before} as before, batches are made"
             run.log(f"warning: {made}: the order of samples is another now")

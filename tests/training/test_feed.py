@@ -20,7 +20,6 @@ from training.feed import (
     WithText,
     latent_generators,
     latents_from,
-    num_ordered,
     statistics_of,
     to_signed,
 )
@@ -266,7 +265,7 @@ def test_the_order_hangs_on_how_many_samples_there_are(text):
     """Those that are left in memory; of those that are read as they come all, the bad ones too."""
     source, pieces = Numbers(bad=(2,)), Pieces(["one"], text.tokenizer, 5, CPU)
     feeds = [make(text, source, range(8))[0] for make in (latent_feed, image_feed)]
-    assert [num_ordered(feed) for feed in feeds] == [num_ordered(WithText(feed, pieces, 1)) for feed in feeds] == [7, 8]
+    assert [feed.num_ordered for feed in feeds] == [WithText(feed, pieces, 1).num_ordered for feed in feeds] == [7, 8]
 
 
 @pytest.mark.parametrize("make", [latent_feed, image_feed])
