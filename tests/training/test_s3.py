@@ -6,8 +6,10 @@ import pytest
 
 from tests.training.pictures import parquet_of, shards_of
 from tests.training.s3_server import KEY, Server
+from training.cache_writer import write_cache
+from training.config import load_config
 from training.data import DataError, SourceOptions, loader, open_source
-from training.remote import Patience, RemoteError, read_range
+from training.remote import Patience, RemoteError, read_each, read_range
 from training.wanted import Wanted
 
 s3fs = pytest.importorskip("s3fs")
@@ -82,6 +84,19 @@ def test_parquet_in_a_bucket(server, tmp_path):
     server.objects["rows.parquet"] = local.read_bytes()
     one, other = open_source(str(local)), open_source("s3://bucket/rows.parquet", options=options())
     assert all((one[i].image == other[i].image).all() and one[i].key == other[i].key for i in range(10))
+
+
+def test_a_cache_in_a_bucket(server, tmp_path):
+    write_cache(load_config("pixels-tiny", ["data.num_samples=6"]), tmp_path / "cache", log=print)
+    server.objects |= {f"cache/{path.name}": path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    one, other = (open_source(spec) for spec in (str(tmp_path / "cache"), "s3://bucket/cache/cache.json"))
+    assert other.is_remote and other.keys == one.keys and other.captions(5) == one.captions(5)
+    found = read_each(other.read, range(6), remote=True, at_once=6)
+    assert all(known.statistics.equal(one.read(i).statistics) for i, known in enumerate(found))
+    assert other.cache.problems() == []
+    del server.objects["cache/shard-00000.safetensors"]
+    with pytest.raises(DataError, match="shard-00000.safetensors: there is no such file on the server"):
+        open_source("s3://bucket/cache/cache.json").read(0)
 
 
 @pytest.mark.parametrize(
