@@ -349,7 +349,9 @@ def _source(config: TrainConfig, factor: int) -> Source:
         raise CacheError(f"{data.source} is a stream, whose samples have no numbers: cache hf:NAME, or files")
     if data.crop != "center" or data.flip:
         raise CacheError('a cache has one crop of each image: set data.crop="center" and data.flip=false')
-    return open_run_source(config, factor * config.model.patch_size)
+    source = open_run_source(config, factor * config.model.patch_size)
+    assert isinstance(source, Source)
+    return source
 
 
 def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object] = lambda done: None) -> list[str]:
@@ -359,6 +361,8 @@ def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object]
     keys.
     """
     source = open_run_source(config, cache.about.step)
+    if not isinstance(source, Source):
+        raise CacheError(f"{config.data.source} is a stream, whose samples have no numbers: name hf:NAME, or files")
     if list(source.keys) != [sample.key for sample in cache.samples]:
         raise CacheError(f"{config.data.source} has other samples than {cache.spec} was made of")
     found = []

@@ -15,7 +15,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,9 @@ __all__ += ["loader", "one_pass", "open_source", "split_by_key"]
 NUM_SHAPES = 100_000
 """How many samples "shapes" has when no number is given."""
 
+TEXTS = 1_000_000
+"""Samples, at most, whose captions a tokenizer is trained on."""
+
 _PROBED = 100  # images whose headers are looked at to find the most common size
 
 
@@ -62,11 +65,8 @@ class Sample:
     flipped: bool = False
 
 
-class Source(ABC):
-    """A map-style data set: `source[i]` is sample i, in any process and in any order.
-
-    A subclass sets `image_size`, `keys` and `skipped`; the rest has defaults that fit a plain data set.
-    """
+class Data:
+    """What is known of a data set before any sample is read: a `Source`, or a stream (`stream.StreamSource`)."""
 
     image_size: Size
     """(height, width) in pixels that images are fitted to; with buckets, the size whose area they keep to."""
@@ -80,6 +80,22 @@ class Source(ABC):
     """(number of samples, key of the first one) whose captions are not valid UTF-8."""
     version: str = ""
     """A digest of the data's files where `keys` do not identify the samples, as in a stream."""
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How samples fall into buckets, parts and blocks; by default one size, and neither parts nor blocks."""
+        return Layout((self.image_size,))
+
+    def some_captions(self) -> Iterator[str]:
+        """Captions to train a tokenizer on: all, or a part of very many."""
+        raise NotImplementedError
+
+
+class Source(Data, ABC):
+    """A map-style data set: `source[i]` is sample i, in any process and in any order.
+
+    A subclass sets `image_size`, `keys` and `skipped`; the rest has defaults that fit a plain data set.
+    """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,6 +112,10 @@ class Source(ABC):
         """All captions of sample i, and the weights by which one is drawn (none: equal weights)."""
         return (self.caption(i),), ()
 
+    def some_captions(self) -> Iterator[str]:
+        for i in range(0, len(self), -(-len(self) // TEXTS)):
+            yield from self.captions(i)[0]
+
     def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
         """Sample i with its caption, crop and flip drawn at random; rng makes the generator, if one is needed."""
         return self[i]
@@ -109,11 +129,6 @@ class Source(ABC):
     def is_remote(self) -> bool:
         """Whether reading a sample is mostly waiting for a server."""
         return False
-
-    @cached_property
-    def layout(self) -> Layout:
-        """How samples fall into buckets, parts and blocks; by default one size, and neither parts nor blocks."""
-        return Layout((self.image_size,))
 
 
 @dataclass(frozen=True)

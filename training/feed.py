@@ -9,8 +9,9 @@ Shape letters: B batch, C channels, h w latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, count, groupby, pairwise
 from typing import Protocol
 
@@ -137,24 +138,19 @@ def latent_generators(sampled: bool, seed: int, step: int, rows: Sequence[int]) 
     return [generator_for(seed, step, row, 1) for row in rows] if sampled else None
 
 
-class ImageFeed:
-    """Reads images, in worker processes if there are any, and encodes them batch by batch."""
+class _Encoded:
+    """The images of `read(batch_size, seed, start_step, num_workers, share)`, encoded batch by batch."""
 
-    def __init__(self, source: Source, indices: np.ndarray, encoding: Encoding) -> None:
-        self.source, self.indices, self.encoding = source, indices, encoding
-
-    @property
-    def num_ordered(self) -> int:
-        return len(self.indices)
-
-    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
-        workers = self.encoding.num_workers
-        return loader(self.source, self.indices, batch_size, seed, start_step, workers, share)
+    def __init__(
+        self, read: Callable[..., Generator[ImageBatch, None, None]], num_ordered: int, encoding: Encoding
+    ) -> None:
+        self.read, self.num_ordered, self.encoding = read, num_ordered, encoding
 
     @torch.no_grad()
     def batches(self, batch_size: int, seed: int, start_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Endless shuffled batches from number `start_step` on, of each the rows of this share."""
-        reader, encoding = self._reader(batch_size, seed, start_step, share), self.encoding
+        encoding = self.encoding
+        reader = self.read(batch_size, seed, start_step, encoding.num_workers, share)
         try:
             for step, batch in enumerate(reader, start=start_step):
                 for key, reason in batch.skipped:
@@ -163,7 +159,7 @@ class ImageFeed:
                 latents = latents_from(encoding.autoencoder, self._statistics(batch), generators, encoding.device)
                 yield Batch(latents, encoding.text.tokenize(batch.captions).to(encoding.device))
         finally:
-            reader.close()  # type: ignore[attr-defined]
+            reader.close()
 
     def _statistics(self, batch: ImageBatch) -> Tensor | list[Tensor]:
         """The statistics of a batch's images; where they have several sizes, a list."""
@@ -176,16 +172,18 @@ class ImageFeed:
         return [found[row] for row in range(len(found))]
 
 
-class StreamFeed(ImageFeed):
+class ImageFeed(_Encoded):
+    """Reads images, in worker processes if there are any, and encodes them batch by batch."""
+
+    def __init__(self, source: Source, indices: np.ndarray, encoding: Encoding) -> None:
+        super().__init__(partial(loader, source, indices), len(indices), encoding)
+
+
+class StreamFeed(_Encoded):
     """The rows of a stream that are not held out, read and encoded as they come."""
 
     def __init__(self, stream: StreamSource, held_out: float, encoding: Encoding) -> None:
-        super().__init__(stream, np.zeros(0), encoding)  # type: ignore[arg-type]
-        self.stream, self.held_out = stream, held_out
-
-    def _reader(self, batch_size: int, seed: int, start_step: int, share: Share) -> Iterator[ImageBatch]:
-        workers = self.encoding.num_workers
-        return stream_loader(self.stream, self.held_out, batch_size, seed, start_step, workers, share)
+        super().__init__(partial(stream_loader, stream, held_out), 0, encoding)
 
 
 class LatentFeed:

@@ -138,7 +138,8 @@ class ModelJudge:
         check_reference(config)
         if self.config.reference is None:
             data = replace(config.data, image_size=pipe.size, buckets=False)  # at the size that is drawn
-            reference = open_run_source(replace(config, data=data), pipe.step, index, need_captions=False)
+            own = open_run_source(replace(config, data=data), pipe.step, index, need_captions=False)
+            reference = own if isinstance(own, Source) else None  # a stream is none
         else:
             reference = open_source(self.config.reference, pipe.size, pipe.step, need_captions=False)
         self.captions = captions_to_draw(config, reference, pipe, index)
@@ -157,9 +158,11 @@ class ModelJudge:
         return self.judge.scores()
 
 
-def captions_to_draw(config: TrainConfig, reference: Source, pipe: TextToImage, index: Path | None = None) -> list[str]:
+def captions_to_draw(
+    config: TrainConfig, reference: Source | None, pipe: TextToImage, index: Path | None = None
+) -> list[str]:
     """The captions of evaluation.reference, if it has any; else the held-out ones of the run's own data."""
-    if config.evaluation.reference:
+    if config.evaluation.reference and reference is not None:
         own = [caption for i in range(len(reference)) if (caption := reference.caption(i))]
         if own:
             return own

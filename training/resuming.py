@@ -7,13 +7,13 @@ from typing import Any
 
 from training.config import TrainConfig
 from training.corpus import Corpus
-from training.data import Source
+from training.data import Data
 from training.run import RunFolder
 from training.settings import as_override
 from training.setup import fingerprint
 
 
-def data_digests(source: Source, corpus: Corpus | None) -> dict[str, str]:
+def data_digests(source: Data, corpus: Corpus | None) -> dict[str, str]:
     """The digests by which a checkpoint recognises its data: of the samples, of a stream's files and filters, and of
     the documents of text alone.
     """

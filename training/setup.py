@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -34,6 +34,7 @@ from training.captions import parse_weights
 from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import (
+    Data,
     DataError,
     Source,
     SourceOptions,
@@ -52,17 +53,15 @@ from training.start import start_mmdit, start_transfusion, text_form, tokenizer_
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
-TOKENIZER_CAPTIONS = 1_000_000  # samples, at most, whose captions a tokenizer is trained on
-STREAM_CAPTIONS = 20_000  # the same of a stream
 NAMED_SIZES = 20  # most buckets that the log names one by one
 
 
-def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
+def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Data:
     """The run's samples, fitted to sizes that the autoencoder's factor and the model's patches divide."""
     check_reference(config)
     source = open_run_source(config, factor * config.model.patch_size, run.index)
     sizes, (height, width) = source.layout.sizes, source.image_size
-    number = "a stream" if isinstance(source, StreamSource) else f"{len(source)} samples"
+    number = f"{len(source)} samples" if isinstance(source, Source) else "a stream"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
     if config.autoencoder == "shapes" and not is_shapes(config.data.source):
@@ -74,7 +73,7 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Source:
     return source
 
 
-def tell_flaws(source: Source, log: Callable[[str], None], skipped: Callable[[str, str], None]) -> None:
+def tell_flaws(source: Data, log: Callable[[str], None], skipped: Callable[[str, str], None]) -> None:
     """Report the samples that are left out, skipped, or have captions with broken characters."""
     for reason, count, key in source.left_out:
         log(f"left out: {count} samples with {reason}, such as {key}")
@@ -96,9 +95,9 @@ def check_reference(config: TrainConfig) -> None:
         )
 
 
-def open_run_source(config: TrainConfig, step: int, index: Path | None = None, need_captions: bool = True) -> Source:
-    """The samples that a config names, or a `StreamSource`. step: what sides are multiples of, in pixels; index: the
-    folder in which an index that is slow to make is kept.
+def open_run_source(config: TrainConfig, step: int, index: Path | None = None, need_captions: bool = True) -> Data:
+    """The data that a config names, a `Source` or a `StreamSource`. step: what sides are multiples of, in pixels;
+    index: the folder in which an index that is slow to make is kept.
     """
     data = config.data
     wanted = Wanted(
@@ -122,7 +121,7 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     )
     if data.source.startswith(STREAM) and not is_mix(data.source):
         size = checked_size(data.image_size)
-        return StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)  # type: ignore
+        return StreamSource(data.source, size, step, data.num_samples, options, data.shuffle_buffer)
     source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, need_captions, options)
     if isinstance(source, CachedSource):
         source.check_data(data)
@@ -134,7 +133,7 @@ def smallest_bucket(config: TrainConfig) -> int:
     return 1 if config.mixes_sizes else config.training.batch_size - config.text_documents
 
 
-def bucket_text(source: Source) -> str:
+def bucket_text(source: Data) -> str:
     """The buckets for the log: "3 buckets: 32 x 128 (20.0%), ...", or of many "120 sizes from 32 x 48 to 256 x 256".
 
     Of a stream all sizes that images may be fitted to, without shares.
@@ -150,7 +149,7 @@ def bucket_text(source: Source) -> str:
     return f"{len(texts)} buckets: {', '.join(texts)}"
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Data) -> str:
     """SHA-256 of the image sizes and of all keys in order, by which a resumed run knows its data again."""
     sizes = source.layout.sizes
     found = hashlib.sha256(str(tuple(source.image_size) if len(sizes) == 1 else sizes).encode())
@@ -194,7 +193,7 @@ def held_out_pieces(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, d
 def build_model(
     config: TrainConfig,
     run: RunFolder,
-    source: Source,
+    source: Data,
     autoencoder: Autoencoder,
     resumed: bool,
     corpus: Iterable[str] | None = None,
@@ -204,7 +203,7 @@ def build_model(
     largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
         source.check(autoencoder)
-    text = _text(config, run, source, chain(_captions(source), corpus or ()), resumed)
+    text = _text(config, run, source, chain(source.some_captions(), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
         trunk = _transfusion(config, text, autoencoder, (height, width), largest, text_form(config, run, resumed))
@@ -227,16 +226,7 @@ def build_model(
     return model
 
 
-def _captions(source: Source) -> Iterator[str]:
-    """Captions to train a tokenizer on: the first of a stream; of other data all, or an even selection of very many."""
-    if isinstance(source, StreamSource):
-        yield from source.captions(STREAM_CAPTIONS)
-        return
-    for i in range(0, len(source), -(-len(source) // TOKENIZER_CAPTIONS)):
-        yield from source.captions(i)[0]
-
-
-def _text(config: TrainConfig, run: RunFolder, source: Source, texts: Iterable[str], resumed: bool) -> Conditioner:
+def _text(config: TrainConfig, run: RunFolder, source: Data, texts: Iterable[str], resumed: bool) -> Conditioner:
     """The conditioner: a frozen one (from its folder or the cache), or a learned one with a tokenizer for the texts."""
     here = run.path / "pipeline" / "text"
     if config.text.encoder != "learned" and isinstance(source, CachedSource):
@@ -318,7 +308,7 @@ def _transfusion(
 def open_feeds(
     config: TrainConfig,
     run: RunFolder,
-    source: Source,
+    source: Data,
     autoencoder: Autoencoder,
     text: Conditioner,
     device: torch.device,
@@ -335,6 +325,7 @@ def open_feeds(
         in_memory, held_out = held_out_samples(config, source)
         validation = _validation_feed(config, run, in_memory, held_out, replace(encoding, num_workers=0))
         return StreamFeed(source, data.held_out, encoding), validation
+    assert isinstance(source, Source)
     training, held_out = split_by_key(source, data.held_out)
     if not len(training):
         raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
@@ -351,11 +342,12 @@ def open_feeds(
     return feed, validation
 
 
-def held_out_samples(config: TrainConfig, source: Source | StreamSource) -> tuple[Source, np.ndarray]:
+def held_out_samples(config: TrainConfig, source: Data) -> tuple[Source, np.ndarray]:
     """(source, indices) of the samples kept from training; of a stream the first ones, which are read into memory."""
     if isinstance(source, StreamSource):
         in_memory = HeldOut(source, config.data.held_out, config.evaluation.validation_samples)
         return in_memory, np.arange(len(in_memory))
+    assert isinstance(source, Source)
     return source, split_by_key(source, config.data.held_out)[1]
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from mmdit.weights_io import write_aside
 from training.ahead import ahead
 from training.buckets import Sizing
-from training.data import Sample, Source, SourceOptions, place_of_key, read_sample
+from training.data import Data, Sample, Source, SourceOptions, place_of_key, read_sample
 from training.errors import DataError, one_line
 from training.hub import image_in, load
 from training.image_batches import ImageBatch, make_batch, make_row, rng_for
@@ -42,6 +42,7 @@ STREAM = "hf-stream:"
 PLAIN = SourceOptions()
 AHEAD = 2  # batches of rows that are read ahead
 BAD_BATCHES = 10  # batches in a row without a good sample that end a run
+TEXTS = 20_000  # rows, at most, whose captions a tokenizer is trained on
 PROBED = 100  # rows whose images are measured to find the most common size
 _Batch: TypeAlias = "list[tuple[Size, Row]]"
 
@@ -58,7 +59,7 @@ class Row(NamedTuple):
     size: Size | None = None
 
 
-class StreamSource:
+class StreamSource(Data):
     """The rows of a stream that the filters take, epoch after epoch. layout: all sizes that images may be fitted to;
     version: a digest of the stream's files and the filters ("" where its files are not known).
 
@@ -85,7 +86,6 @@ class StreamSource:
         self._names = [*caption_columns(names, options.wanted.captions), self.column]
         self.keys: Sequence[str] = [spec]  # its rows' own keys are not known
         self.skipped: list[tuple[str, str]] = []
-        self.left_out = self.garbled = ()
         self.image_size = fit_size(*(size or self._common_size()), step)
         self._sizing = Sizing(self.image_size, step, options.buckets, options.max_ratio)
         self.layout = Layout(tuple(self._sizing.sizes), mixed=options.mixes)
@@ -94,9 +94,8 @@ class StreamSource:
         """The size that a row's image is fitted to; a bad image counts as one of `image_size`."""
         return self._sizing(row.size)
 
-    def captions(self, most: int) -> Iterator[str]:
-        """All captions of the first rows."""
-        return (text for row in itertools.islice(self.rows(0, None), most) for text in row.captions)
+    def some_captions(self) -> Iterator[str]:
+        return (text for row in itertools.islice(self.rows(0, None), TEXTS) for text in row.captions)
 
     def rows(self, epoch: int, seed: int | None) -> Iterator[Row]:
         """The rows of an epoch that the filters take, as they come; files are shuffled by the seed, if there is one."""

@@ -30,7 +30,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.corpus import Corpus, Pieces
-from training.data import Source
+from training.data import Data
 from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
@@ -140,7 +140,7 @@ class Trainer:
             self.ema, self.autoencoder, image_size, config.objective.shift, self._sampling_defaults()
         )
 
-    def _open_feeds(self, source: Source, corpus: Corpus | None) -> None:
+    def _open_feeds(self, source: Data, corpus: Corpus | None) -> None:
         """Open the training and validation data; encoding captions needs the conditioner on the device."""
         config, run, words = self.config, self.run, self.model.conditioner
         self.feed: Feed
