@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
+# A helper's assertion shows its values as a test's does.
+pytest.register_assert_rewrite("tests.training", "tests.mmdit", "tests.mmdit_cli")
+
 # The same examples on every run, no deadline on a busy machine, no database left behind.
 settings.register_profile(
     "repeatable",

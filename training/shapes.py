@@ -1,17 +1,17 @@
 """A procedural world of captioned pictures: coloured shapes, sizes, counts, positions and backgrounds.
 
-Three things stand apart here. `Facts` is what a caption states, and no more. `Scene` is a whole picture: it holds what
-the facts state and draws at random what they leave open. A caption is one of several wordings of the same facts.
+`Facts` are what a caption states, and no more. A `Scene` is a whole picture: it agrees with the facts, and what they
+leave open is random. A caption is one of several wordings of the same facts.
 
     draw_facts -> Facts -> caption_for -> caption -> parse_caption -> Facts
                         -> scene_for -> Scene -> render -> image uint8 (H, W, 3)
 
-Captions are kept out of training by the facts they state, never by their wording, and "a left of b" is the same fact as
-"b right of a": a held-out caption is therefore new in every paraphrase (`content`, `is_held_out`).
+Captions are held out of training by the facts they state, not by their wording, and "a left of b" is the same fact as
+"b right of a": no paraphrase of a held-out caption is trained on (`content`, `is_held_out`).
 
-Scenes are laid out in the unit square: x to the right and y downwards in [0, 1], radii in shorter image sides.
-Distances on a wider or taller frame only grow, so that a scene is good at every image size. Each object has a quarter
-of the picture to itself: so few places, each seen so often, can be learnt in a quarter of an hour.
+Scenes have coordinates in the unit square, x to the right and y downwards in [0, 1], and radii in units of the shorter
+image side. Distances can only grow in a wider or taller image, so that a scene is valid at every image size. Each
+object is centred in a quarter of its own: four positions, each seen often, can be learnt in a quarter of an hour.
 """
 
 import hashlib
@@ -37,19 +37,19 @@ COLOURS = {
     "pink": (255, 105, 180),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "beige": (230, 215, 180)}
-SIZES = {"small": 0.15, "medium": 0.18, "large": 0.22}  # radius of the circle around the shape, in shorter sides
+SIZES = {"small": 0.15, "medium": 0.18, "large": 0.22}  # radius of the circumscribed circle, in shorter image sides
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "held-out", "all")
 
-QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # their centres (x, y)
-HELD_OUT_ONE_IN = 10  # contents
-HELD_OUT_SALT = 31  # so chosen that for each shape a caption naming it and no colour is among the held-out ones
+QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # centres (x, y) of the quarters
+HELD_OUT_ONE_IN = 10  # one in so many contents is held out
+HELD_OUT_SALT = 31  # chosen so that for each shape a caption that names it without a colour is held out
 
-# Half of the pictures hold one object: only there does a shape's word stand for all that is to be drawn.
+# Half of the pictures have one object: only there does a shape's word describe all that is drawn.
 KIND_PROBABILITIES: dict[str, float] = {"single": 0.5, "count": 0.15, "pair": 0.1, "relation": 0.25}
-# How often a caption states an attribute. Captions that say much teach more a step, as SD3 found with synthetic ones.
+# Probability that a caption states an attribute. Detailed captions teach more per step (SD3, with synthetic ones).
 STATED = {"background": 0.75, "colour": 0.85, "size": 0.25}
 RELATION_WORDINGS = {
     "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} with {b} to its right"),
@@ -63,7 +63,7 @@ ITEM_PATTERN = rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join
 
 @dataclass(frozen=True)
 class Item:
-    """What a caption says of one object (or of each of several equal ones); None is left open."""
+    """What a caption states of one object, or of each of several equal ones; None where it states nothing."""
 
     shape: str
     colour: str | None = None
@@ -77,7 +77,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption states: one item, `count` times (1 to 4), or two, and perhaps the relation of first to second."""
+    """What a caption states: one item, `count` times (1 to 4), or two, and maybe the relation of first to second."""
 
     items: tuple[Item, ...]
     count: int = 1
@@ -104,7 +104,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object; (x, y) is its centre in [0, 1], from the left and from the top."""
+    """An object of a scene; (x, y) is its centre in [0, 1], from the left and from the top."""
 
     shape: str
     colour: str
@@ -132,9 +132,9 @@ class Scene:
 
 
 class ShapesWorld:
-    """An endless, seeded source of captioned pictures.
+    """An infinite, seeded source of captioned pictures.
 
-    `split` is "train" (no caption whose content is held out), "held-out" (only such) or "all".
+    `split`: "train" (no held-out content), "held-out" (held-out content only) or "all".
     Raises ValueError for a bad size, seed or split.
     """
 
@@ -152,11 +152,11 @@ class ShapesWorld:
         return render(scene, (self.height, self.width)), caption, scene
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, str, Scene]:
-        """The i-th sample, a pure function of (seed, split, i)."""
+        """Sample i, a pure function of (seed, split, i)."""
         return self.sample(self._rng(i))
 
     def caption(self, i: int) -> str:
-        """The caption of the i-th sample, without drawing its picture."""
+        """The caption of sample i, without rendering its image."""
         rng = self._rng(i)
         return caption_for(self._facts(rng), rng)
 
@@ -176,7 +176,7 @@ class ShapesWorld:
 
 
 def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
-    """Draw what a caption shall state; `kind` is "single", "count", "pair", "relation" or (None) any of them."""
+    """Random facts; `kind` is "single", "count", "pair", "relation" or (None) any of them."""
     if kind is None:
         kind = str(rng.choice(list(KIND_PROBABILITIES), p=list(KIND_PROBABILITIES.values())))
     _one_of("kind", kind, KIND_PROBABILITIES)
@@ -196,7 +196,7 @@ def draw_facts(rng: np.random.Generator, kind: str | None = None) -> Facts:
 
 
 def content(facts: Facts) -> tuple:
-    """The stated facts in canonical form: equal for all wordings and for both directions of the same statement."""
+    """The facts in canonical form, equal for both directions of a relation and both orders of a pair."""
     items, relation = facts.items, facts.relation
     if relation in ("right of", "below"):
         items, relation = items[::-1], OPPOSITE[relation]
@@ -207,7 +207,7 @@ def content(facts: Facts) -> tuple:
 
 
 def is_held_out(facts: Facts) -> bool:
-    """Whether captions with this content are kept from training: a tenth of all contents, by their SHA-256."""
+    """Whether captions with this content are held out of training: a tenth of all contents, by SHA-256."""
     digest = hashlib.sha256(f"{HELD_OUT_SALT} {content(facts)!r}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
@@ -216,7 +216,7 @@ def is_held_out(facts: Facts) -> bool:
 
 
 def caption_for(facts: Facts, rng: np.random.Generator) -> str:
-    """One of the wordings of the facts: lower case, at most 16 words when the facts come from `draw_facts`."""
+    """A random wording of the facts: lower case, at most 16 words for facts from `draw_facts`."""
     if facts.kind == "count":
         item = facts.items[0]
         plural = item.shape + ("es" if item.shape == "cross" else "s")
@@ -236,7 +236,7 @@ def caption_for(facts: Facts, rng: np.random.Generator) -> str:
 
 
 def parse_caption(caption: str) -> Facts:
-    """The facts that a caption states: the inverse of `caption_for`. Raises ValueError outside the grammar."""
+    """The facts that a caption states, the inverse of `caption_for`. Raises ValueError for other text."""
     text = re.sub(r"^(a picture of|there is|there are) ", "", " ".join(caption.lower().split()))
     background = None
     if match := re.fullmatch(rf"(.*) on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?", text):
@@ -264,7 +264,7 @@ def _parse_objects(text: str) -> Facts | None:
 
 
 def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
-    """A picture of which the facts are true, showing only the objects they name; all that they leave open is random."""
+    """A random scene that agrees with the facts and has no other objects."""
     looks = []
     for item in facts.items:
         colour, size = item.colour or _choice(rng, COLOURS), item.size or _choice(rng, SIZES)
@@ -277,7 +277,7 @@ def scene_for(facts: Facts, rng: np.random.Generator) -> Scene:
 
 @cache
 def _layouts(num_objects: int, relation: str | None) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """All the ways to place so many objects, in order; two in a relation are side by side, never diagonal."""
+    """All ways to place `num_objects`, in order; two in a relation share a row or a column."""
     ways = permutations(QUARTERS, num_objects)
     return tuple(way for way in ways if relation is None or _side_by_side(relation, np.subtract(way[1], way[0])))
 
@@ -287,7 +287,7 @@ def _side_by_side(relation: str, offset: np.ndarray) -> bool:
 
 
 def related(relation: str, offset: np.ndarray, margin: float) -> bool:
-    """Whether first stands in `relation` to second, by at least `margin`; `offset` (2,) leads from first to second."""
+    """Whether `relation` holds by at least `margin` for `offset` (2,), from the first centre to the second."""
     along = offset[0 if relation in ("left of", "right of") else 1]
     return bool(along >= margin if relation in ("left of", "above") else -along >= margin)
 
@@ -296,9 +296,9 @@ def related(relation: str, offset: np.ndarray, margin: float) -> bool:
 
 
 def render(scene: Scene, image_size: int | tuple[int, int]) -> np.ndarray:
-    """Draw a scene with antialiased edges: uint8 (H, W, 3); `image_size` is a side or (height, width)."""
+    """Render a scene with antialiased edges: uint8 (H, W, 3); `image_size` is a side or (height, width)."""
     height, width = image_height_width(image_size)
-    scale = 4  # drawn this much larger, then averaged over areas: the exact coverage of a pixel, without ringing
+    scale = 4  # supersampling, averaged by a box filter, which has no ringing
     image = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for thing in scene.objects:
@@ -318,7 +318,7 @@ def _polar(radius: float, degrees: float) -> tuple[float, float]:
     return radius * math.cos(math.radians(degrees)), -radius * math.sin(math.radians(degrees))
 
 
-Outline = list[tuple[float, float]]  # corners within the unit circle, centroid at 0; two corners: the box of an ellipse
+Outline = list[tuple[float, float]]  # polygon in the unit circle, centroid at 0; two points: an ellipse's bounding box
 CROSS: Outline = [(0.3, 0.95), (0.3, 0.3), (0.95, 0.3), (0.95, -0.3), (0.3, -0.3), (0.3, -0.95)]
 CROSS += [(-x, -y) for x, y in CROSS]
 OUTLINES: dict[str, list[tuple[Outline, bool]]] = {  # (outline, whether it is filled)

@@ -1,10 +1,10 @@
-"""ShapesEval: GenEval's six questions (Ghosh et al. 2023, arXiv:2310.11513), asked of the shapes world.
+"""ShapesEval: the six tasks of GenEval (Ghosh et al. 2023, arXiv:2310.11513) on the shapes world.
 
-One object, two objects, counting, colours, position, colour attribution: as there, a detector looks at the generated
-picture and the question is answered from what it finds. Because the pictures are flat shapes, the detector is classical
-and exact: background by the frame's median, colours by projection on the line from background to colour, connected
-components, and template matching of each component's coverage after its position and area are normalised. It has no
-weights.
+The tasks ("questions") are one object, two objects, counting, colours, position and colour attribution. As in GenEval a
+detector finds the objects of a generated image, which decide the answer. As images are flat shapes, it needs no
+weights: the background is the median colour of the border, pixels get a colour by projection on the lines from
+background to colours, objects are connected components, and shapes are found by template matching of coverage with
+position and area normalised.
 
 Letters: H, W image sides; P template side; K number of templates.
 """
@@ -41,7 +41,7 @@ from training.shapes import (
     scene_for,
 )
 
-KIND_OF_QUESTION = {  # the kind of facts that it is asked of
+KIND_OF_QUESTION = {  # the kind of facts of its prompts
     "one object": "single",
     "two objects": "pair",
     "counting": "count",
@@ -50,27 +50,27 @@ KIND_OF_QUESTION = {  # the kind of facts that it is asked of
     "colour attribution": "pair",
 }
 QUESTIONS = tuple(KIND_OF_QUESTION)
-POSITION_MARGIN = 0.1  # of the image between two centres; true pictures have at least twice that
+POSITION_MARGIN = 0.1  # least offset of two centres, in image sides; true renderings have at least twice that
 
-WORKING_SIDE = 64  # shorter side in pixels at which the detector looks at every picture; the thresholds below mean it
-FRAME = 2  # pixels at each edge that objects leave free, or nearly
-SMOOTHING = 0.5  # pixels, sigma of the Gaussian that takes the worst off pixel noise
-MIN_AREA = 20  # pixels of coverage; the least object that the world draws covers over 70
-MIN_CONTRAST = 45  # RGB distance to the background from which a pixel can belong to an object
-MIN_SHARE = 0.4  # of an object's colour, the rest background, from which a pixel counts as the object's
-MAX_COLOUR_ERROR = 75  # RGB distance up to which a colour is called by the nearest name; names lie 88 apart or more
+WORKING_SIDE = 64  # shorter side to which every image is resized, in pixels; the thresholds below are for it
+FRAME = 2  # width of the border, in pixels, which has no or few pixels of objects
+SMOOTHING = 0.5  # sigma of a Gaussian filter against pixel noise, in pixels
+MIN_AREA = 20  # pixels of an object; the smallest rendered one has more than 70
+MIN_CONTRAST = 45  # least RGB distance to the background of a pixel of an object
+MIN_SHARE = 0.4  # least share of an object's colour, mixed with the background, in a pixel of the object
+MAX_COLOUR_ERROR = 75  # largest RGB distance to a named colour; named colours are 88 apart or more
 MIN_OVERLAP = 0.86  # soft intersection over union with the best template
-MIN_LEAD = 0.03  # by which the best shape must overlap more than the second
-TEMPLATE_BLURS = (SMOOTHING, 0.9, 1.4)  # pixels; a model's pictures are a little soft
+MIN_LEAD = 0.03  # least difference in overlap between the best shape and the second
+TEMPLATE_BLURS = (SMOOTHING, 0.9, 1.4)  # sigmas in pixels, as generated images are a little blurred
 TEMPLATE_SIDE, TEMPLATE_REACH = 24, 1.75  # samples a side, and half-width in radii of the disc of equal area
 
 
 @dataclass(frozen=True)
 class Found:
-    """One component of the picture; shape and colour are None where it is too malformed or odd to be named.
+    """A detected object; shape and size are None where no shape clearly fits, colour where no named colour is near.
 
-    (x, y) is its centre in [0, 1], `area` the part of the picture that it covers, `confidence` the overlap with the
-    best template, 1 for a perfect one.
+    (x, y) is its centroid in [0, 1], `area` the fraction of the image that it covers, `confidence` the overlap (soft
+    intersection over union, at most 1) with the best template.
     """
 
     shape: str | None
@@ -84,7 +84,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Detection:
-    """What the detector sees in one picture."""
+    """What the detector finds in one image; background is None where no named one is near."""
 
     background: str | None
     objects: tuple[Found, ...]
@@ -96,7 +96,7 @@ class Detection:
 def detect(image: Any) -> Detection:
     """Find the objects in an image: uint8 (H, W, 3), or a PIL image. Raises ValueError for anything else."""
     pixels = _at_working_size(image)
-    frame = (pixels[:FRAME], pixels[-FRAME:], pixels[:, :FRAME], pixels[:, -FRAME:])  # of every scene, background
+    frame = (pixels[:FRAME], pixels[-FRAME:], pixels[:, :FRAME], pixels[:, -FRAME:])  # background in every scene
     backdrop = np.median(np.concatenate([edge.reshape(-1, 3) for edge in frame]), axis=0)
     regions = _regions(pixels, backdrop)
     objects = (_found(pixels, backdrop, regions == i) for i in range(1, int(regions.max()) + 1))
@@ -104,7 +104,7 @@ def detect(image: Any) -> Detection:
 
 
 def _at_working_size(image: Any) -> np.ndarray:
-    """float (H, W, 3), 0 to 255, slightly smoothed, with a shorter side of WORKING_SIDE pixels."""
+    """The image resized to a shorter side of WORKING_SIDE pixels and smoothed: float (H, W, 3), 0 to 255."""
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"an image must be uint8 of shape (height, width, 3), not {array.dtype} of {array.shape}")
@@ -118,10 +118,10 @@ def _at_working_size(image: Any) -> np.ndarray:
 
 
 def _regions(pixels: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
-    """Number the objects: int (H, W), 0 for background, each other number a connected region of one colour.
+    """Label the objects: int (H, W), 0 for background, each other label a connected region of one colour.
 
-    A pixel belongs to the colour whose segment from the background it lies nearest to. On the segment, because
-    half-covered edge pixels lie there: half red on white is close to pink, but not to any mixture of pink and white.
+    A pixel gets the colour whose segment from the background's colour is nearest to it, as antialiased edge pixels lie
+    on the segment: half red on white is close to pink, but to no mixture of pink and white.
     """
     height, width, _ = pixels.shape
     offset = pixels - backdrop
@@ -144,7 +144,7 @@ def _regions(pixels: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
         if len(present) == 1:
             regions[box][blob] = regions.max() + 1
             continue
-        own = present[distance[box][..., present].argmin(-1)]  # two colours touch: part them
+        own = present[distance[box][..., present].argmin(-1)]  # objects of several colours touch: separate them
         for one in present:
             parts, _ = ndimage.label(blob & (own == one))
             regions[box] = np.where(parts > 0, parts + regions.max(), regions[box])
@@ -152,7 +152,7 @@ def _regions(pixels: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
 
 
 def _found(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> Found | None:
-    """Measure and name one region; None when it is too little to be an object."""
+    """The object of a region; None if it has fewer than MIN_AREA pixels."""
     if region.sum() < MIN_AREA:
         return None
     tint, coverage = _coverage(pixels, backdrop, region)
@@ -171,7 +171,7 @@ def _found(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> Foun
 
 
 def _coverage(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The colour (3,) of a region, and how much of each pixel in and around it has that colour, (H, W) in [0, 1]."""
+    """The colour (3,) of a region, and the coverage (H, W) in [0, 1] of pixels in and around it by that colour."""
     offset = pixels - backdrop
     contrast = np.linalg.norm(offset[region], axis=-1)
     direction = np.median(offset[region][contrast >= np.quantile(contrast, 0.6)], axis=0)
@@ -180,7 +180,7 @@ def _coverage(pixels: np.ndarray, backdrop: np.ndarray, region: np.ndarray) -> t
 
 
 def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
-    """(y, x, area) of a coverage map, in pixels."""
+    """Centroid and area (y, x, area) of a coverage map, in pixels."""
     area = float(coverage.sum())
     y = float(coverage.sum(1) @ np.arange(coverage.shape[0])) / area
     x = float(coverage.sum(0) @ np.arange(coverage.shape[1])) / area
@@ -188,7 +188,7 @@ def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
 
 
 def _normalised(coverage: np.ndarray) -> np.ndarray:
-    """Resample a coverage map (H, W) so that its centroid and area become standard: (P * P,)."""
+    """A coverage map (H, W) resampled to a standard centroid and area: (P * P,)."""
     y, x, area = _centroid(coverage)
     reach = TEMPLATE_REACH * math.sqrt(area / math.pi)
     steps = np.linspace(-reach, reach, TEMPLATE_SIDE)
@@ -196,7 +196,7 @@ def _normalised(coverage: np.ndarray) -> np.ndarray:
 
 
 def _classify(sample: np.ndarray, area: float) -> tuple[str | None, str | None, float]:
-    """(shape, size, overlap) of a normalised coverage map; shape and size are None when no shape clearly fits."""
+    """(shape, size, overlap) of a normalised coverage map; shape and size are None where no shape clearly fits."""
     templates, areas = _templates()
     overlaps = np.minimum(templates, sample).sum(-1) / np.maximum(templates, sample).sum(-1)
     best_of = overlaps.reshape(len(SHAPES), -1).max(1)
@@ -210,7 +210,7 @@ def _classify(sample: np.ndarray, area: float) -> tuple[str | None, str | None, 
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Normalised coverage (K, P * P) by shape, size and blur; areas (shapes, sizes). Measured like any object's."""
+    """Normalised coverage (K, P * P) by shape, size and blur, and areas (shapes, sizes), as of detected objects."""
     templates, areas = [], np.zeros((len(SHAPES), len(SIZES)))
     for i, shape in enumerate(SHAPES):
         for j, size in enumerate(SIZES):
@@ -236,23 +236,23 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption with the one question that is asked of a picture made from it."""
+    """A caption, and the question that is asked of an image generated from it."""
 
     question: str
     caption: str
     facts: Facts
 
     def answered_by(self, image: Any) -> bool:
-        """Whether the picture, uint8 (H, W, 3) or PIL, shows what the question asks."""
+        """Whether the image, uint8 (H, W, 3) or PIL, is right by the question."""
         return answers(self.question, self.facts, detect(image))
 
 
 def answers(question: str, facts: Facts, detection: Detection) -> bool:
-    """Whether a detection satisfies what `question` asks of `facts`; what it does not ask is not looked at.
+    """Whether a detection is right by `question` about `facts`; nothing else is checked.
 
-    one object, two objects: the shapes are there. counting: the shape is there exactly so many times, and nothing is
-    there that cannot be named. colours, colour attribution: each shape is there in its own colour. position: one of
-    each shape is there, with a clear offset in the direction that the relation names.
+    one object, two objects: the shapes are found. counting: the shape is found exactly `count` times, and every object
+    has a known shape. colours, colour attribution: each shape is found in its colour. position: of both shapes objects
+    are found whose offset satisfies the relation by POSITION_MARGIN.
     """
     if facts.kind != KIND_OF_QUESTION.get(question):
         raise ValueError(
@@ -276,10 +276,10 @@ def _matching(item: Item, detection: Detection) -> list[Found]:
 
 
 class ShapesEval:
-    """Prompts that training never showed, in any wording, and their score; a pure function of the arguments.
+    """Held-out prompts and the score of images for them; a pure function of the arguments.
 
-    `prompts` holds `prompts_per_question` for each question, in the order of QUESTIONS, and asks for each shape about
-    equally often. Raises ValueError for bad arguments.
+    `prompts`: `prompts_per_question` for each question, in the order of QUESTIONS, with each shape about equally often.
+    Raises ValueError for bad arguments.
     """
 
     def __init__(self, image_size: int | tuple[int, int] = 64, prompts_per_question: int = 32, seed: int = 0) -> None:
@@ -294,7 +294,7 @@ class ShapesEval:
             self.prompts += _draw_prompts(question, prompts_per_question, np.random.default_rng([self.seed, i]))
 
     def score(self, images: Sequence[Any]) -> dict[str, float]:
-        """The part of the pictures that answer each question, and the mean; one picture for each prompt, in order."""
+        """The fraction of images that are right, by question, and the mean; `images`: one for each prompt, in order."""
         if len(images) != len(self.prompts):
             raise ValueError(
                 f"expected one image for each of the {len(self.prompts)} prompts, not {len(images)} images"
@@ -306,20 +306,20 @@ class ShapesEval:
         return {**scores, "mean": sum(scores.values()) / len(scores)}
 
     def true_images(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
-        """A true rendering, uint8 (H, W, 3), of each of `prompts` (or of those given)."""
+        """A correct rendering, uint8 (H, W, 3), for each of `prompts`, by default the evaluation's own."""
         chosen = self.prompts if prompts is None else prompts
         rngs = (np.random.default_rng([self.seed, len(QUESTIONS), i]) for i in range(len(chosen)))
         return [render(scene_for(p.facts, rng), self.image_size) for p, rng in zip(chosen, rngs, strict=True)]
 
     def contrast(self, prompt: Prompt) -> Prompt:
-        """The same prompt with just what its question asks changed: no picture is right for both."""
+        """The prompt with what its question asks changed, so that no image is right for both."""
         rng = np.random.default_rng([self.seed, *prompt.caption.encode()])
         facts = _changed(prompt.question, prompt.facts, rng)
         return Prompt(prompt.question, caption_for(facts, rng), facts)
 
 
 def _draw_prompts(question: str, number: int, rng: np.random.Generator) -> list[Prompt]:
-    """Held-out prompts, shapes taking turns; a caption comes twice only where others are hard to find."""
+    """Held-out prompts, with the shapes in turn; a caption is repeated only after ten tries for another."""
     prompts: dict[str, Prompt] = {}
     repeats: list[Prompt] = []
     for i in range(number):
@@ -348,11 +348,11 @@ def _can_be_asked(question: str, facts: Facts) -> bool:
     colours = {item.colour for item in facts.items}
     if question in ("colours", "colour attribution"):
         return None not in colours and len(colours) == len(facts.items)
-    return question != "counting" or facts.items[0].size in (None, "small")  # four of others have no room
+    return question != "counting" or facts.items[0].size in (None, "small")  # four larger ones leave little room
 
 
 def _changed(question: str, facts: Facts, rng: np.random.Generator) -> Facts:
-    """The facts with just what the question asks changed."""
+    """The facts with what the question asks changed."""
     first, *rest = facts.items
     if question in ("one object", "two objects"):
         taken = {item.shape for item in facts.items}
@@ -369,9 +369,9 @@ def _changed(question: str, facts: Facts, rng: np.random.Generator) -> Facts:
 
 
 def describes(caption: str, scene: Scene) -> bool:
-    """Whether a caption names every object of a scene and no other: its shape and, where one is stated, its colour.
+    """Whether the objects of a caption are those of a scene, by shape and, where stated, by colour.
 
-    False for what is no caption of this world.
+    False for text that `parse_caption` refuses.
     """
     try:
         facts = parse_caption(caption)

@@ -5,9 +5,8 @@ import time
 import fsspec
 import pytest
 
-from tests.mmdit_cli.test_main import assert_one_line_error, run
-from tests.training.processes import PATIENCE, python
-from tests.training.test_trainer import end
+from tests.mmdit_cli.command import assert_one_line_error, run
+from tests.training.processes import PATIENCE, end, python
 from training.cache import Cache
 from training.config import load_config
 

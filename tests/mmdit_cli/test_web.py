@@ -23,7 +23,7 @@ from mmdit.text_to_image import TextToImage
 from mmdit_cli.page import make_page, while_made
 from tests.mmdit.test_text_and_images import TINY, pipeline
 from tests.mmdit.test_text_to_image import make_model
-from tests.mmdit_cli.test_main import assert_one_line_error, run
+from tests.mmdit_cli.command import assert_one_line_error, run
 from tests.training.processes import PATIENCE
 
 

@@ -6,9 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import pytest
+
+from training.run import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 600  # seconds for a program: it ends one that hangs, and none on a busy machine
@@ -59,3 +64,31 @@ def together(world: int, *words: object) -> list[str]:
         said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
     return said
+
+
+def end(process: subprocess.Popen, sig: int = signal.SIGTERM) -> str:
+    """The signal to the whole group, which ends with status 0; returns what is printed from here on."""
+    os.killpg(process.pid, sig)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return output
+
+
+LONG_COMMAND = ("-m", "mmdit_cli", "train", "pixels-tiny", "training.num_steps=100000", "training.checkpoint_every=0")
+LONG_COMMAND += ("training.validate_every=0", "training.sample_every=0")
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, found) if b"mmdit_cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until and len(RunFolder(out).metrics()) < steps:
+        time.sleep(0.05)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")

@@ -15,7 +15,7 @@ from mmdit.autoencoder import PixelSpace
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from tests.mmdit.tiny_sd3 import save_encoders
 from tests.training.flaky import Flaky, put
-from tests.training.test_trainer import assert_bit_equal, config_for, metrics
+from tests.training.runs import assert_bit_equal, config_for, metrics
 from training import cache_writer, remote
 from training.cache import About, Cache, Shard
 from training.cache_files import CacheError, RemoteTensor

@@ -13,8 +13,8 @@ from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
 from tests.training.pictures import folder_of, members
 from tests.training.processes import free_port, together
+from tests.training.runs import TRANSFUSION, config_for, metrics
 from tests.training.test_mixed_sizes import SIZES
-from tests.training.test_trainer import TRANSFUSION, config_for, metrics, words  # noqa: F401
 from tests.training.tiny_networks import save_dino
 from training.checkpoint import list_checkpoints, read_checkpoint, verify
 
@@ -83,7 +83,7 @@ def exact():
 
 
 @pytest.fixture(scope="module")
-def runs(exact, tmp_path_factory, words):  # noqa: F811
+def runs(exact, tmp_path_factory, words):
     """Each model trained by one process, and by two in the ways there are."""
     root = tmp_path_factory.mktemp("runs")
     text = (*TRANSFUSION, f"transfusion.text={words}", "transfusion.text_fraction=0.5", "transfusion.caption_first=0.5")

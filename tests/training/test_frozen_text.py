@@ -14,7 +14,7 @@ from mmdit.sd3_text import SD3Text
 from mmdit.text_encoders import fingerprint
 from tests.mmdit.test_text_to_image import pixels
 from tests.mmdit.tiny_sd3 import save_encoders, t5, t5_tokenizer
-from tests.training.test_trainer import assert_bit_equal, config_for, last_weights
+from tests.training.runs import assert_bit_equal, config_for, last_weights
 
 
 @pytest.fixture(scope="module")

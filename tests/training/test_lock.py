@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import training
-from tests.training.test_trainer import config_for
+from tests.training.runs import config_for
 from training import launch, lock
 from training.lock import LOCK, NotShared, RunTaken, only_run_in
 from training.parallel import ALONE, Ranks

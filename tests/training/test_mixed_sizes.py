@@ -17,7 +17,7 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_to_image import CaptionedMMDiT
 from samplers import resolution_shift, shift_time
 from tests.training.pictures import folder_of, members
-from tests.training.test_trainer import assert_bit_equal, config_for, metrics
+from tests.training.runs import assert_bit_equal, config_for, metrics
 from training import evaluate
 from training.buckets import own_sizes
 from training.cache import CacheError

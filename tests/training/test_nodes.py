@@ -7,9 +7,8 @@ import signal
 import pytest
 
 import training
-from tests.training.processes import PATIENCE, free_port, python
-from tests.training.test_faults import children, linux, wait_for_steps
-from tests.training.test_trainer import LONG_COMMAND, metrics
+from tests.training.processes import LONG_COMMAND, PATIENCE, children, free_port, linux, python, wait_for_steps
+from tests.training.runs import metrics
 from training.checkpoint import load_latest
 
 pytestmark = [pytest.mark.slow, linux]

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import mmdit.embeddings
-from tests.training.test_trainer import TRANSFUSION, config_for
-from training.precision import LossScaler, autocast
+import training
+from tests.training.runs import TRANSFUSION, assert_bit_equal, config_for, metrics
+from training.checkpoint import load_latest
+from training.precision import LARGEST_SCALE, LossScaler, autocast
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.trainer import Trainer
@@ -110,3 +112,39 @@ def test_in_single_precision_nothing_is_said_or_cast():
 
 def test_where_nothing_has_a_gradient_there_is_nothing_to_unscale():
     LossScaler.for_precision(torch.float16).unscale([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_a_scale_falls_with_an_overflow_and_grows_after_good_steps():
+    scaler = LossScaler(8.0, grow_every=3)
+    assert scaler.update(False) and scaler.scale == 4
+    assert [scaler.update(True) or scaler.scale for _ in range(7)] == [4, 4, 8, 8, 8, 16, 16]
+    assert scaler.update(False) and (scaler.scale, scaler.good) == (8, 0)
+    largest = LossScaler(LARGEST_SCALE, grow_every=1)
+    assert not largest.update(True) and largest.scale == LARGEST_SCALE
+    scaler.scale = 1.0
+    assert not scaler.update(False) and scaler.scale == 1  # nothing is left to blame on the scale
+    assert LossScaler.for_precision(torch.float16).enabled and not LossScaler.for_precision(torch.bfloat16).enabled
+
+
+def test_an_overflow_in_fp16_leaves_the_step_out_and_halves_the_scale(tmp_path, monkeypatch):
+    """From a scale far too large down to one that fits, with no step lost to training; and on after a resume."""
+    monkeypatch.setattr("training.precision.LARGEST_SCALE", 2.0**40)
+    monkeypatch.setattr(LossScaler, "for_precision", lambda precision: LossScaler(2.0**33, grow_every=3))
+    how = ("training.precision=fp16", "training.num_steps=24", "training.max_bad_steps=2")
+    out = training.train(config_for(tmp_path / "run", *how, "training.checkpoint_every=0"))
+    scales = [scale for _, scale in metrics(out, "loss_scale")]
+    fell = [k for k, (a, b) in enumerate(zip(scales, scales[1:], strict=False)) if b < a]
+    assert scales[0] == 2.0**32 and len(fell) >= 4
+    assert any(b == 2 * a for a, b in zip(scales, scales[1:], strict=False))
+    assert not metrics(out, "skipped_steps")  # that was the scale's doing
+    state, weights = load_latest(out, print)
+    assert state["loss_scale"][0] == scales[-1]
+    assert {x.dtype for group in weights.values() for x in group.values()} == {torch.float32}
+    part = training.train(config_for(tmp_path / "part", *how, "training.checkpoint_every=0", "training.num_steps=11"))
+    assert_bit_equal(training.resume(part, ["training.num_steps=24"]), out)
+
+
+def test_fp16_learns_as_fp32_does(tmp_path):
+    runs = [training.train(config_for(tmp_path / name, f"training.precision={name}")) for name in ("fp16", "fp32")]
+    half, full = (dict(metrics(run, "loss")) for run in runs)
+    assert half != full and half == pytest.approx(full, rel=2e-3)

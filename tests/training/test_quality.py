@@ -13,8 +13,8 @@ import mmdit
 import training
 from mmdit_cli.main import app
 from tests.training.pictures import shards_of
+from tests.training.runs import assert_bit_equal, config_for, metrics
 from tests.training.test_rows import parquet_of
-from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from tests.training.tiny_networks import pictures, save_clip, save_dino, save_pictures
 from training.cache_writer import write_cache
 from training.config import EvaluationConfig, load_config

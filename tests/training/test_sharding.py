@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import training
 from mmdit import linear
 from tests.training.processes import free_port
-from tests.training.test_trainer import TRANSFUSION, config_for, metrics
+from tests.training.runs import TRANSFUSION, config_for, metrics
 from training.checkpoint import list_checkpoints, read_checkpoint
 from training.config import ConfigError, load_config
 from training.devices import pick_device

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import training
 from mmdit.weights_io import read_json
 from tests.training.pictures import noisy, parquet_of, picture
+from tests.training.runs import assert_bit_equal, config_for, metrics
 from tests.training.test_mixed_sizes import read
-from tests.training.test_trainer import assert_bit_equal, config_for, metrics
 from training.data import SourceOptions, open_source
 from training.run import RunFolder
 from training.setup import bucket_text, open_run_source

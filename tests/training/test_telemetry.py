@@ -15,8 +15,8 @@ import torch
 
 import training
 from mmdit.text import Tokens
+from tests.training.runs import TRANSFUSION, config_for, metrics, stop_after
 from tests.training.test_flops import mmdit, text_and_images, tokens
-from tests.training.test_trainer import TRANSFUSION, config_for, metrics, stop_after
 from training.boards import Wandb
 from training.config import load_config
 from training.flops import captioned, in_one_row, of_documents, step_flops

@@ -122,3 +122,17 @@ print(next(batches), flush=True)
 def test_batches_that_are_left_open_say_nothing_at_exit():
     done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.0\n", "")
+
+
+def test_what_is_fetched_ahead_comes_in_order_with_its_error():
+    def items():
+        yield from range(20)
+        raise DataError("broken")
+
+    fetched = ahead(items(), 3)
+    assert [next(fetched) for _ in range(20)] == list(range(20))
+    with pytest.raises(DataError, match="broken"):
+        next(fetched)
+    endless = ahead(itertools.count(), 2)
+    assert next(endless) == 0
+    endless.close()
