@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import training
+from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from tests.training.caches import made
 from tests.training.runs import TRANSFUSION, config_for, make_autoencoder, make_pictures, make_tokenizer
+from training import cache_writer
+from training.cache_writer import CacheOptions
 from training.config import load_config
 
 
@@ -64,3 +68,28 @@ def words(tmp_path_factory) -> Path:
     rows = [{"text": f"number {i} comes after number {i - 1}, " * (1 + i % 3)} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
     return path
+
+
+@pytest.fixture(scope="package")
+def parts(tmp_path_factory):
+    """A T5, SD3's three text encoders, and two autoencoders, in folders."""
+    from mmdit.kl_autoencoder import KLAutoencoder
+    from tests.mmdit.tiny_sd3 import make_pipeline, randomised, save_encoders
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("parts")
+    save_encoders(root)
+    KLAutoencoder(make_pipeline().vae).save(root / "kl")
+    patches = PatchAutoencoder(PatchAutoencoderConfig(4, (8, 8), 1, 1.5, 0.1))
+    randomised(patches).save(root / "patches")
+    return root
+
+
+@pytest.fixture(scope="package")
+def written(parts, tmp_path_factory):
+    """A cache of four shards with text features."""
+    out = tmp_path_factory.mktemp("caches") / "written"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_writer, "BATCH", 8)
+        made(out, f"text.encoder={parts / 't5'}", options=CacheOptions(shard_mb=0.15))
+    return out

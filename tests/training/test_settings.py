@@ -143,7 +143,7 @@ ELSEWHERE = {
     **{f"parallel.{name}": "tests/training/test_sharding.py" for name in ("cpu_offload", "timeout")},
     "training.ema_snapshot_every": "tests/training/test_ema.py",
     "training.ema_snapshot_dtype": "tests/training/test_ema.py",
-    "data.posterior": "tests/training/test_cache.py",
+    "data.posterior": "tests/training/test_cached.py",
     **{f"data.{name}": "tests/training/test_buckets.py" for name in ("buckets", "bucket_ratio", "crop", "flip")},
     **{f"data.{name}": "tests/training/test_captions.py" for name in ("captions", "min_caption", "max_caption")},
     **{f"data.{name}": "tests/training/test_captions.py" for name in ("min_side", "max_aspect")},
