@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders of WebDataset shards")
     parser.add_argument("--most", type=int, default=640, help="images per round")
     parser.add_argument("--speed", type=float, default=320.0, help="images per second that training takes")
-    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="on an idle machine")
+    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="the table of waits")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
