@@ -1,4 +1,4 @@
-"""Our MMDiT and diffusers' transformer with the same weights, for benchmarks."""
+"""Our MMDiT and diffusers' transformer with the same weights, for the benchmarks that compare them."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from mmdit.model import MMDiT
 
 
 def ours(config: MMDiTConfig, device: str = "cpu") -> MMDiT:
-    """A model in which every part matters: modulations start at zero, and there a block would be the identity."""
+    """An MMDiT of random weights, modulations too: these start at zero, which makes each block the identity."""
     model = MMDiT(config).to(device)
     for parameter in model.parameters():
         if parameter.ndim == 1 or not parameter.any():
@@ -37,8 +37,8 @@ def inputs(c: MMDiTConfig, side: int, batch: int, num_text: int, device: str = "
 
 
 def caption_lengths(noise: Tensor, most: int) -> Tensor:
-    """Text tokens of captions, (B,), B even, from normal noise (B,): half of them short and half long (log-normal about
-    12 and 90 tokens, as original and synthetic captions are).
+    """Caption lengths in tokens, (B,), from standard normal noise (B,), B even: half short and half long (log-normal
+    with medians 12 and 90, as original and synthetic captions have), clipped to [2, most].
     """
     median = torch.tensor([12.0, 90.0]).repeat(len(noise) // 2)
     return (median * (0.5 * noise).exp()).round().clamp(2, most)
@@ -49,7 +49,7 @@ def call_ours(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: T
 
 
 def call_packed(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, real: Tensor) -> Tensor:
-    """Samples in one row, of each caption what is real, (B, L)."""
+    """The samples packed into one sequence; `real` (B, L): text tokens that are no padding."""
     return torch.stack(model(list(x), t, context, pooled, real))
 
 

@@ -1,11 +1,12 @@
-"""What a cache saves, and what its numbers lose: training steps with a frozen text encoder, and rounding.
+"""What a cache saves and loses: the time of training steps with a frozen text encoder, and the precision of latents.
 
     OMP_NUM_THREADS=1 python -m benchmarks.caching            # tables on standard output
     OMP_NUM_THREADS=1 python -m benchmarks.caching --steps 20
 
-Text encoders of random weights in T5-small's and CLIP-L's shape (their time does not depend on the weights) read the
-captions of the drawn world; the trunk is the demo's, 32 pictures a step. The two ways take turns. Rounding is that of
-the shipped autoencoder's latents, beside what it loses by itself.
+Text encoders with random weights in the shapes of T5-small and CLIP-L (time does not depend on the weights) encode
+captions of the drawn world; the trunk is the demo's, with 32 images a step. Steps from images and from the cache
+alternate. The second table has the rounding error of the shipped autoencoder's latents and, for comparison, the
+autoencoder's own reconstruction error.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SAMPLES = 256
 
 
 def write_encoder(kind: str, folder: Path) -> None:
-    """A text encoder of random weights, with a tokenizer of the drawn world's captions."""
+    """A text encoder with random weights, and a tokenizer trained on captions of the drawn world."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config
     from transformers import T5EncoderModel as T5
 
@@ -50,7 +51,7 @@ def write_encoder(kind: str, folder: Path) -> None:
 
 
 def compare_steps(kind: str, steps: int, folder: Path) -> dict[str, float]:
-    """Medians of milliseconds a step from images and from their cache, and the cache's own numbers."""
+    """Median milliseconds of a step from images and from their cache; bytes a sample and samples written per second."""
     write_encoder(kind, folder / "encoder")
     overrides = [f"data.num_samples={SAMPLES}", "data.held_out=0", f"text.encoder={folder / 'encoder'}"]
     overrides += ["text.max_length=77", "training.compile=off", "training.precision=fp32"]
@@ -82,8 +83,8 @@ def _trainer(overrides: list[str], out: Path) -> Trainer:
 
 
 def rounding() -> dict[str, tuple[float, float]]:
-    """For each type of latents: root mean square error over latents of unit variance, PSNR (dB) of the decoded images
-    beside those of exact latents; and the autoencoder's own PSNR under "the autoencoder".
+    """By dtype: (root mean square error of latents of unit variance, PSNR in dB of decoded images against those of
+    unrounded latents); and under "the autoencoder" the PSNR of its reconstructions.
     """
     autoencoder, source = open_autoencoder("shapes"), open_source("shapes:256", 64)
     images = torch.cat([batch.images for batch in one_pass(source, np.arange(256), 64)])
@@ -104,7 +105,7 @@ def _psnr(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="steps timed of each")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     steps = parser.parse_args().steps
     rows = []
     for kind in ("T5-small", "CLIP-L"):

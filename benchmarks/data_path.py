@@ -1,16 +1,17 @@
-"""From shards to batches: images a second on one core, beside webdataset with PIL alone; and how long training waits.
+"""From shards to batches: images per second on one core, compared with webdataset and PIL; and how long training waits.
 
     python -m benchmarks.data_path FOLDER ... [--out FILE]
 
-"bare" reads the shards in order with webdataset and decodes each image with PIL to RGB pixels, and does no more; "and
-fitted" scales each to the size of the batch with PIL too. "ours" gives shuffled batches of that size with captions, by
-`loader`. All in one process, whose torch and decoders have one thread; rounds of all take turns, the medians of images
-per second of processor time count.
-The wait is what a loop spends on `next(batches)` that computes for B / speed seconds a batch, beside one worker, and
-the median of one call; `make demo` trained at 230 to 280 images a second on two cores. * one worker makes fewer.
-A JPEG that is much larger than asked for is decoded at a fraction of its size, at least twice that of the batch: the
-last table has, in dB, how near the pictures are to those decoded whole, beside a fraction down to the size itself, and
-beside the whole ones scaled by a bicubic filter in place of Lanczos.
+"bare" reads the shards in order with webdataset and decodes each image to RGB with PIL; "and fitted" also resizes it to
+the size of the batch with PIL. "ours" gives shuffled batches of that size with captions, by `loader`. All run in one
+process, where torch and the decoders have one thread; rounds alternate, and the table has median images per second of
+CPU time.
+The wait is the share of time that a loop which computes for B / speed seconds per batch spends in `next(batches)`, with
+one worker, and the median of one call; `make demo` trained at 230 to 280 images a second on two cores. * one worker
+makes fewer.
+A JPEG much larger than requested is decoded at a fraction of its size, at least twice that of the batch. The last table
+has the PSNR, in dB, against images decoded at full size: of ours, of a fraction down to the batch's size itself, and of
+images decoded at full size but resized by a bicubic filter in place of Lanczos.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ KINDS = ("jpg", "png", "jpeg")
 
 
 def generated(folder: Path, side: int, count: int) -> Path:
-    """A shard of JPEGs (quality 90) that are smooth with some detail, as photographs are."""
+    """A shard of synthetic JPEGs (quality 90), smooth with some noise, as photographs are."""
     rng = np.random.default_rng(0)
     with tarfile.open(folder / f"generated-{side}.tar", "w") as shard:
         for i in range(count):
@@ -56,7 +57,7 @@ def generated(folder: Path, side: int, count: int) -> Path:
 
 
 def bare(spec: Path, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    """The images by webdataset and PIL; brought to a size where one is given."""
+    """The images by webdataset and PIL, resized if a size is given."""
     import webdataset
 
     shards = [str(spec)] if spec.is_file() else sorted(map(str, spec.rglob("*.tar*")))
@@ -69,14 +70,14 @@ def bare(spec: Path, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
 
 
 def rate(run: Callable[[], int]) -> float:
-    """Images a second of processor time, of a run that says how many it had."""
+    """Images per second of CPU time; `run` returns the number of its images."""
     start = time.process_time()
     count = run()
     return count / (time.process_time() - start)
 
 
 def count_of(images: Iterator[np.ndarray], most: int) -> int:
-    """Read so many."""
+    """Read at most `most` images; how many there were."""
     done = 0
     for _ in images:
         done += 1
@@ -86,7 +87,7 @@ def count_of(images: Iterator[np.ndarray], most: int) -> int:
 
 
 def ours(source: FileSource, most: int) -> int:
-    """Read so many in batches."""
+    """Read `most` images in batches; how many there were."""
     batches = loader(source, range(len(source)), BATCH, 0)
     for _ in range(most // BATCH):
         next(batches)
@@ -95,7 +96,7 @@ def ours(source: FileSource, most: int) -> int:
 
 
 def compared(spec: Path, size: int | tuple[int, int] | None, most: int) -> tuple[str, float]:
-    """A row of the table, and our images a second."""
+    """A row of the table of speeds, and the images per second of ours."""
     source = open_source(str(spec), image_size=size)
     most = min(most, len(source)) // BATCH * BATCH
     runs: dict[str, Callable[[], int]] = {
@@ -115,13 +116,13 @@ def compared(spec: Path, size: int | tuple[int, int] | None, most: int) -> tuple
 
 
 def name_of(spec: Path, source: FileSource) -> str:
-    """The data and the size of its batches."""
+    """Cells of a row: the data and the image size of its batches."""
     return f"{spec.parent.name if spec.name == 'train' else spec.stem} | {' x '.join(map(str, source.image_size))}"
 
 
 def wait(source: FileSource, speed: float, batches: int = 30) -> tuple[float, float]:
-    """(share of the time that a loop at `speed` images a second waits for its batches after the first two, the median
-    seconds of a call).
+    """(share of time that a loop at `speed` images per second waits for batches, median seconds of a call); the first
+    two batches are left out.
     """
     reader = loader(source, range(len(source)), BATCH, 0, num_workers=1)
     begun, calls = [], []
@@ -140,16 +141,16 @@ def wait(source: FileSource, speed: float, batches: int = 30) -> tuple[float, fl
 
 
 def waits(spec: Path, size: int | None, speeds: Sequence[float], made: float) -> str:
-    """A row of the table of waits; made: images a second that a worker makes."""
+    """A row of the table of waits; made: images per second that a worker makes."""
     source = open_source(str(spec), image_size=size)
     cells = [f"{share:.2%}, {call * 1e6:.0f} us{' *' * (made < speed)}"
              for speed in speeds for share, call in [wait(source, speed)]]  # fmt: skip
     return f"| {name_of(spec, source)} | {' | '.join(cells)} |"
 
 
-def nearness(spec: Path, most: int = 60) -> list[str]:
-    """The row of the table of JPEGs decoded at a fraction of their size, for pictures of a quarter of it; none for
-    other files, and for small ones.
+def psnr_row(spec: Path, most: int = 60) -> list[str]:
+    """The row of the table of PSNR for JPEGs resized to a quarter of their size; none for other formats and for small
+    images.
     """
     import webdataset
 
@@ -170,22 +171,22 @@ def nearness(spec: Path, most: int = 60) -> list[str]:
             np.asarray(closest.convert("RGB").resize((w, h), Image.Resampling.LANCZOS)),
             np.asarray(whole.resize((w, h), Image.Resampling.BICUBIC)),
         )
-        found.append(tuple(decibels(other, exact) for other in others))
+        found.append(tuple(psnr(other, exact) for other in others))
     cells = " | ".join(f"{statistics.median(column):.1f}" for column in zip(*found, strict=True))
     return [f"| {spec.parent.name if spec.name == 'train' else spec.stem} | {cells} |"]
 
 
-def decibels(image: np.ndarray, exact: np.ndarray) -> float:
-    """The ratio of peak to error of 8-bit images."""
+def psnr(image: np.ndarray, exact: np.ndarray) -> float:
+    """PSNR of 8-bit images."""
     return float(10 * np.log10(255**2 / np.square(image.astype(float) - exact).mean()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Images a second from shards to batches, and the wait of training.")
+    parser = argparse.ArgumentParser(description="Images per second from shards to batches, and the wait of training.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of WebDataset shards")
-    parser.add_argument("--most", type=int, default=640, help="images a round")
-    parser.add_argument("--speed", type=float, default=320.0, help="images a second that training takes")
-    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="need an idle machine")
+    parser.add_argument("--most", type=int, default=640, help="images per round")
+    parser.add_argument("--speed", type=float, default=320.0, help="images per second that training takes")
+    parser.add_argument("--waits", action=argparse.BooleanOptionalAction, default=True, help="the table of waits")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -206,11 +207,11 @@ def main() -> None:
             if options.waits:
                 waited.append(waits(spec, size, speeds, made))
                 print(waited[-1], flush=True)
-        near += [row for spec in (*options.folders, larger) for row in nearness(spec)]
-    tables = {"Images a second:": rates}
+        near += [row for spec in (*options.folders, larger) for row in psnr_row(spec)]
+    tables = {"Images per second:": rates}
     if options.waits:
-        tables["Share of the time spent waiting, and a call of `next`:"] = waited
-    tables["How near (dB):"] = near
+        tables["Share of time spent waiting, and a call of `next`:"] = waited
+    tables["PSNR (dB):"] = near
     text = "\n\n".join(f"{title}\n\n" + "\n".join(table) for title, table in tables.items())
     print(text)
     if options.out:

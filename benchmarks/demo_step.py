@@ -1,4 +1,4 @@
-"""Where the demo's training step goes: milliseconds of its parts, with matrix products in fp32 and in bf16, by turns.
+"""The parts of the demo's training step in milliseconds, with matrix products in fp32 and in bf16, measured in turn.
 
 OMP_NUM_THREADS=1 python -m benchmarks.demo_step
 """
@@ -20,7 +20,7 @@ from training.presets import demo
 
 
 def parts() -> dict[str, Callable[[], object]]:
-    """What a step of the preset does, each alone, on random latents of 8 x 8."""
+    """The parts of a training step of the preset, each by itself, on random latents of 8 x 8."""
     config, shape = (
         demo(),
         MMDiTConfig(16, 1, 4, 2, 64, context_dim=128, pooled_dim=128, qk_norm="rms_norm", sample_size=8),

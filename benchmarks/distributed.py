@@ -1,13 +1,13 @@
-"""One run on one process with two threads, and on two processes with one thread each: speed, and memory of each.
+"""A run in one process with two threads, and in two processes with one thread each: speed, and memory per process.
 
     python -m benchmarks.distributed --out benchmarks/results/distributed.md
 
-A training step (forward, backward, exchange, clipping, optimiser, average) of an MMDiT with 8 blocks of width 384 (6
-heads), 64 image tokens, captions of 32 tokens, 16 pictures, fp32, uncompiled, on the CPU over gloo. Seconds are medians
-of the steps after three. What a process holds is counted: bytes of weights, gradients, optimiser's state and average.
-Traffic is what a process sends in a step by the usual algorithms (rings), of N processes and P bytes of weights:
-DDP 2 P (N - 1) / N; parts 3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass. What
-Muon adds: docs/distributed.md.
+A training step (forward, backward, communication, clipping, optimiser, average) of an MMDiT with 8 blocks of width 384
+(6 heads), 64 image tokens, captions of 32 tokens, 16 images, fp32, uncompiled, on the CPU over gloo. Seconds are
+medians, after three warm-up steps. Memory is counted: bytes of weights, gradients, optimiser state and average.
+A process sends in a step, by ring algorithms for N processes and P bytes of weights: DDP 2 P (N - 1) / N; FSDP2
+3 P (N - 1) / N, or 2 P (N - 1) / N where blocks stay gathered until the backward pass (reshard=false). For Muon's
+traffic see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.run import QuietRun, RunFolder
 from training.sharding import local
 from training.trainer import Trainer
 
-WARM = 3
+WARM = 3  # steps before those measured
 SETTINGS = (
     "data.num_samples=64",
     "data.image_size=64",
@@ -58,7 +58,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def measure(out: Path, settings: list[str], steps: int) -> None:
-    """In each process: some steps; the first one writes what it found."""
+    """In each process: train some steps; the first process writes the results."""
     config = load_config("pixels-tiny", [*SETTINGS, f"training.out={out / 'run'}", *settings])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with ranks_of(config) as ranks:
@@ -81,7 +81,7 @@ def measure(out: Path, settings: list[str], steps: int) -> None:
 
 
 def held(trainer: Trainer) -> dict[str, int]:
-    """Bytes that this process keeps between steps; gradients are as the weights."""
+    """Bytes that this process keeps between steps; gradients take as many as the weights."""
 
     def size(tensors: Any) -> int:
         return sum(local(x).numel() * x.element_size() for x in tensors)
@@ -97,7 +97,7 @@ def held(trainer: Trainer) -> dict[str, int]:
 
 
 def launch(world: int, settings: tuple[str, ...], steps: int) -> dict[str, float]:
-    """Measure in processes of their own, two threads in all."""
+    """Measure in `world` new processes with two threads in all."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["-m", "benchmarks.distributed", "--measure", folder, "--steps", str(steps), *settings]
         together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--only", default="", help="measure the ways alone whose name has this in it")
+    parser.add_argument("--only", default="", help="measure only the rows with this in their name")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Forward and backward of our MMDiT beside diffusers' transformer of the same weights, on a CPU in fp32.
+"""Forward and backward of our MMDiT compared with diffusers' transformer of the same weights, on a CPU in fp32.
 
     python -m benchmarks.forward --out benchmarks/results/forward.md
 
-Width 384, 12 blocks, QK-norm; and 3 blocks of SD3-medium's width, 1536, without gradients. Both are measured in turn
-in one process, medians; compiled means `torch.compile` of each block. Memory is what the process grew by at its peak in
-one forward and backward pass, each model in a process of its own. Sampling is 28 guided Euler steps, both predictions
-in one batch, beside diffusers' scheduler and loop; and of whole pipelines, ours beside `StableDiffusion3Pipeline`:
-12 blocks of width 384, 256 image and 333 text tokens, small encoders and autoencoder.
+Width 384, 12 blocks, QK-norm; and 3 blocks of SD3-medium's width, 1536, without gradients. Both models run in turn in
+one process, and times are medians; compiled means `torch.compile` of each block. Memory is the growth of the process at
+its peak in one forward and backward pass, each model in a process of its own. Sampling is 28 guided Euler steps, both
+predictions in one batch, compared with diffusers' scheduler in a loop. Pipelines are ours and
+`StableDiffusion3Pipeline`: 12 blocks of width 384, 256 image and 333 text tokens, small encoders and autoencoder.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def speed(repeats: int) -> list[str]:
         " diffusers, s | ratio |",
         "|---" * 10 + "|",
     ]
-    torch._dynamo.config.recompile_limit = 64  # all blocks are one function to it, asked for in many shapes
+    torch._dynamo.config.recompile_limit = 64  # the blocks share one function, which is compiled for many shapes
     for how in ("eager", "compiled"):
         both = models()
         if how == "compiled":
@@ -94,9 +94,9 @@ def wide(repeats: int) -> list[str]:
 
 
 def memory_of(name: str, shape: tuple[int, int, int]) -> float:
-    """Megabytes that one forward and backward pass adds to this process at its peak (Linux)."""
+    """Megabytes by which this process grows at its peak in one forward and backward pass (Linux)."""
     model, given = models()[name], inputs(CONFIG, shape[0], shape[2], shape[1])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     backward(name, model, given)()
     return _status("VmHWM") - before
@@ -128,13 +128,13 @@ GRID = shift_time(uniform(28), 3.0)
 Pair = tuple[Tensor, Tensor]  # context and pooled
 
 
-def drawn_by_us(model: nn.Module, x: Tensor, given: Pair, both: Pair) -> Tensor:
+def sampled_by_us(model: nn.Module, x: Tensor, given: Pair, both: Pair) -> Tensor:
     cond = Field(lambda x_t, t: model(x_t, t, *given), RectifiedFlow())
     two = Field(lambda x_t, t: model(x_t, t, *both), RectifiedFlow())
     return sample(cfg_batched(cond, two, 4.0), x, "euler", grid=GRID).x
 
 
-def drawn_by_them(model: nn.Module, x: Tensor, both: Pair) -> Tensor:
+def sampled_by_diffusers(model: nn.Module, x: Tensor, both: Pair) -> Tensor:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -154,8 +154,8 @@ def sampling(repeats: int) -> list[str]:
         given = context, pooled
         both = torch.cat([context, torch.zeros_like(context)]), torch.cat([pooled, torch.zeros_like(pooled)])
         runs: dict[str, Callable[[], Tensor]] = {
-            "ours": partial(drawn_by_us, model, x, given, both),
-            "diffusers": partial(drawn_by_them, other, x, both),
+            "ours": partial(sampled_by_us, model, x, given, both),
+            "diffusers": partial(sampled_by_diffusers, other, x, both),
         }
         difference = (runs["ours"]() - runs["diffusers"]()).abs().max()
         t = seconds(runs, max(2, repeats // 2), warm=0)
@@ -225,7 +225,7 @@ def main() -> None:
         "Memory": memory,
     }
     about = f"`python -m benchmarks.forward --repeats {n}`, {hardware()}.\n\n{str(__doc__).split(chr(10) * 2, 2)[2]}"
-    text = f"# Beside diffusers on a CPU\n\n{about}"
+    text = f"# Compared with diffusers on a CPU\n\n{about}"
     for title, run in found.items():
         if not arguments.only or title.split()[0].lower() in arguments.only:
             text += f"\n\n## {title}\n\n" + "\n".join(run())

@@ -1,10 +1,11 @@
-"""Feed damaged and hostile files to every reader of data: nothing but our own errors may come out of them.
+"""Fuzzing of every reader of data with damaged and hostile files: only our own errors may be raised.
 
     python -m benchmarks.fuzz_readers --inputs 10000 --out benchmarks/results/fuzz.md
 
-An input is a good file with some bytes changed, cut, copied or replaced by what readers stumble over, or one of the
-hand-made ones (`hostile`); input i of a reader is a function of (seed, i). A crash is an exception that is not ours, a
-dead process, more than SECONDS, more memory than MEMORY, or a file touched outside of the input's own folder.
+An input is a valid file with some bytes changed, removed, duplicated or replaced by strings and numbers that parsers
+often get wrong, or one of the hand-made hostile files (`hostile`); input i of a reader is a function of (seed, i). A
+crash is an exception that is not ours, a process that dies, takes more than SECONDS or more memory than MEMORY, or a
+file touched outside of the input's folder.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ Check = Callable[[Path, bytes], None]
 
 
 def _index(name: str) -> Check:
-    """Index a data set of that one file with sizes read, and read its first samples."""
+    """Index a data set of this file, for some inputs with image sizes, and read its first samples."""
 
     def check(folder: Path, data: bytes) -> None:
         from training.data import SourceOptions, open_source
@@ -112,7 +113,7 @@ READERS: dict[str, Check] = {
 }
 
 
-# --- good files, and hostile ones ------------------------------------------------------------------------------------
+# --- valid and hostile files -----------------------------------------------------------------------------------------
 
 
 def picture(kind: str, mode: str = "RGB") -> bytes:
@@ -123,7 +124,7 @@ def picture(kind: str, mode: str = "RGB") -> bytes:
 
 
 def tar(files: list[tuple[str, bytes]], **fields: Any) -> bytes:
-    """An archive of such files; fields: of every header."""
+    """A tar archive of (name, content) pairs; fields: of every header."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=fields.pop("format", tarfile.GNU_FORMAT)) as archive:
         for name, data in files:
@@ -150,7 +151,7 @@ def _pairs() -> list[tuple[str, bytes]]:
 
 
 def good(reader: str) -> list[bytes]:
-    """Files that the reader accepts."""
+    """Valid files for the reader."""
     long_name = [("n" * 150 + ".png", picture("PNG")), ("n" * 150 + ".txt", b"long")]
     row = {"file_name": "good.png", "text": "a cat"}
     match reader:
@@ -176,7 +177,7 @@ def good(reader: str) -> list[bytes]:
 
 
 def png_bomb(side: int = 100_000) -> bytes:
-    """A PNG that claims side x side pixels, and holds a few."""
+    """A PNG whose header claims side x side pixels, with the data of a few."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -192,7 +193,7 @@ NAMES = ("../../../../etc/passwd", "/etc/passwd", "a\0b", "..\\..\\x", "~/x", "x
 
 
 def hostile_tars() -> list[bytes]:
-    """Members that lead outside, links, sizes that lie, and files that are too much for memory."""
+    """Members with paths outside the folder, links, false sizes, and contents too large for memory."""
     outside = [(name, picture("PNG")) for name in ("../../up.png", "/tmp/absolute.png", "a/../../../up.png", "..png")]
     texts = [(name.replace(".png", ".txt"), b"outside") for name, _ in outside]
     lying = {"size": "-1", "GNU.sparse.size": "9" * 30}
@@ -208,27 +209,27 @@ def hostile_tars() -> list[bytes]:
 
 
 def hostile_objects() -> list[bytes]:
-    """JSON that is deep, long, or none."""
+    """JSON that is deeply nested, very long, or invalid."""
     long = [b'{"caption":' + NUMBER + b"}", b'{"caption": "' + LARGE + b'"}']
     return [DEEP, *long, b"\xff\xfe\x00", b'{"a":' * 100_000]
 
 
 def hostile_tables() -> list[bytes]:
-    """CSV with long and open cells, and names that lead outside."""
+    """CSV with very long and unclosed cells, and paths outside the folder."""
     head = b"file_name,text\n"
     cells = [head + LARGE, head + b'good.png,"' + LARGE, head + b"a\0b,c\n", b"file_name,file_name\na,b,c,d\n", b'"']
     return [*cells, head + b"\n".join(name.encode() + b",t" for name in NAMES)]
 
 
 def hostile_configs() -> list[bytes]:
-    """TOML that is deep, long, or out of range."""
+    """TOML that is deeply nested, very long, or out of range."""
     bombs = [b"a = " + DEEP, b"a = " + NUMBER, b"a." * 50_000 + b"b = 1", b"name = '" + LARGE + b"'"]
     wrong = [b"[training]\nbatch_size = 1e400\n", b"[data]\nnum_workers = -9" + NUMBER]
     return [*bombs, *wrong, b"\xff", b"[[data]]\n"]
 
 
 def hostile(reader: str) -> list[bytes]:
-    """Files made to do harm."""
+    """Hostile files for the reader, made by hand."""
     match reader:
         case "shard (.tar)":
             return hostile_tars()
@@ -253,7 +254,7 @@ def hostile(reader: str) -> list[bytes]:
 
 
 def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A good file with one to eight changes."""
+    """A valid file with one to eight mutations."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.randint(1, 8)):
         at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 100))
@@ -276,7 +277,7 @@ def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def inputs(reader: str, count: int, seed: int) -> Iterator[bytes]:
-    """The inputs of a reader: the hostile ones by turns with damaged ones."""
+    """The inputs of a reader: the hostile files, then mutations of valid files and, in part, of hostile ones."""
     seeds, bad = good(reader), hostile(reader)
     for i in range(count):
         rng = random.Random(f"{seed} {reader} {i}")
@@ -289,9 +290,9 @@ def inputs(reader: str, count: int, seed: int) -> Iterator[bytes]:
             yield mutated(rng, seeds)
 
 
-# --- one input after the other ---------------------------------------------------------------------------------------
+# --- running the inputs ----------------------------------------------------------------------------------------------
 
-_own: list[str] = []  # while an input is read: the folders that may be touched
+_own: list[str] = []  # folders that may be touched while an input is read
 _touched: list[str] = []
 _WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate"}
 
@@ -304,7 +305,7 @@ def _audit(event: str, args: tuple) -> None:
         return
     real = os.path.realpath(os.fsdecode(path))
     if event == "os.remove" and not os.path.isdir(os.path.dirname(real)):
-        return  # what an earlier input had left, collected as garbage only now: its folder is gone
+        return  # of an earlier input, garbage-collected late: its folder is gone
     if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
         readable = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "/proc", "/sys", "/dev", "/usr")
         if real.startswith(readable):
@@ -315,7 +316,7 @@ def _audit(event: str, args: tuple) -> None:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """What is touched outside of a folder while the context lasts."""
+    """The files touched outside of a folder within this context."""
     if _audit not in _hooks:
         sys.addaudithook(_audit)
         _hooks.append(_audit)
@@ -331,7 +332,7 @@ _hooks: list[Any] = []
 
 
 def outcome(reader: str, data: bytes, folder: Path) -> str:
-    """ "accepted", "refused", or what went wrong."""
+    """ "accepted", "refused", or "crash: " with the reason."""
     with tempfile.TemporaryDirectory(dir=folder) as own, watched(Path(own)) as touched:
         before, tempfile.tempdir = tempfile.tempdir, own
         try:
@@ -371,7 +372,7 @@ def _work(reader: str, first: int, count: int, seed: int, folder: str, pipe: Any
 
 
 def fuzz(reader: str, count: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
-    """How many inputs were refused, accepted, crashed; and what the crashes were. Each runs in a process of its own."""
+    """(numbers of inputs refused, accepted and crashed, descriptions of the crashes); inputs run in a child process."""
     counts: Counter = Counter()
     crashes: list[str] = []
     context, done = multiprocessing.get_context("fork"), 0
@@ -400,10 +401,10 @@ def fuzz(reader: str, count: int, seed: int, folder: Path) -> tuple[Counter, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Feed damaged and hostile files to every reader of data.")
+    parser = argparse.ArgumentParser(description="Fuzz every reader of data with damaged and hostile files.")
     parser.add_argument("--inputs", type=int, default=10_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=sorted(READERS), help="this one alone")
+    parser.add_argument("--reader", choices=sorted(READERS), help="only this one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     names = [options.reader] if options.reader else list(READERS)

@@ -1,17 +1,18 @@
-"""Speed on one CUDA GPU beside diffusers: forward, training step, attention, sampling.
+"""Speed on one CUDA GPU compared with diffusers: forward, training step, attention, sampling.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.md        (or: make bench-gpu)
-    python -m benchmarks.gpu --only training --autotune             (some minutes more, of compiling)
+    python -m benchmarks.gpu --only training --autotune             (compiles for some minutes more)
 
 Both models have the shape of SD3.5 without dual attention at depth d = heads, the same weights, 333 text tokens (77
 of CLIP, 256 of T5), bf16 by autocast over fp32 weights, blocks compiled one by one. A training step is forward,
-backward, fused AdamW and the moving average. FLOPs are counted by torch's own counter over matrix products and
-attention, so MFU leaves out everything else; its peak is the datasheet's for dense bf16. Times are medians of seven
-runs, of five by turns in sampling. A step takes as many pictures as fit: the optimizer's part of it, which waits for
-memory and not for arithmetic, is as long for one as for all. Rows "packed": captions of real lengths (half short and
-half long, log-normal about 12 and 90 tokens), of which ours packs what is real in one row, where diffusers attends to
-all 333; their FLOPs are those of the mean length. Rows "autotuned": torch.compile's mode "max-autotune-no-
-cudagraphs". The second table of training says by torch's profiler which kernels one more step spends its time in.
+backward, fused AdamW and the moving average. FLOPs are those of matrix products and attention by torch's FLOP counter,
+so MFU counts nothing else; its peak is the datasheet's for dense bf16. Times are medians of seven
+runs, and for sampling of five alternating runs. A step takes as many pictures as fit into memory, since the optimizer
+is memory-bound and takes as long for one as for all. Rows "packed": captions of realistic lengths (half short and half
+long, log-normal with medians of 12 and 90 tokens), of which ours packs the tokens without padding into one sequence,
+where diffusers attends to all 333; their FLOPs are those of the mean length. Rows "autotuned": torch.compile's mode
+"max-autotune-no-cudagraphs". The second table of training has the time of one step by kind of kernel, by torch's
+profiler.
 """
 
 import argparse
@@ -38,10 +39,10 @@ from training.flops import datasheet_peak
 
 DEVICE = "cuda"
 TEXT = 333
-SAMPLED = 24, 32  # depth and latent side in tokens of what is sampled: the 2 B model
-SHAPES = ((14, 16), (24, 16), (24, 32))  # depth and latent side in tokens of what is trained
-KERNELS = {  # by what is in their names, the first that fits
-    "attention": "^(?!triton_(poi|per|red)_).*(attention|flash|fmha|sdpa)",  # not what was fused with one's copies
+SAMPLED = 24, 32  # depth and latent side in tokens for sampling: the 2 B model
+SHAPES = ((14, 16), (24, 16), (24, 32))  # depth and latent side in tokens for training
+KERNELS = {  # regular expressions for names of kernels, of which the first that matches counts
+    "attention": "^(?!triton_(poi|per|red)_).*(attention|flash|fmha|sdpa)",  # but not the kernels fused around it
     "matrix products": "gemm|cutlass|nvjet|xmma|splitk|triton_tem|::mm|::addmm|linear_pointwise",
     "optimizer and average": "multi_tensor_apply|adam|lerp",
     "norms, GELU, casts and the rest": "",
@@ -83,7 +84,7 @@ def compiled(model: nn.Module, blocks: str, **how: Any) -> nn.Module:
 
 
 class Entry(NamedTuple):
-    """What is measured: its name, its maker (made one at a time, where several do not fit) and its call."""
+    """A model to be measured: its name, its constructor (several models may not fit at a time) and its call."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -109,7 +110,7 @@ def models(depth: int) -> tuple[Entry, Entry, Entry, Entry]:
 
 
 def flops(depth: int, side: int, text: int = TEXT) -> int:
-    """FLOPs of one picture's forward and backward."""
+    """FLOPs of forward and backward for one picture."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = MMDiT(config(depth))
         x, t, context, pooled = (part.to("meta") for part in inputs(model.config, side, 1, text))
@@ -118,10 +119,10 @@ def flops(depth: int, side: int, text: int = TEXT) -> int:
 
 
 def pictures(depth: int, size: int, tokens: int, memory: float) -> int:
-    """Pictures a step, a multiple of 4, that take nine tenths of `memory`, in bytes.
+    """The batch size, a multiple of 4, that takes nine tenths of `memory`, in bytes.
 
-    By measured training: 22 bytes a parameter (weights, average, gradients and two moments in fp32, weights in bf16)
-    and 31 a block, channel and token. size: parameters; tokens: of a picture and its text.
+    As measured, training takes 22 bytes per parameter (weights, average, gradients and two moments in fp32, weights in
+    bf16) and 31 per block, channel and token. size: parameters; tokens: of a picture and its text.
     """
     each = 31 * depth * config(depth).width * tokens
     return max(4, int((0.9 * memory - 22 * size) // each // 4 * 4))
@@ -130,7 +131,7 @@ def pictures(depth: int, size: int, tokens: int, memory: float) -> int:
 def measure(
     model: nn.Module, call: Callable[..., Tensor], given: tuple[Tensor, ...]
 ) -> tuple[float, float, Counter[str]]:
-    """Seconds of the forward alone, of the training step, and of one more step by kind of kernel."""
+    """Seconds of the forward pass, of a training step, and of another step by kind of kernel."""
 
     def forward() -> None:
         with torch.no_grad(), bf16():
@@ -141,7 +142,7 @@ def measure(
 
 
 def kind_of(kernel: str) -> str:
-    """Of `KERNELS`, by the profiler's name for it."""
+    """The kind in `KERNELS` of a kernel, by the name that the profiler gives it."""
     return next(kind for kind, names in KERNELS.items() if re.search(names, kernel, re.IGNORECASE))
 
 
@@ -153,7 +154,7 @@ def parts(step: Callable[[], None]) -> Counter[str]:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
     for event in profile.key_averages():
-        if event.device_type.name.lower() == DEVICE:  # a CPU's events tell of what they started on the GPU too
+        if event.device_type.name.lower() == DEVICE:  # events of the CPU include the kernels that they launch
             took = event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
             found[kind_of(event.key)] += took / 1e6
     return found
@@ -185,7 +186,7 @@ def training(peak: float, memory: float, autotune: bool) -> list[str]:
 
 
 def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> tuple[str, str]:
-    """Cells of one model: times, pictures, MFU and memory; and kernels. least: seconds of a step at the peak."""
+    """Cells of a model: (times, pictures, MFU and memory; kernels). least: seconds of a step at the peak."""
     torch._dynamo.reset()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -200,7 +201,7 @@ def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> tuple[str, str
 
 
 def attention() -> list[str]:
-    """One joint attention, forward and backward, by each kernel; and what a mask of padded text costs."""
+    """Joint attention, forward and backward, by each kernel, without and with the mask of padded text."""
     lines = ["| kernel | without mask, ms | with the mask of padded text, ms |", "|---|---|---|"]
     q, k, v = (torch.randn(8, 24, 1024 + TEXT, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
     mask = (torch.arange(1024 + TEXT, device=DEVICE) < 1024 + 60).expand(8, 1, 1, -1)
@@ -268,11 +269,11 @@ def sampling() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--only", choices=("attention", "sampling", "training"), help="one part alone")
-    parser.add_argument("--autotune", action="store_true", help="training also with autotuned kernels")
+    parser.add_argument("--only", choices=("attention", "sampling", "training"), help="only this part")
+    parser.add_argument("--autotune", action="store_true", help="train with autotuned kernels too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this measures one")
+        raise SystemExit("no CUDA device found, which this measures")
     torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name()
     peak = 1e12 * (datasheet_peak(device, torch.bfloat16) or float("nan"))
@@ -293,7 +294,7 @@ def main() -> None:
     for name, part in parts.items():
         if arguments.only in (None, name):
             text += f"\n## {name.capitalize()}\n\n" + "\n".join(part()) + "\n"
-            if arguments.out:  # part after part: what is measured is kept, whatever becomes of the next
+            if arguments.out:  # after each part, in case the next one fails
                 arguments.out.write_text(text)
 
 

@@ -1,9 +1,9 @@
-"""What an index and an order of many samples take: seconds, bytes on disk, and memory that processes do not share.
+"""The cost of an index and an order of many samples: seconds, bytes on disk, and memory that is not shared.
 
     python -m benchmarks.index [--samples 10000000]
 
-The index is synthetic: samples of shards of 10,000, with captions of 60 characters, written as `training/sources.py`
-writes them. Memory is what the process's anonymous pages grow by; the index file is mapped, and shared.
+The index is synthetic: shards of 10,000 samples with captions of 60 characters, as `training/sources.py` writes them.
+Memory is the growth of the process's anonymous pages; the index file is memory-mapped and shared between processes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BATCH = 256
 
 
 def anonymous() -> int:
-    """Bytes of memory of this process alone."""
+    """Bytes of anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def written(count: int) -> Table:
-    """An index of so many samples."""
+    """An index of `count` samples."""
     writer = Writer()
     for i in range(count):
         shard, k = divmod(i, SHARD)
@@ -42,14 +42,14 @@ def written(count: int) -> Table:
 
 
 class Keyed:
-    """As much of a source as a split needs."""
+    """The part of a source that a split needs."""
 
     def __init__(self, table: Table) -> None:
         self.keys = Keys([table])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds and memory of an index and an order of many samples.")
+    parser = argparse.ArgumentParser(description="Time and memory of an index and an order of many samples.")
     parser.add_argument("--samples", type=int, default=10_000_000)
     count = parser.parse_args().samples
     print("| what | seconds | MB in memory | MB on disk |\n|---|---|---|---|", flush=True)

@@ -1,16 +1,16 @@
-"""Time and memory of loading a model of SD3.5-medium's shape from disk, ours beside diffusers'.
+"""Time and memory of loading a model of SD3.5-medium's shape from disk, compared with diffusers.
 
     python -m benchmarks.loading                                    # tables on standard output
     python -m benchmarks.loading --out benchmarks/results/loading.md
-    python -m benchmarks.loading --folder /tmp/loading --write          # the weights alone, to be measured later
-    python -m benchmarks.loading --folder /tmp/loading --case 0         # one case of those weights, which stay
+    python -m benchmarks.loading --folder /tmp/loading --write          # write the weights, to be measured later
+    python -m benchmarks.loading --folder /tmp/loading --case 0         # one case with these weights, which are kept
 
-Random weights in bfloat16 (2.24 B parameters, 4.9 GB with the table of positions) are written in diffusers' layout
-and in the original one, and removed at the end where no folder is named. Each loading is a process of its own, after
-all imports; the two libraries take turns, the file is in the system's cache. "Until loaded" is the call; "until read"
-adds a pass over every page of every weight, since both map the file and a mapped weight is read when it is first
-used; CPU is the processor's time until then, which other work on the machine changes less. Memory is the most that
-the process held resident above what it held before the call, mapped pages counted, over the weights' size.
+Random weights in bfloat16 (2.24 B parameters, 4.9 GB with the position table) are written in diffusers' layout and in
+the original one, and removed at the end unless a folder is given. Each load is in a new process after all imports; the
+two libraries alternate, and the file is in the page cache. "Until loaded" is the time of the call; "until read" adds a
+read of every page of every weight, since both libraries map the file, and pages of mapped weights are read on first
+use. CPU is the CPU time until then, which other work on the machine affects less. Memory is the peak resident memory,
+mapped pages included, less that before the call, over the size of the weights.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mmdit.formats import config_to_diffusers, metadata_for_sd3
 from mmdit.layouts import DIFFUSERS, SD3
 from mmdit.weights_io import save_weights, write_json
 
-CASES = {  # title: (where the weights are, the type they are read in)
+CASES = {  # title: (path of the weights, dtype that they are loaded in)
     "diffusers' folder, as stored": ("folder", "bfloat16"),
     "original single file, as stored": ("sd3.safetensors", "bfloat16"),
     "diffusers' folder, to float16": ("folder", "float16"),
@@ -40,11 +40,11 @@ CASES = {  # title: (where the weights are, the type they are read in)
 
 
 def write_random(folder: Path) -> None:
-    """The checkpoints that are loaded, one tensor after another, so that they fit beside other work."""
+    """Write the checkpoints that are loaded."""
     config = preset("sd3.5-medium")
     with torch.device("meta"):
         model = MMDiT(config).state_dict()
-    some = 0.02 * torch.randn(1 << 20, dtype=torch.bfloat16)  # and over again: the numbers are only moved
+    some = 0.02 * torch.randn(1 << 20, dtype=torch.bfloat16)  # repeated, as values do not matter
     ours = {name: some.repeat(-(-x.numel() // len(some)))[: x.numel()].view(x.shape) for name, x in model.items()}
     there = folder / "folder"
     write_json(there / "config.json", {"_class_name": "SD3Transformer2DModel", **config_to_diffusers(config)})
@@ -54,7 +54,7 @@ def write_random(folder: Path) -> None:
 
 
 def resident(kind: str) -> int:
-    """Bytes that this process holds now ("VmRSS"), or held at most ("VmHWM")."""
+    """Resident bytes of this process now ("VmRSS") or at its peak ("VmHWM")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
@@ -105,8 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--folder", type=Path, help="folder for 9.8 GB of weights, kept (default: a temporary one)")
-    parser.add_argument("--write", action="store_true", help="write the weights only")
-    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one row's case only")
+    parser.add_argument("--write", action="store_true", help="only write the weights")
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="only this case")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -124,7 +124,7 @@ def main() -> None:
             shutil.rmtree(folder)
     if arguments.write:
         return
-    about = f"`python -m benchmarks.loading` on {hardware()}: medians (least to most) of {arguments.repeats} runs."
+    about = f"`python -m benchmarks.loading` on {hardware()}: medians (minimum to maximum) of {arguments.repeats} runs."
     text = "\n".join(["# Loading", "", about, "", str(__doc__).split("\n\n")[-1].strip(), "", *rows])
     print(text)
     if arguments.out:

@@ -1,9 +1,9 @@
-"""Where the best learning rate of a small problem lies, at three widths, with muP and without.
+"""The best learning rate of a small problem at three widths, with muP and without.
 
     OMP_NUM_THREADS=1 python -m benchmarks.mup --out benchmarks/results/mup.md
 
-Each run is a fresh MMDiT of two blocks that learns drawn pictures of 32 x 32 pixels, 16 patches each, with the same
-pictures, times and noise; its loss is the mean of the last fifth of its steps.
+Each run trains a new MMDiT of two blocks on images of the drawn world, 32 x 32 pixels in 16 patches, with the same
+images, times and noise. Its loss is the mean over the last fifth of the steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Name = Literal["adamw", "muon"]
 
 
 def data(count: int = 512) -> tuple[Batch, Tokenizer]:
-    """Drawn pictures (count, 3, 32, 32) in [-1, 1], with captions."""
+    """Images of the drawn world (count, 3, 32, 32) in [-1, 1] with their captions, and a tokenizer."""
     world = ShapesWorld((32, 32), 0)
     samples = [world[i] for i in range(count)]
     captions = [caption for _, caption, _ in samples]
@@ -49,7 +49,7 @@ def data(count: int = 512) -> tuple[Batch, Tokenizer]:
 def final_loss(
     width: int, rate: float, base: int | None, name: Name, given: tuple[Batch, Tokenizer], steps: int, batch: int = 16
 ) -> float:
-    """Train a model of that width; base: the width of muP's base, None without. Infinite where it diverged."""
+    """The loss of a model of this width; base: muP's base width, or None without muP. Infinity if it diverged."""
     (pictures, tokens, _), tokenizer = given
     torch.manual_seed(0)
     trunk = MMDiT(
@@ -75,7 +75,7 @@ def final_loss(
 
 
 def sweep(widths: Sequence[int], rates: Sequence[float], name: Name, steps: int) -> dict[bool, dict[int, list[float]]]:
-    """Losses by (with muP?, width), one a rate."""
+    """Losses by whether muP was used and by width, one for each rate."""
     given = data()
     found: dict[bool, dict[int, list[float]]] = {False: {}, True: {}}
     for width in widths:
@@ -90,7 +90,7 @@ def sweep(widths: Sequence[int], rates: Sequence[float], name: Name, steps: int)
 
 
 def table(found: dict[bool, dict[int, list[float]]], rates: Sequence[float]) -> str:
-    """The losses as Markdown, the least of each row in bold."""
+    """The losses as a Markdown table, the least of each row in bold."""
     lines = ["| | width | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |"]
     lines.append("|" + "---|" * (len(rates) + 2))
     for scaled, rows in found.items():
@@ -101,7 +101,7 @@ def table(found: dict[bool, dict[int, list[float]]], rates: Sequence[float]) -> 
 
 
 def plot(found: dict[bool, dict[int, list[float]]], rates: Sequence[float], path: Path) -> None:
-    """Loss over rate, one line a width, without muP and with it side by side."""
+    """Plot loss over learning rate, a line for each width, without muP and with it."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, sharey=True)
@@ -123,7 +123,7 @@ def plot(found: dict[bool, dict[int, list[float]]], rates: Sequence[float], path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file; the plot goes beside it")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the plot goes beside it")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--steps", type=int, default=120)
     asked = parser.parse_args()

@@ -1,5 +1,5 @@
-"""What packing costs or saves on a CPU: a learning step of small models on the drawn world's short captions, with
-padding and without it, in milliseconds of the processor's time, which other work on the machine changes little.
+"""Packing compared with padding on a CPU: forward and backward of small models on the drawn world's short captions, in
+milliseconds of CPU time, which other work on the machine affects little.
 
     OMP_NUM_THREADS=1 python -m benchmarks.packing [--widths 32 128 384]
 """
@@ -24,7 +24,7 @@ DEPTHS = {32: 2, 128: 4, 384: 6}  # by width; 128 is the demo's
 
 
 def captioned(width: int, captions: list[str]) -> CaptionedMMDiT:
-    """A model of 64 image tokens with the demo's text encoder."""
+    """A model with 64 image tokens and the demo's text encoder."""
     text = demo().text
     words = TextConfig(**{name: getattr(text, name) for name in TextConfig.__dataclass_fields__})
     conditioner = LearnedText(words, Tokenizer.train(captions, text.vocab_size, text.max_length))
@@ -33,7 +33,7 @@ def captioned(width: int, captions: list[str]) -> CaptionedMMDiT:
     return CaptionedMMDiT(MMDiT(shape), conditioner)
 
 
-def learning(model: CaptionedMMDiT, captions: list[str], packed: bool, precision: torch.dtype) -> Callable[[], None]:
+def train_step(model: CaptionedMMDiT, captions: list[str], packed: bool, precision: torch.dtype) -> Callable[[], None]:
     """A forward and backward pass on 32 pictures."""
     objective, rest = make_objective(demo()), itertools.cycle(captions)
 
@@ -58,7 +58,7 @@ def main() -> None:
     for width in parser.parse_args().widths:
         model = captioned(width, captions)
         for name, precision in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            runs = {how: learning(model, captions, how == "packed", precision) for how in ("padded", "packed")}
+            runs = {how: train_step(model, captions, how == "packed", precision) for how in ("padded", "packed")}
             padded, packed = (1000 * found for found in seconds(runs, repeats=5).values())
             print(f"| {width} | {name} | {padded:.0f} | {packed:.0f} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""The picture of docs/samplers.md: schedules in the plane of alpha and sigma, and one trajectory seen on two of them.
+"""The figure of docs/samplers.md: schedules in the plane of alpha and sigma, and trajectories on two of them.
 
 python -m benchmarks.picture docs/samplers.png
 """
@@ -28,7 +28,7 @@ def main(path: str) -> None:
         c = schedule(t)
         plane.plot(c.alpha, c.sigma, label=name)
         time.plot(t, schedule.log_snr(t).clamp(-14, 14), label=name)
-    for log_snr in (-4.0, 0.0, 4.0):  # a line of equal log-SNR through the origin meets every path once
+    for log_snr in (-4.0, 0.0, 4.0):  # a ray of equal log-SNR meets every schedule's curve once
         slope = torch.exp(torch.tensor(-log_snr / 2)).item()
         plane.plot([0, min(1.0, 1 / slope)], [0, min(slope, 1.0)], color="0.8", linewidth=1)
     plane.set(xlabel="alpha", ylabel="sigma", title="paths; grey: equal log-SNR", aspect="equal")

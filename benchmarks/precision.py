@@ -1,12 +1,12 @@
-"""What half precision changes: forward pass, gradient and one step of AdamW beside float64, on a small MMDiT.
+"""The error of half precision: forward pass, gradient and one step of AdamW against float64, for a small MMDiT.
 
     python -m benchmarks.precision --out benchmarks/results/precision.md
 
-12 blocks of width 256 (4 heads), 64 image tokens, 32 text tokens, 8 pictures, QK-norm; weights Xavier, the modulations
-normal with 0.02, so that all blocks take part. Errors are norms of differences over norms, of all numbers together. A
-gradient counts as lost where it is 0 and that of float64 is not. fp16 is with the loss scaled by 2^16, as training
-does, by 2^0, and by 2^28, where it overflows. "packed": the samples in one row, as with training.packing. "weights in
-bf16 too": what is not done: weights and optimiser rounded.
+12 blocks of width 256 (4 heads), 64 image tokens, 32 text tokens, 8 pictures, QK-norm. Weights are Xavier and the
+modulations normal (std 0.02), so that no block is the identity. An error is the norm of the difference over the norm,
+of all numbers as one vector. A gradient is lost where it is 0 and that of float64 is not. fp16 has a loss scale of
+2^16, as in training, of 1, and of 2^28, which overflows. "packed": the samples in one sequence, as with
+training.packing. "weights in bf16 too", which training never does: weights and optimiser state in bf16.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def data() -> dict[str, Tensor]:
 
 
 def step(net: MMDiT, dtype: torch.dtype, scale: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
-    """v, gradients (float64, one vector) and the change of the weights by AdamW's first step with that gradient."""
+    """v, the loss, the gradient and the first update by AdamW with it, each as a float64 vector."""
     inputs = {name: x.to(net.dtype) if name != "t" else x for name, x in data().items()}
     target = inputs.pop("target")
     half = dtype in (torch.bfloat16, torch.float16)

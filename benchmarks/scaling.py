@@ -1,10 +1,10 @@
-"""From what one GPU was measured to do to many: step time, memory and network of the 2 B and 8 B models.
+"""Step time, memory and network traffic of the 2 B and 8 B models on many GPUs, extrapolated from one GPU.
 
     python -m benchmarks.scaling --out docs/scaling.md
 
-A calculation, not a measurement: every input is in `Assumptions`, every formula in a function of a few lines. torch
-counts the FLOPs on the real models without memory (meta device); the share of the peak that a step reaches, and the
-bytes of activations per token, are measured on one H100 (benchmarks/results/gpu.md).
+This is calculated, not measured. All inputs are in `Assumptions`, and each formula is a function of a few lines. FLOPs
+are counted by torch on the full models on the meta device; the utilisation of a training step and the bytes of
+activations per token are measured on one H100 (benchmarks/results/gpu.md).
 """
 
 import argparse
@@ -21,42 +21,42 @@ from training.optim import hidden_matrices
 
 PRESETS = {"2 B": "sd3-medium", "8 B": "sd3.5-large"}
 SHARDINGS = ("ddp", "fsdp", "hsdp")
-NOTE = """Pictures at once are those of one pass; more are accumulated, and gradients are sent once a step. A step takes
-at least the longer of work and network (full overlap) and at most their sum. The last column is what a GPU sends out of
-its node in the shortest step. fsdp shards over all GPUs, hsdp within each node of 8."""
-MUON = """What Muon adds to a step of AdamW: the seconds of its Newton-Schulz rounds, where each GPU computes all of
-them and where training/muon.py shares them out; and for each sharding what a GPU sends for this, and the seconds of
-that."""
+NOTE = """"Pictures at once" are those of one pass; gradients of several passes are accumulated and sent once a step. A
+step takes at least the longer of work and network (full overlap) and at most their sum. The last column is the rate at
+which a GPU sends to other nodes in the shortest step. fsdp shards over all GPUs, hsdp within each node of 8."""
+MUON = """What Muon adds to a step of AdamW: the seconds of its Newton-Schulz iterations where each GPU computes all of
+them, and where they are distributed as by training/muon.py; and for each sharding the traffic of a GPU for this, and
+its seconds."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the table rests on; GB are 10^9 bytes."""
+    """The inputs of the calculation; GB are 10^9 bytes."""
 
     peak: float = 989e12
     """FLOP/s of one GPU: H100 SXM, dense bf16, datasheet."""
     utilisation: float = 0.34
-    """Share of the peak that a whole step reaches, measured (33.8 and 35.0 % for 2 B on one H100)."""
+    """MFU of a training step, measured (33.8 and 35.0 % for 2 B on one H100)."""
     memory: float = 80e9
-    """Bytes of one GPU."""
+    """Bytes of memory of one GPU."""
     activation: float = 36.6
-    """Bytes of activations a token, block and channel: (59.4 GB - state) / (24 pictures x 589 tokens x 24 x 1536)."""
+    """Bytes of activations per token, block and channel: (59.4 GB - state) / (24 pictures x 589 tokens x 24 x 1536)."""
     inside: float = 450e9
-    """Bytes/s a GPU sends within a node of 8: NVLink 4, one direction, datasheet."""
+    """Bytes/s that a GPU sends within a node of 8: NVLink 4, one direction, datasheet."""
     outside: float = 50e9
-    """Bytes/s a GPU sends to other nodes: one 400 Gbit/s card each."""
+    """Bytes/s that a GPU sends to other nodes: one 400 Gbit/s network card per GPU."""
     text: int = 333
-    """Text tokens a picture: 77 of CLIP and 256 of T5."""
+    """Text tokens per picture: 77 of CLIP and 256 of T5."""
     image: int = 1024
-    """Image tokens a picture: 512 x 512 pixels."""
+    """Image tokens per picture: 512 x 512 pixels."""
     batch: int = 2048
-    """Pictures a step, of all GPUs together."""
+    """Pictures per step, of all GPUs together."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters, FLOPs of one picture's forward pass, blocks times width; numbers in Muon's matrices, FLOPs of a step
-    of these and of the dearest one.
+    """Parameters, FLOPs of the forward pass of one picture, depth times width; parameters in Muon's matrices, FLOPs of
+    Muon's step for all of these and for the most expensive one.
     """
 
     params: int
@@ -69,7 +69,7 @@ class Model:
 
 @cache
 def model(name: str, image: int, text: int) -> Model:
-    """Counted on a model without memory."""
+    """Counted on a model on the meta device."""
     config, side = mmdit.preset(name), int(image**0.5) * 2
     with torch.device("meta"):
         trunk = mmdit.MMDiT(config)
@@ -84,29 +84,29 @@ def model(name: str, image: int, text: int) -> Model:
 
 
 def compute(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
-    """Seconds of a GPU's own work: a forward pass, two for the backward pass, and one more where it recomputes."""
+    """Seconds of computation on a GPU: a forward pass, two for the backward pass, and one more with recomputation."""
     return pictures * m.flops * (4 if recompute else 3) / (a.peak * a.utilisation)
 
 
 def state(m: Model, gpus: int, sharding: str) -> float:
-    """Bytes of weights, gradients, Adam's two moments and the average, 4 each; sharded over all GPUs, or a node's 8."""
+    """Bytes of weights, gradients, Adam's two moments and the average, 4 each, over the number of shards."""
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(8, gpus)}[sharding]
     gathered = 0 if sharding == "ddp" else 2 * 2 * m.params / (m.depth_width**0.5)  # two blocks in bf16, about
     return 20 * m.params / shards + gathered
 
 
 def activations(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
-    """Bytes kept for the backward pass: all, or with recomputing each block's input (two bytes) and one block's own."""
+    """Bytes kept for the backward pass: all, or with recomputation each block's input in bf16 and all of one block."""
     tokens = pictures * (a.image + a.text)
     return tokens * (2 * m.depth_width + a.activation * 3000 if recompute else a.activation * m.depth_width)
 
 
 def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
-    """Bytes that one GPU sends a step (within its node, to other nodes).
+    """Bytes that one GPU sends in a step (within its node, to other nodes).
 
-    A ring over n sends (n - 1) / n of what is gathered or reduced, once each. ddp: gradients in fp32 are reduced and
-    gathered; fsdp: weights in bf16 gathered twice, gradients reduced in fp32, over all; hsdp: the same within a node,
-    and an eighth of the gradients reduced and gathered between nodes.
+    In a ring of n each GPU sends (n - 1) / n of the data in an all-gather or a reduce-scatter. ddp: all-reduce of
+    gradients in fp32 (both); fsdp: two all-gathers of weights in bf16 and a reduce-scatter of gradients in fp32, over
+    all GPUs; hsdp: the same within a node, and an all-reduce of an eighth of the gradients between nodes.
     """
     p, n = m.params, gpus
     ring, within, nodes = (n - 1) / n, (min(8, n) - 1) / min(8, n), max(1, n // 8)
@@ -118,15 +118,15 @@ def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
 
 
 def orthogonal(m: Model, gpus: int, a: Assumptions) -> float:
-    """Seconds of Newton-Schulz rounds on each GPU, which does 1 / n of them, one matrix at least: 4 rounds of an m x n
-    matrix, m <= n, take 8 m^2 (2 n + m) FLOPs.
+    """Seconds of Newton-Schulz iterations on each GPU, which has 1 / n of the work, and at least one matrix: 4
+    iterations for an m x n matrix, m <= n, take 8 m^2 (2 n + m) FLOPs.
     """
     return max(m.rounds / gpus, m.dearest) / (a.peak * a.utilisation)
 
 
 def muon_traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:
-    """Bytes that one GPU sends for these rounds (within its node, to other nodes), of M numbers in bf16: ddp gathers
-    all results in a ring; fsdp sends its M / n to the owners, and back; hsdp does so within a node for the matrices
+    """Bytes that one GPU sends for this (within its node, to other nodes), of M numbers in bf16: ddp gathers all
+    results in a ring; fsdp sends its M / n to the owners, and back; hsdp does so within a node for the matrices
     that the node owns, then gathers its eighth of the others from the other nodes.
     """
     size, n = 2 * m.inner, gpus
@@ -149,7 +149,7 @@ def muon_row(name: str, gpus: int, a: Assumptions) -> str:
 
 
 def row(name: str, gpus: int, sharding: str, a: Assumptions) -> str:
-    """The largest number of pictures at a time that fits, with recomputing only where it must, and what follows."""
+    """A row of the table: as many pictures at once as fit, with recomputation only where it is needed."""
     m, mine = model(PRESETS[name], a.image, a.text), a.batch / gpus
     free = 0.9 * a.memory - state(m, gpus, sharding)
     fits = [(again, int(free // activations(m, 1, again, a))) for again in (False, True)]
@@ -177,7 +177,7 @@ def page(a: Assumptions) -> str:
     for name, key in PRESETS.items():
         m = model(key, a.image, a.text)
         lines.append(
-            f"\n{name}: {m.params / 1e9:.3f} B parameters; {m.flops / 1e12:.2f} TFLOP a picture and forward pass."
+            f"\n{name}: {m.params / 1e9:.3f} B parameters; {m.flops / 1e12:.2f} TFLOP per picture and forward pass."
         )
     formulas = (compute, state, activations, traffic, orthogonal, muon_traffic)
     said = [f"- **{f.__name__.replace('_', ' ')}**: {' '.join(str(f.__doc__).split())}" for f in formulas]

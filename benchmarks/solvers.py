@@ -1,15 +1,15 @@
-"""Error over network evaluations of our solvers, diffusers' schedulers and k-diffusion, on exactly known fields.
+"""Error over network evaluations of our solvers, diffusers' schedulers and k-diffusion, on fields known exactly.
 
     python -m benchmarks.solvers                        # both mixtures, 4 to 64 evaluations: tables on standard output
     python -m benchmarks.solvers --out benchmarks/results/solvers          # and solvers.md, solvers.png
     python -m benchmarks.solvers --k-diffusion FOLDER   # k-diffusion too: pip install --no-deps --target FOLDER
                                                         #   k-diffusion torchdiffeq torchsde trampoline
-    python -m benchmarks.solvers --overhead             # time of a step without the network, ours beside theirs
+    python -m benchmarks.solvers --overhead             # time of a step without the network, ours and theirs
 
-The error is the distance, per number, between the end of a sampled path and that of the exact one from the same noise
-(classical Runge-Kutta with many steps in float64), in units of the data's deviation: its root mean square over paths
-and, since one path that ends in another mode outweighs all others in that, its median. Beside it the sliced
-Wasserstein distance between the two sets of ends, which forgives a path for ending at another's place.
+The error of a path is the root mean square distance between its end and that of the exact path from the same noise
+(classical Runge-Kutta with many steps in float64), in units of the data's standard deviation. The tables have its root
+mean square over paths, its median, as a few paths that end in another mode dominate the former, and the sliced
+Wasserstein distance between the two sets of ends, which does not depend on which path ends where.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from tests.oracles import Mixture
 FLOW = RectifiedFlow()
 BUDGETS = (4, 6, 8, 10, 16, 20, 32, 64)
 METRICS = ("root mean square", "median", "sliced Wasserstein")
-Errors = dict[str, list[list[float]]]  # of each method, at each budget, in each metric
+Errors = dict[str, list[list[float]]]  # by method: for each budget its error in each metric
 
 
 def ring(modes: int = 8, dims: int = 2, std: float = 0.08) -> Mixture:
-    """Modes on a circle in the first two dimensions (dims = 2), or at random places; unit deviation or near it."""
+    """A mixture with its modes on a circle (dims = 2) or at random points; its standard deviation is about 1."""
     g = torch.Generator().manual_seed(0)
     angle = torch.arange(modes, dtype=torch.float64) * 2 * math.pi / modes
     means = torch.stack((angle.cos(), angle.sin()), 1) * 2**0.5
@@ -49,7 +49,7 @@ def ring(modes: int = 8, dims: int = 2, std: float = 0.08) -> Mixture:
 
 
 def shifted(shift: float, power: float = 1.0) -> Callable[[int], Tensor]:
-    """The uniform grid to a power, above 1 with smaller steps near the data, and shifted."""
+    """The uniform grid raised to a power, which if above 1 makes steps near the data smaller, and shifted."""
     return lambda n: shift_time(uniform(n) ** power, shift)
 
 
@@ -95,7 +95,7 @@ METHODS: dict[str, Solver] = {
 
 
 def theirs(name: str, budget: int, field: Field, x: Tensor, **options: object) -> Tensor:
-    """The samples of a scheduler of diffusers on its flow sigmas."""
+    """Samples by one of diffusers' schedulers on its own flow sigmas."""
     import diffusers
 
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ SIGMA_MAX = 80.0
 
 
 def of_k_diffusion(folder: str, data: Mixture, x: Tensor, error: Callable[[Tensor, Tensor], list[float]]) -> Errors:
-    """Its samplers on sigmas 80 ... 0, from 80 times the same noise; the exact path is that from there."""
+    """Errors of its samplers on sigmas 80 to 0, from 80 times the same noise x; the exact path starts there too."""
     sampling, field = k_diffusion(folder), data.field(EDM(SIGMA_MAX))
     start = SIGMA_MAX * x
     exact = sample(field, start, "rk4", grid=grids.cosine(250, EDM(SIGMA_MAX))).x
@@ -157,7 +157,7 @@ def of_k_diffusion(folder: str, data: Mixture, x: Tensor, error: Callable[[Tenso
 
 
 def errors(data: Mixture, batch: int, k_folder: str | None = None) -> tuple[Errors, Errors]:
-    """Of every method and grid of ours and of every scheduler of theirs, the errors at each budget."""
+    """(errors of our methods on each grid, errors of the other libraries') at each budget."""
     g = torch.Generator().manual_seed(1)
     dims = data.means.shape[1]
     x = torch.randn(batch, dims, generator=g, dtype=torch.float64)
@@ -191,12 +191,12 @@ def row(name: str, values: Sequence[float], form: str = ".2e") -> str:
 
 
 def best(table: Errors, metric: int) -> list[float]:
-    """The least error at each budget."""
+    """The smallest error at each budget."""
     return [min(rows[i][metric] for rows in table.values()) for i in range(len(BUDGETS))]
 
 
 def ranked(table: Errors, metric: int) -> list[str]:
-    """Names by the geometric mean of the errors."""
+    """Names in the order of the geometric mean of their errors over budgets."""
     return sorted(table, key=lambda name: math.prod(one[metric] for one in table[name]))
 
 
@@ -247,10 +247,11 @@ OVERHEAD: dict[str, tuple[Solver, str, dict[str, object]]] = {
 
 
 def overhead(dtype: torch.dtype, steps: int = 20, repeats: int = 25) -> str:
-    """Milliseconds of a step on (8, 16, 64, 64) latents with a network that returns a fixed tensor.
+    """Milliseconds of a step on (8, 16, 64, 64) latents with a network that returns a constant tensor.
 
-    Ours is all of `sample`, its setting up and its look for NaN included, over the number of steps; theirs is the time
-    within scheduler.step alone. By turns; the median, and the least, which other work on the machine hardly moves.
+    Ours is the time of `sample`, with its setup and check for NaN, over the number of steps; theirs is the time within
+    scheduler.step. Both alternate; the table has medians, and the ratio of the minima, which other work on the machine
+    affects little.
     """
     import diffusers
 
@@ -272,7 +273,7 @@ def overhead(dtype: torch.dtype, steps: int = 20, repeats: int = 25) -> str:
             begin = time.perf_counter()
             y = made.step(v, t, y, return_dict=False)[0]
             spent += time.perf_counter() - begin
-        return spent / steps * 1e3  # two calls of Heun's scheduler are one of our steps
+        return spent / steps * 1e3  # two calls of Heun's scheduler are one step of ours
 
     title = f"\n## Latents in {str(dtype).removeprefix('torch.')}\n"
     lines = [

@@ -1,4 +1,4 @@
-"""What telemetry costs: the time in its own calls, over that of the steps of a preset's training.
+"""The cost of telemetry: the time spent in its calls, as a share of the training steps of a preset.
 
 python -m benchmarks.telemetry [PRESET] [--steps N] [KEY=VALUE ...]
 """
@@ -17,7 +17,7 @@ from training.trainer import Trainer
 
 
 def measure(preset: str, steps: int, settings: list[str]) -> dict[str, float]:
-    """Seconds a step, and of them those of each call of telemetry; batches are fetched before the clock starts."""
+    """Seconds of a step ("step"), and per step those in each call of telemetry; batches are fetched beforehand."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(preset, [f"training.out={Path(folder) / 'run'}", "data.num_samples=2000", *settings])
         trainer = Trainer(config, RunFolder.create(config.run_folder, config))

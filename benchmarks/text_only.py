@@ -1,11 +1,11 @@
-"""What it costs the text that one trunk learns images too: a run's model beside a language model of the same size.
+"""What learning images costs a trunk in text: a run's model compared with a language model of the same size.
 
     python -m benchmarks.text_only runs/transfusion-demo
 
-The same trunk is trained afresh on the run's captions alone (and on its text, where it has any, in the same share): the
-same tokenizer, optimiser, steps and batch, every document a caption and the end. Both are then asked for the same
-held-out captions: nats a token, each token after those before it, and the caption's end, which is the end token here
-and the picture's beginning there.
+The same trunk is trained from scratch on the run's captions alone (and on its text, if it has any, in the same
+proportion), with the same tokenizer, optimiser, steps and batch size; a document is a caption and the end token. Both
+models are then evaluated on the same held-out captions by the cross-entropy in nats per token. It includes the end of a
+caption, which is the end token for the language model and the begin-of-image token for the run's.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from training.run import RunFolder
 
 
 def captions(config: TrainConfig, pipe: TextToImage) -> tuple[list[str], list[str]]:
-    """(training captions, held-out captions) of a run's data; samples without one are left out."""
+    """(training captions, held-out captions) of a run's data, without samples that have none."""
     data = config.data
     source = open_source(data.source, data.image_size, pipe.step, data.num_samples, config.seed)
     training, held_out = split_by_key(source, data.held_out)
@@ -53,7 +53,7 @@ def rows(tokens: Tokens) -> list[Tensor]:
 
 @torch.no_grad()
 def nats(model: CaptionedTransfusion, held_out: list[str], ends_with: int, size: int) -> float:
-    """Nats a token of captions alone, their end being the token `ends_with`."""
+    """Cross-entropy of captions without images, in nats per token; each ends with the token `ends_with`."""
     total, count = 0.0, 0
     for first in range(0, len(held_out), size):
         tokens = model.conditioner.tokenize(held_out[first : first + size])
@@ -67,7 +67,7 @@ def nats(model: CaptionedTransfusion, held_out: list[str], ends_with: int, size:
 
 
 def batches(config: TrainConfig, pipe: TextToImage, training: list[str]) -> Iterator[list[list[Tensor]]]:
-    """Documents of each step: captions in the run's order of samples, and pieces of its text, if it has any."""
+    """The documents of each step: captions in the order of the run, and pieces of its text, if it has any."""
     words, cpu = pipe.model.conditioner, torch.device("cpu")
     tokens, num_text = words.tokenize(training), config.text_documents
     num = config.training.batch_size - num_text
@@ -83,7 +83,7 @@ def batches(config: TrainConfig, pipe: TextToImage, training: list[str]) -> Iter
 
 
 def train(config: TrainConfig, pipe: TextToImage, training: list[str]) -> CaptionedTransfusion:
-    """The run's trunk trained afresh on documents of text; its averaged weights."""
+    """The run's trunk trained from scratch on text alone, with averaged weights."""
     device = pipe.model.transformer.device
     torch.manual_seed(config.seed)
     own = CaptionedTransfusion(Transfusion(pipe.model.transformer.config), pipe.model.conditioner).to(device)
@@ -115,8 +115,10 @@ def train(config: TrainConfig, pipe: TextToImage, training: list[str]) -> Captio
 
 
 def compare(run: str | Path) -> dict[str, float]:
-    """Nats a token of the run's held-out captions, by its model and by one of text alone. Raises ValueError for a run
-    of images alone, and where no caption is held out."""
+    """Nats per token of the run's held-out captions, by its model and by one trained on text alone.
+
+    Raises ValueError for a run of images alone, and if no caption is held out.
+    """
     config = RunFolder.open(run).config()
     pipe = TextToImage.load(run, None if config.training.device == "auto" else config.training.device)
     if not isinstance(pipe, TransfusionPipeline):

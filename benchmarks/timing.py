@@ -1,4 +1,4 @@
-"""Times of several things by turns, and the name of the machine, for benchmarks."""
+"""Timing of several functions in turn, and the name of the hardware, for benchmarks."""
 
 import platform
 import statistics
@@ -12,7 +12,7 @@ import torch
 def seconds(
     runs: Mapping[str, Callable[[], object]], repeats: int = 7, warm: int = 3, cuda: bool = False
 ) -> dict[str, float]:
-    """Median seconds of each, run in turn; of a CUDA device's work if `cuda`."""
+    """Median seconds of each of `runs`, run in turn; of its work on the CUDA device if `cuda`."""
     clock = _on_gpu if cuda else on_cpu
     for run in runs.values():
         for _ in range(warm):
@@ -34,7 +34,7 @@ def _on_gpu(run: Callable[[], object]) -> float:
 
 
 def on_cpu(run: Callable[[], object]) -> float:
-    """On one thread the processor's time, in which other work on the machine does not count."""
+    """Seconds of a run: CPU time if torch has one thread, as other work on the machine affects it less."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     run()
@@ -42,7 +42,7 @@ def on_cpu(run: Callable[[], object]) -> float:
 
 
 def hardware() -> str:
-    """The processor and what torch runs on."""
+    """The CPU, the number of threads and the version of torch."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

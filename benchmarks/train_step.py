@@ -1,20 +1,20 @@
-"""A whole training step of our MMDiT beside diffusers' transformer in a plain loop, on a CPU in fp32.
+"""A training step of our MMDiT compared with diffusers' transformer in a plain loop, on a CPU in fp32.
 
     python -m benchmarks.train_step --out benchmarks/results/train_step.md
 
-Width 384, 12 blocks, QK-norm, the same weights, 4 latents of 256 tokens a step, 333 text tokens (SD3's 77 of CLIP and
+Width 384, 12 blocks, QK-norm, the same weights, 4 latents of 256 tokens per step, 333 text tokens (SD3's 77 of CLIP and
 256 of T5). A step is forward, backward, gradient clipping, optimizer and moving average. Diffusers' is the loop of its
-training examples: the flow-matching loss, `torch.optim.AdamW`, `clip_grad_norm_`, its `EMAModel`. Ours is what the
-trainer runs. Rows "all 333 real": every text token counts, so that neither has an advantage. Rows "real lengths": half
-of the captions are short and half long (log-normal about 12 and 90 tokens, as original and synthetic captions are), at
-most 333; diffusers attends to the padding, as SD3 does, ours packs what is real in one row.
+training examples: the flow-matching loss, `torch.optim.AdamW`, `clip_grad_norm_` and its `EMAModel`. Ours is the
+trainer's. Rows "all 333 real": there is no padding, so that packing has no advantage. Rows "real lengths": half of the
+captions are short and half long (log-normal with medians of 12 and 90 tokens, as original and synthetic captions have),
+at most 333; diffusers attends to the padding, as SD3 does, and ours packs the tokens without padding into one sequence.
 
-Each runs in a process of its own, step by step in turn, medians. The trainer keeps on a CPU the memory that a step has
-freed (`mmdit.memory`); "memory kept" is diffusers' loop with that too. Compiled means `torch.compile` of each block.
-The share of the peak is the step's FLOPs, by torch's own counter, of the tokens that are computed, over time and what a
-matrix product of 2048 gets.
-The second table says by torch's profiler where the time of eager steps goes, all 333 tokens real, and what share of the
-peak each kind of kernel reaches. "The rest" is norms, modulations, GELU, copies, clipping, optimizer and average.
+Each loop runs in a process of its own; steps alternate, and times are medians. On a CPU the trainer keeps the memory
+that a step has freed (`mmdit.memory`); "memory kept" is diffusers' loop with that too. Compiled means `torch.compile`
+of each block. The share of the peak is the FLOPs of a step by torch's FLOP counter, padding included where it is
+computed, over the time and the FLOP/s of a matrix product of size 2048.
+The second table has the time of eager steps by kind of kernel, by torch's profiler, without padding, and the share of
+the peak of each kind. "The rest" is norms, modulations, GELU, copies, clipping, optimizer and average.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from training.config import OptimizerConfig
 from training.ema import update_ema
 from training.optim import make_optimizer
 
-BATCH, SIDE, TEXT, KINDS = 4, 32, 333, 6  # samples, latent side, text tokens, batches that are gone through
+BATCH, SIDE, TEXT, KINDS = 4, 32, 333, 6  # samples, latent side, text tokens, number of different batches
 
 
 @dataclass(frozen=True)
 class Given:
-    """A batch: x_0 and noise (B, C, h, w), t (B,), context (B, L, D), pooled, and which text tokens are real (B, L)."""
+    """A batch: x_0 and eps (B, C, h, w), t (B,), context (B, L, D), pooled (B, P), and the text mask real (B, L)."""
 
     x_0: Tensor
     eps: Tensor
@@ -127,13 +127,13 @@ def their_step(compiled: bool) -> Callable[[Given], None]:
 
 
 def peak(size: int = 2048) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a matrix product of square matrices."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / seconds({"": lambda: a @ b}, 7)[""]
 
 
 def kind_of(kernel: str) -> str:
-    """Of torch's name for it."""
+    """The kind of a kernel, by the name that torch gives it."""
     kernel = kernel.replace(".", "::")
     if "scaled_dot_product" in kernel or kernel == "aten::bmm":
         return "attention"
@@ -142,7 +142,7 @@ def kind_of(kernel: str) -> str:
 
 
 def flops(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
-    """FLOPs of a step by kind of kernel, the mean over batches; those of attention by its formula, which is counted."""
+    """Mean FLOPs of a step by kind of kernel; attention runs by its formula here, as the counter needs."""
     found: Counter[str] = Counter()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for one in given:
@@ -153,7 +153,7 @@ def flops(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
 
 
 def parts(step: Callable[[Given], None], given: list[Given]) -> Counter[str]:
-    """Seconds of a step by kind of kernel, the mean over batches; what the profiler adds is in them."""
+    """Mean seconds of a step by kind of kernel, with the overhead of the profiler."""
     found: Counter[str] = Counter()
     step(given[0])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -169,7 +169,7 @@ LOOPS = ("ours", "diffusers", "memory kept")
 
 @contextmanager
 def loop(name: str, compiled: bool, real_lengths: bool) -> Iterator[Connection]:
-    """A training loop in a process of its own; it answers what it is asked for, "step" or "parts"."""
+    """A training loop in a new process: "step" is answered with a step's seconds, "parts" with those by kind."""
     ours_end, theirs_end = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_answer, args=(theirs_end, name, compiled, real_lengths), daemon=True)
@@ -183,17 +183,17 @@ def loop(name: str, compiled: bool, real_lengths: bool) -> Iterator[Connection]:
 
 
 def _answer(asked: Connection, name: str, compiled: bool, real_lengths: bool) -> None:
-    torch._dynamo.config.recompile_limit = 64  # all blocks are one function to it, asked for in many shapes
+    torch._dynamo.config.recompile_limit = 64  # the blocks share one function, which is compiled for many shapes
     given = batches(real_lengths)
     step = our_step(compiled, real_lengths) if name == "ours" else their_step(compiled)
     with nullcontext() if name == "diffusers" else keeping_memory(torch.device("cpu")):
-        run = _goes_through(step, given)
+        run = _cycling(step, given)
         while True:
             asked.send(on_cpu(run) if asked.recv() == "step" else parts(step, given))
 
 
 def timed(compiled: bool, real_lengths: bool, repeats: int) -> dict[str, float]:
-    """Median seconds of a step of each loop, in turn."""
+    """Median seconds of a step of each loop; steps alternate."""
     with ExitStack() as stack:
         asked = {name: stack.enter_context(loop(name, compiled, real_lengths)) for name in LOOPS}
         times: dict[str, list[float]] = {name: [] for name in LOOPS}
@@ -233,11 +233,11 @@ def table(repeats: int) -> list[str]:
             lines.append(f"| {title} | {how} | {t['ours']:.3f} | {seconds_and_ratios} | {' | '.join(share)} |")
             print(lines[-1], flush=True)
     mean = sum(int(one.real.sum()) for one in batches(True)) / (KINDS * BATCH)
-    return [*lines, f"\nReal captions have {mean:.0f} tokens in the mean.\n", *where(profiled(), work[False], best)]
+    return [*lines, f"\nReal captions have {mean:.0f} tokens on average.\n", *where(profiled(), work[False], best)]
 
 
 def where(took: dict[str, Counter[str]], counted: dict[str, Counter[str]], best: float) -> list[str]:
-    """Table of seconds, shares of the time and shares of the peak by kind of kernel."""
+    """The table of seconds, shares of the time and shares of the peak by kind of kernel."""
     lines = ["| | ours, s | of the time | of the peak | diffusers, s | of the time | of the peak |", "|---" * 7 + "|"]
     for kind in ("matrix products", "attention", "the rest"):
         cells = []
@@ -248,7 +248,7 @@ def where(took: dict[str, Counter[str]], counted: dict[str, Counter[str]], best:
     return lines
 
 
-def _goes_through(step: Callable[[Given], None], given: list[Given]) -> Callable[[], None]:
+def _cycling(step: Callable[[Given], None], given: list[Given]) -> Callable[[], None]:
     turn: Iterator[Given] = cycle(given)
     return lambda: step(next(turn))
 

@@ -1,11 +1,11 @@
-"""Solvers on a trained model: how near each comes to the exact picture, and what its pictures score.
+"""Solvers on a trained model: the distance to the exact solution, and the score of the pictures.
 
     python -m benchmarks.trained runs/demo --out benchmarks/results/trained.md
 
-All start from the same noise with the run's guidance and shift. A budget counts network evaluations a picture, a
-guided one as two; a solver takes as many steps as fit. The distance is the root mean square over pixels, of 255, to the
-picture of Heun's method with many steps (for solvers of the ODE alone: the others draw noise on the way); the score is
-the mean of ShapesEval's six questions.
+All start from the same noise, with the run's guidance and shift. A budget is the number of network evaluations per
+picture, where a guided one counts as two; a solver takes as many steps as fit into it. The distance is the root mean
+square over pixels, of 255, to the picture by Heun's method with many steps (for ODE solvers only, as the others add
+noise); the score is the mean of ShapesEval's six questions.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MOST_STEPS = 64
 
 
 def evaluations(pipe: TextToImage, solver: str, num_steps: int) -> int:
-    """Network evaluations a picture."""
+    """Network evaluations per picture."""
     counted = [0]
 
     def count(progress: Progress) -> None:
@@ -84,7 +84,7 @@ def table(pipe: TextToImage, budgets: list[int], prompts_per_question: int) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder of mmdit train, of the drawn world")
+    parser.add_argument("run", type=Path, help="run folder of mmdit train on the drawn world")
     parser.add_argument("--budgets", type=int, nargs="+", default=[12, 20, 29])
     parser.add_argument("--prompts-per-question", type=int, default=32)
     parser.add_argument("--out", type=Path, help="Markdown file to write")

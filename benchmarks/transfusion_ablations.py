@@ -2,14 +2,14 @@
 
     python -m benchmarks.transfusion_ablations --runs runs/ablations --out benchmarks/results/transfusion_ablations.md
 
-Every variant differs from the base in what its name says, and is trained with each seed as `mmdit train` would, into a
-run folder of its own; what is finished is not trained again. A process takes one core. Measured on held-out samples of
-the drawn world: the loss of the image (mean over fixed times), nats a token of captions alone and after their picture,
-the mean of ShapesEval's six questions, and the share of pictures that are rightly described.
+Each variant differs from the base as its name says, and is trained with each seed as by `mmdit train`, into a run
+folder of its own; finished runs are not trained again. A process uses one core. Measured on held-out samples of the
+drawn world: the image loss (mean over fixed times), nats per token of captions alone and after their picture, the mean
+of ShapesEval's six questions, and the share of pictures that are described correctly.
 
-The U-Nets have 128 channels where they meet the trunk, whatever the patch. The paper's findings are asked of each
-measure by sign. "agrees" or "disagrees" wants the seeds of both sides apart: the difference of the means beyond both
-spreads (largest less smallest) halved and added.
+The U-Nets have 128 channels at the trunk for every patch size. Each claim of the paper is tested on each measure by
+the sign of the difference of the means. It "agrees" or "disagrees" only if this difference exceeds the mean of both
+sides' ranges over seeds (largest less smallest), else there is no clear difference.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-MEASURES = {  # in scores.json, and whether more is better
+MEASURES = {  # key in scores.json: (title, whether more is better)
     "validation_loss": ("image loss", False),
     "validation_text": ("nats alone", False),
     "validation_caption": ("nats after picture", False),
@@ -54,7 +54,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper says that `better` does better than `worse` in some measures."""
+    """A claim that the variant `better` is better than `worse` in some measures."""
 
     source: str
     better: str
@@ -94,7 +94,7 @@ Results = dict[str, list[dict[str, float]]]
 
 
 def table(results: Results) -> list[str]:
-    """Mean and spread of every variant in every measure."""
+    """The table of mean and range over seeds, by variant and measure."""
     lines = ["| variant | " + " | ".join(name for name, _ in MEASURES.values()) + " |", "|---" * 6 + "|"]
     for name, rows in results.items():
         cells = []
@@ -106,7 +106,7 @@ def table(results: Results) -> list[str]:
 
 
 def verdicts(results: Results) -> list[str]:
-    """Whether each claim holds here."""
+    """The table of whether each claim holds here."""
     lines = ["| claim | measure | better side | other side | here |", "|---|---|---|---|---|"]
     for claim in CLAIMS:
         for measure in claim.measures:
@@ -125,7 +125,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel a measure, a row a variant, a dot a seed."""
+    """Plot the results: a panel for each measure, a row for each variant, a dot for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,13 +148,13 @@ def plot(results: Results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the run folders")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder that holds the run folders")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--plot", type=Path, help="plot to write")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]

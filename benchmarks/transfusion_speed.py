@@ -1,21 +1,21 @@
-"""Speed of the model of text and images, on the CPU: beside transfusion-pytorch, and packed beside padded.
+"""Speed of the model of text and images on a CPU, compared with transfusion-pytorch; and packing compared with padding.
 
     python -m benchmarks.transfusion_speed --out benchmarks/results/transfusion_speed.md --data shapes=shapes:2000
-    python -m benchmarks.transfusion_speed --transfusion-pytorch FOLDER   # beside it: pip install --no-deps --target
+    python -m benchmarks.transfusion_speed --transfusion-pytorch FOLDER   # with it: pip install --no-deps --target
                         #   FOLDER transfusion-pytorch axial-positional-embedding beartype einx ema-pytorch frozendict
                         #   jaxtyping loguru rotary-embedding-torch torch-einops-utils torchdiffeq wadler-lindig
 
-Both models have 12 blocks of width 384 with 6 heads, MLPs of as many weights, 4096 tokens, latents (16, 16, 16) of 256
-patches, fp32. Theirs is made and called as its README says, with its cache. It modulates every patch, ours adds the
-time to it; "time as adaLN" is ours with patches modulated. A training step is forward, backward and fused AdamW, of 410
-tokens a document on both sides. Tokens are written greedily. Images are drawn by Euler's method in as many evaluations;
-ours makes one more, of the finished image.
+Both models have 12 blocks of width 384 with 6 heads, MLPs with equally many weights, a vocabulary of 4096, latents
+(16, 16, 16) of 256 patches, and fp32. Theirs is built and called as in its README, with its KV cache. It modulates
+patches by the time, where ours adds a time embedding to them; "time as adaLN" is ours with modulation. A training step
+is forward, backward and fused AdamW, with 410 tokens per document in both. Decoding of text is greedy. Images are
+sampled by Euler's method with equally many evaluations; ours adds one, of the finished image.
 
-Packed is beside padded: forward and backward of 16 documents of a caption and an image of 64 patches, and the same with
-every document padded to the longest through all blocks; tokens are means of 200 batches, seconds those of two.
+Packed and padded are forward and backward of 16 documents of a caption and an image of 64 patches, the latter with
+every document padded to the longest in all blocks. Tokens are means over 200 batches, seconds are of two batches.
 
-Times are medians, measured by turns in one process. With OMP_NUM_THREADS=1 they are the processor's, in which other
-work on the machine does not count.
+Times are medians of alternating runs in one process. With OMP_NUM_THREADS=1 they are CPU time, which other work on the
+machine affects less.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from training.objectives import TextAndImages
 from training.time_density import Uniform
 
 VOCABULARY, CHANNELS, SIDE, TEXT, BATCH = 4096, 16, 16, 154, 4
-PROMPT, NEW, STEPS = 16, 64, 16  # tokens read and written, and steps of an image
-DOCUMENTS = 16  # packed, of a caption and an image of 64 patches
-OWN_TOKENS = 134  # of transfusion-pytorch, beyond the text's
+PROMPT, NEW, STEPS = 16, 64, 16  # tokens of a prompt, new tokens, steps of sampling an image
+DOCUMENTS = 16  # per packed batch, each a caption and an image of 64 patches
+OWN_TOKENS = 134  # special tokens of transfusion-pytorch
 OBJECTIVE = TextAndImages(Uniform())
 Runs = dict[str, Callable[[], object]]
 
@@ -56,13 +56,13 @@ def ours(**settings: Any) -> Transfusion:
     torch.manual_seed(0)
     model = Transfusion(TransfusionConfig(VOCABULARY, CHANNELS, patch_size=1, depth=12, num_heads=6, **settings))
     for parameter in model.parameters():
-        if not parameter.any():  # a new block is the identity
+        if not parameter.any():  # or each block would be the identity
             nn.init.normal_(parameter, std=0.02)
     return model
 
 
 def theirs(folder: str) -> Any:
-    """Its own defaults but for the shape, and Euler's method, whose evaluations can be counted."""
+    """transfusion-pytorch with its defaults except for the shape, and Euler's method, whose evaluations are known."""
     sys.path.append(folder)
     peer = importlib.import_module("transfusion_pytorch.transfusion")
     peer.tqdm = partial(peer.tqdm, disable=True)
@@ -95,7 +95,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def compiled(model: Transfusion) -> Transfusion:
-    """As the trainer compiles."""
+    """A copy with its blocks compiled as by the trainer."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.compile(dynamic=True)
@@ -103,7 +103,7 @@ def compiled(model: Transfusion) -> Transfusion:
 
 
 def training(peer: Any) -> Runs:
-    """One step of 4 documents of 154 tokens of text, those around the image and the end counted, and 256 patches."""
+    """A training step of 4 documents of 154 text tokens, with those around the image and the end, and 256 patches."""
     generator, latents = torch.Generator().manual_seed(0), torch.randn(BATCH, CHANNELS, SIDE, SIDE)
     models = {"ours": ours(), "ours, time as adaLN": ours(time="image"), "ours, compiled": compiled(ours())}
     batch = ours().pack([[words(TEXT - 3), latent, torch.tensor([1])] for latent in latents])
@@ -111,14 +111,14 @@ def training(peer: Any) -> Runs:
         name: step(model, lambda model=model: OBJECTIVE(model, batch, generator).total)
         for name, model in models.items()
     }
-    if peer is not None:  # it puts 9 tokens more around a document that is learnt
+    if peer is not None:  # which adds 9 tokens to a training document
         given = [[words(TEXT - 9), latent] for latent in latents]
         runs["transfusion-pytorch"] = step(peer, lambda: peer(given))
     return runs
 
 
 def writing(model: Transfusion, peer: Any, num: int) -> Runs:
-    """64 tokens, the likeliest each, after prompts of 16."""
+    """Greedy decoding of 64 tokens after prompts of 16."""
     prompts = torch.stack([words(PROMPT) for _ in range(num)])
     greedy = TextSampling(temperature=0)
     runs: Runs = {"ours": lambda: model.generate([[p] for p in prompts], max_tokens=NEW, max_images=0, text=greedy)}
@@ -130,7 +130,7 @@ def writing(model: Transfusion, peer: Any, num: int) -> Runs:
 
 
 def drawing(model: Transfusion, peer: Any, num: int, guidance: float) -> Runs:
-    """An image after each prompt, 16 steps of Euler's method; ours reads it once more, when it is done."""
+    """An image after each prompt by 16 steps of Euler's method; ours evaluates the finished image too."""
     prompts = [words(PROMPT) for _ in range(num)]
     image = ImageSampling((SIDE, SIDE), "euler", STEPS, guidance)
     runs: Runs = {"ours": lambda: model.generate([[p] for p in prompts], max_tokens=0, begin="image", image=image)}
@@ -140,8 +140,8 @@ def drawing(model: Transfusion, peer: Any, num: int, guidance: float) -> Runs:
     return runs
 
 
-def beside(peer: Any, repeats: int) -> Iterator[str]:
-    """Rows of the table: what is done, by whom, seconds, and how many times the fastest way of the peer's."""
+def compared(peer: Any, repeats: int) -> Iterator[str]:
+    """Rows of the table: task, library, seconds, and speed relative to the peer's fastest function."""
     yield "| | | seconds | | of the peer's speed |\n|---|---|---|---|---|"
     yield from rows(
         f"training step of {BATCH} documents", training(peer), repeats, BATCH * (TEXT + SIDE**2), "tokens/s"
@@ -163,7 +163,7 @@ def rows(title: str, runs: Runs, repeats: int, amount: int, unit: str) -> Iterat
 
 
 class Padded(nn.Module):
-    """All blocks of a model over its documents padded to the longest, in the place of one block."""
+    """All blocks of a model on documents padded to the longest, in place of one block."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Padded(nn.Module):
 
 
 def padded(model: Transfusion) -> Transfusion:
-    """The same model, but that what stands beside the shorter documents goes through the blocks as well."""
+    """A copy whose blocks compute the padding too."""
     model = copy.deepcopy(model)
     model.blocks = nn.ModuleList([Padded(model.blocks)])
     model.config = replace(model.config, depth=1)
@@ -186,7 +186,7 @@ def padded(model: Transfusion) -> Transfusion:
 
 
 def captions(spec: str) -> list[Tensor]:
-    """Tokens of a data set's captions, by a tokenizer trained on them, the end token counted."""
+    """Token ids of a data set's captions with the end token, by a tokenizer trained on them."""
     source = open_source(spec)
     texts = [source.caption(i) for i in range(len(source))]
     ids, mask = Tokenizer.train(texts, VOCABULARY, max_length=TEXT, images=True)(texts)
@@ -194,7 +194,7 @@ def captions(spec: str) -> list[Tensor]:
 
 
 def batches(model: Transfusion, texts: list[Tensor]) -> list[MixedBatch]:
-    """Captions drawn at random, each before an image of 64 patches and the end."""
+    """200 batches of documents: a random caption, an image of 64 patches and the end token."""
     generator, out = torch.Generator().manual_seed(0), []
     for _ in range(200):
         chosen = [texts[i] for i in torch.randint(len(texts), (DOCUMENTS,), generator=generator)]
@@ -203,14 +203,14 @@ def batches(model: Transfusion, texts: list[Tensor]) -> list[MixedBatch]:
 
 
 def packing(data: dict[str, list[Tensor]], repeats: int) -> Iterator[str]:
-    """Rows of the table: tokens of all batches, seconds of forward and backward of the first few."""
+    """Rows of the table: mean tokens of all batches, and seconds of forward and backward of the first two."""
     titles = ("captions", "tokens of text", "tokens a batch", "padded", "ratio", "packed, s", "padded, s", "ratio")
     yield f"| {' | '.join(titles)} |\n{'|---' * 8}|"
     model, generator = ours(), torch.Generator().manual_seed(0)
     wide = padded(model)
     for name, texts in data.items():
         every = batches(model, texts)
-        lengths = torch.stack([torch.bincount(batch.document) for batch in every])  # without patches
+        lengths = torch.stack([torch.bincount(batch.document) for batch in every])  # of text only
         real, full = lengths.sum(1) + 64 * DOCUMENTS, (lengths.amax(1) + 64) * DOCUMENTS
 
         def run(model: Transfusion, some: list[MixedBatch]) -> None:
@@ -229,9 +229,9 @@ def packing(data: dict[str, list[Tensor]], repeats: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transfusion-pytorch", metavar="FOLDER", help="where it and what it needs are installed")
+    parser.add_argument("--transfusion-pytorch", metavar="FOLDER", help="where it and its dependencies are installed")
     parser.add_argument("--data", metavar="NAME=SPEC", action="append", default=[], help="captions to pack; may repeat")
-    parser.add_argument("--repeats", type=int, default=7, help="measurements of each")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     peer = theirs(args.transfusion_pytorch) if args.transfusion_pytorch else None
@@ -239,10 +239,10 @@ def main() -> None:
         name: captions(spec) for name, spec in (one.split("=", 1) for one in ["shapes=shapes:2000", *args.data])
     }
     text = [f"# Speed of text and images\n\n`python -m benchmarks.transfusion_speed` on {hardware()}.\n"]
-    text += [str(__doc__).split("\n\n", 2)[2], "## Beside transfusion-pytorch\n"]
+    text += [str(__doc__).split("\n\n", 2)[2], "## Compared with transfusion-pytorch\n"]
     if peer is None:
         text.append("Not measured: --transfusion-pytorch names no folder.\n")
-    for lines in (beside(peer, args.repeats), ["\n## Packed and padded\n"], packing(data, args.repeats)):
+    for lines in (compared(peer, args.repeats), ["\n## Packed and padded\n"], packing(data, args.repeats)):
         for line in lines:
             print(line, flush=True)
             text.append(line)

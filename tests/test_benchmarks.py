@@ -124,13 +124,13 @@ def test_a_difference_between_runs_is_seen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_a_killed_run_comes_to_the_bits_of_one_left_alone(tmp_path, monkeypatch):
+def test_a_killed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setitem(kills.LENGTH, 1, (60, 3))
     row = kills.killed(tmp_path, 1, kills.Case("SIGKILL, one process"))
     assert row.times == 1 and row.holds and "the same bits" in row.seen
 
 
-def test_what_commands_touch_beside_their_run_is_seen(tmp_path, monkeypatch):
+def test_files_that_a_command_touches_outside_of_its_run_are_found(tmp_path, monkeypatch):
     own = tmp_path / "own"
     own.mkdir()
 
@@ -148,7 +148,7 @@ def test_what_commands_touch_beside_their_run_is_seen(tmp_path, monkeypatch):
     assert watch.touched == ["beside"]
 
 
-def test_what_is_measured_on_a_gpu_runs(monkeypatch):
+def test_the_gpu_benchmark_runs(monkeypatch):
     """On a CPU and small, all of it but torch's choice of kernels and its autotuning."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "SHAPES", ((1, 4),))
@@ -182,15 +182,15 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch):
         ),
     ],
 )
-def test_a_kernel_of_a_gpu_is_of_its_kind(kernel, kind):
+def test_kinds_of_gpu_kernels_by_their_names(kernel, kind):
     assert gpu.kind_of(kernel).startswith(kind)
 
 
-def test_packed_pictures_have_the_flops_of_what_is_real():
+def test_flops_of_packed_pictures_count_no_padding():
     assert gpu.flops(1, 4, 20) < gpu.flops(1, 4, 40) < gpu.flops(1, 8, 40)
 
 
-def test_the_time_of_a_training_step_is_told_by_kind():
+def test_seconds_of_a_training_step_by_kind_of_kernel():
     q, w = torch.randn(1, 2, 300, 16, requires_grad=True), torch.randn(32, 32, requires_grad=True)
 
     def step(_):
@@ -206,14 +206,14 @@ def test_the_time_of_a_training_step_is_told_by_kind():
     assert lines[2].count("%") == lines[3].count("%") == 4 and lines[4].count("%") == 2
 
 
-def test_a_step_takes_what_fits():
+def test_the_batch_size_fits_into_memory():
     """Of what was measured: 2.03 B parameters with 24 pictures of 256 tokens took 59.4 GB, so 85 GB take more."""
     assert gpu.pictures(24, 2_030_000_000, 589, 59.4e9 / 0.9) == 20
     assert gpu.pictures(24, 2_030_000_000, 589, 85e9) == 44 > gpu.pictures(24, 2_030_000_000, 1357, 85e9)
     assert gpu.pictures(24, 2_030_000_000, 589, 24e9) == 4  # will not fit, and says so
 
 
-def test_what_telemetry_costs_is_measured():
+def test_the_telemetry_benchmark_runs():
     found = telemetry.measure("pixels-tiny", 5, ["data.num_samples=100", "training.log_every=1"])
     assert set(found) == {"step", "next", "add", "gradients", "line"} and min(found.values()) > 0
     assert sum(found.values()) < 2 * found["step"]

@@ -1,1 +1,1 @@
-"""What goes wrong, done to real runs on purpose; each part of the table is a module here."""
+"""Fault injection into real runs; each module has some sections of the table."""

@@ -1,10 +1,10 @@
-"""Do to real runs what goes wrong, and write down what came of it.
+"""Fault injection: kills, full disks, damaged files and others, in real runs, and a table of what came of each.
 
     python -m benchmarks.faults --out benchmarks/results/faults.md
-    python -m benchmarks.faults --out benchmarks/results/faults.md --only kills disk    # these parts alone, anew
+    python -m benchmarks.faults --out benchmarks/results/faults.md --only kills disk    # measure only these again
 
-The runs are of the preset pixels-tiny, a few dozen to some hundred steps in processes of their own, one thread each.
-Parts that are not asked for stay in the file as they were.
+The runs are of the preset pixels-tiny, with a few dozen to a few hundred steps, in processes of one thread. Sections
+that are not measured are kept in the file as they were.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Part = Callable[[Path], Iterator[Row]]
 
 
 def parts(num_kills: int, num_kills_two: int, num_kills_beside: int) -> dict[str, Part]:
-    """All of the table, by name."""
+    """The functions of all sections, by name."""
     return {
         "kills": partial(kills.one_process, kills=num_kills),
         "kills-two": partial(kills.two_processes, kills=num_kills_two),
@@ -43,7 +43,7 @@ def parts(num_kills: int, num_kills_two: int, num_kills_beside: int) -> dict[str
 
 
 def section(name: str, rows: list[Row], seconds: float) -> str:
-    """A part of the file."""
+    """A section of the file."""
     lines = [f"| {row.fault} | {row.times} | {row.seen} | {row.expected} | {_sign(row)} |" for row in rows]
     table = ["| fault | times | seen | expected | holds |", "|---|---|---|---|---|", *lines]
     return f"## {name}\n\n{hardware()}; {seconds:.0f} s\n\n" + "\n".join(table) + "\n"
@@ -54,7 +54,7 @@ def _sign(row: Row) -> str:
 
 
 def merged(old: str, new: dict[str, str], names: list[str]) -> str:
-    """The file with new sections in the place of old ones of their name."""
+    """The file with sections replaced by new ones of the same name, in the order of `names`."""
     kept = {found[1]: found[0].strip() + "\n" for found in re.finditer(r"^## (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
     sections = kept | new
     head = "# Faults\n\n`python -m benchmarks.faults --out benchmarks/results/faults.md`, part by part (`--only`).\n\n"
@@ -62,13 +62,17 @@ def merged(old: str, new: dict[str, str], names: list[str]) -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Status 1 where something does not hold."""
+    """Returns exit status 1 if a row does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a Markdown file; parts that it has already stay")
-    parser.add_argument("--kills", type=int, default=30, help="of one process; half of them in a save")
-    parser.add_argument("--kills-two", type=int, default=30, help="of two processes; half of each kind")
-    parser.add_argument("--kills-async", type=int, default=8, help="while a thread writes; of one process, and of two")
-    parser.add_argument("--only", nargs="+", choices=list(parts(0, 0, 0)), help="these parts alone")
+    parser.add_argument("--out", type=Path, help="Markdown file; its other sections are kept")
+    parser.add_argument("--kills", type=int, default=30, help="kills of one process; half of them during a save")
+    parser.add_argument(
+        "--kills-two", type=int, default=30, help="kills of two processes; half with DDP, half with FSDP2"
+    )
+    parser.add_argument(
+        "--kills-async", type=int, default=8, help="kills during an asynchronous save; of one process and of two"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(parts(0, 0, 0)), help="only these sections")
     asked = parser.parse_args(words)
     failed, known = 0, parts(asked.kills, asked.kills_two, asked.kills_async)
     for name in asked.only or known:

@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a save, and checkpoints that have changed since they were written."""
+"""Disks that become full during a save, and checkpoints that were damaged after they were written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from training.checkpoint import list_checkpoints, newest_whole
 
 ROUNDING = 1e-5
 SHORT = ("train", *TINY, "training.num_steps=12", "training.checkpoint_every=3", "training.keep_checkpoints=3")
-KIB = (1600, 2600, 3300, 4100, 4800, 5400, 6000, 6600)  # room for a run: from less than a checkpoint to four of them
+KIB = (1600, 2600, 3300, 4100, 4800, 5400, 6000, 6600)  # disk sizes: for less than one checkpoint to four
 FSDP, ASYNC = "parallel.strategy=fsdp", "training.async_checkpoint=true"
 
 
 class Way(NamedTuple):
-    """How a run saves, and the sizes of the disk that it is tried on."""
+    """How a run saves its checkpoints, and the disk sizes (KiB) that are tried."""
 
     name: str
     settings: tuple[str, ...]
@@ -30,7 +30,7 @@ class Way(NamedTuple):
 
     @property
     def most(self) -> float:
-        """How much the weights may differ at last."""
+        """The largest allowed difference of the final weights."""
         return 0.0 if self.world == 1 else ROUNDING
 
 
@@ -42,7 +42,7 @@ PARTS = (
 
 
 def full(folder: Path, ways: Sequence[Way] = WHOLE) -> Iterator[Row]:
-    """A small file system in memory that fills up during a save; with room again, the run goes on."""
+    """A small tmpfs that becomes full during a save; when it has room again, the run is continued."""
     disk = folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "faults", disk]
@@ -56,7 +56,7 @@ def full(folder: Path, ways: Sequence[Way] = WHOLE) -> Iterator[Row]:
 
 
 def full_in_parts(folder: Path) -> Iterator[Row]:
-    """The same of two processes that write their parts."""
+    """The same for two processes that write sharded checkpoints."""
     yield from full(folder, PARTS)
 
 
@@ -65,7 +65,7 @@ def _full(folder: Path, disk: Path, way: Way) -> Row:
     if not whole.exists():
         settings = (FSDP,) if way.world > 1 else ()
         assert run(folder / "whole.log", *SHORT, *settings, "--out", whole, world=way.world).status == 0
-    found = [_filled(folder, disk, kib, way, whole) for kib in way.sizes]
+    found = [_one_size(folder, disk, kib, way, whole) for kib in way.sizes]
     stopped = [problems for was_full, problems, _ in found if was_full]
     problems = sorted({problem for some in stopped for problem in some})
     lines = sorted({line for was_full, _, line in found if was_full})
@@ -83,15 +83,15 @@ def _row(way: Way, problems: list[str], times: int, seen: str) -> Row:
     return Row(f"full disk during a save, {way.name}", times, seen, expected, not problems)
 
 
-def _filled(folder: Path, disk: Path, kib: int, way: Way, whole: Path) -> tuple[bool, list[str], str]:
-    """(whether the disk was full, what was not as expected, the line that the run ended with)."""
+def _one_size(folder: Path, disk: Path, kib: int, way: Way, whole: Path) -> tuple[bool, list[str], str]:
+    """(whether the disk became full, problems, the error line of the run)."""
     out = disk / "run"
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["mount", "-o", f"remount,size={kib}k", disk], check=True)
     first = run(folder / "full.log", *SHORT, *way.settings, "--out", out, world=way.world)
     if first.status == 0:
         return False, [], ""
-    problems = [] if _clear(first, way) else [f"{kib} KiB: status {first.status}, {' / '.join(first.errors[-2:])}"]
+    problems = [] if _refused(first, way) else [f"{kib} KiB: status {first.status}, {' / '.join(first.errors[-2:])}"]
     if not any("space" in line.lower() for line in first.errors):
         problems.append(f"{kib} KiB: {first.errors} does not say that the disk is full")
     problems += bad_checkpoints(out)
@@ -106,29 +106,29 @@ def _filled(folder: Path, disk: Path, kib: int, way: Way, whole: Path) -> tuple[
         problems.append(f"{kib} KiB: step {before} was saved, and not gone on from")
     problems += [f"{path.name} is left over" for path in out.rglob(".*.part")]
     line = next((line for line in first.errors if "space" in line.lower()), "")
-    return True, problems, _anywhere(line, disk)
+    return True, problems, _without_folder(line, disk)
 
 
-def _clear(ended: Ended, way: Way) -> bool:
-    """Whether each process stopped as it should, with one line and status 2; torchrun adds its own traceback."""
+def _refused(ended: Ended, way: Way) -> bool:
+    """Whether each process ended with one error line and status 2; torchrun adds its own traceback."""
     if way.world == 1:
         return ended.one_line
     said = [re.match(r"mmdit.*: error: |Traceback ", line)[0] for line in ended.errors]  # type: ignore[index]
     return ended.status == 1 and len({*said}) == len(said) > 1 and "(exitcode: 2)" in ended.output
 
 
-def _anywhere(line: str, folder: Path) -> str:
+def _without_folder(line: str, folder: Path) -> str:
     return line.replace(f"{folder}/", "")
 
 
 def damaged(folder: Path) -> Iterator[Row]:
-    """Each file of the newest checkpoint cut, changed in one bit, emptied or missing; then all checkpoints."""
+    """Each file of the newest checkpoint truncated, with one bit flipped, empty or missing; then all checkpoints."""
     harms = {0: ["cut"], 1: ["flipped"], 2: ["empty"], 3: ["missing"]}
     yield from _damaged(folder, Way("", (), ()), harms)
 
 
 def damaged_in_parts(folder: Path) -> Iterator[Row]:
-    """The same of a checkpoint of two processes: two parts, and the state that has the digests."""
+    """The same for a sharded checkpoint of two processes: two shards, and the state with the digests."""
     harms = {0: ["cut", "missing"], 1: ["flipped", "empty"], 2: ["flipped", "cut", "missing"]}
     yield from _damaged(folder, Way(" in parts", (FSDP,), (), 2), harms)
 
@@ -161,27 +161,27 @@ def _damaged(folder: Path, way: Way, harms: dict[int, list[str]]) -> Iterator[Ro
         f"named; the one before is taken; at last {same}",
         not problems,
     )
-    yield _bits(folder, whole, rng, way)
-    yield _in_every_one(folder, whole, rng, way)
+    yield _flipped_bits(folder, whole, rng, way)
+    yield _all_damaged(folder, whole, rng, way)
 
 
-def _in_every_one(folder: Path, whole: Path, rng: random.Random, way: Way) -> Row:
-    """None is whole any more."""
+def _all_damaged(folder: Path, whole: Path, rng: random.Random, way: Way) -> Row:
+    """One bit flipped in every checkpoint, so that none is whole."""
     out = folder / "all"
     shutil.copytree(whole, out)
     for checkpoint in list_checkpoints(out):
         _damage(sorted(checkpoint.iterdir())[1], "flipped", rng)
     before = sorted(out.rglob("*"))
     ended = run(folder / "again.log", "train", "--resume", out, world=way.world)
-    line = _anywhere(ended.errors[0] if ended.errors else ended.output[-200:], folder)
+    line = _without_folder(ended.errors[0] if ended.errors else ended.output[-200:], folder)
     kept = sorted(path for path in out.rglob("*") if path.name != ".lock") == before
     seen = f"status {ended.status}{' of torchrun' if way.world > 1 else ''}, `{line}`"
     expected = "status 2, one line; nothing removed"
-    return Row(f"one bit flipped in every checkpoint{way.name}", 1, seen, expected, _clear(ended, way) and kept)
+    return Row(f"one bit flipped in every checkpoint{way.name}", 1, seen, expected, _refused(ended, way) and kept)
 
 
-def _bits(folder: Path, whole: Path, rng: random.Random, way: Way, num: int = 400) -> Row:
-    """One bit at a random place of a random file, seen or not; read in this process."""
+def _flipped_bits(folder: Path, whole: Path, rng: random.Random, way: Way, num: int = 400) -> Row:
+    """Whether one flipped bit at a random position of a random file is detected; checked in this process."""
     out, missed = folder / "bits", 0
     shutil.copytree(whole, out)
     last = list_checkpoints(out)[-1]

@@ -1,4 +1,4 @@
-"""Files made to do harm, given to real commands: one clear error or a skipped sample, and nothing touched elsewhere."""
+"""Hostile files given to real commands: each ends in one clear error or a skipped sample, and touches nothing else."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.checkpoint import list_checkpoints
 from training.signed import sha256, sha256_of
 
 SHORT = ("train", *TINY, "training.num_steps=2")
-OUTSIDE = (Path("/tmp/absolute.png"), Path("/tmp/absolute.txt"))  # what absolute names of members would make
+OUTSIDE = (Path("/tmp/absolute.png"), Path("/tmp/absolute.txt"))  # where members with absolute names would be written
 REFUSED = "status 2, one line; nothing touched"
 
 
 class Opener:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class Opener:
 
 
 def hostile(folder: Path) -> Iterator[Row]:
-    """Weights, data, captions and configs."""
+    """Hostile weights, data sets, captions and configs."""
     good = folder / "good"
     assert run(folder / "log", *SHORT, "training.checkpoint_every=1", "--out", good).status == 0
     yield from _weights(folder, good)
@@ -39,13 +39,13 @@ def hostile(folder: Path) -> Iterator[Row]:
 
 
 class Watched:
-    """Commands in a folder of their own, beside which nothing may change."""
+    """Runs commands in a folder, and records what they change outside of their output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ended, self.touched = folder, [], []  # type: ignore[var-annotated]
 
     def run(self, *words: object, out: Path) -> Ended:
-        """One command, which may write below `out` alone (and what it prints)."""
+        """Run a command, which may write only below `out`."""
         log = self.folder.parent / f"{self.folder.name}.log"
         before, there = listing(self.folder, out), [path.exists() for path in OUTSIDE]
         ended = run(log, *words)
@@ -56,7 +56,7 @@ class Watched:
         return ended
 
     def row(self, fault: str) -> Row:
-        """Each of the commands should have been refused."""
+        """A row of the table: each of the commands should have been refused."""
         bad = [f"status {ended.status} {ended.errors[-2:]}" for ended in self.ended if not ended.one_line]
         line = self.ended[0].errors[-1] if self.ended[0].errors else ""
         for place in sorted({str(self.folder), str(self.folder.parent)}, key=len, reverse=True):
@@ -68,7 +68,7 @@ class Watched:
 
 
 def lying_headers() -> list[bytes]:
-    """safetensors whose header is longer than the file, lies about offsets or shapes, or is no table."""
+    """safetensors with a header longer than the file, false offsets, shapes or dtypes, or invalid JSON."""
 
     def file(header: bytes, length: int | None = None, data: bytes = bytes(64)) -> bytes:
         return struct.pack("<Q", len(header) if length is None else length) + header + data
@@ -89,7 +89,7 @@ def lying_headers() -> list[bytes]:
 
 
 def _weights(folder: Path, good: Path) -> Iterator[Row]:
-    """In a checkpoint whose digests were made to fit, in a pipeline, and as the weights to begin with."""
+    """Weights in a checkpoint with matching digests, in a pipeline, and as initial weights (--init)."""
     own = folder / "weights"
     own.mkdir()
     evil = pickle.dumps(Opener(own / "unpickled"))
@@ -98,7 +98,7 @@ def _weights(folder: Path, good: Path) -> Iterator[Row]:
         for i, data in enumerate(files):
             out = own / "run"
             shutil.copytree(good, out)
-            _put(out, data)
+            _replace_weights(out, data)
             if i < 2:
                 watch.run("train", "--resume", out, "training.num_steps=3", out=out)
             (out / "pipeline" / "transformer" / _weights_name(out)).write_bytes(data)
@@ -115,8 +115,8 @@ def _weights_name(run: Path) -> str:
     return path.name
 
 
-def _put(run: Path, data: bytes) -> None:
-    """Into all checkpoints, as one would who can write digests too."""
+def _replace_weights(run: Path, data: bytes) -> None:
+    """Replace the weights of all checkpoints, with matching digests."""
     for folder in list_checkpoints(run):
         (folder / "model.safetensors").write_bytes(data)
         state = json.loads((folder / "state.json").read_text())
@@ -126,7 +126,7 @@ def _put(run: Path, data: bytes) -> None:
 
 
 def _data(folder: Path) -> Iterator[Row]:
-    """All of it among good samples: it is skipped and named, and the run goes on."""
+    """Hostile samples among good ones: they are skipped and named, and the run continues."""
     good = [(f"{i:02d}{kind}", x) for i in range(16) for kind, x in ((".png", picture("PNG")), (".txt", b"a picture"))]
     names = ("../../up", "/tmp/absolute", "a/../../../up")
     outside = [(name + kind, x) for name in names for kind, x in ((".png", picture("PNG")), (".txt", b"outside"))]
@@ -155,7 +155,7 @@ def _data(folder: Path) -> Iterator[Row]:
 
 
 def _configs(folder: Path, good: Path) -> Row:
-    """TOML for `mmdit train`, JSON in a run."""
+    """TOML for `mmdit train`, and JSON in a run folder."""
     own = folder / "configs"
     own.mkdir()
     watch, out = Watched(own), own / "run"

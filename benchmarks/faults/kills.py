@@ -1,4 +1,4 @@
-"""SIGKILL again and again, at any moment and while a checkpoint is written, and what the run comes to at last."""
+"""Repeated SIGKILL, at random times and while a checkpoint is written; and the final weights of the run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from benchmarks.faults.runs import (
 )
 
 ROUNDING = 1e-5
-LENGTH = {1: (300, 3), 2: (60, 2)}  # steps, and steps from checkpoint to checkpoint, by the number of processes
+LENGTH = {1: (300, 3), 2: (60, 2)}  # number of processes: (steps, steps between checkpoints)
 WHO = {1: ("the process",), 2: ("all", "one of the two", "torchrun alone")}
-OUTLIVE, CONNECT = 60.0, 10.0  # seconds that processes may go on without their torchrun; that one looks at them
+OUTLIVE, CONNECT = 60.0, 10.0  # seconds: limit for ranks without torchrun; wait for ranks that start
 ASYNC = "training.async_checkpoint=true"
 
 
 class Case(NamedTuple):
-    """Runs that are killed; in_saves: each time while a checkpoint is written, else every other time."""
+    """Runs to be killed; in_saves: always while a checkpoint is written, else in half of the kills."""
 
     name: str
     settings: tuple[str, ...] = ()
@@ -40,24 +40,24 @@ class Case(NamedTuple):
 
     @property
     def most(self) -> float:
-        """How much the weights may differ at last."""
+        """The largest allowed difference of the final weights."""
         return 0.0 if self.world == 1 else ROUNDING
 
 
 def one_process(folder: Path, kills: int) -> Iterator[Row]:
-    """Of a run alone."""
+    """Kills of a run of one process."""
     yield killed(folder, kills, Case("one process"))
 
 
 def two_processes(folder: Path, kills: int) -> Iterator[Row]:
-    """Under torchrun, copies and in parts: by turns all processes at once, one of the two, and torchrun alone."""
+    """Kills under torchrun, with DDP and FSDP2: in turn of all processes, of one of the two, and of torchrun alone."""
     for name, strategy in (("DDP", "ddp"), ("FSDP2", "fsdp")):
         case = Case(f"two processes, {name}", (f"parallel.strategy={strategy}",), 2)
         yield killed(_new(folder / strategy), kills // 2, case)
 
 
 def beside(folder: Path, kills: int) -> Iterator[Row]:
-    """While a thread beside the training writes, whole and in parts."""
+    """Kills during asynchronous saves, of one process and of two with sharded checkpoints."""
     yield killed(_new(folder / "one"), kills, Case("one process, async save", (ASYNC,), in_saves=True))
     case = Case("two processes, FSDP2, async save", ("parallel.strategy=fsdp", ASYNC), 2, in_saves=True)
     yield killed(_new(folder / "fsdp"), kills, case)
@@ -69,7 +69,7 @@ def _new(folder: Path) -> Path:
 
 
 class Tally:
-    """What was seen of the kills so far."""
+    """Counts and problems of the kills so far."""
 
     def __init__(self) -> None:
         self.saving = self.before = self.num = self.connecting = 0
@@ -77,8 +77,8 @@ class Tally:
         self.outlived = 0.0
         self.problems: list[str] = []
 
-    def look(self, out: Path, saved: int, saving: bool, who: str) -> None:
-        """After a kill: whether it came in a save, whether all there is is whole, and what was there before still."""
+    def record(self, out: Path, saved: int, saving: bool, who: str) -> None:
+        """Record a kill, and check that all checkpoints are whole and that step `saved` is still there."""
         self.num += 1
         self.saving += saving
         self.who[who] += 1
@@ -89,7 +89,7 @@ class Tally:
 
 
 def killed(folder: Path, kills: int, case: Case, seed: int = 0) -> Row:
-    """Kill a run `kills` times and compare what it comes to with one that was left alone."""
+    """Kill a run `kills` times, and compare its final weights with those of an uninterrupted run."""
     num_steps, every = LENGTH[case.world]
     words = ("train", *TINY, f"training.num_steps={num_steps}", f"training.checkpoint_every={every}", *case.settings)
     whole, rng, tally = folder / "whole", random.Random(seed), Tally()
@@ -99,7 +99,7 @@ def killed(folder: Path, kills: int, case: Case, seed: int = 0) -> Row:
     while tally.num < kills:
         out = folder / f"run{len(ends)}"
         again = Command(*words, "--out", out, "--restart", world=case.world)
-        while not _once(again, case, folder, out, rng, tally, window) and tally.num < kills:
+        while not _run_and_kill(again, case, folder, out, rng, tally, window) and tally.num < kills:
             continue
         ended = run(folder / "last.log", *words, "--out", out, "--restart", world=case.world)
         if ended.status:
@@ -112,12 +112,12 @@ def killed(folder: Path, kills: int, case: Case, seed: int = 0) -> Row:
     return _row(tally, found, len(ends) - 1, case)
 
 
-def _once(
+def _run_and_kill(
     command: Command, case: Case, folder: Path, out: Path, rng: random.Random, tally: Tally, window: float
 ) -> bool:
-    """Start, and kill; whether the run came to its end before that."""
+    """Start the run and kill it; returns whether it ended before that."""
     with running(command, folder / "killed.log"):
-        if case.in_saves or 2 * tally.saving <= tally.num:  # wait for some saves, then for one that is in the middle
+        if case.in_saves or 2 * tally.saving <= tally.num:  # wait for some saves, the last of them in progress
             first, more = newest(out), rng.randint(1, 4)
             command.until(lambda: newest(out) > first and not in_writing(out))
             for _ in range(more):
@@ -129,19 +129,19 @@ def _once(
         if command.over and command.process.returncode == 0:
             return True
         saved, who = newest(out), WHO[case.world][tally.num % len(WHO[case.world])]
-        saving = _strike(command, out, who, rng)
+        saving = _kill(command, out, who, rng)
         if command.process.returncode == 0:
             return True
         if command.process.returncode not in (1, -signal.SIGKILL):
             tally.problems.append(f"status {command.process.returncode}: {command.log.read_text()[-300:]}")
         if command.orphans():
-            _outlive(command, tally)
-        tally.look(out, saved, saving, who)
+            _wait_for_orphans(command, tally)
+        tally.record(out, saved, saving, who)
     return False
 
 
-def _strike(command: Command, out: Path, who: str, rng: random.Random) -> bool:
-    """Stop all, kill those meant, let the others go on, wait for torchrun; whether a checkpoint was being written."""
+def _kill(command: Command, out: Path, who: str, rng: random.Random) -> bool:
+    """Stop all processes, kill those of `who`, continue the others; returns whether a checkpoint was being written."""
     pids = command.pids()
     ranks = command.ranks()
     command.send(signal.SIGSTOP, pids)
@@ -157,8 +157,8 @@ def _strike(command: Command, out: Path, who: str, rng: random.Random) -> bool:
     return saving
 
 
-def _outlive(command: Command, tally: Tally) -> None:
-    """Wait for processes whose torchrun is gone. Those not connected to it yet ask for it for two minutes."""
+def _wait_for_orphans(command: Command, tally: Tally) -> None:
+    """Wait for ranks whose torchrun was killed. Those not yet connected to it try to connect for two minutes."""
     begun = time.monotonic()
     begins = "computing on" not in command.log.read_text()
     while command.orphans() and time.monotonic() < begun + (CONNECT if begins else OUTLIVE):

@@ -1,4 +1,4 @@
-"""Processes that die or are told to stop, servers that answer late or never, and batches without a finite gradient."""
+"""Processes that die or are stopped by signals, servers that are slow or stop answering, and NaN in batches."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ENDLESS = ("train", *TINY, "training.num_steps=100000", "training.checkpoint_eve
 WORKERS = ("data.cache_latents=false", "data.num_workers=2")
 
 
-def _went_on(folder: Path, out: Path, *settings: str, world: int = 1) -> float:
-    """Resume a stopped run for two steps, and how much it differs from one that was never stopped."""
+def _difference_after_resume(folder: Path, out: Path, *settings: str, world: int = 1) -> float:
+    """Resume a stopped run for two steps; returns its difference from an uninterrupted run."""
     last = (f"training.num_steps={newest(out) + 2}", *settings)
     assert (
         run(folder / "whole.log", "train", *TINY, *last, "--out", folder / f"{out.name}-whole", world=world).status == 0
@@ -50,7 +50,7 @@ def _went_on(folder: Path, out: Path, *settings: str, world: int = 1) -> float:
 
 
 def processes(folder: Path) -> Iterator[Row]:
-    """A rank of two dies, and a worker that reads data."""
+    """One of two ranks dies, torchrun dies, and a data worker dies."""
     words = ("train", *TINY, "training.num_steps=40", "training.checkpoint_every=5", "parallel.strategy=ddp")
     out, whole = folder / "rank", folder / "whole"
     assert run(folder / "whole.log", *words, "--out", whole, world=2).status == 0
@@ -74,7 +74,7 @@ def processes(folder: Path) -> Iterator[Row]:
         command.until(lambda: steps(out) >= 12)
         os.kill(random.Random(0).choice(_workers(command)), signal.SIGKILL)
         ended = command.end()
-    different = _went_on(folder, out, *WORKERS)
+    different = _difference_after_resume(folder, out, *WORKERS)
     yield Row(
         "a data worker dies (SIGKILL)",
         1,
@@ -85,7 +85,7 @@ def processes(folder: Path) -> Iterator[Row]:
 
 
 def _without_torchrun(folder: Path, whole: Path, words: tuple[str, ...]) -> Row:
-    """torchrun alone dies while one of its two processes is asleep, and new runs are begun in their folder."""
+    """torchrun dies while one of its two ranks is stopped, and new runs are started in the same folder."""
     out = folder / "orphans"
     with running(Command(*words, "--out", out, world=2), folder / "log") as command:
         command.until(lambda: steps(out) >= 12)
@@ -93,7 +93,7 @@ def _without_torchrun(folder: Path, whole: Path, words: tuple[str, ...]) -> Row:
         os.kill(ranks[1], signal.SIGSTOP)
         command.send(signal.SIGKILL, [command.process.pid])
         command.wait()
-        time.sleep(1.0)  # the other comes to where it waits
+        time.sleep(1.0)  # until the other waits for it
         before = listing(out, but=out / "tensorboard")
         refused = run(folder / "refused.log", "train", "--resume", out)
         untouched = listing(out, but=out / "tensorboard") == before
@@ -128,7 +128,7 @@ def _name(pid: int) -> bytes:
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):
-    """Files in ranges. Every `late_every`-th answer comes after `late` seconds; past `answers` of them none comes."""
+    """Serves ranges of files. Every `late_every`-th answer takes `late` seconds; after `answers` of them none comes."""
 
     late_every, late, answers = 10**9, 0.0, 10**9
     asked = 0
@@ -156,7 +156,7 @@ class _Server(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(part)
-        except OSError:  # whoever asked does not wait any more
+        except OSError:  # the client has given up
             self.close_connection = True
 
 
@@ -230,7 +230,7 @@ main()
 
 
 def not_finite(folder: Path) -> Iterator[Row]:
-    """NaN in one number of a batch: in two steps far from each other, and in three in a row."""
+    """NaN in one number of a batch: in single steps and two in a row, and in three in a row."""
     words = ("train", *TINY, "training.num_steps=12", "training.checkpoint_every=3", "training.max_bad_steps=3")
     out = folder / "some"
     ended = run(folder / "log", "4,8,9", *words, "--out", out, code=SPOILED)
@@ -255,7 +255,7 @@ def not_finite(folder: Path) -> Iterator[Row]:
 
 
 def difference_of_resumed(folder: Path, out: Path, words: tuple[str, ...]) -> float:
-    """How much a run that is resumed now differs from one that ran without a fault."""
+    """Resume the run; returns its difference from an uninterrupted run."""
     assert run(folder / "log", *words, "--out", folder / "whole").status == 0
     again = run(folder / "log", "train", "--resume", out)
     return difference(folder / "whole", out) if again.status == 0 else float("inf")
@@ -265,7 +265,7 @@ def difference_of_resumed(folder: Path, out: Path, words: tuple[str, ...]) -> fl
 
 
 def signals(folder: Path, times: int = 6) -> Iterator[Row]:
-    """SIGTERM with 30 s of grace: to one process, to a rank of two, to torchrun itself."""
+    """SIGTERM with a grace period of 30 s: to a single process, to one of two ranks, to torchrun."""
     rng, statuses, slowest, problems, different = random.Random(0), [], 0.0, [], 0.0
     for i in range(times):
         out = folder / f"one{i}"
@@ -280,7 +280,7 @@ def signals(folder: Path, times: int = 6) -> Iterator[Row]:
         if newest(out) != steps(out) or "all saved" not in ended.output:
             problems.append(f"saved step {newest(out)} of {steps(out)}")
         problems += bad_checkpoints(out)
-        different = max(different, _went_on(folder, out)) if i < 2 else different
+        different = max(different, _difference_after_resume(folder, out)) if i < 2 else different
     yield Row(
         "SIGTERM to one process, half of them while a checkpoint is written",
         times,
@@ -300,7 +300,7 @@ def _to_two(folder: Path, who: str) -> Row:
         target = command.ranks()[1] if who == "a rank of two" else command.process.pid
         ended, seconds = _terminated(command, target)
     saved = newest(out) == steps(out) and ended.output.count("all saved") == 1 and not bad_checkpoints(out)
-    different = _went_on(folder, out, world=2) if saved else float("inf")
+    different = _difference_after_resume(folder, out, world=2) if saved else float("inf")
     last = [line for line in ended.output.splitlines() if "SignalException" in line][-1:]
     return Row(
         f"SIGTERM to {who}",

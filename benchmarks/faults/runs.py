@@ -1,4 +1,4 @@
-"""Runs of `mmdit` in processes of their own: begun, killed, ended, and compared with each other."""
+"""Runs of `mmdit` in child processes: to start, kill, wait for and compare."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from training.run import RunFolder
 REPOSITORY = Path(__file__).parents[2]
 QUIET = ("training.validate_every=0", "training.sample_every=0", "evaluation.prompts_per_question=0")
 TINY = ("pixels-tiny", *QUIET, "training.precision=fp32")
-PATIENCE = 240  # seconds that any one command may take
+PATIENCE = 240  # timeout of a command in seconds
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     fault: str
     times: int
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A command that ended: its status, what it printed, and how long it took."""
+    """The result of a command: exit status, output, and duration."""
 
     status: int
     output: str
@@ -44,17 +44,17 @@ class Ended(NamedTuple):
 
     @property
     def errors(self) -> list[str]:
-        """Lines that tell of an error, and those of tracebacks."""
+        """Error lines of mmdit, and first lines of tracebacks."""
         return [line for line in self.output.splitlines() if re.match(r"mmdit.*: error: |Traceback ", line)]
 
     @property
     def one_line(self) -> bool:
-        """Whether it was refused as it should be: status 2, and one line that says why."""
+        """Whether it failed as bad input should: status 2 and one error line."""
         return self.status == 2 and len(self.errors) == 1 and self.errors[0].startswith("mmdit")
 
 
 class Command:
-    """`mmdit WORDS`, or torchrun of it on `world` processes; none of them outlives `running`."""
+    """`mmdit WORDS`, under torchrun if `world` > 1; `running` leaves none of its processes."""
 
     def __init__(self, *words: object, world: int = 1, code: str = "", launch: tuple[str, ...] = ()) -> None:
         program = ["-c", code] if code else ["-m", "mmdit_cli"]
@@ -63,7 +63,7 @@ class Command:
         self.words = [sys.executable, *(many if world > 1 else []), *program, *map(str, words)]
 
     def start(self, log: Path) -> Command:
-        """Begin it; what it prints goes to a file."""
+        """Start it, with output to the file `log`."""
         self._ranks: set[int] = set()
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         self.log, self.begun = log, time.monotonic()
@@ -74,42 +74,42 @@ class Command:
         return self
 
     def pids(self) -> list[int]:
-        """The process and all that come of it, those that have outlived it too."""
+        """The process and its descendants, also if it has ended."""
         found = self.orphans() if self.over else [self.process.pid]
         for pid in found:
             found += [child for child in children(pid) if child not in found]
         return found
 
     def ranks(self) -> list[int]:
-        """The processes of the run that torchrun has started."""
+        """The ranks: processes that torchrun has started."""
         found = [pid for pid in children(self.process.pid) if b"mmdit_cli" in _command_line(pid)]
         self._ranks.update(found)
         return found
 
     def orphans(self) -> list[int]:
-        """Those of them that live though torchrun does not."""
+        """Ranks that are running although torchrun has ended."""
         return [pid for pid in self._ranks if self.over and _command_line(pid).endswith(self._end)]
 
     def send(self, sig: signal.Signals, pids: Iterable[int]) -> None:
-        """A signal to those that are there still."""
+        """Send a signal to those processes that still exist."""
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, sig)
 
     def kill(self) -> None:
-        """SIGKILL to all at once: none is left to notice that another died."""
+        """SIGKILL to all, which are stopped first, so that none can react to the death of another."""
         pids = self.pids()
         self.send(signal.SIGSTOP, pids)
         self.send(signal.SIGKILL, pids)
         self.process.wait()
 
     def wait(self) -> None:
-        """Until it ends, or has to; what has outlived it stays."""
+        """Wait for the process, at most PATIENCE; orphans are left running."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE)
 
     def end(self) -> Ended:
-        """Wait for it."""
+        """Wait for the end of the command, and kill what is left of it."""
         self.wait()
         self.kill()
         return Ended(self.process.returncode, self.log.read_text(errors="replace"), time.monotonic() - self.begun)
@@ -119,7 +119,7 @@ class Command:
         return self.process.poll() is not None
 
     def until(self, found: Callable[[], object], pause: float = 0.01) -> bool:
-        """Wait until it is so, and whether it became so before the command ended."""
+        """Wait until `found()` is true; returns whether it was before the command ended."""
         last = time.monotonic() + PATIENCE
         while not self.over and time.monotonic() < last:
             if found():
@@ -130,7 +130,7 @@ class Command:
 
 @contextmanager
 def running(command: Command, log: Path) -> Iterator[Command]:
-    """Begin a command; whatever happens, nothing of it stays."""
+    """Start a command, and kill all its processes at the end of the context."""
     try:
         yield command.start(log)
     finally:
@@ -157,11 +157,11 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
-# --- what a run has come to ------------------------------------------------------------------------------------------
+# --- the state of a run ----------------------------------------------------------------------------------------------
 
 
 def newest(run: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     found = list_checkpoints(run)
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
@@ -176,7 +176,7 @@ def steps(run: Path) -> int:
 
 
 def bad_checkpoints(run: Path) -> list[str]:
-    """What is wrong with the checkpoints of a run, which should be whole or absent."""
+    """The errors of checkpoints of a run that are not whole."""
     problems = []
     for folder in list_checkpoints(run):
         try:
@@ -187,14 +187,14 @@ def bad_checkpoints(run: Path) -> list[str]:
 
 
 def in_writing(run: Path) -> list[Path]:
-    """Checkpoints that are being written, or were when their process died."""
+    """Checkpoints being written, or left unfinished by a process that died."""
     return list((run / "checkpoints").glob(".step-*.part"))
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of the last weights, averages and optimiser states; 0: the same bits, losses too.
+    """The largest difference of the final weights, averages and optimiser states; 0: equal bits, in the losses too.
 
-    Infinite where steps or names differ.
+    Infinity if steps or names differ.
     """
     (a, x), (b, y) = (load_latest(path, print) for path in (one, other))
     tensors = [{f"{g}/{n}": t for g, group in found.items() for n, t in group.items()} for found in (x, y)]
@@ -210,7 +210,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def listing(folder: Path, but: Path | None = None) -> dict[str, str]:
-    """All files below a folder with a digest of each, without those of one below it."""
+    """SHA-256 by path of all files in a folder, except those in the folder `but`."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))

@@ -112,7 +112,7 @@ def test_time_pooled_and_context_reach_the_prediction():
             assert (difference > 1e-3).all()
 
 
-def test_samples_of_a_batch_do_not_touch():
+def test_samples_of_a_batch_are_independent():
     model, (x_t, t, context, pooled) = alive(TINY), inputs(TINY)
     with torch.no_grad():
         v = model(x_t, t, context, pooled)
@@ -141,7 +141,7 @@ def test_bfloat16_is_near_float32_and_warns_of_nothing(how, recwarn):
 # --- padding ------------------------------------------------------------------------------------------------------
 
 
-def test_text_asks_nothing_in_the_last_block(monkeypatch):
+def test_text_has_no_queries_in_the_last_block(monkeypatch):
     """What its queries would bring is read by nobody; of a mask only the rows of the image count."""
     asked = []
     monkeypatch.setattr("mmdit.blocks.attention", lambda q, *rest: asked.append(q.shape[2]) or attention(q, *rest))
@@ -196,7 +196,7 @@ def test_a_mask_may_hold_numbers(kind):
 
 
 @pytest.mark.parametrize("side", [8, 40])
-def test_shapes_alone_on_the_meta_device(side):
+def test_forward_on_the_meta_device_gives_shapes(side):
     """Also of a picture beyond the position table; and numbers are as they were afterwards."""
     x_t, t, context, pooled = inputs(TINY, 2, side, 8)
     with torch.device("meta"):
@@ -206,7 +206,7 @@ def test_shapes_alone_on_the_meta_device(side):
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 7, dtype=torch.bool)])
-def test_shapes_alone_of_samples_in_one_row(mask):
+def test_packed_forward_on_the_meta_device_gives_shapes(mask):
     x_t, t, context, pooled = (x.to("meta") for x in inputs(TINY, 2, 8, 8))
     with torch.device("meta"):
         out = MMDiT(TINY)([x_t[0], x_t[1, :, :4]], t, context, pooled, None if mask is None else mask.to("meta"))

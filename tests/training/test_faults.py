@@ -92,7 +92,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_clear_line(tmp_path, monkeypatch)
         training.resume(tmp_path / "run")
 
 
-def test_without_a_look_the_weights_are_lost(tmp_path, monkeypatch):
+def test_max_bad_steps_0_trains_on_nan_gradients(tmp_path, monkeypatch):
     """What max_bad_steps = 0 means, and that the NaN of these tests reaches the weights."""
     spoil(monkeypatch, 2)
     monkeypatch.setattr(training.trainer, "evaluate_run", lambda path, progress: {})

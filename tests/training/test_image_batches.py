@@ -159,7 +159,7 @@ def test_a_worker_that_dies_is_a_clear_error():
 
 
 @pytest.mark.parametrize("sign", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_too(sign, monkeypatch):
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_a_clear_error_too(sign, monkeypatch):
     """The pipe breaks before torch has noticed; what a server did to a worker that lives stays what it is."""
 
     raised = [sign, type(sign)("Caught ConnectionResetError in DataLoader worker process 0.")]

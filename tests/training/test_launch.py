@@ -179,7 +179,7 @@ def test_a_restart_removes_nothing_that_a_person_made(whose, tmp_path):
     assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_run_writes_what_is_known_of_it(tmp_path):
+def test_a_run_folder_holds_only_known_files(tmp_path):
     """Or a restart would not tell its folder from a person's."""
     how = ("training.ema=power", "training.ema_snapshot_every=1", "training.profile=1:1", "training.sample_every=1")
     run = training.train(config_for(tmp_path / "run", "training.num_steps=1", *how))

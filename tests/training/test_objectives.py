@@ -202,7 +202,7 @@ def test_what_is_drawn_for_a_batch_is_the_same_in_pieces(world):
 MIXED = ("transfusion.enabled=true", "model.positions=rope")
 
 
-def test_a_run_learns_what_its_config_says():
+def test_the_objective_is_that_of_the_config():
     plain = LogitNormal()
     assert make_objective(load_config("pixels-tiny")) == FlowMatching(plain)
     assert make_objective(load_config("pixels-tiny", MIXED)) == TextAndImages(plain)
@@ -216,6 +216,6 @@ def test_a_run_learns_what_its_config_says():
 
 
 @pytest.mark.parametrize("model", [(), MIXED], ids=["image", "mixed"])
-def test_a_run_learns_its_share_of_each_batch(model):
+def test_an_objective_has_the_share_of_its_process(model):
     share = Share(1, 2, 3)
     assert make_objective(load_config("pixels-tiny", model), share).share == share

@@ -205,7 +205,7 @@ def test_resuming_another_model_or_other_samples_is_refused(run, change, part):
         ("optimizer.name=schedule-free; training.ema_decay=0", "optimizer.betas=[0.8, 0.99]"),
     ],
 )
-def test_what_hangs_on_another_setting_is_kept_beside_it(how, change, tmp_path):
+def test_a_resumed_run_refuses_changes_that_matter_only_beside_another_setting(how, change, tmp_path):
     RunFolder.create(tmp_path / "run", config_for(tmp_path / "run", *how.split("; ")))
     with pytest.raises(ValueError, match=f"was trained with another {change.partition('=')[0]}"):
         training.resume(tmp_path / "run", [change])

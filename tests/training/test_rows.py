@@ -212,6 +212,6 @@ def test_bad_mixes(tmp_path, spec, message):
         open_source(spec.format(shards))
 
 
-def test_patience_reaches_the_rows(tmp_path):
+def test_timeouts_and_retries_reach_parquet_rows(tmp_path):
     rows = ParquetRows(Patience(1, 2))
     assert pickle.loads(pickle.dumps(rows)).patience == Patience(1, 2)

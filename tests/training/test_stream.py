@@ -165,7 +165,7 @@ def with_bad_rows(path, num: int, *bad: int) -> str:
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_for_a_batch_of_a_stream_without_a_good_sample_the_next_one_stands(tmp_path, buckets):
+def test_a_batch_of_a_stream_without_good_samples_is_replaced_by_the_next_one(tmp_path, buckets):
     """Wherever a run goes on, and in all processes."""
     spec = with_bad_rows(tmp_path / "data", 24, *range(4, 12), 13)
     options = SourceOptions(buckets, flip=True)

@@ -100,7 +100,7 @@ def test_chunks_change_neither_the_loss_nor_the_gradients(z_loss):
     torch.testing.assert_close(found[0][0], expected.detach())
 
 
-def test_logits_are_never_whole():
+def test_logits_of_all_tokens_are_never_in_memory_at_once():
     """With a vocabulary of 50,000 and 4,096 tokens they would be 800 MB; no tensor that autograd keeps is near that."""
     data = pack([[torch.randint(4, 50_000, (4096,), generator=generator())]])
     states, head, kept = torch.randn(4096, 16).requires_grad_(), nn.Linear(16, 50_000, bias=False), []
@@ -211,7 +211,7 @@ def test_text_alone_joins_the_mean_of_the_next_token_and_leaves_the_images_loss(
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_all_of_a_batch_moves(several):
+def test_all_tensors_of_a_batch_are_moved_to_a_device(several):
     batch = with_text()._replace(latents=list(captions().latents)) if several else with_text()
     moved = batch.to("meta")
     assert {x.device.type for x in (*moved.latents, *moved.tokens, *moved.text)} == {"meta"}

@@ -78,7 +78,7 @@ def beside(words, tmp_path_factory) -> Path:
     return training.train(config_for(out, *with_words(words, "training.validate_every=3")))
 
 
-def test_text_alone_is_learnt_beside(beside, words, mixed, tmp_path):
+def test_text_alone_is_trained_together_with_images(beside, words, mixed, tmp_path):
     """Read, held out in part, scored; each setting of it counts; and a batch has as many pictures less."""
     log = (beside / "log.txt").read_text()
     assert f"text: 40 documents of {words}" in log and "words.jsonl:41: no JSON" in log and " pieces to train on" in log

@@ -139,7 +139,7 @@ def test_a_kill_while_a_thread_writes_parts_leaves_the_one_before(tmp_path, wher
     assert not part.exists() and load_latest(tmp_path, pytest.fail)[0]["step"] == 6
 
 
-def test_a_checkpoint_beside_is_of_its_own_step_and_written_alone(tmp_path, monkeypatch):
+def test_an_async_checkpoint_has_the_weights_of_its_own_step(tmp_path, monkeypatch):
     """The weights go on meanwhile: neither it nor the pipeline takes them in, and the next one waits."""
     how = ("training.checkpoint_every=1", "training.keep_checkpoints=9")
     at_once, drawn, writing = training.train(config_for(tmp_path / "at-once", *how)), {}, []
@@ -164,7 +164,7 @@ def test_a_checkpoint_beside_is_of_its_own_step_and_written_alone(tmp_path, monk
         assert all(torch.equal(x, drawn[one.name][name]) for name, x in ours["ema"].items())
 
 
-def test_a_last_checkpoint_beside_that_fails_ends_the_run_with_its_error(tmp_path, monkeypatch):
+def test_a_last_async_checkpoint_that_fails_ends_the_run_with_its_error(tmp_path, monkeypatch):
     """No later one would tell of it, and the run would say that it is done."""
 
     def save(run, state, *rest):
