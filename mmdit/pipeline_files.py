@@ -152,15 +152,17 @@ def load_captioned(folder: Path) -> nn.Module:
     """The trunk and the text encoder in our own folder."""
     from mmdit.text_to_image import CaptionedMMDiT
 
-    text: LearnedText | TextEncoder | SD3Text
-    about = read_json(folder / "text" / "config.json")
+    return CaptionedMMDiT(load_trunk(folder, MMDiT), load_text(folder / "text"))
+
+
+def load_text(folder: Path) -> LearnedText | TextEncoder | SD3Text:
+    """The text encoder whose `save_config` and `save_weights` wrote a folder."""
+    about = read_json(folder / "config.json")
     if isinstance(about, dict) and "encoder" in about:
         from mmdit.text_encoders import load_encoder
 
-        text = load_encoder(folder / "text")
-    else:
-        text = LearnedText.load(folder / "text")
-    return CaptionedMMDiT(load_trunk(folder, MMDiT), text)
+        return load_encoder(folder)
+    return LearnedText.load(folder)
 
 
 def load_trunk(folder: Path, kind: type[T]) -> T:

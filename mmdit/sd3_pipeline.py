@@ -3,9 +3,10 @@
 Read: transformer, AutoencoderKL, up to three text encoders with their tokenizers, and the scheduler's shift. With the
 default options, a picture is the same as diffusers' for the same noise.
 
-Written: the parts that diffusers knows. A learnt text encoder, an autoencoder other than AutoencoderKL, and a size that
-is not square are written beside them for `TextToImage.load`. StableDiffusion3Pipeline then runs with
-`diffusers_inputs(pipe, prompts)`, the prompts encoded by our text encoder, and gives latents for our autoencoder.
+Written: the parts that diffusers knows. A learnt text encoder, or the folder of a frozen one other than SD3's, an
+autoencoder other than AutoencoderKL, and a size that is not square are written beside them for `TextToImage.load`.
+StableDiffusion3Pipeline then runs with `diffusers_inputs(pipe, prompts)`, the prompts encoded by our text encoder, and
+gives latents for our autoencoder.
 
 Shape letters: B batch, H heads, N image tokens, L text tokens, d head width.
 """
@@ -23,12 +24,15 @@ from torch.nn import functional as F
 from mmdit.autoencoder import Autoencoder, KLAutoencoder, PixelSpace, open_autoencoder
 from mmdit.files import load, save
 from mmdit.model import MMDiT
+from mmdit.pipeline_files import load_text
 from mmdit.sampling import DIFFUSERS, is_number
 from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, names, open_sd3_text
 from mmdit.text import LearnedText
+from mmdit.text_encoders import TextEncoder
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_negatives
 from mmdit.weights_io import read_json, write_json
 
+Text = LearnedText | TextEncoder | SD3Text
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000
 DEFAULTS = "mmdit.json"
@@ -71,9 +75,7 @@ def load_mmdit(path: Path, dtype: torch.dtype) -> MMDiT:
     return transformer
 
 
-def assembled(
-    transformer: MMDiT, text: LearnedText | SD3Text, autoencoder: Autoencoder, shift: float, where: Path
-) -> TextToImage:
+def assembled(transformer: MMDiT, text: Text, autoencoder: Autoencoder, shift: float, where: Path) -> TextToImage:
     """A pipeline that samples as diffusers' does. Raises ValueError if its parts, found at `where`, are not of one
     model.
     """
@@ -104,13 +106,13 @@ def _size(path: Path, step: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _text(folder: Path, index: dict[str, Any], dtype: torch.dtype, without: Sequence[str]) -> LearnedText | SD3Text:
+def _text(folder: Path, index: dict[str, Any], dtype: torch.dtype, without: Sequence[str]) -> Text:
     frozen = any(names(index, network, unsaid=False) for network, _ in FOLDERS.values())
     if frozen or not (folder / "text" / "config.json").exists():
         return open_sd3_text(folder, dtype=dtype, dropped="empty", without=without)
     if without:
         raise ValueError(f"{folder} has a text encoder of its own: nothing can be left out")
-    return LearnedText.load(folder / "text")
+    return load_text(folder / "text")
 
 
 def _autoencoder(folder: Path, index: dict[str, Any]) -> Autoencoder:
@@ -153,8 +155,6 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
     does not have: with rotary positions, another mlp_ratio, or a `Transfusion`.
     """
     text = pipe.model.conditioner
-    if not isinstance(text, SD3Text | LearnedText):
-        raise ValueError(f"{PIPELINE} takes the three encoders of SD3, not one: save it in the layout 'mmdit'")
     save(pipe.model.transformer, folder / "transformer", "diffusers")
     about: dict[str, Any] = {"_class_name": PIPELINE, "transformer": ["diffusers", "SD3Transformer2DModel"]}
     if isinstance(text, SD3Text):

@@ -19,10 +19,11 @@ import mmdit
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PixelSpace, open_autoencoder
 from mmdit.edit import Edit
 from mmdit.sd3_pipeline import MaskedAttention, absent, diffusers_inputs
+from mmdit.text_encoders import open_text_encoder
 from mmdit.text_to_image import TextToImage
 from mmdit.weights_io import read_weights
 from tests.mmdit.test_text_to_image import make_model, pixels
-from tests.mmdit.tiny_sd3 import PROMPTS, save_pipeline
+from tests.mmdit.tiny_sd3 import PROMPTS, randomised, save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,29 @@ def test_a_learnt_text_encoder_and_autoencoder_go_along(tmp_path, kind, guidance
     assert (pixels(again(prompts, **how)) == pixels(expected)).all()
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3"])
+def test_one_frozen_encoder_goes_along_as_the_folder_it_lies_in(folder, tmp_path, part):
+    """A CLIP or a T5 alone, which masks padding: diffusers is given what it makes of prompts, as of a learnt one."""
+    shutil.copytree(folder / part, tmp_path / "encoder")
+    shutil.copytree(folder / part.replace("text_encoder", "tokenizer"), tmp_path / "encoder", dirs_exist_ok=True)
+    frozen = open_text_encoder(tmp_path / "encoder")
+    torch.manual_seed(0)
+    shape = dict(depth=2, num_heads=2, head_dim=8, in_channels=3, patch_size=4, sample_size=8)
+    trunk = mmdit.MMDiT(mmdit.MMDiTConfig(context_dim=frozen.context_dim, pooled_dim=frozen.pooled_dim, **shape))
+    ours = TextToImage(mmdit.CaptionedMMDiT(randomised(trunk), frozen), PixelSpace(), (8, 8))
+    ours.save(tmp_path / "out", layout="diffusers")
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", **absent(tmp_path / "out"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.set_attn_processor(MaskedAttention())
+    how = dict(num_inference_steps=3, guidance_scale=2.0, output_type="latent", latents=ours.noise([0, 1], 8, 8))
+    latents = pipe(**diffusers_inputs(ours, PROMPTS), **how).images
+    same = dict(num_steps=3, solver="euler", grid="diffusers", guidance=2.0)
+    expected = pixels(ours(PROMPTS, **same))
+    assert abs(pixels(ours.pictures(latents)) - expected).max() <= 2 and expected.std() > 5
+    assert (pixels(TextToImage.load(tmp_path / "out", "cpu")(PROMPTS, **same)) == expected).all()
+
+
 def test_what_a_folder_held_before_is_no_part_of_what_is_saved_over_it(ours, folder, tmp_path):
     """Parts that diffusers' index does not name count for nothing, as there."""
     autoencoder = PatchAutoencoder(PatchAutoencoderConfig(channels=4, widths=(8, 8), depth=1))
@@ -305,11 +329,6 @@ def test_parts_of_two_models_are_refused(theirs, folder, tmp_path):
 def test_what_diffusers_cannot_hold_is_refused(ours, tmp_path):
     with pytest.raises(ValueError, match="layout is 'sd3', expected 'mmdit' or 'diffusers'"):
         ours.save(tmp_path, layout="sd3")
-    single = ours.model.conditioner.t5
-    pipe = TextToImage(mmdit.text_to_image.CaptionedMMDiT(ours.model.transformer, single), ours.autoencoder, (32, 32))
-    with pytest.raises(ValueError, match="takes the three encoders of SD3"):
-        pipe.save(tmp_path / "single", layout="diffusers")
-    assert not (tmp_path / "single" / "model_index.json").exists()
     with pytest.raises(ValueError, match="nothing can be left out"):
         TextToImage(make_model(3, 4), PixelSpace(), (8, 12)).save(tmp_path / "own")
         TextToImage.load(tmp_path / "own", without=["t5"])
