@@ -224,3 +224,8 @@ def test_steps_from_a_cache_are_measured_beside_those_from_images(tmp_path, monk
     monkeypatch.setattr(caching, "SAMPLES", 33)
     found = caching.compare_steps("T5-small", 1, tmp_path)
     assert found["images"] > 0 and found["cache"] > 0 and found["bytes"] > 1000
+
+
+def test_reading_from_a_late_server_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "SAMPLES", 65)
+    assert 0 < caching.read_from_server(1, tmp_path) < 65 / caching.LATE / 2  # two rounds of three answers at least
