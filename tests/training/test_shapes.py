@@ -290,6 +290,15 @@ def test_a_shape_covers_its_area_around_its_centre(shape, unit_area, size):
     assert np.hypot(rows - y, columns - x).max() <= 1.05 * radius
 
 
+@pytest.mark.parametrize(("shape", "depth"), [("triangle", 0.5), ("star", np.cos(np.pi / 5))])
+def test_a_triangle_and_a_star_stand_on_their_feet(shape, depth):
+    rows, columns = np.nonzero((render(one(shape, "large"), 256) != BACKGROUNDS["white"]).any(-1))
+    radius = SIZES["large"] * 256
+    assert 128 - rows.min() == pytest.approx(radius, abs=1.5)
+    assert rows.max() - 128 == pytest.approx(depth * radius, abs=1.5)
+    assert columns[rows == rows.min()].mean() == pytest.approx(127.5, abs=1)
+
+
 def test_colours_are_exact_inside_and_edges_are_antialiased():
     image = render(one("ring", colour="green", background="beige"), 64).astype(int)
     assert tuple(image[32, 32]) == BACKGROUNDS["beige"]
