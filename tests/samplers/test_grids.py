@@ -71,6 +71,7 @@ def test_shift_of_sd3():
 def test_own_times():
     own = torch.tensor([0.9, 0.3, 0.1])
     assert torch.equal(time_grid(own, 20), own.double()) and time_grid(own, 20).dtype == torch.float64
+    assert not time_grid(own.clone().requires_grad_(), 20).requires_grad
     assert time_grid([1.0, 0.25, 0.0], 20).tolist() == [1, 0.25, 0]
     assert time_grid([1.0, 0.5, 0.0], 20, shift=3.0).tolist() == [1, 0.75, 0]
     assert torch.equal(time_grid("karras", np.int64(5)), time_grid("karras", 5))
@@ -105,8 +106,9 @@ def test_what_is_no_grid_is_refused(grid, num_steps, message):
 def test_a_shift_must_be_positive():
     with pytest.raises(ValueError, match="shift = 0"):
         shift_time(0.5, 0)
-    with pytest.raises(ValueError, match="tokens 0"):
-        resolution_shift(0, 1)
+    for tokens in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="tokens {} and {}".format(*tokens)):
+            resolution_shift(*tokens)
 
 
 def ratio(schedule, ts):
@@ -122,8 +124,13 @@ def test_grids_in_sigma_are_what_they_say(schedule):
     ramp = torch.arange(n, dtype=torch.float64) / last
     expected = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     torch.testing.assert_close(ratio(schedule, grids.karras(n, schedule)[inner]), expected[inner], rtol=1e-6, atol=0)
-    steps = ratio(schedule, grids.exponential(n, schedule)[inner]).log().diff()
-    torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
+    low = max(0.02, ratio(schedule, 0.0).item())
+    expected = high * (low / high) ** (torch.arange(n, dtype=torch.float64) / (n if low > 0.02 else n - 1))
+    torch.testing.assert_close(
+        ratio(schedule, grids.exponential(n, schedule)[inner]), expected[inner], rtol=1e-6, atol=0
+    )
+    if schedule.log_snr(0.0).isinf():  # else the last step may be the margin
+        assert grids.log_snr_uniform(n, schedule)[-2].item() == pytest.approx(1e-3)
     steps = schedule.log_snr(grids.log_snr_uniform(n, schedule)[inner]).diff()
     torch.testing.assert_close(steps, steps[:1].expand(n - 2), rtol=1e-6, atol=1e-9)
 
@@ -132,6 +139,7 @@ def test_grids_in_sigma_are_what_they_say(schedule):
 def test_a_way_between_two_times_is_uniform_in_the_root_of_sigma(schedule):
     ts = torch.tensor(grids.karras_between(0.8, 0.2, 5, schedule), dtype=torch.float64)
     assert len(ts) == 6 and ts[0] == 0.8 and ts[-1] == 0.2
+    assert torch.tensor(grids.karras_between(1.0, 0.0, 5, schedule)).diff().lt(0).all()  # where they may be infinite
     steps = (ratio(schedule, ts) ** (1 / 7)).diff()
     torch.testing.assert_close(steps, steps[:1].expand(5), rtol=1e-6, atol=0)
 
@@ -157,6 +165,7 @@ def test_cosine_is_the_uniform_grid_of_the_cosine_schedule():
 @pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (2.0, 3.0), (0.3, 1.5)])
 def test_beta_is_the_quantile_function(a, b):
     torch.testing.assert_close(grids.beta(9, a, b), torch.tensor(scipy_beta.ppf(uniform(9), a, b)), rtol=1e-7, atol=0)
+    assert torch.equal(time_grid("beta", 9), grids.beta(9, 0.6, 0.6))  # as published
 
 
 def test_spacings_of_ddpm_indices():
@@ -198,12 +207,18 @@ def test_the_grid_that_is_shifted_twice():
         ),
         (lambda: grids.ddpm(5, DiscreteVP.linear(), offset=-1), "offset = -1"),
         (lambda: grids.karras(5, RectifiedFlow(), sigma_min=2.0, sigma_max=1.0), "sigma_min = 2"),
+        (lambda: grids.karras(5, RectifiedFlow(), sigma_min=1.0, sigma_max=1.0), "sigma_min = 1"),
         (lambda: grids.karras(5, RectifiedFlow(), rho=0), "rho = 0"),
         (lambda: grids.karras(0, RectifiedFlow()), "num_steps = 0"),
         (lambda: grids.karras(5, VE(1.0, 2.0), sigma_max=0.5), "runs from 1 to 2"),
         (lambda: grids.log_snr_uniform(5, RectifiedFlow(), margin=0.6), "margin = 0.6"),
         (lambda: grids.beta(5, -1.0), "a = -1"),
+        (lambda: grids.log_snr_uniform(5, RectifiedFlow(), margin=0.5), "margin = 0.5"),
+        (lambda: grids.log_snr_uniform(5, RectifiedFlow(), margin=0.0), "margin = 0.0"),
+        (lambda: grids.beta(5, 1.0, 0.0), "b = 0"),
         (lambda: dynamic_shift(0), "tokens 0"),
+        (lambda: dynamic_shift(9, 256, 256), "tokens 9 of 256 ... 256"),
+        (lambda: dynamic_shift(9, 0, 256), "tokens 9 of 0"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

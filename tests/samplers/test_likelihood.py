@@ -201,6 +201,12 @@ def test_a_network_in_half_precision(dtype, tolerance, divergence):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
+def test_the_defaults():
+    field = MIXTURE.field(FLOW)
+    assert torch.equal(log_likelihood(field, X_0), log_likelihood(field, X_0, "dopri5", 1))
+    assert torch.equal(invert(field, X_0).x, invert(field, X_0, "heun", 50).x)
+
+
 def test_what_cannot_be_done_is_refused():
     field = MIXTURE.field(FLOW)
     for solver in ("dpmpp-2m", "euler-maruyama", "edm-churn"):
@@ -230,5 +236,6 @@ def test_what_cannot_be_done_is_refused():
     assert invert(MIXTURE.field(VPLinear(), "noise"), X_0, "edm-heun").x.isfinite().all()
     with pytest.raises(ValueError, match="'ddpm' draws noise, and cannot be run backwards"):
         invert(field, X_0, "ddpm")
-    with pytest.raises(ValueError, match="num_dims = 0"):
-        bits_per_dim(torch.zeros(1), 0)
+    for num_dims, bin_width in ((0, 1.0), (1, 0.0)):
+        with pytest.raises(ValueError, match=f"num_dims = {num_dims}, bin_width = {bin_width}: give positive"):
+            bits_per_dim(torch.zeros(1), num_dims, bin_width)

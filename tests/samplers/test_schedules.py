@@ -114,6 +114,16 @@ def test_discrete_betas_are_met_at_their_indices(schedule):
     torch.testing.assert_close(*half)
 
 
+@pytest.mark.parametrize("schedule", [*DISCRETE, ZERO_SNR])
+def test_a_derivative_at_an_index_is_that_of_the_way_before_or_after_it(schedule):
+    index = torch.arange(1, len(schedule) - 1, dtype=torch.float64)
+    before, at, after = (schedule(schedule.time(index + offset)) for offset in (-1e-7, 0, 1e-7))
+    for name in ("d_alpha", "d_sigma"):
+        left, here, right = (getattr(c, name) for c in (before, at, after))
+        nearer = torch.where((here - left).abs() < (here - right).abs(), left, right)
+        torch.testing.assert_close(here, nearer, rtol=1e-4, atol=1e-6)
+
+
 def test_discrete_families():
     linear, scaled, cosine = DISCRETE
     assert linear.betas[0] == pytest.approx(1e-4) and linear.betas[500] == pytest.approx(1e-4 + 0.0199 * 500 / 999)

@@ -88,7 +88,7 @@ def test_named_diffusions_are_the_formulas():
     assert float(DIFFUSIONS["kl"](flow, t)) == pytest.approx(2 * t / (1 - t))
     assert float(DIFFUSIONS["kl"](Cosine(), t)) == pytest.approx(math.pi * math.tan(math.pi * t / 2))
     assert float(DIFFUSIONS["kl"](VPLinear(), t)) == pytest.approx(0.1 + t * 19.9)
-    assert float(DIFFUSIONS["sigma"](flow, t)) == t
+    assert float(DIFFUSIONS["sigma"](flow, t)) == t and float(DIFFUSIONS["constant"](flow, t)) == 1
     assert float(DIFFUSIONS["sin2"](flow, t)) == pytest.approx(math.sin(math.pi * t) ** 2)
     assert float(make_diffusion(0.5, flow)(t)) == pytest.approx(0.25 * 2 * t / (1 - t))
     assert float(make_diffusion(0.5, flow)(0.0)) == 0
@@ -105,6 +105,8 @@ def test_kl_is_the_solver_s_own_diffusion_to_the_last_digit():
 def test_a_diffusion_that_is_none_is_refused(diffusion):
     with pytest.raises(ValueError, match="diffusion (=|is) .*eta"):
         sample(MIXTURE.field(RectifiedFlow()), X, "euler-maruyama", diffusion=diffusion)
+    with pytest.raises(ValueError, match="'heun' solves the ODE and takes no diffusion"):
+        sample(MIXTURE.field(RectifiedFlow()), X, "heun", diffusion=0.0)
 
 
 def test_brownian_motion_has_the_variance_of_its_time():
@@ -192,6 +194,17 @@ def test_the_tree_is_one_brownian_path_on_every_grid():
     assert not torch.allclose(whole, BrownianTree(x, 8, depth=10)(0.9, 0.1))
 
 
+def test_times_of_the_tree_are_rounded_and_its_memory_is_bounded():
+    tree = BrownianTree(torch.zeros(4000, 1), 7, depth=3)
+    assert torch.equal(tree.at(0.99), tree.at(1.0)) and torch.equal(tree.at(0.3), tree.at(0.25))
+    assert tree.unit(0.5, 0.3).var().item() == pytest.approx(1, rel=0.12)  # from 0.5 to 0.25, 5 standard errors
+    tree = BrownianTree(X)
+    assert tree.unit(0.5, 0.5 + 2**-20).isfinite().all() and torch.equal(tree.at(0.3), BrownianTree(X, 0).at(0.3))
+    for step in range(200):
+        tree.at(step / 200)
+    assert len(tree._cache) <= 4 * tree.depth
+
+
 def test_the_tree_keeps_the_dtype_of_x_to_the_last_time():
     tree = BrownianTree(X.bfloat16(), 7, depth=4)
     assert tree(0.5, 0.0).dtype == tree.unit(0.5, 0.25).dtype == torch.bfloat16
@@ -231,8 +244,9 @@ def test_refusals_of_the_tree():
     for seeds in (None, 1.5, [1.5] * 8, torch.Generator()):
         with pytest.raises(ValueError, match="give a whole number, or a list with one per sample"):
             BrownianTree(X, seeds)
-    with pytest.raises(ValueError, match="depth = 0"):
-        BrownianTree(X, 1, depth=0)
+    for depth in (0, 31):
+        with pytest.raises(ValueError, match=f"depth = {depth}"):
+            BrownianTree(X, 1, depth=depth)
     with pytest.raises(ValueError, match=r"nearer than 2\^-4"):
         BrownianTree(X, 1, depth=4).unit(0.5, 0.501)
     with pytest.raises(ValueError, match="give a torch.Generator"):
@@ -244,7 +258,7 @@ def test_refusals_of_the_tree():
 @pytest.mark.parametrize("name", ["euler-maruyama", "stochastic-heun", "ddpm", "ddim"])
 def test_a_diffusion_below_zero_or_nan_is_refused_before_the_first_step(name):
     field = Field(lambda x_t, t: pytest.fail("the network was asked"), RectifiedFlow())
-    for w in (lambda t: t - 0.3, lambda t: torch.tensor(math.nan)):
+    for w in (lambda t: t - 0.3, lambda t: torch.tensor(math.nan), lambda t: torch.tensor([1.0, -1.0])):
         with pytest.raises(ValueError, match=r"diffusion is .* at t = .*: give a w\(t\) of at least 0"):
             sample(field, X, name, 5, diffusion=w, generator=range(8))
 
@@ -262,6 +276,8 @@ def test_seeds_are_whole_numbers_of_any_kind():
     expected = randn((2, 3), [3, 4])
     for seeds in (range(3, 5), [np.int64(3), np.int64(4)], np.arange(3, 5), [torch.Generator().manual_seed(3), 4]):
         assert torch.equal(randn((2, 3), seeds), expected)
+    wide = torch.randn(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.equal(randn((2, 3), [3, 4], torch.float64)[0], wide)  # all its digits are drawn
     for seeds in (3, "34", [0.5, 1.0], [None, 1]):
         with pytest.raises(ValueError, match="give a torch.Generator, or a list"):
             randn((2, 3), seeds)
