@@ -2,9 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mmdit_cli.sample import Checkpoint, Diffusion, Guidance, Solver, Steps, load_checkpoint_into, parse_diffusion
+
+if TYPE_CHECKING:
+    from mmdit import TextToImage
 
 
 def evaluate(
@@ -27,19 +32,30 @@ def evaluate(
     ] = None,
     num_images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of pictures to score.")] = None,
     num_reference: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only N of the reference.")] = None,
+    checkpoint: Checkpoint = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Score these weights of the run, as `mmdit ema` writes them.")
+    ] = None,
+    solver: Solver = None,
+    diffusion: Diffusion = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --images: write the scores there, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Write the scores there, as JSON, and nothing into the run.")
     ] = None,
 ) -> None:
     """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    What is not given is taken from the run's config (\\[evaluation]).
+    What is not given is taken from the run's config (\\[evaluation]). Scores of a --checkpoint or of --weights
+    are printed, and written to --out alone.
 
     [bold]Examples[/bold]
 
       mmdit evaluate runs/demo
 
       mmdit evaluate runs/mine --metrics fid,clip-score --features inception.safetensors --clip clip-vit-large-patch14/
+
+      mmdit evaluate runs/mine --weights wider/ --guidance 2 --out wider.json
 
       mmdit evaluate --images samples/ --reference photos/ --metrics kid,precision-recall --features dinov2-large/
     """
@@ -49,8 +65,13 @@ def evaluate(
         raise ValueError(
             "--data is for a run; pictures are named by --images, and those to compare with by --reference"
         )
-    if run is not None and out is not None:
-        raise ValueError("--out is for --images: the scores of a run go into its scores.json")
+    how = {"solver": solver, "diffusion": parse_diffusion(diffusion), "num_steps": steps, "guidance": guidance}
+    of_run = {"checkpoint": checkpoint, "weights": weights} | how
+    if run is None and (idle := [name for name, value in of_run.items() if value is not None]):
+        option = {"num_steps": "steps"}.get(idle[0], idle[0])
+        raise ValueError(f"--{option} is for a run: the pictures of --images are drawn already")
+    if checkpoint is not None and weights is not None:
+        raise ValueError("--checkpoint and --weights each say what to score: give one of them")
     given = {
         "metrics": None if metrics is None else tuple(name.strip() for name in metrics.split(",")),
         "features": features,
@@ -63,12 +84,25 @@ def evaluate(
     if run is not None:
         import training
 
-        show(training.evaluate_run(run, given, data, progress=True))
+        pipe = _pipe(run, checkpoint, weights)
+        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, out=out, **how))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images
 
         show(evaluate_images(str(images), EvaluationConfig(**given), num_images, out))  # type: ignore[arg-type]
+
+
+def _pipe(run: Path, checkpoint: str | None, weights: Path | None) -> "TextToImage | None":
+    """The model to score; None for that of the run."""
+    if checkpoint is None and weights is None:
+        return None
+    import mmdit
+
+    pipe = mmdit.TextToImage.load(weights or run)
+    if checkpoint is not None:
+        load_checkpoint_into(pipe, run, checkpoint)
+    return pipe
 
 
 def show(scores: Mapping[str, Any]) -> None:

@@ -161,13 +161,17 @@ def evaluate_run(
     evaluation: dict[str, Any] | None = None,
     data: str | None = None,
     progress: bool = False,
+    pipe: TextToImage | None = None,
+    out: str | Path | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
 
     evaluation: settings that replace the run's [evaluation]; sampling: its solver, num_steps or guidance. data: where
     the run's samples are, if they were moved; of other data, the samples that the same rule holds out are scored.
-    progress: show on standard error how many pictures are drawn. Raises FileNotFoundError where the folder is not a
+    progress: show on standard error how many pictures are drawn. pipe: score this model with the run's data and
+    settings, another average or checkpoint for example, instead of the run's own; its scores are not written into the
+    run. out: a JSON file to write the scores to, instead of the run. Raises FileNotFoundError where the folder is not a
     run, PermissionError where it cannot be written, ValueError where a network for evaluation.metrics is missing.
     """
     run = RunFolder.open(path)
@@ -176,8 +180,12 @@ def evaluate_run(
     config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
     config = with_evaluation(config, evaluation or {})
     check_metrics(config.evaluation)
-    asked = config.training.device  # a run on a GPU is scored anywhere
-    pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
+    own = pipe is None and out is None
+    if pipe is None:
+        asked = config.training.device  # a run on a GPU is scored anywhere
+        pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
+    elif isinstance(pipe, TransfusionPipeline) != config.transfusion.enabled:
+        raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
     feed = held_out_feed(config, pipe, run.index)
@@ -192,9 +200,11 @@ def evaluate_run(
     scores |= drawn
     if config.evaluation.metrics:
         scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)
-    with named(run.path / "samples.png"):
-        caption_grid(images, prompts).save(run.path / "samples.png")
-    with named(run.path / "loss.png"):
-        loss_plot(run, run.path / "loss.png")
-    write_json(run.path / "scores.json", scores)
+    if own:
+        with named(run.path / "samples.png"):
+            caption_grid(images, prompts).save(run.path / "samples.png")
+        with named(run.path / "loss.png"):
+            loss_plot(run, run.path / "loss.png")
+    if own or out is not None:
+        write_json(Path(out or run.path / "scores.json"), scores)
     return scores

@@ -9,10 +9,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from mmdit.memory import keeping_memory
 from training.checkpoint import list_checkpoints
@@ -23,7 +22,7 @@ from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
 from training.resuming import other_setting
 from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
-from training.settings import keys
+from training.settings import differences, keys
 from training.trainer import Trainer
 
 # Settings, or whole sections, that a resumed run keeps. data.source may change: the samples may have moved.
@@ -187,18 +186,10 @@ def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Int
     old = run.config()
     own = KEPT_SCHEDULE_FREE if old.optimizer.name == "schedule-free" else ()
     for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ()), *own):
-        _check_same(run, key, attrgetter(key)(old), attrgetter(key)(config))
+        for changed in differences(attrgetter(key)(old), attrgetter(key)(config), key):
+            raise other_setting(run, *changed)
     try:
         Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
     except Interrupted:
         run.log(f"stopped before the first step, nothing is lost; go on with: mmdit train --resume {run.path}")
     return run.path
-
-
-def _check_same(run: RunFolder, key: str, old: Any, new: Any) -> None:
-    """Raises ValueError where a setting, or one of a section, differs from the run's."""
-    if is_dataclass(old):
-        for part in fields(old):
-            _check_same(run, f"{key}.{part.name}", getattr(old, part.name), getattr(new, part.name))
-    elif old != new:
-        raise other_setting(run, key, old, new)

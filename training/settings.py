@@ -12,7 +12,7 @@ import inspect
 import math
 import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -189,6 +189,15 @@ def as_override(value: Any) -> str:
     if isinstance(value, tuple):
         return text.replace(" ", "")
     return text.lower() if isinstance(value, bool) else text
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each setting in which two settings of one class differ; key: of both."""
+    if is_dataclass(old):
+        for part in fields(old):
+            yield from differences(getattr(old, part.name), getattr(new, part.name), _join(key, part.name))
+    elif old != new:
+        yield key, old, new
 
 
 def to_toml(settings: Any) -> str:

@@ -47,6 +47,7 @@ from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, data_digests
 from training.run import RunFolder, named
 from training.seeds import generator_for
+from training.settings import as_override, differences
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
@@ -171,6 +172,8 @@ class Trainer:
             pipe.save_defaults(folder)
             if at_end:
                 pipe.save_weights(folder)
+            for key, old, new in differences(self.run.config(), self.config):
+                self.run.log(f"{key} = {as_override(new)} from here on, was {as_override(old)}")
         self.run.write_config(self.config)
         self.run.rewind_metrics(self.step)
         if self.ranks.first:

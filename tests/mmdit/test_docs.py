@@ -87,6 +87,9 @@ def test_the_loop_of_ones_own_runs(tmp_path, monkeypatch):
         picture(64, 64).save(f"my_images/{i}.png")
         Path(f"my_images/{i}.txt").write_text(f"picture {i}")
     names: dict = {}
-    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
-    exec(block, names)
+    loop, huber = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
+    exec(loop, names)
     assert names["step"] == 9 and names["loss"].total.isfinite() and names["picture"].size == (64, 64)
+    names.pop("loss")
+    exec(huber, names)
+    assert names["loss"].total.requires_grad and 0 < names["loss"].total < 10

@@ -328,7 +328,8 @@ def test_the_command_scores_a_run(run, place):
     [
         ([], "name a run (mmdit evaluate RUN), or pictures with --images FOLDER"),
         (["run", "--images", "x"], "name a run (mmdit evaluate RUN), or pictures"),
-        (["run", "--out", "x"], "--out is for --images"),
+        (["--images", "x", "--steps", "4"], "--steps is for a run"),
+        (["run", "--checkpoint", "4", "--weights", "x"], "give one of them"),
         (["--images", "x"], "which scores? name some: fid"),
         (["--images", "x", "--metrics", "fid"], "--features"),
         (
