@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,16 +250,31 @@ def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch
     return HiddenStates(network, words, max_length or 256, folder)
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing how far it is with loading, which takes it a moment and breaks into our output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        network, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=variant_of(folder, "model") or None,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            network, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=variant_of(folder, "model") or None,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise ValueError(f"cannot read the text encoder in {folder}: {first_line(error)}") from error
     _check_read(info, ("missing_keys", "mismatched_keys"), f"the weights in {folder} do not fit its config")
@@ -268,9 +283,10 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 def from_transformers(kind: Any, tensors: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> Any:
     """A network of transformers with these tensors. Raises ValueError listing those that do not fit."""
-    network, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
-    )
+    with without_progress_bars():
+        network, info = kind.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        )
     _check_read(info, ("missing_keys", "mismatched_keys", "unexpected_keys"), "its tensors do not fit their shape")
     return network
 

@@ -93,6 +93,8 @@ def _report(folder: Path, part: tuple[int, int], written: "Written", words: list
         print("stopped, all is kept; go on with the same command")
     elif written.missing:
         print(f"part {part[0]}/{part[1]} is whole; {written.missing} shards of other parts are missing")
+        if written.shards < part[1]:
+            print(f"there are fewer shards ({written.shards}) than parts: make them smaller by --shard-mb")
     else:
         if not written.samples:
             print(f"nothing was missing; is the data what it was? mmdit cache --verify {folder} --data SPEC")

@@ -84,8 +84,8 @@ class CacheOptions:
 
 
 class Written(NamedTuple):
-    """What a call wrote: number of samples, bad ones among them, seconds; and the number of shards that are still
-    missing, of this part and of all.
+    """What a call wrote: number of samples, bad ones among them, seconds; the number of shards that are still missing,
+    of this part and of all; and of all shards of the cache.
     """
 
     samples: int
@@ -93,6 +93,7 @@ class Written(NamedTuple):
     seconds: float
     missing_here: int
     missing: int
+    shards: int
 
 
 def write_cache(
@@ -207,7 +208,8 @@ class _Writer:
         for rest in self.folder.glob(".*.part") if not missing else ():
             rest.unlink(missing_ok=True)
         here = [k for k in missing if k in shards]
-        return Written(done, self.bad, time.perf_counter() - start, len(here), len(missing))
+        counts = (len(here), len(missing), self.about.num_shards)
+        return Written(done, self.bad, time.perf_counter() - start, *counts)
 
     def _jobs(self, shard: int) -> list[_Job]:
         """The chunks that a shard lacks; removes half-written files of an earlier call."""

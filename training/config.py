@@ -136,10 +136,15 @@ class TrainConfig(Settings):
                 'training.ema="exponential"'
             )
         base = self.optimizer.base_width
-        if base is not None and (base % self.model.head_dim or self.lora.rank):
+        if base is not None and base % self.model.head_dim:
             raise ConfigError(
-                f"optimizer.base_width is {base}, expected a multiple of model.head_dim = {self.model.head_dim}, and "
-                "no lora.rank: widths grow by their number of heads, and adapters have no width"
+                f"optimizer.base_width is {base}, expected a multiple of model.head_dim = {self.model.head_dim}: "
+                "widths grow by their number of heads"
+            )
+        if base is not None and self.lora.rank:
+            raise ConfigError(
+                f"optimizer.base_width is {base} and lora.rank {self.lora.rank}: adapters have no width to scale by; "
+                "leave out one of the two"
             )
 
     def _check_sampling(self) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdit.mapped import PICKLES, read_weights
-from mmdit.text_encoders import fingerprint
+from mmdit.text_encoders import fingerprint, without_progress_bars
 from mmdit.weights_io import read_json
 from training.metrics import need
 
@@ -218,7 +218,8 @@ def _open_folder(folder: Path) -> ImageNetwork:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
         loader = transformers.CLIPModel if kind == "clip" else transformers.AutoModel
-        network, info = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
+        with without_progress_bars():
+            network, info = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local) if kind == "clip" else None
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"cannot read the model in {folder}: {_first_line(error)}") from error

@@ -59,9 +59,8 @@ def reference_features(
     if not features:
         raise DataError(f"none of the reference's {len(indices)} pictures can be read")
     found = torch.cat(features)
-    if skipped:  # they may be readable the next time
-        log(f"reference: {len(skipped)} pictures cannot be read, so nothing is kept; one is {': '.join(skipped[0])}")
-        return found
+    if skipped:
+        log(f"reference: {len(skipped)} pictures cannot be read and are left out; one is {': '.join(skipped[0])}")
     save_weights({"features": found}, path, {"key": json.dumps(key), "sha256": _sum(found)})
     return found
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import mmdit.config
 from mmdit.config import LlamaConfig, MMDiTConfig
+from mmdit.features import FrozenText
 from mmdit.files import find, load
 from mmdit.init_from import init_from, needs, text_parameters
 from mmdit.lora import add_lora
@@ -51,7 +53,7 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
     if config.init_paths and resumed:
         trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
     elif config.init_paths:
-        trunk = _adapted_trunk(config, run, trunk)
+        trunk = _adapted_trunk(config, run, trunk, _reads_another(config.init_paths[0], model.conditioner))
         text = _text_folder(config.init_paths[0])
         if text is not None and isinstance(model.conditioner, LearnedText):
             load_weights(model.conditioner, text / "model.safetensors")
@@ -62,8 +64,10 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
     return trunk
 
 
-def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
-    """A trunk like the fresh one, with the weights that `init` names wherever they fit."""
+def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text: bool) -> MMDiT:
+    """A trunk like the fresh one, with the weights that `init` names wherever they fit. other_text: but for the layers
+    that read the text.
+    """
     path = config.init_paths[0]
     found = load(path)
     if not isinstance(found, MMDiT):
@@ -96,12 +100,27 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT) -> MMDiT:
         name
         for name, tensor in own.items()
         if (name not in given and name.endswith(NEW_NORMS))
-        or (name.startswith(TEXT_IN) and given[name].shape != tensor.shape)
+        or (name.startswith(TEXT_IN) and (other_text or given[name].shape != tensor.shape))
     ]
+    if config.lora.rank and any(name.startswith(TEXT_IN) for name in afresh):
+        raise ConfigError(
+            f"{path} reads another text encoder than {config.text.encoder}, and adapters alone would leave the layers "
+            "that read it as they begin: name its own in text.encoder, or leave out lora.rank"
+        )
     trunk.load_state_dict({name: own[name] if name in afresh else given[name] for name in own})
     rest = f"; new: {', '.join(afresh[:4])}{', ...' if len(afresh) > 4 else ''}" if afresh else ", none new"
     run.log(f"weights from {path}: {len(own) - len(afresh)} tensors{rest}")
     return trunk
+
+
+def _reads_another(path: str, text: nn.Module) -> bool:
+    """Whether the weights in `init` say that they were trained with another text encoder than this."""
+    files = [folder / "config.json" for folder in (Path(path) / "pipeline" / "text", Path(path) / "text")]
+    about = next((read_json(file) for file in files if file.exists()), None)
+    if about is None:
+        return False
+    sha256 = about.get("sha256")  # of frozen ones
+    return bool(sha256 != (text.about()["sha256"] if isinstance(text, FrozenText) else None))
 
 
 def _text_folder(path: str) -> Path | None:

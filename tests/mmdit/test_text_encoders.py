@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from mmdit.features import Features
 from mmdit.sd3_text import SD3Text, open_sd3_text
@@ -157,6 +158,15 @@ def test_a_dropped_caption_is_the_empty_one(singles, name):
     assert torch.equal(dropped.pooled[1:], as_it_is.pooled[1:])
     assert not torch.allclose(as_it_is.pooled[0], as_it_is.pooled[2], atol=1e-3)
     assert as_it_is.pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_is_silent_and_leaves_others_their_bars(singles, capfd, shown):
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    open_text_encoder(singles / "t5")
+    said, still = capfd.readouterr().err, logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    assert said == "" and still == shown
 
 
 def test_a_clip_without_projection_gives_the_state_of_the_end(singles, tmp_path):

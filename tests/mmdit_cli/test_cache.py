@@ -17,6 +17,10 @@ def test_it_writes_goes_on_and_verifies(tmp_path):
     out = tmp_path / "cache"
     half = run(*TINY, "data.num_samples=130", "--shard-mb", "0.4", "--part", "1/2", "--out", out)
     assert half.exit_code == 0 and "part 1/2 is whole; 2 shards of other parts are missing" in half.output
+    assert "fewer shards" not in half.output
+    small = run(*TINY, "--part", "1/2", "--out", tmp_path / "small")
+    assert "part 1/2 is whole; 1 shards of other parts are missing" in small.output
+    assert "there are fewer shards (1) than parts: make them smaller by --shard-mb" in small.output
     assert_one_line_error(run("cache", "--verify", out), "2 of 3 shards are missing, the first is shard-00000")
     rest = run(*TINY, "data.num_samples=130", "--shard-mb", "0.4", "--out", out)
     assert rest.exit_code == 0 and "66 samples, " in rest.output

@@ -96,12 +96,16 @@ def test_a_file_that_is_not_what_it_should_be_is_made_anew(folder, tmp_path):
     assert features(folder, cache)[1] == 0
 
 
-def test_where_a_picture_cannot_be_read_nothing_is_kept(folder, tmp_path):
+def test_a_picture_that_cannot_be_read_is_left_out_until_it_can(folder, tmp_path):
+    good = (folder / "001.png").read_bytes()
     (folder / "001.png").write_bytes(b"no picture")
     log = []
     found, seen = features(folder, tmp_path / "cache", log=log.append)
-    assert len(found) == seen == 4 and "nothing is kept; one is 001: not an image" in log[1]
-    assert features(folder, tmp_path / "cache")[1] == 4
+    assert len(found) == seen == 4 and "1 pictures cannot be read and are left out; one is 001: not an image" in log[1]
+    again, seen = features(folder, tmp_path / "cache")
+    assert seen == 0 and torch.equal(again, found)
+    (folder / "001.png").write_bytes(good)
+    assert features(folder, tmp_path / "cache")[1] == 5
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of the reference's 5 pictures can be read"):

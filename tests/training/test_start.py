@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import T5EncoderModel
 
 import mmdit
 import training
 from mmdit.init_from import text_parameters
 from mmdit.lora import load_lora, plain_state
 from mmdit.weights_io import read_weights
+from tests.mmdit.tiny_sd3 import randomised
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, load_config
 from training.run import RunFolder
@@ -188,6 +190,26 @@ def test_an_image_model_goes_on_from_another_with_its_words(base, tmp_path, caps
         assert torch.equal(tensor, old.state_dict()[name]), name
     words = ["a red circle on a white background"]
     assert torch.equal(trainer.model.conditioner.tokenize(words).ids, old.conditioner.tokenize(words).ids)
+
+
+def test_layers_that_read_the_text_start_anew_with_another_encoder_of_its_width(tmp_path, parts):
+    """Of the same encoder they are kept."""
+    shutil.copytree(parts / "t5", tmp_path / "other")
+    other = T5EncoderModel.from_pretrained(tmp_path / "other")
+    randomised(other).save_pretrained(tmp_path / "other")
+    base = training.train(images_config(tmp_path / "base", f"text.encoder={parts / 't5'}", "training.num_steps=1"))
+    old = mmdit.load(base).state_dict()
+    for encoder, new in ((parts / "t5", set()), (tmp_path / "other", {"context_in", "pooled_in"})):
+        config = images_config(tmp_path / f"on {len(new)}", f"init={base}", f"text.encoder={encoder}")
+        state = Trainer(config, RunFolder.create(config.run_folder, config)).model.transformer.state_dict()
+        assert {name.partition(".")[0] for name, x in state.items() if not torch.equal(x, old[name])} == new
+    with pytest.raises(ConfigError, match="reads another text encoder than .*other, and adapters alone would leave"):
+        training.train(
+            images_config(tmp_path / "lora", f"init={base}", f"text.encoder={tmp_path / 'other'}", "lora.rank=2")
+        )
+    words = images_config(tmp_path / "words", f"init={base}")
+    state = Trainer(words, RunFolder.create(words.run_folder, words)).model.transformer.state_dict()
+    assert not torch.equal(state["context_in.weight"], old["context_in.weight"])
 
 
 def test_qk_norm_can_be_added(tmp_path):
