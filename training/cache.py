@@ -17,6 +17,7 @@ of a text state, P width of the pooled vector, T all tokens of a shard.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -215,8 +216,13 @@ class Shard:
         """stem: a path or URL without suffix. Raises CacheError where a file is missing, cut or changed."""
         self.file, self.is_remote, self._patience = f"{stem}.safetensors", is_url(str(stem)), patience
         table = read_table(f"{stem}.json", patience)
-        self._sha256, self._size = table["file"], table["bytes"]
-        self.samples = [CachedSample(*row) for row in table["samples"]]
+        try:
+            self._sha256, self._size = table["file"], table["bytes"]
+            self.samples = [CachedSample(*row) for row in table["samples"]]
+        except (KeyError, TypeError) as error:
+            raise CacheError(f"{stem}.json is not the table of a shard; {anew(self.file)}") from error
+        if type(self._size) is not int or self._size < 0:
+            raise CacheError(f"{stem}.json says that {self.file} has {self._size} bytes; {anew(self.file)}")
         if not self.is_remote and not (Path(self.file).is_file() and Path(self.file).stat().st_size == self._size):
             raise CacheError(f"{self.file} is not as it was written: {anew(self.file)}")
         good = [sample.error is None for sample in self.samples]
@@ -225,17 +231,26 @@ class Shard:
             [0, *(len(sample.captions) * ok for sample, ok in zip(self.samples, good, strict=True))]
         )
         self._checked: set[int] = set()
+        self._tensors: Mapping[str, Any] | None = None
+        self._opening = threading.Lock()  # a shard's own: that of a cached_property is one for all in Python 3.11
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, Any]:
         """latents (flat), shapes (N, 3), digests (N, 32); of each encoder text.i.states (T, D), .lengths (M,), .pooled
         (M, P). On a disk all are mapped; on a server shapes, digests and lengths are read, the others `RemoteTensor`s.
         Raises CacheError where their sizes do not fit each other.
         """
+        with self._opening:
+            if self._tensors is None:
+                self._tensors = self._open()
+            return self._tensors
+
+    def _open(self) -> Mapping[str, Any]:
         try:
             found = read_tensors(self.file, self._size, self._patience)
             tensors = {
-                name: x[:] if name.endswith(("shapes", "digests", "lengths")) else x for name, x in found.items()
+                name: x[:] if x.shape and name.endswith(("shapes", "digests", "lengths")) else x
+                for name, x in found.items()
             }
             self._check_tables(tensors)
         except (ValueError, KeyError, OSError) as error:
@@ -247,12 +262,13 @@ class Shard:
 
     def _check_tables(self, tensors: Mapping[str, Any]) -> None:
         shapes, rows = tensors["shapes"], sum(sample.error is None for sample in self.samples)
-        fits = shapes.shape == (rows, 3) and tensors["digests"].shape == (rows, 32) and bool((shapes >= 0).all())
-        fits = fits and int(shapes.long().prod(1).sum()) == len(tensors["latents"])
+        fits = shapes.shape == (rows, 3) and tensors["digests"].shape == (rows, 32) and shapes.dtype == torch.int32
+        fits = fits and bool((shapes >= 0).all())
+        fits = fits and tensors["latents"].shape == (int(shapes.long().prod(1).sum()),)
         for i in range(num_encoders(tensors)):
             states, lengths, pooled = (tensors[f"text.{i}.{name}"] for name in ("states", "lengths", "pooled"))
-            fits = fits and len(lengths) == len(pooled) == self._captions[-1] and bool((lengths >= 0).all())
-            fits = fits and int(lengths.sum()) == len(states)
+            fits = fits and lengths.shape == pooled.shape[:1] == (self._captions[-1],) and bool((lengths >= 0).all())
+            fits = fits and states.shape[:1] == (int(lengths.sum()),)
         if not fits:
             raise ValueError("its tables have changed")
 

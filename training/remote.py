@@ -12,8 +12,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from training.errors import one_line
@@ -111,11 +111,37 @@ def read_whole(url: str, patience: Patience) -> bytes:
 
 
 def read_each(read: Callable[[T], R], items: Iterable[T], remote: bool, at_once: int = AT_ONCE) -> Iterable[R]:
-    """read(item) of each item, in order; where reading is mostly waiting for a server, several `at_once`."""
+    """read(item) of each item, in order; where reading is mostly waiting for a server, several `at_once`.
+
+    An error or a signal is raised at once: then no further read begins, and those that hang are left to their daemon
+    threads, for which neither the caller nor the end of the process waits.
+    """
     if not remote:
         return map(read, items)
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(read, items))
+    asked = list(items)
+    places = iter(range(len(asked)))  # shared by the threads
+    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            for place in places:
+                done.put((place, read(asked[place]), None))
+        except BaseException as error:
+            done.put((-1, None, error))
+
+    found: dict[int, R] = {}
+    try:
+        for _ in range(min(at_once, len(asked))):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in asked:
+            place, result, error = done.get()
+            if error is not None:
+                raise error
+            found[place] = result
+    finally:
+        for _ in places:  # none is left for the threads
+            pass
+    return [found[place] for place in range(len(asked))]
 
 
 class RemoteFile(io.RawIOBase):

@@ -4,11 +4,13 @@ named, and ends a run that can be resumed.
 
 import json
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 import training
 from mmdit.autoencoder import PixelSpace
@@ -16,7 +18,7 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer
 from tests.mmdit.tiny_sd3 import save_encoders
 from tests.training.flaky import Flaky, put
 from tests.training.runs import assert_bit_equal, config_for, metrics
-from training import cache_writer, remote
+from training import cache, cache_writer, remote
 from training.cache import About, Cache, Shard
 from training.cache_files import CacheError, RemoteTensor
 from training.cache_writer import CacheOptions, write_cache
@@ -226,8 +228,6 @@ def test_a_cache_is_written_to_a_disk(tmp_path, monkeypatch):
 
 def test_samples_of_a_batch_are_asked_for_together(server, monkeypatch):
     """So many at a time that a server's answers, each 0.05 s late, do not add up."""
-    import threading
-
     at_once, most, lock, ask = 0, 0, threading.Lock(), remote.read_range
     together = threading.Barrier(4)
 
@@ -247,3 +247,68 @@ def test_samples_of_a_batch_are_asked_for_together(server, monkeypatch):
     monkeypatch.setattr("training.cache_files.read_range", slow)
     found = list(remote.read_each(source.read, (0, 4, 8, 9), source.is_remote))
     assert len(found) == 4 and most >= 4
+
+
+def test_shards_open_at_the_same_time_and_each_once(server, monkeypatch):
+    opened, together, real = [], threading.Barrier(2), cache.read_tensors
+
+    def read_tensors(file, *how):
+        opened.append(file)
+        together.wait(20)
+        return real(file, *how)
+
+    monkeypatch.setattr(cache, "read_tensors", read_tensors)
+    remote.read_each(Cache(URL, QUICK).read, (0, 1, 4, 5), remote=True)
+    assert sorted(opened) == [f"flaky://cache/shard-0000{k}.safetensors" for k in (0, 1)]
+
+
+def _tables(**changes) -> dict[str, torch.Tensor]:
+    """The tensors of a shard of one sample of 1 x 2 x 2 with one caption of 3 tokens."""
+    shapes, lengths = torch.tensor([[1, 2, 2]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    text = {"text.0.states": torch.zeros(3, 4), "text.0.lengths": lengths, "text.0.pooled": torch.zeros(1, 4)}
+    good = {"latents": torch.zeros(4), "shapes": shapes, "digests": torch.zeros(1, 32, dtype=torch.uint8), **text}
+    return good | {name.replace("__", "."): x for name, x in changes.items()}
+
+
+def _shard(where: Path, tensors: dict[str, torch.Tensor], **table) -> Shard:
+    data = save(tensors)
+    row = {"file": "", "bytes": len(data), "samples": [["a", "", ["a star"]]]}
+    write_signed(where / "s.json", {name: x for name, x in (row | table).items() if x is not ...})
+    put("flaky://cache/s.json", (where / "s.json").read_bytes())
+    put("flaky://cache/s.safetensors", data)
+    return Shard("flaky://cache/s", QUICK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shapes": torch.tensor(3)},
+        {"shapes": torch.tensor([[1.0, 2.0, 2.0]])},
+        {"digests": torch.tensor(3)},
+        {"latents": torch.tensor(3.0)},
+        {"latents": torch.zeros(4, 2)},
+        {"text__0__lengths": torch.tensor(3)},
+        {"text__0__lengths": torch.tensor([[3]])},
+        {"text__0__pooled": torch.tensor(3.0)},
+        {"text__0__pooled": torch.zeros(2, 4)},
+        {"text__0__states": torch.tensor(3.0)},
+        {"text__0__states": torch.zeros(4, 4)},
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(flaky, tmp_path, change):
+    assert set(_shard(tmp_path, _tables()).tensors) == set(_tables())
+    with pytest.raises(CacheError, match=r"^flaky://cache/s.safetensors is no shard: its tables have changed; copy s"):
+        _ = _shard(tmp_path, _tables(**change)).tensors
+
+
+@pytest.mark.parametrize("size", [-5, 1.5, "many", None])
+def test_a_size_that_is_none_is_refused(flaky, tmp_path, size):
+    with pytest.raises(CacheError, match=f"^flaky://cache/s.json says that .*s.safetensors has {size} bytes; copy s"):
+        _shard(tmp_path, _tables(), bytes=size)
+
+
+@pytest.mark.parametrize("table", [{"file": ...}, {"bytes": ...}, {"samples": ...}, {"samples": 3}, {"samples": [[]]}])
+def test_another_signed_table_is_no_shard(flaky, tmp_path, table):
+    """Such as cache.json under a shard's name."""
+    with pytest.raises(CacheError, match="^flaky://cache/s.json is not the table of a shard; copy s"):
+        _shard(tmp_path, _tables(), **table)

@@ -3,6 +3,8 @@
 import functools
 import http.server
 import itertools
+import os
+import signal
 import socket
 import threading
 import time
@@ -14,7 +16,7 @@ import pytest
 from tests.training.flaky import Flaky, put
 from tests.training.pictures import members, parquet_of, shards_of, tar_of
 from training.data import DataError, SourceOptions, loader, open_source
-from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_range
+from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_each, read_range
 from training.wanted import Wanted
 
 QUICK = Patience(timeout=10.0, retries=2, pause=0.01)
@@ -199,3 +201,35 @@ def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
     finally:
         _Quiet.over.set()
         server.shutdown()
+
+
+@pytest.mark.parametrize("stop", [RemoteError, KeyboardInterrupt])
+def test_an_error_or_a_signal_does_not_wait_for_reads_that_hang(stop):
+    """Nor does the end of the process, and no further read begins."""
+    over, begun, daemons, ended = threading.Event(), threading.Barrier(3), [], []
+
+    def read(i):
+        daemons.append(threading.current_thread().daemon)
+        begun.wait(20)
+        if i == 1 and stop is RemoteError:
+            raise RemoteError("connection reset by peer")
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        over.wait(20)
+        ended.append(i)
+
+    with pytest.raises(stop):
+        read_each(read, range(10), remote=True, at_once=3)
+    assert not ended and daemons == [True] * 3
+    over.set()
+
+
+def test_reads_come_in_order():
+    second = threading.Event()
+
+    def read(i):
+        second.wait(20) if i == 0 else second.set()
+        return i * i
+
+    assert read_each(read, range(5), remote=True, at_once=2) == [0, 1, 4, 9, 16]
+    assert list(read_each(read, [], remote=True)) == []
