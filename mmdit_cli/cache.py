@@ -108,7 +108,7 @@ def _verify(spec: str, data: str | None) -> None:
     from training.progress import Progress
 
     found = Cache(spec)
-    with Progress("verifying", len(found.shards) + (found.empty is not None)) as progress:
+    with Progress("verifying", len(found.shards) + (found.empty is not None), images=0) as progress:
         problems = found.problems(progress.show)
     if data is not None and not problems:
         with Progress("comparing", len(found.samples)) as progress:

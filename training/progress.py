@@ -36,7 +36,8 @@ class Progress:
     """Progress of `total` steps of so many images each, from `start` on; `rate` is the recent number of steps a second.
 
     The rate leaves out the first step, which may include compiling or starting workers; before the second step it is 0
-    and not shown. quiet: count, but show nothing. stream: where to show; None is standard output.
+    and not shown. images: 0 shows no images a second. quiet: count, but show nothing. stream: where to show; None is
+    standard output.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Progress:
         self._marks = [(when + paused, done) for when, done in self._marks]
 
     def _text(self) -> str:
-        values = self._values | ({"images/s": self.images_per_second} if self.rate else {})
+        values = self._values | ({"images/s": self.images_per_second} if self.rate and self.images else {})
         return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
     def __exit__(self, *error: Any) -> None:

@@ -97,7 +97,8 @@ def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
     def read() -> bytes:
         data: bytes = files.cat_file(path, start=start, end=end)
         if len(data) != end - start:
-            raise RemoteError(f"{len(data)} bytes came in place of {end - start}")
+            why = ", as from a server that cannot read ranges" * (len(data) > end - start)
+            raise RemoteError(f"{len(data)} bytes came in place of {end - start}{why}")
         return data
 
     return _patiently(read, url, patience)
@@ -176,6 +177,8 @@ class RemoteFile(io.RawIOBase):
         return data
 
 
+_REFUSED = "the server refuses it ({}); are the credentials there, and right?"
+
 # --- retries ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,11 +211,12 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
             if not reason:
                 raise RemoteError(f"{what}: there is no such file on the server") from error
         except PermissionError as error:
-            why = f"the server refuses it ({one_line(error)}); are the credentials there, and right?"
-            raise RemoteError(f"{what}: {why}") from error
+            raise RemoteError(f"{what}: {_REFUSED.format(one_line(error))}") from error
         except TimeoutError:
             reason = f"no answer within {patience.timeout:g} s"
         except Exception as error:  # each file system has its own
+            if getattr(error, "status", 0) in (401, 403):  # of http
+                raise RemoteError(f"{what}: {_REFUSED.format(one_line(error))}") from error
             reason = one_line(error)
     tries = patience.retries + 1
     raise RemoteError(f"{what}: {reason} (tried {tries} time{'s' * (tries > 1)})")

@@ -16,7 +16,17 @@ import pytest
 from tests.training.flaky import Flaky, put
 from tests.training.pictures import members, parquet_of, shards_of, tar_of
 from training.data import DataError, SourceOptions, loader, open_source
-from training.remote import Listed, Patience, RemoteError, RemoteFile, is_url, list_urls, read_each, read_range
+from training.remote import (
+    Listed,
+    Patience,
+    RemoteError,
+    RemoteFile,
+    is_url,
+    list_urls,
+    read_each,
+    read_range,
+    read_whole,
+)
 from training.wanted import Wanted
 
 QUICK = Patience(timeout=10.0, retries=2, pause=0.01)
@@ -233,3 +243,35 @@ def test_reads_come_in_order():
 
     assert read_each(read, range(5), remote=True, at_once=2) == [0, 1, 4, 9, 16]
     assert list(read_each(read, [], remote=True)) == []
+
+
+def test_what_a_server_on_http_refuses_is_not_asked_for_again():
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
+    asked = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(403)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(RemoteError, match=r"/a.json: the server refuses it \(403, .*\); are the credentials there"):
+            read_whole(f"http://127.0.0.1:{server.server_port}/a.json", QUICK)
+        assert len(asked) == 1
+    finally:
+        server.shutdown()
+
+
+def test_a_server_that_cannot_read_ranges_is_named_as_that(monkeypatch):
+    put("flaky://a", b"0123456789")
+    monkeypatch.setattr(Flaky, "cat_file", lambda self, path, **how: b"0123456789")
+    message = r"a: 10 bytes came in place of 2, as from a server that cannot read ranges \(tried 3 times\)"
+    with pytest.raises(RemoteError, match=message):
+        read_range("flaky://a", 2, 4, QUICK)
