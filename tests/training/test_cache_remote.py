@@ -2,6 +2,7 @@
 named, and ends a run that can be resumed.
 """
 
+import hashlib
 import json
 import struct
 import threading
@@ -18,11 +19,11 @@ from mmdit.text import LearnedText, TextConfig, Tokenizer
 from tests.mmdit.tiny_sd3 import save_encoders
 from tests.training.flaky import Flaky, put
 from tests.training.runs import assert_bit_equal, config_for, metrics
-from training import cache, cache_writer, remote
+from training import cache, cache_files, cache_writer, remote
 from training.cache import About, Cache, Shard
-from training.cache_files import CacheError, RemoteTensor
+from training.cache_files import CacheError, RemoteTensor, read_tensors, sha256_of_file
 from training.cache_writer import CacheOptions, write_cache
-from training.cached import CachedFeed
+from training.cached import CachedFeed, CachedSource
 from training.config import load_config
 from training.data import DataError, SourceOptions, is_shapes, open_source
 from training.feed import Encoding
@@ -74,6 +75,12 @@ def opened(spec: str, **options) -> training.Source:
     return open_source(spec, options=SourceOptions(wanted=Wanted(patience=QUICK)), **options)
 
 
+def encoding() -> Encoding:
+    tokenizer = Tokenizer.train(["a red star"], 260, 8)
+    text = LearnedText(TextConfig(width=8, depth=1, num_heads=1, max_length=8, vocab_size=260), tokenizer)
+    return Encoding(PixelSpace(), text, torch.device("cpu"), 0, lambda key, reason: None, False)
+
+
 def test_every_sample_is_that_of_the_disk(server):
     one, other = Cache(server), Cache(URL, QUICK)
     assert other.is_remote and other.samples == one.samples and len(other.shards) == 3
@@ -97,11 +104,8 @@ def test_a_sample_is_asked_for_by_itself(server):
 
 
 def test_batches_are_those_of_the_disk(server):
-    tokenizer = Tokenizer.train(["a red star"], 260, 8)
-    text = LearnedText(TextConfig(width=8, depth=1, num_heads=1, max_length=8, vocab_size=260), tokenizer)
-    encoding = Encoding(PixelSpace(), text, torch.device("cpu"), 0, lambda key, reason: None, False)
     for spec in (URL, str(server)):
-        feed = CachedFeed(opened(spec), np.arange(12), encoding)
+        feed = CachedFeed(opened(spec), np.arange(12), encoding())
         Flaky.faults = ["fails", "cuts"] if spec == URL else []
         batches = feed.batches(4, seed=3)
         found = [next(batches) for _ in range(5)]
@@ -184,6 +188,7 @@ def _file(header: bytes, length: int | None = None) -> bytes:
     [
         (b"", "its header is not one of safetensors"),
         (bytes(8), "its header is not one of safetensors"),
+        (_file(b"{}", 1000), "its header is longer than the file"),
         (_file(b"{}", 2**63), "its header is longer than the file"),
         (_file(b"[]"), "its header is not one of safetensors"),
         (_file(b"\xff\xff"), "its header is not one of safetensors"),
@@ -203,6 +208,32 @@ def test_a_header_that_lies_is_refused(flaky, tmp_path, data, message):
     put("flaky://cache/shard-00000.json", (tmp_path / "table").read_bytes())
     with pytest.raises(CacheError, match=f"^flaky://cache/shard-00000.safetensors is no shard: .*{message}.*; copy"):
         _ = Shard("flaky://cache/shard-00000", QUICK).tensors
+
+
+def test_a_header_may_be_long_and_hold_metadata(flaky):
+    table = json.loads(_table()) | {"__metadata__": {"about": "x" * 100_000}}
+    data = _file(json.dumps(table).encode())
+    put("flaky://x", data)
+    [(name, x)] = read_tensors("flaky://x", len(data), QUICK).items()
+    assert name == "x" and x[:].tolist() == [0, 0]
+
+
+def test_the_digest_of_a_file_is_of_all_its_parts(flaky, monkeypatch):
+    monkeypatch.setattr(cache_files, "CHUNK", 5)
+    put("flaky://x", b"twelve bytes")
+    assert sha256_of_file("flaky://x", 12, QUICK) == hashlib.sha256(b"twelve bytes").hexdigest()
+    assert Flaky.reads == [(0, 5), (5, 10), (10, 12)]
+
+
+def test_samples_of_a_batch_are_read_beside_each_other(server, monkeypatch):
+    """Those of a disk are not."""
+    read = CachedSource.read
+    threads = []
+    monkeypatch.setattr(CachedSource, "read", lambda self, i: threads.append(threading.get_ident()) or read(self, i))
+    for spec in (str(server), URL):
+        threads.clear()
+        CachedFeed(opened(spec), np.arange(12), encoding()).at([0, 1])
+        assert (set(threads) == {threading.get_ident()}) == (spec != URL)
 
 
 def test_rows_of_a_tensor(flaky):

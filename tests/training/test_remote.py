@@ -216,9 +216,10 @@ def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
 @pytest.mark.parametrize("stop", [RemoteError, KeyboardInterrupt])
 def test_an_error_or_a_signal_does_not_wait_for_reads_that_hang(stop):
     """Nor does the end of the process, and no further read begins."""
-    over, begun, daemons, ended = threading.Event(), threading.Barrier(3), [], []
+    over, begun, daemons, ended, threads = threading.Event(), threading.Barrier(3), [], [], []
 
     def read(i):
+        threads.append(threading.current_thread())
         daemons.append(threading.current_thread().daemon)
         begun.wait(20)
         if i == 1 and stop is RemoteError:
@@ -232,6 +233,9 @@ def test_an_error_or_a_signal_does_not_wait_for_reads_that_hang(stop):
         read_each(read, range(10), remote=True, at_once=3)
     assert not ended and daemons == [True] * 3
     over.set()
+    for thread in list(threads):
+        thread.join(60)
+    assert len(threads) == 3
 
 
 def test_reads_come_in_order():
