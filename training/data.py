@@ -65,7 +65,7 @@ class Sample:
     flipped: bool = False
 
 
-class Data:
+class Data(ABC):
     """What is known of a data set before any sample is read: a `Source`, or a stream (`stream.StreamSource`)."""
 
     image_size: Size
@@ -86,12 +86,12 @@ class Data:
         """How samples fall into buckets, parts and blocks; by default one size, and neither parts nor blocks."""
         return Layout((self.image_size,))
 
+    @abstractmethod
     def some_captions(self) -> Iterator[str]:
         """Captions to train a tokenizer on: all, or a part of very many."""
-        raise NotImplementedError
 
 
-class Source(Data, ABC):
+class Source(Data):
     """A map-style data set: `source[i]` is sample i, in any process and in any order.
 
     A subclass sets `image_size`, `keys` and `skipped`; the rest has defaults that fit a plain data set.
