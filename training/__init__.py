@@ -15,7 +15,7 @@ _WHERE = {
     "training.launch": ("train", "resume"),
     "training.trainer": ("Trainer",),
     "training.evaluate": ("evaluate_run", "validation_loss"),
-    "training.objectives": ("FlowMatching", "Batch", "Loss"),
+    "training.objectives": ("FlowMatching", "TextAndImages", "Batch", "Loss"),
     "training.time_density": ("Uniform", "LogitNormal", "Mode", "CosMap", "make_time_density"),
     "training.shapes": ("ShapesWorld",),
     "training.shapes_eval": ("ShapesEval",),

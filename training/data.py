@@ -1,6 +1,6 @@
 """Image-caption data: `open_source` gives a map-style source, `split_by_key` a held-out part, `loader` batches.
 
-    "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these
+    "shapes" | folder | metadata.jsonl | shards | Parquet | URL | hf:NAME | a mix of these | python:MODULE:CLASS
         -> open_source -> Source -> split_by_key -> loader -> ImageBatch, ImageBatch, ...
 
 A source gives any sample at any time in any process; the order of samples, workers and resuming are up to the loader.
@@ -31,6 +31,7 @@ from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.order import Layout
+from training.own import is_own, open_own
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys
@@ -178,8 +179,8 @@ def open_source(
     need_captions: bool = True,
     options: SourceOptions = SourceOptions(),
 ) -> Source:
-    """Open a data set: "shapes" or "shapes:20000" (the procedural world), images in files, shards or rows, a mix, or a
-    cache of these.
+    """Open a data set: "shapes" or "shapes:20000" (the procedural world), images in files, shards or rows, a mix, a
+    cache of these, or a subclass of `Source`, "python:MODULE:CLASS".
 
     Shards and Parquet files are one file, a folder (shards also one level down), a glob or a URL. "a=0.7,b=0.3" mixes
     data sets by weight. `image_size` is a side or (height, width), fitted to multiples of `step`; None takes the most
@@ -192,6 +193,10 @@ def open_source(
     if not spec:  # Path("") is the current folder
         raise DataError("no data is named: give --data (or data.source) a folder of images with captions, shards, ...")
     size, mix = checked_size(image_size), _mix_in(spec)
+    if is_own(spec) and len(mix) == 1:
+        if not options.is_plain:
+            raise DataError(f"{spec} gives its samples as they are: no buckets, crops, flips, captions, filters")
+        return open_own(spec, size and fit_size(*size, step), step, num_samples)
     if any(name.partition(":")[0] == "shapes" for name, _ in mix):
         if len(mix) > 1:
             raise DataError(f"{spec}: shapes cannot be mixed with files")
@@ -217,6 +222,8 @@ def _check_alone(name: str) -> None:
         raise DataError(f"{name} is a stream, which training alone reads, and by itself: take hf:NAME, or files")
     if is_cache(name):
         raise DataError(f"{name} is a cache, which is trained on by itself: mix the data, and cache the mix")
+    if is_own(name):
+        raise DataError(f"{name} is trained on by itself: mix the data in that class")
 
 
 def is_mix(spec: str) -> bool:

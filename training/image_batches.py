@@ -177,8 +177,7 @@ def make_batch(
     images = np.empty((count, *size, 3), dtype=np.uint8)
     kept = []
     for slot, (i, sample) in zip(images, numbered, strict=True):
-        assert sample.image is not None
-        slot[:] = sample.image
+        slot[:] = _pixels(sample, size)
         kept.append((i, replace(sample, image=None, original=sample.original or size)))
     return _batch(torch.from_numpy(images).permute(0, 3, 1, 2), kept, skipped)
 
@@ -187,11 +186,23 @@ def make_row(numbered: Iterable[tuple[int, Sample]], skipped: list[tuple[str, st
     """The batch of good samples of any sizes, given with their numbers."""
     pixels, sizes, kept = [], [], []
     for i, sample in numbered:
-        assert sample.image is not None
-        sizes.append((sample.image.shape[0], sample.image.shape[1]))
-        pixels.append(sample.image.reshape(-1, 3))
+        image = _pixels(sample)
+        sizes.append((image.shape[0], image.shape[1]))
+        pixels.append(image.reshape(-1, 3))
         kept.append((i, replace(sample, image=None, original=sample.original or sizes[-1])))
     return _batch(torch.from_numpy(np.concatenate(pixels)), kept, skipped, sizes)
+
+
+def _pixels(sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The image of a good sample. Raises `DataError` unless it is uint8 RGB, and of the size (h, w) where one is given:
+    numpy would otherwise stretch a single channel, and cut numbers between 0 and 1 to 0.
+    """
+    image = sample.image
+    if image is None or image.dtype != np.uint8 or image.shape != (*(size or image.shape[:2]), 3):
+        found = "none, and error is not set" if image is None else f"{image.dtype} {image.shape}"
+        high, wide = size or ("h", "w")
+        raise DataError(f"the image of {sample.key} is {found}, expected uint8 ({high}, {wide}, 3)")
+    return image
 
 
 def _batch(

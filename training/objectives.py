@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from mmdit.sequences import MixedBatch, pack
 from mmdit.text import Tokens
 from samplers import RectifiedFlow, Schedule, randn, resolution_shift, shift_time
 from training.config import TrainConfig
+from training.own import is_own, load_class
 from training.share import WHOLE, Share
 from training.time_density import TimeDensity, make_time_density
 
+T = TypeVar("T")
 Draws = torch.Generator | Sequence[int]
 """The randomness of a loss: a generator, or where only noise is drawn, a seed for each image's noise."""
 
@@ -122,20 +124,27 @@ class FlowMatching:
         loss = errors.mean()
         return Loss(loss, {"loss": loss.detach()}, t, errors.detach())
 
+    def elementwise_loss(self, v: Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The loss of each element of the network's velocity v, before means are taken: its squared error.
+
+        v, x_0, eps and the loss are (B, C, h, w), t is (B,); or where sizes differ all are in one row, (N,).
+        """
+        return (v.float() - self.schedule.velocity(x_0, eps, t)).square()
+
     def _errors(self, model: nn.Module, batch: Batch, eps: list[Tensor], t: Tensor, drop: Tensor) -> Tensor:
-        """Mean squared error of the velocity of each image (B,); images of several sizes are computed as one tensor."""
+        """The mean loss of each image (B,); images of several sizes are computed as one tensor."""
         x_0 = batch.latents
         if isinstance(x_0, Tensor):
             noise = torch.stack(eps)
             v = model(self.schedule.mix(x_0, noise, t), t, batch.tokens, drop)
-            return (v.float() - self.schedule.velocity(x_0, noise, t)).square().flatten(1).mean(1)
+            return self.elementwise_loss(v, x_0, noise, t).flatten(1).mean(1)
         counts = [x.numel() for x in x_0]
         row, noise = _in_row(x_0), _in_row(eps)
         times = torch.repeat_interleave(t, torch.tensor(counts).to(t.device), output_size=len(row))
         x_t = self.schedule.mix(row, noise, times).split(counts)
         v = model([part.view(x.shape) for part, x in zip(x_t, x_0, strict=True)], t, batch.tokens, drop)
-        squares = (_in_row(v).float() - self.schedule.velocity(row, noise, times)).square()
-        return torch.stack([part.mean() for part in squares.split(counts)])
+        losses = self.elementwise_loss(_in_row(v), row, noise, times)
+        return torch.stack([part.mean() for part in losses.split(counts)])
 
 
 def _num_encoders(model: nn.Module) -> int:
@@ -225,14 +234,17 @@ class TextAndImages:
         noised = [self.schedule.mix(x, e, s) for x, e, s in zip(batch.latents, noise, t, strict=True)]
         out = model(batch.with_latents(noised), t)
         text = next_token_loss(out.states, out.head, batch, self.z_loss, num_tokens=num_tokens)
-        errors = [
-            (v.float() - (e if self.prediction == "noise" else self.schedule.velocity(x, e, s))).square().mean()
-            for v, x, e, s in zip(out.v, batch.latents, noise, t, strict=True)
-        ]
+        each_image = zip(out.v, batch.latents, noise, t, strict=True)
+        errors = [self.elementwise_loss(*image).mean() for image in each_image]
         each = torch.stack(errors) if errors else text.new_zeros(0)
         image = each.sum() / num_images if errors else text.new_zeros(())
         parts = {"text": text.detach(), "image": image.detach()}
         return Loss(text + self.image_weight * image, parts, t, each.detach())
+
+    def elementwise_loss(self, v: Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The loss of each element of what the network says of one image (C, h, w) at time t (): its squared error."""
+        target = eps if self.prediction == "noise" else self.schedule.velocity(x_0, eps, t)
+        return (v.float() - target).square()
 
     def _orders(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(which samples have their image first, which have no caption), boolean (B,)."""
@@ -305,11 +317,18 @@ def next_token_loss(
 
 
 def make_objective(config: TrainConfig, share: Share = WHOLE) -> FlowMatching | TextAndImages:
-    """The objective of a run. share: this process's piece of each batch."""
+    """The objective of a run, or the subclass that objective.name says (`own.load_class`). share: this process's piece
+    of each batch. Raises ConfigError where there is no such subclass.
+    """
     o, mixed = config.objective, config.transfusion
     density = make_time_density(o.time_density, o.m, o.s, o.shift)
+    shared: dict[str, Any] = {"caption_dropout": o.caption_dropout, "stratified": o.stratified, "share": share}
     if not mixed.enabled:
-        return FlowMatching(density, o.caption_dropout, o.stratified, share=share)
+        return _objective_class(o.name, FlowMatching)(density, **shared)
     names = ("image_weight", "image_first_cap", "z_loss", "caption_first")
     own = {name: getattr(mixed, name) for name in names}
-    return TextAndImages(density, caption_dropout=o.caption_dropout, stratified=o.stratified, share=share, **own)
+    return _objective_class(o.name, TextAndImages)(density, **shared, **own)
+
+
+def _objective_class(name: str, base: type[T]) -> type[T]:
+    return load_class(name, base, "objective.name") if is_own(name) else base

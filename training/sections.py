@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from training.own import is_own
 from training.settings import (
     BelowOne,
     ConfigError,
@@ -19,6 +20,7 @@ from training.settings import (
     Positive,
     Range,
     Settings,
+    shown,
     suggestion,
 )
 
@@ -41,7 +43,7 @@ class DataConfig(Settings):
     source: str = "shapes"
     """The pictures: "shapes" (drawn), a folder of images with captions, .tar shards or Parquet files (a folder, a glob
     or a URL), "hf:NAME", a mix of these by weight, "a=0.7,b=0.3", or a cache of them by `mmdit cache`
-    (its folder, or the URL of its cache.json) (docs/data.md)."""
+    (its folder, or the URL of its cache.json); or your own, "python:MODULE:CLASS" (docs/data.md)."""
     num_samples: Count | None = None
     """Number of samples to use, the first ones ("none": all; 100,000 for "shapes")."""
     image_size: Count | tuple[Count, Count] | None = None
@@ -170,6 +172,8 @@ class ObjectiveConfig(Settings):
 
     section: ClassVar[str] = "objective"
 
+    name: str = "flow-matching"
+    """The loss: "flow-matching", or one of your own, "python:MODULE:CLASS" (docs/training.md)."""
     time_density: Literal["uniform", "logit-normal", "mode", "cosmap"] = "logit-normal"
     """Density of the training times t in [0, 1] (t = 1 is noise)."""
     m: float = 0.0
@@ -186,6 +190,9 @@ class ObjectiveConfig(Settings):
     """Probability to train a sample without its caption, which classifier-free guidance needs."""
 
     def check(self) -> None:
+        if self.name != "flow-matching" and not is_own(self.name):
+            expected = '"flow-matching", or "python:MODULE:CLASS"'
+            raise ConfigError(f"objective.name is {shown(self.name)}, expected {expected}")
         if self.time_density == "logit-normal" and self.s <= 0:
             raise ConfigError(f"objective.s is {self.s}, the logit-normal density needs a number > 0")
         if self.time_density == "mode" and not -1 <= self.s <= MODE_S_MAX:

@@ -46,6 +46,7 @@ from training.data import (
 )
 from training.feed import Conditioner, Encoding, Feed, ImageFeed, LatentFeed, NothingUsable, RowFeed, StreamFeed
 from training.mup import scale_start
+from training.own import is_own
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
@@ -125,6 +126,11 @@ def open_run_source(config: TrainConfig, step: int, index: Path | None = None, n
     source = open_source(data.source, data.image_size, step, data.num_samples, config.seed, need_captions, options)
     if isinstance(source, CachedSource):
         source.check_data(data)
+    if is_own(data.source) and data.cache_latents and type(source).draw is not Source.draw:
+        raise ConfigError(
+            f"{data.source} draws its samples anew each time, and kept latents are of one draw: set "
+            "data.cache_latents=false (to draw captions alone, define `captions` instead of `draw`)"
+        )
     return source
 
 

@@ -80,6 +80,7 @@ class Trainer:
         self.device = pick_device(config.training.device)
         self.precision = pick_precision(config.training.precision, self.device)
         self.share = Share(ranks.rank, ranks.world, config.training.grad_accumulation)
+        self.objective = make_objective(config, self.share)
         self._check()
         self._losses: list[torch.Tensor] = []  # of the steps since the last line of metrics
         self.scaler = LossScaler.for_precision(self.precision)
@@ -127,8 +128,7 @@ class Trainer:
         ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
-        objective = make_objective(config, self.share)
-        made = parallelize(self.model, objective, config, ranks, self.device, self.precision)
+        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
         self.learner, self.ema, self.sharded, self._skeleton = made
         self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
@@ -240,7 +240,7 @@ class Trainer:
         """The learner that is called in each step: compiled where asked for, and replicated where not sharded."""
         several = self.ranks.world > 1
         model = compiled(self.model, self.config, self.device, self.run.log, blocks_alone=several)
-        learner = self.learner if model is self.model else Learner(model, self.learner.objective)
+        learner = self.learner if model is self.model else Learner(model, self.objective)
         return replicated(learner, self.device) if several and not self.sharded else learner
 
     def _train_step(self, learner: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,10 +273,10 @@ class Trainer:
 
         The last is the mean over all parts of all processes, so that the mean of the parts' losses is the batch's loss.
         """
-        objective, seed, prepared = self.learner.objective, self.config.seed, []
+        seed, prepared = self.config.seed, []
         for i, part in enumerate(batch.split(self.share.parts)):
             generator = generator_for(seed, self.step, i)
-            prepared.append((*objective.prepared(self.model, part, generator), generator))
+            prepared.append((*self.objective.prepared(self.model, part, generator), generator))
         counts = [own for _, own, _ in prepared if own is not None]
         mean = self.ranks.mean(torch.stack(counts).mean(0)) if counts else None
         return [(part, generator, mean) for part, _, generator in prepared]
