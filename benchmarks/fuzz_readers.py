@@ -1,9 +1,10 @@
-"""Fuzzing of every reader of data with damaged and hostile files: only our own errors may be raised.
+"""Fuzzing of every reader of data and models with damaged and hostile files: only our own errors may be raised.
 
-    python -m benchmarks.fuzz_readers --inputs 10000 --out benchmarks/results/fuzz.md
+    python -m benchmarks.fuzz_readers --inputs 12000 --out benchmarks/results/fuzz.md
 
 An input is a valid file with some bytes changed, removed, duplicated or replaced by strings and numbers that parsers
-often get wrong, or one of the hand-made hostile files (`hostile`); input i of a reader is a function of (seed, i). A
+often get wrong, or one of the hand-made hostile files (`hostile`); of models, runs and caches mostly the values in
+their JSON are changed (`fuzz_models`). Input i of a reader is a function of (seed, i). A
 crash is an exception that is not ours, a process that dies, takes more than SECONDS or more memory than MEMORY, or a
 file touched outside of the input's folder.
 """
@@ -11,6 +12,7 @@ file touched outside of the input's folder.
 from __future__ import annotations
 
 import argparse
+import errno
 import gzip
 import io
 import json
@@ -31,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from benchmarks.fuzz_models import MODELS, damage, made, reader
 
 SECONDS = 20
 MEMORY = 6 << 30
@@ -110,6 +114,7 @@ READERS: dict[str, Check] = {
     "image": _image,
     "corpus (.jsonl)": _corpus,
     "config (.toml)": _config,
+    **{name: reader(damaged) for name, damaged in MODELS.items()},
 }
 
 
@@ -154,6 +159,8 @@ def good(reader: str) -> list[bytes]:
     """Valid files for the reader."""
     long_name = [("n" * 150 + ".png", picture("PNG")), ("n" * 150 + ".txt", b"long")]
     row = {"file_name": "good.png", "text": "a cat"}
+    if reader in MODELS:
+        return [made(MODELS[reader].kind)[MODELS[reader].file]]
     match reader:
         case "shard (.tar)":
             return [tar(_pairs()), tar(long_name), tar(long_name, format=tarfile.PAX_FORMAT)]
@@ -281,8 +288,11 @@ def inputs(reader: str, count: int, seed: int) -> Iterator[bytes]:
     seeds, bad = good(reader), hostile(reader)
     for i in range(count):
         rng = random.Random(f"{seed} {reader} {i}")
+        changed = damage(rng, MODELS[reader].file, seeds[0]) if reader in MODELS and rng.random() < 0.7 else None
         if i < len(bad):
             yield bad[i]
+        elif changed is not None:
+            yield changed
         elif bad and rng.random() < SHARE_HOSTILE:
             small = [data for data in bad if len(data) < 10**6] or bad
             yield mutated(rng, small)
@@ -303,7 +313,8 @@ def _audit(event: str, args: tuple) -> None:
     path = args[0] if args and isinstance(args[0], str | bytes) else None
     if path is None:
         return
-    real = os.path.realpath(os.fsdecode(path))
+    where = f"/proc/self/fd/{args[1]}" if event in ("os.remove", "os.rmdir") and args[1] >= 0 else ""  # its dir_fd
+    real = os.path.realpath(os.path.join(where, os.fsdecode(path)))
     if event == "os.remove" and not os.path.isdir(os.path.dirname(real)):
         return  # of an earlier input, garbage-collected late: its folder is gone
     if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
@@ -341,9 +352,11 @@ def outcome(reader: str, data: bytes, folder: Path) -> str:
             READERS[reader](Path(own) / "data", data)
             result = "accepted"
         except ValueError as error:
-            ours = type(error).__module__.startswith(("training", "mmdit", "samplers"))
+            ours = type(error) is ValueError or type(error).__module__.startswith(("training", "mmdit", "samplers"))
             one_line = "\n" not in str(error)
             result = "refused" if ours and one_line else f"crash: {type(error).__name__}: {str(error)[:100]}"
+        except FileNotFoundError as error:  # of a checkpoint or model, of which no other is left
+            result = "refused" if error.args[0] != errno.ENOENT else f"crash: {error}"
         except BaseException as error:
             result = f"crash: {type(error).__name__}: {str(error)[:100]}"
         finally:

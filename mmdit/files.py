@@ -27,6 +27,7 @@ from mmdit.weights_io import (
     json_writer,
     read_config,
     read_json,
+    shapes_of,
     weights_writer,
     write_all_aside,
 )
@@ -60,10 +61,12 @@ def load(
     root = Path(path)
     check_dtype(dtype)
     stored = _from_file(root) if root.is_file() or root.suffix in PICKLES else _from_folder(root)
-    if stored.config.depth > len(stored.tensors):  # before building that many blocks
-        raise ValueError(f"{stored.where} has {len(stored.tensors)} tensors, too few for {stored.config.depth} blocks")
-    with torch.device("meta"):
-        model = Transfusion(stored.config) if isinstance(stored.config, TransfusionConfig) else MMDiT(stored.config)
+    config = stored.config
+
+    def build() -> MMDiT | Transfusion:
+        return Transfusion(config) if isinstance(config, TransfusionConfig) else MMDiT(config)
+
+    model = shapes_of(build, config.depth, stored.tensors, str(stored.where))
     own = model.state_dict()
     check_fit(_expected(own, stored), stored.tensors, str(stored.where))
     storage_only = {x.dtype for x in stored.tensors.values() if x.dtype.itemsize == 1 or not x.is_floating_point()}

@@ -6,6 +6,7 @@ Shape letters: B batch, H W image sides, C latent channels, h w latent sides (h 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from mmdit.latents import Autoencoder
 from mmdit.sampling import is_number
-from mmdit.weights_io import json_writer, load_weights, read_json, weights_writer, write_all_aside
+from mmdit.weights_io import json_writer, load_built, read_json, weights_writer, write_all_aside
 
 SHIPPED = Path(__file__).parent / "weights" / "shapes-autoencoder"
 
@@ -162,16 +163,17 @@ class PatchAutoencoder(Autoencoder):
             name: value for name, value in read_json(Path(folder) / "config.json").items() if name != "_class_name"
         }
         try:
-            model = cls(PatchAutoencoderConfig(**config))
+            shape = PatchAutoencoderConfig(**config)
         except TypeError as error:
             raise ValueError(
                 f"{Path(folder) / 'config.json'} is not the config of a PatchAutoencoder: {error}"
             ) from error
-        if not (Path(folder) / "model.safetensors").is_file():
+        path = Path(folder) / "model.safetensors"
+        if not path.is_file():
             raise ValueError(
                 f"no model.safetensors in {folder}: copy the whole folder that `mmdit autoencoder train` wrote"
             )
-        load_weights(model, Path(folder) / "model.safetensors")
+        model = load_built(partial(cls, shape), shape.depth, path)
         model.read_preview(Path(folder))
         return model.float().requires_grad_(False).eval()
 

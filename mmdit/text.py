@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
 from mmdit.config import check_numbers
 from mmdit.embeddings import rotate
-from mmdit.weights_io import load_weights, read_config, read_json, save_weights, write_aside, write_json
+from mmdit.weights_io import load_built, read_config, read_json, save_weights, write_aside, write_json
 
 PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
@@ -229,6 +230,10 @@ def _encodable(caption: str) -> str:
     return caption.encode("utf-8", "replace").decode("utf-8")
 
 
+MAX_LENGTH = 2**16
+"""Most tokens of a caption: every batch holds an empty caption of that length."""
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Shape of the learned text encoder."""
@@ -246,8 +251,10 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, ("vocab_size", "width", "num_heads"))
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}, expected at least 2: one token and the end")
+        if not 2 <= self.max_length <= MAX_LENGTH:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected at least 2, one token and the end, and at most {MAX_LENGTH}"
+            )
         if self.depth < 0:
             raise ValueError(f"depth is {self.depth}, expected 0 or more")
         if self.width % (2 * self.num_heads):
@@ -329,9 +336,8 @@ class LearnedText(nn.Module):
     def load(cls, folder: str | Path) -> LearnedText:
         """The text encoder in a folder with both. Raises ValueError if its files do not fit together."""
         config = read_config(TextConfig, Path(folder) / "config.json")
-        text = cls(config, Tokenizer.load(Path(folder) / "tokenizer.json", config.max_length))
-        load_weights(text, Path(folder) / "model.safetensors")
-        return text
+        build = partial(cls, config, Tokenizer.load(Path(folder) / "tokenizer.json", config.max_length))
+        return load_built(build, config.depth, Path(folder) / "model.safetensors")
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to `Tokens`, on the CPU."""

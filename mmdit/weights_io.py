@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmdit.mapped import read_weights
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -138,6 +139,32 @@ def read_config(kind: Callable[..., T], path: Path) -> T:
         return kind(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} does not fit: {error}") from error
+
+
+def shapes_of(build: Callable[[], M], num_blocks: int, state: Mapping[str, Tensor], source: str) -> M:
+    """The module that `build` makes, without memory, so that a config of false sizes is found before it takes any.
+
+    num_blocks: the config's, of which each has tensors. Raises ValueError where the weights `state` are fewer, and for
+    sizes that no tensor can have.
+    """
+    if num_blocks > len(state):
+        raise ValueError(f"{source} has {len(state)} tensors, too few for {num_blocks} blocks")
+    try:
+        with torch.device("meta"):
+            return build()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} has a config with sizes that no tensor can have") from error
+
+
+def load_built(build: Callable[[], M], num_blocks: int, path: Path) -> M:
+    """The module that `build` makes, with the weights of a safetensors file. Raises ValueError as `shapes_of` and
+    `check_fit` do, before it is made.
+    """
+    state = read_weights(path)
+    check_fit(shapes_of(build, num_blocks, state, str(path)).state_dict(), state, str(path))
+    module = build()
+    module.load_state_dict(dict(state))
+    return module
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

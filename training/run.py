@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,14 +116,14 @@ class RunFolder:
             self.board.write(step, values)
 
     def metrics(self) -> list[dict[str, float]]:
-        """All lines of metrics.jsonl, without those that a kill has cut short."""
+        """All lines of metrics.jsonl, without those that a kill or a disk has damaged."""
         path = self.path / "metrics.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:

@@ -259,9 +259,13 @@ def test_folders_that_hold_no_autoencoder_are_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_size_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "other", [{"channels": 8}, {"widths": [8, 8 * 10**9]}, {"widths": [8, 2**63]}, {"depth": 10**9}]
+)
+def test_weights_of_another_size_are_refused_before_a_model_is_made(other, tmp_path):
     small().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "channels": 8}))
-    with pytest.raises(ValueError, match="model.safetensors"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, **other}))
+    with pytest.raises(ValueError, match="model.safetensors") as caught:
         open_autoencoder(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -184,3 +184,13 @@ def test_an_error_that_says_where_or_has_no_number_stays_as_it_is(tmp_path, erro
     with pytest.raises(OSError) as caught, named(tmp_path):
         raise error
     assert caught.value is error
+
+
+def test_damaged_lines_of_metrics_are_passed_over(run):
+    run.write_metrics(1, loss=2.0)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xdb\n[3]\n{"loss": 1}\n{"step": "x"}\n{"step": 2, "lo\n')
+    run.write_metrics(3, loss=1.0)
+    assert [row["step"] for row in run.metrics()] == [1, 3]
+    run.rewind_metrics(2)
+    assert [row["step"] for row in run.metrics()] == [1]
