@@ -170,8 +170,10 @@ class TransfusionConfig:
         shape = ("in_channels", "patch_size", "depth", "num_heads", "head_dim", "sample_size", "pos_embed_max_size")
         check_numbers(self, ("max_tokens", "vocab_size", *shape))
         _check_mlp(self)
-        if self.size_tokens < 0:
-            raise ValueError(f"size_tokens is {self.size_tokens}, expected a number of tokens, 0 for none")
+        if not 0 <= self.size_tokens < self.vocab_size:
+            raise ValueError(
+                f"size_tokens is {self.size_tokens}, expected 0 to {self.vocab_size - 1}, below vocab_size"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")

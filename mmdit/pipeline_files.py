@@ -132,7 +132,7 @@ def _defaults(path: Path) -> dict[str, Any]:
         "size": ("two numbers of pixels", isinstance(size, list) and [type(n) for n in size] == [int, int]),
         "shift": ("a number above 0", is_number(shift) and shift > 0),
         "sampling": ("a table", isinstance(about["sampling"], dict)),
-        "autoencoder": ("a folder's name", isinstance(about["autoencoder"], str)),
+        "autoencoder": ('"none" or "autoencoder"', about["autoencoder"] in ("none", "autoencoder")),
     }
     for name, (what, right) in expected.items():
         if not right:

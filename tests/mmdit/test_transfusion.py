@@ -249,6 +249,7 @@ def test_sd3s_setting_wants_one_image_a_document():
         (dict(llama=dict(hiden=8)), "no config of Llama's block"),
         (dict(mlp_ratio=-1.0), "mlp_ratio is -1"),
         (dict(size_tokens=-3), "size_tokens is -3"),
+        (dict(size_tokens=10**30), "size_tokens is 1000"),
         (dict(pos_embed_max_size=0), "pos_embed_max_size is 0"),
         (dict(codec="unet", patch_size=1), "patch_size is 1, a U-Net halves to patches of 2, 4, 8"),
         (dict(codec="unet", patch_size=6), "patch_size is 6, a U-Net halves"),
