@@ -19,6 +19,7 @@ _WHERE = {
     "training.time_density": ("Uniform", "LogitNormal", "Mode", "CosMap", "make_time_density"),
     "training.shapes": ("ShapesWorld",),
     "training.shapes_eval": ("ShapesEval",),
+    "training.order": ("Layout",),
     "training.data": ("open_source", "split_by_key", "loader", "Source", "Sample"),
     "training.autoencoder": ("AutoencoderTrainConfig", "train_autoencoder"),
 }

@@ -49,6 +49,7 @@ from training.devices import pick_device
 from training.feed import statistics_of
 from training.image_batches import by_shape
 from training.interrupts import Interrupts
+from training.own import captions_at, sample_at
 from training.progress import Progress
 from training.remote import is_url, read_each
 from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws
@@ -311,10 +312,10 @@ def _others(folder: Path) -> list[Path]:
 
 def _one(source: Source, i: int) -> tuple[CachedSample, np.ndarray | None]:
     """(the sample as the cache names it, its image or None)."""
-    one, layout = source[i], source.layout
-    texts, shares = source.captions(i)
+    one, layout = sample_at(source, i), source.layout
+    texts, shares = captions_at(source, i)
     sample = CachedSample(
-        key=one.key,
+        key=source.keys[i],
         content="" if one.image is None else content_of(one.image, texts),
         captions=list(texts),
         error=one.error,

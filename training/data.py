@@ -31,7 +31,7 @@ from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.order import Layout
-from training.own import is_own, open_own
+from training.own import captions_at, is_own, open_own
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys
@@ -115,11 +115,17 @@ class Source(Data):
 
     def some_captions(self) -> Iterator[str]:
         for i in range(0, len(self), -(-len(self) // TEXTS)):
-            yield from self.captions(i)[0]
+            yield from captions_at(self, i)[0]
 
     def draw(self, i: int, rng: Callable[[], np.random.Generator]) -> Sample:
-        """Sample i with its caption, crop and flip drawn at random; rng makes the generator, if one is needed."""
-        return self[i]
+        """Sample i with its caption, crop and flip drawn at random, by default the caption alone; rng makes the
+        generator, if one is needed.
+        """
+        sample, several = self[i], type(self).captions is not Source.captions
+        texts, weights = captions_at(self, i) if several else ((), ())
+        if len(texts) < 2 or sample.error is not None:
+            return sample
+        return replace(sample, caption=texts[choose(len(texts), weights, rng().random())])
 
     def raw(self, i: int) -> bytes:
         """Bytes that identify image i: its file's, or its pixels where it has no file; b"" where it is bad."""

@@ -31,6 +31,7 @@ from training.data import DataError, ImageBatch, Source, loader, one_pass
 from training.image_batches import by_shape, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
+from training.own import captions_at
 from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader
@@ -275,7 +276,7 @@ class _Alternatives:
     def __init__(self, source: Source, indices: Sequence[int], first: list[str]) -> None:
         self.captions = first
         several = type(source).captions is not Source.captions  # by default a sample has but the one it came with
-        found = [source.captions(i) for i in indices] if several else []
+        found = [captions_at(source, i) for i in indices] if several else []
         self.several = any(len(texts) > 1 for texts, _ in found)
         if self.several:
             self._found = [(len(texts), shares) for texts, shares in found]

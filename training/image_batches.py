@@ -19,6 +19,7 @@ import torch
 
 from training.errors import DataError
 from training.order import Plan
+from training.own import sample_at
 from training.remote import read_each
 from training.share import WHOLE, Share
 from training.workers import run
@@ -130,7 +131,7 @@ class _Shuffled:
         skipped: list[tuple[str, str]] = []
         for offset in range(len(pool)):
             i = int(self.indices[pool[(place + offset) % len(pool)]])
-            sample = self.source.draw(i, partial(rng_for, self.seed, step, row))
+            sample = sample_at(self.source, i, partial(rng_for, self.seed, step, row))
             if sample.error is None:
                 return i, sample, skipped
             skipped.append((sample.key, sample.error))
@@ -152,7 +153,7 @@ def by_shape(tensors: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Ten
 
 
 def _in_order(source: Source, chunks: Sequence[np.ndarray], step: int) -> ImageBatch:
-    samples = [(int(i), source[int(i)]) for i in chunks[step]]
+    samples = [(int(i), sample_at(source, int(i))) for i in chunks[step]]
     skipped = [(sample.key, sample.error) for _, sample in samples if sample.error is not None]
     layout, first = source.layout, int(chunks[step][0])
     size = layout.sizes[layout.bucket_of(first)]
@@ -198,11 +199,14 @@ def _pixels(sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
     numpy would otherwise stretch a single channel, and cut numbers between 0 and 1 to 0.
     """
     image = sample.image
-    if image is None or image.dtype != np.uint8 or image.shape != (*(size or image.shape[:2]), 3):
-        found = "none, and error is not set" if image is None else f"{image.dtype} {image.shape}"
-        high, wide = size or ("h", "w")
-        raise DataError(f"the image of {sample.key} is {found}, expected uint8 ({high}, {wide}, 3)")
-    return image
+    if not isinstance(image, np.ndarray):
+        found = "none, and error is not set" if image is None else f"a {type(image).__name__}, not an array of numpy"
+    elif image.dtype == np.uint8 and image.shape == (*(size or image.shape[:2]), 3):
+        return image
+    else:
+        found = f"{image.dtype} {image.shape}"
+    high, wide = size or ("h", "w")
+    raise DataError(f"the image of {sample.key} is {found}, expected uint8 ({high}, {wide}, 3)")
 
 
 def _batch(

@@ -137,14 +137,22 @@ class FlowMatching:
         if isinstance(x_0, Tensor):
             noise = torch.stack(eps)
             v = model(self.schedule.mix(x_0, noise, t), t, batch.tokens, drop)
-            return self.elementwise_loss(v, x_0, noise, t).flatten(1).mean(1)
+            return _checked(self.elementwise_loss(v, x_0, noise, t), x_0).flatten(1).mean(1)
         counts = [x.numel() for x in x_0]
         row, noise = _in_row(x_0), _in_row(eps)
         times = torch.repeat_interleave(t, torch.tensor(counts).to(t.device), output_size=len(row))
         x_t = self.schedule.mix(row, noise, times).split(counts)
         v = model([part.view(x.shape) for part, x in zip(x_t, x_0, strict=True)], t, batch.tokens, drop)
-        losses = self.elementwise_loss(_in_row(v), row, noise, times)
+        losses = _checked(self.elementwise_loss(_in_row(v), row, noise, times), row)
         return torch.stack([part.mean() for part in losses.split(counts)])
+
+
+def _checked(losses: Tensor, x_0: Tensor) -> Tensor:
+    """The losses of the elements of x_0. Raises ValueError unless they have its shape."""
+    if not isinstance(losses, Tensor) or losses.shape != x_0.shape:
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(f"elementwise_loss gave {found}, expected a loss for each element, {tuple(x_0.shape)}")
+    return losses
 
 
 def _num_encoders(model: nn.Module) -> int:
@@ -235,7 +243,7 @@ class TextAndImages:
         out = model(batch.with_latents(noised), t)
         text = next_token_loss(out.states, out.head, batch, self.z_loss, num_tokens=num_tokens)
         each_image = zip(out.v, batch.latents, noise, t, strict=True)
-        errors = [self.elementwise_loss(*image).mean() for image in each_image]
+        errors = [_checked(self.elementwise_loss(*image), image[1]).mean() for image in each_image]
         each = torch.stack(errors) if errors else text.new_zeros(0)
         image = each.sum() / num_images if errors else text.new_zeros(())
         parts = {"text": text.detach(), "image": image.detach()}

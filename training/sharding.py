@@ -49,9 +49,15 @@ class Learner(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, batch: Any, generator: torch.Generator, counts: Tensor | None = None) -> Loss:
-        """The objective's `Loss` of a batch; counts: see `TextAndImages.__call__`."""
+        """The objective's `Loss` of a batch; counts: see `TextAndImages.__call__`. Raises ValueError for another."""
         how = {} if counts is None else {"counts": counts}
-        return self.objective(self.model, batch, generator, **how)
+        loss = self.objective(self.model, batch, generator, **how)
+        total, name = getattr(loss, "total", None), type(self.objective).__name__
+        if not isinstance(loss, Loss) or not isinstance(total, Tensor):
+            raise ValueError(f"{name} gave a {type(loss).__name__}, expected a training.Loss with a total")
+        if total.ndim or not total.requires_grad:
+            raise ValueError(f"{name} gave a total that is no scalar, or from which no gradient comes")
+        return loss
 
 
 def strategy(config: ParallelConfig, ranks: Ranks) -> str:

@@ -95,7 +95,7 @@ class Telemetry:
         """Note the loss of a batch, or of a part of one."""
         for name, value in loss.parts.items():
             if name != "loss":  # the total, which the trainer writes
-                self._parts[name].append(value)
+                self._parts[name].append(torch.as_tensor(value).detach())
         if loss.t is not None and loss.errors is not None:
             self._timed.append((loss.t, loss.errors))
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it draws from the global one
     )
-    with _signals_blocked():
+    with _signals_blocked(), _naming_pickling():
         items: Any = iter(workers)
     stop, taken_over = partial(_stop, items, os.getpid()), ahead(_good(items), 1)
     atexit.register(stop)
@@ -109,6 +110,20 @@ def naming_dead_workers(*signs: type[Exception]) -> Iterator[None]:
         if not died and (not isinstance(error, signs) or reason.startswith("Caught ")):
             raise
         raise DataError(f"a data worker died, perhaps for want of memory; try num_workers = 0 ({reason})") from error
+
+
+@contextmanager
+def _naming_pickling() -> Iterator[None]:
+    """Raises `DataError` where the data cannot be sent to processes that are started afresh instead of forked."""
+    try:
+        yield
+    except (PicklingError, TypeError, AttributeError) as error:
+        if "pickle" not in str(error):
+            raise
+        raise DataError(
+            f"the data cannot be sent to worker processes ({one_line(error)}): open files and connections when the "
+            "first sample is read, or set num_workers = 0"
+        ) from error
 
 
 def _as_it_is(item: Any) -> Any:

@@ -1,20 +1,26 @@
 """Data and objectives of one's own, named in a config as python:MODULE:CLASS: a run with both, and what cannot be."""
 
+import pickle
 import re
 import sys
 import textwrap
+from contextlib import closing
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import training
 from samplers.schedules import expand
 from tests.training.batches import batch, generator
 from tests.training.runs import TRANSFUSION, assert_bit_equal, config_for, metrics
-from training.cache_writer import CacheOptions, write_cache
+from training.cache import Cache
+from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, open_source
+from training.sharding import Learner
 from training.time_density import Uniform
 
 MODULE = """
@@ -46,6 +52,15 @@ MODULE = """
     class Floats(Greys):
         def __getitem__(self, i):
             return training.Sample(self.keys[i], np.full((16, 16, 3), i / 64, np.float32), "grey")
+
+    class Rooted(Greys):
+        def __init__(self, root="photos"): assert root == "photos"
+
+    class Wordy(Greys):
+        def captions(self, i): return (f"grey number {i}", f"shade {i}"), (1, 3)
+
+    class Renamed(Greys):
+        def __getitem__(self, i): return training.Sample("another", super().__getitem__(i).image, "grey")
 
     class Abstract(training.Source):
         def __len__(self): return 1
@@ -134,7 +149,7 @@ def test_the_elements_of_packed_sizes_are_in_one_row():
         ("mine_for_tests:Keyless", None, "does not set keys"),
         ("mine_for_tests:Short", None, "has 64 keys for 63 samples"),
         ("mine_for_tests:Sized", None, "takes a size: set data.image_size"),
-        ("mine_for_tests:Greedy", 24, "takes more than a size"),
+        ("mine_for_tests:Greedy", 24, "cannot be made without arguments, but for `size`"),
         ("mine_for_tests:Greys", 24, "has pictures of 16 x 16 pixels, asked for are 24 x 24"),
     ],
 )
@@ -148,6 +163,85 @@ def test_data_of_ones_own_is_made_with_the_size_asked_for():
     assert open_source("python:mine_for_tests:Greys", 16, step=16).image_size == (16, 16)
     with pytest.raises(DataError, match="16 x 16 pixels, expected multiples of 32"):
         open_source("python:mine_for_tests:Greys", step=32)
+
+
+def test_a_class_that_takes_other_arguments_is_made_without_the_size():
+    assert open_source("python:mine_for_tests:Rooted", 16, step=16).image_size == (16, 16)
+
+
+ARRAY = np.zeros(64, int)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"keys": [], "__len__": lambda self: 0}, "has no samples"),
+        ({"keys": [*range(64)]}, "has the key 0, expected strings"),
+        ({"keys": iter("abc"), "__len__": lambda self: 3}, "has a str_ascii_iterator for keys"),
+        ({"skipped": None}, "has None for skipped, expected a list of (key, reason)"),
+        ({"image_size": 16}, "has the size 16, expected (height, width)"),
+        ({"image_size": (np.int64(16), 16)}, "expected (height, width) in whole pixels"),
+        ({"layout": ((16, 16),)}, "has a tuple for layout, expected a training.Layout"),
+        ({"layout": training.Layout(((16, 16),), [0] * 64)}, "whose bucket is no array of 64 whole numbers"),
+        ({"layout": training.Layout(((16, 16),), ARRAY[:5])}, "whose bucket is no array of 64 whole numbers"),
+        ({"layout": training.Layout(((16, 16),), ARRAY + 1)}, "whose bucket is 1 to 1, expected below 1"),
+        ({"layout": training.Layout(((16, 16),), part=ARRAY + 2)}, "whose part is 2 to 2, expected below 1"),
+    ],
+)
+def test_attributes_that_make_no_sense_are_named(attributes, says, monkeypatch):
+    from mine_for_tests import Greys
+
+    for name, value in attributes.items():
+        monkeypatch.setattr(Greys, name, value, raising=False)
+    with pytest.raises(DataError, match=re.escape(says)):
+        open_source("python:mine_for_tests:Greys")
+
+
+def raising(i):
+    return {}["a column"]
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "says"),
+    [
+        (
+            "__getitem__",
+            lambda self, i: ("image", "caption"),
+            "sample 0 of Greys is a tuple, expected a training.Sample",
+        ),
+        ("__getitem__", lambda self, i: raising(i), "sample 0 of Greys: KeyError: 'a column' (test_own.py, line "),
+        ("__getitem__", lambda self, i: training.Sample("a", None, "grey"), "image of a is none, and error is not set"),
+        (
+            "__getitem__",
+            lambda self, i: training.Sample("a", Image.new("RGB", (16, 16)), "grey"),
+            "a is a Image, not an",
+        ),
+        ("__getitem__", lambda self, i: training.Sample("a", None, None), "has a NoneType for its caption"),
+        ("draw", lambda self, i, rng: rng.random(), "sample 0 of Greys: AttributeError: "),
+        ("captions", lambda self, i: ["a", "b"], "has the captions ['a', 'b'], expected (captions, weights)"),
+        ("captions", lambda self, i: (("a", "b"), (1, 2, 3)), "expected (captions, weights)"),
+        ("captions", lambda self, i: (("a", None), ()), "sample 0 of Greys has a NoneType for a caption"),
+        ("caption", lambda self, i: 3, "has a int for its caption, expected a string"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_that_make_no_sense_are_named(method, gives, says, num_workers, monkeypatch):
+    from mine_for_tests import Greys
+
+    monkeypatch.setattr(Greys, method, gives, raising=False)
+    batches = training.loader(Greys(), [0], 1, seed=0, num_workers=num_workers)
+    with closing(batches), pytest.raises(DataError, match=re.escape(says)):
+        next(batches)
+
+
+def test_one_of_several_captions_is_drawn_whether_latents_are_kept_or_not(tmp_path):
+    wordy = (*FEW, "data.source=python:mine_for_tests:Wordy")
+    kept = training.train(config_for(tmp_path / "kept", *wordy))
+    read = training.train(config_for(tmp_path / "read", *wordy, "data.cache_latents=false"))
+    assert_bit_equal(kept, read)
+    source = open_source("python:mine_for_tests:Wordy")
+    captions = next(training.loader(source, range(64), 64, seed=0)).captions
+    assert 8 < sum(caption.startswith("grey") for caption in captions) < 24
 
 
 def test_data_of_ones_own_is_neither_cut_nor_mixed():
@@ -190,6 +284,67 @@ def test_an_objective_that_cannot_be_says_why(name, says, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(says)):
         training.train(config_for(tmp_path / "run", *FEW, f"objective.name={name}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_knows_samples_by_the_keys_of_the_data(tmp_path):
+    config = load_config("pixels-tiny", ["data.source=python:mine_for_tests:Renamed", "data.image_size=none"])
+    write_cache(config, tmp_path / "cache")
+    cache = Cache(str(tmp_path / "cache"))
+    assert [sample.key for sample in cache.samples[:2]] == ["grey-0", "grey-1"]
+    assert changed(cache, data_of(cache, config.data.source)) == []
+
+
+@pytest.mark.parametrize("losses", [lambda x: x.mean(), lambda x: x.flatten(1), lambda x: 1.0, lambda x: x[:, None]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_losses_that_are_not_of_each_element_are_refused(losses, packed):
+    class Wrong(training.FlowMatching):
+        def elementwise_loss(self, v, x_0, eps, t):
+            return losses(torch.zeros(6, 4, 3, 5))
+
+    some = batch()
+    some = some._replace(latents=list(some.latents)) if packed else some
+    model = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(sample_size=4)))
+    call = type("Model", (), {"__call__": lambda self, x_t, t, tokens, drop: x_t, **vars(model)})()
+    with pytest.raises(ValueError, match="elementwise_loss gave .*, expected a loss for each element"):
+        Wrong(Uniform())(call, some, generator(), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (lambda loss: loss.total, "Own gave a Tensor, expected a training.Loss"),
+        (lambda loss: None, "Own gave a NoneType, expected a training.Loss"),
+        (lambda loss: loss._replace(total=1.0), "expected a training.Loss with a total"),
+        (lambda loss: loss._replace(total=loss.errors), "no scalar"),
+        (lambda loss: loss._replace(total=loss.total.detach()), "no gradient"),
+    ],
+)
+def test_an_objective_that_gives_no_loss_is_named(changed, says):
+    class Own(training.FlowMatching):
+        def __call__(self, model, batch, generator, t=None):
+            return changed(super().__call__(model, batch, generator, t))
+
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Learner(Scaled(), Own(Uniform()))(batch(), generator())
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x_t, t, tokens, drop):
+        return self.scale * x_t
+
+
+def test_data_that_cannot_be_sent_to_workers_says_so(monkeypatch):
+    from mine_for_tests import Greys
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: pickle.dumps(self.dataset))
+    source = Greys()
+    source.file = open(__file__)  # noqa: SIM115
+    with closing(source.file), pytest.raises(DataError, match="cannot be sent to worker processes .*: open files and"):
+        next(training.loader(source, [0], 1, seed=0, num_workers=1))
 
 
 def test_a_cache_of_ones_own_data_trains_alike(tmp_path):

@@ -119,6 +119,14 @@ def test_losses_fall_into_the_bins_of_their_times():
     assert not any(name.startswith("loss") for name in telemetry.line()), "a line forgets what it has said"
 
 
+def test_parts_may_be_numbers_and_keep_no_graph():
+    telemetry, _, _ = make()
+    weight = torch.ones((), requires_grad=True)
+    telemetry.add(Loss(weight * 2, {"half": weight * 2, "count": 3.0}))
+    assert not any(value.requires_grad for values in telemetry._parts.values() for value in values)
+    assert telemetry.line().items() >= {"loss_half": 2.0, "loss_count": 3.0}.items()
+
+
 def test_several_processes_are_one_run():
     """A sum over two alike: twice the samples in the same time, and the same use, wait, and losses."""
     lines = []
