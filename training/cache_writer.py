@@ -49,7 +49,7 @@ from training.devices import pick_device
 from training.feed import statistics_of
 from training.image_batches import by_shape
 from training.interrupts import Interrupts
-from training.own import captions_at, sample_at
+from training.own import captions_at, is_own, sample_at
 from training.progress import Progress
 from training.remote import is_url, read_each
 from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws
@@ -354,6 +354,8 @@ def _source(config: TrainConfig, factor: int) -> Source:
         raise CacheError('a cache has one crop of each image: set data.crop="center" and data.flip=false')
     source = open_run_source(config, factor * config.model.patch_size)
     assert isinstance(source, Source)
+    if is_own(data.source) and type(source).draw is not Source.draw:
+        raise CacheError(f"a cache has one picture of each sample, and {data.source} draws them: cache a class without")
     return source
 
 

@@ -31,7 +31,7 @@ from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.order import Layout
-from training.own import captions_at, is_own, open_own
+from training.own import captions_at, is_own, open_own, sample_at
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys
@@ -129,8 +129,8 @@ class Source(Data):
 
     def raw(self, i: int) -> bytes:
         """Bytes that identify image i: its file's, or its pixels where it has no file; b"" where it is bad."""
-        image = self[i].image
-        return b"" if image is None else image.tobytes()
+        image = sample_at(self, i).image
+        return b"" if image is None else np.asarray(image).tobytes()
 
     @property
     def is_remote(self) -> bool:

@@ -51,7 +51,10 @@ def load_class(spec: str, base: type[T], key: str) -> type[T]:
             f"{key} is {spec}, and there is no module {error.name}: install it, or name its folder in PYTHONPATH"
         ) from error
     if found is None:
-        raise ConfigError(f"{key} is {spec}, and {module} has no {name}")
+        why = (
+            ": a script's own class is known to that script alone, move it to a module" if module == "__main__" else ""
+        )
+        raise ConfigError(f"{key} is {spec}, and {module} has no {name}{why}")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{key} is {spec}, expected a subclass of {base.__module__.split('.')[0]}.{base.__name__}")
     if lacking := getattr(found, "__abstractmethods__", None):

@@ -1,10 +1,14 @@
 """Pages on text and images, the pipeline and weights: their examples run, the picture of the mask is the mask."""
 
+import json
 import re
+import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
+import training
 from mmdit import pack
 from mmdit.autoencoder import PixelSpace
 from mmdit.text_to_image import TextToImage
@@ -15,6 +19,10 @@ from tests.mmdit.tiny_sd3 import save_pipeline
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "transfusion.md").read_text()
+
+
+def examples_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
 def test_the_examples_run():
@@ -73,11 +81,31 @@ def test_the_example_on_weights_runs(tmp_path, monkeypatch):
 
 def test_the_data_set_in_ones_own_code_is_read(capsys):
     names: dict = {"__name__": "__main__"}
-    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
-    exec(block, names)
+    exec(examples_of("data.md")[0], names)
     batch = names["batch"]
     assert batch.captions == [f"grey number {image[0, 0, 0]}" for image in batch.images]
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_data_set_in_a_zip_file_is_read_by_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "zipped"}
+    exec(examples_of("data.md")[1], names)
+    texts = {f"{i}.png": [f"picture {i}", f"number {i}"] for i in range(8)} | {"8.png": ["not there"]}
+    with zipfile.ZipFile("photos.zip", "w") as opened:
+        opened.writestr("captions.json", json.dumps(texts))
+        for i in range(8):
+            with opened.open(f"{i}.png", "w") as file:
+                picture(80, 40).save(file, "png")
+    seen = []
+    for name in ("Zipped", "Mirrored"):
+        with closing(training.loader(names[name](), range(9), 18, seed=0, num_workers=2)) as batches:
+            batch = next(batches)
+        assert {words.split()[0] for words in batch.captions} == {"picture", "number"}
+        assert all(words in texts[key] for words, key in zip(batch.captions, batch.keys, strict=True))
+        assert {key for key, _ in batch.skipped} == {"8.png"}
+        seen.append(batch.flipped.sum())
+    assert seen[0] == 0 < seen[1] < 18
 
 
 def test_the_loop_of_ones_own_runs_with_both_losses(tmp_path, monkeypatch):
@@ -87,8 +115,9 @@ def test_the_loop_of_ones_own_runs_with_both_losses(tmp_path, monkeypatch):
         picture(64, 64).save(f"my_images/{i}.png")
         Path(f"my_images/{i}.txt").write_text(f"picture {i}")
     names: dict = {}
-    loop, huber = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
+    loop, huber, min_snr = examples_of("training.md")
     exec(huber, names)
-    for cls in ("training.FlowMatching", "Huber"):
+    exec(min_snr, names)
+    for cls in ("training.FlowMatching", "Huber", "MinSNR"):
         exec(loop.replace("training.FlowMatching", cls), names)
         assert names["step"] == 9 and names["loss"].total.isfinite() and names["picture"].size == (64, 64)

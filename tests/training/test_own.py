@@ -16,7 +16,7 @@ import training
 from samplers.schedules import expand
 from tests.training.batches import batch, generator
 from tests.training.runs import TRANSFUSION, assert_bit_equal, config_for, metrics
-from training.cache import Cache
+from training.cache import Cache, CacheError
 from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, open_source
@@ -142,6 +142,7 @@ def test_the_elements_of_packed_sizes_are_in_one_row():
         ("no_such:Greys", None, "there is no module no_such: install it, or name its folder in PYTHONPATH"),
         ("mine_for_tests.sub:Greys", None, "there is no module mine_for_tests.sub"),
         ("mine_for_tests:Reds", None, "mine_for_tests has no Reds"),
+        ("__main__:Reds", None, "__main__ has no Reds: a script's own class is known to that script alone"),
         ("mine_for_tests:number", None, "expected a subclass of training.Source"),
         ("mine_for_tests:Halved", None, "expected a subclass of training.Source"),
         ("os:system", None, "expected a subclass of training.Source"),
@@ -284,6 +285,12 @@ def test_an_objective_that_cannot_be_says_why(name, says, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(says)):
         training.train(config_for(tmp_path / "run", *FEW, f"objective.name={name}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_random_draws_is_refused(tmp_path):
+    drawing = ("data.source=python:mine_for_tests:Drawing", "data.image_size=none", "data.cache_latents=false")
+    with pytest.raises(CacheError, match="a cache has one picture of each sample, and python:mine_for_tests:Drawing"):
+        write_cache(load_config("pixels-tiny", list(drawing)), tmp_path / "cache")
 
 
 def test_a_cache_knows_samples_by_the_keys_of_the_data(tmp_path):
