@@ -21,6 +21,7 @@ import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
 from mmdit.features import KnownText
+from mmdit.init_from import needs
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -249,15 +250,15 @@ def make_tokenizer(config: TrainConfig, texts: Iterable[str], log: Callable[[str
     """
     text, mixed = config.text, config.transfusion
     sizes, folder = mixed.size_tokens if mixed.enabled else 0, text.tokenizer
-    if folder == "train" and (model := language_model_in(config)) is not None:
-        if (Path(model) / "tokenizer.json").is_file():
-            folder = model
-            log(f"tokenizer from {model}")
-        else:
-            log(
-                f"warning: {model} has no tokenizer.json, so a new tokenizer is trained, whose ids do not mean what "
-                "they mean to its weights: name the language model's own in text.tokenizer"
-            )
+    model = language_model_in(config)
+    if folder == "train" and model is not None and (Path(model) / "tokenizer.json").is_file():
+        folder = model
+        log(f"tokenizer from {model}")
+    elif folder == "train" and mixed.enabled and "vocab_size" in needs(config.init_paths):
+        log(
+            f"warning: {' and '.join(config.init_paths)} came without a tokenizer.json, so a new tokenizer is trained, "
+            "whose ids do not mean what they mean to the weights: name their own tokenizer in text.tokenizer"
+        )
     if folder == "train":
         return Tokenizer.train(texts, text.vocab_size, text.max_length, mixed.enabled, sizes)
     tokenizer = Tokenizer.adopt(folder, text.max_length, mixed.enabled, sizes)

@@ -97,7 +97,10 @@ def test_what_was_taken_and_what_starts_fresh_is_said(frozen, language):
 
 
 def test_a_language_models_tokenizer_comes_with_its_weights(frozen, language, material, tmp_path):
-    assert f"warning: {language[0]} has no tokenizer.json" in (frozen / "log.txt").read_text()
+    assert f"warning: {language[0]} came without a tokenizer.json" in (frozen / "log.txt").read_text()
+    mmdit.save(mmdit.load(frozen), tmp_path / "weights", layout="mmdit")
+    started(config_for(tmp_path / "bare", *starting(tmp_path / "weights")))
+    assert f"warning: {tmp_path / 'weights'} came without" in (tmp_path / "bare" / "log.txt").read_text()
     folder = shutil.copytree(language[0], tmp_path / "language")
     shutil.copytree(material["tokenizer"], folder, ignore=shutil.ignore_patterns("config.json"), dirs_exist_ok=True)
     config = config_for(tmp_path / "run", f"init=['{frozen}', '{folder}']")
