@@ -159,7 +159,9 @@ class TransfusionPipeline(TextToImage):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
                 parts.append(ids.to(trunk.device))  # without an end token: the document continues
             else:
-                pixels = torch.tensor(np.asarray(as_shown(part))).permute(2, 0, 1)[None].to(trunk.device)
+                shown = as_shown(part)
+                self._image_size(shown.height, shown.width)
+                pixels = torch.tensor(np.asarray(shown)).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 

@@ -17,6 +17,9 @@ def evaluate(
         Path | None, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help="The run's samples, if they were moved.")] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILES", help="Text to score: nats per token, by a model of text and images.")
+    ] = None,
     images: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Score these pictures instead of a run's.")
     ] = None,
@@ -46,8 +49,8 @@ def evaluate(
 ) -> None:
     """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    What is not given is taken from the run's config (\\[evaluation]). Scores of a --checkpoint or of --weights
-    are printed, and written to --out alone.
+    What is not given is taken from the run's config (\\[evaluation]). Scores of a --checkpoint, of --weights or with
+    another --text are printed, and written to --out alone.
 
     [bold]Examples[/bold]
 
@@ -56,6 +59,8 @@ def evaluate(
       mmdit evaluate runs/mine --metrics fid,clip-score --features inception.safetensors --clip clip-vit-large-patch14/
 
       mmdit evaluate runs/mine --weights wider/ --guidance 2 --out wider.json
+
+      mmdit evaluate runs/mine --text wikitext/test.txt --out text.json
 
       mmdit evaluate --images samples/ --reference photos/ --metrics kid,precision-recall --features dinov2-large/
     """
@@ -66,7 +71,7 @@ def evaluate(
             "--data is for a run; pictures are named by --images, and those to compare with by --reference"
         )
     how = {"solver": solver, "diffusion": parse_diffusion(diffusion), "num_steps": steps, "guidance": guidance}
-    of_run = {"checkpoint": checkpoint, "weights": weights} | how
+    of_run = {"text": text, "checkpoint": checkpoint, "weights": weights} | how
     if run is None and (idle := [name for name, value in of_run.items() if value is not None]):
         option = {"num_steps": "steps"}.get(idle[0], idle[0])
         raise ValueError(f"--{option} is for a run: the pictures of --images are drawn already")
@@ -85,7 +90,7 @@ def evaluate(
         import training
 
         pipe = _pipe(run, checkpoint, weights)
-        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, out=out, **how))
+        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, out=out, text=text, **how))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images

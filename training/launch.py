@@ -25,7 +25,7 @@ from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
 from training.settings import differences, keys
 from training.trainer import Trainer
 
-# Settings, or whole sections, that a resumed run keeps. data.source may change: the samples may have moved.
+# Settings, or whole sections, that a resumed run keeps. Samples and text may move, and are known by their digests.
 KEPT = (
     "model",
     "text",
@@ -187,7 +187,8 @@ def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Int
     own = KEPT_SCHEDULE_FREE if old.optimizer.name == "schedule-free" else ()
     for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ()), *own):
         for changed in differences(attrgetter(key)(old), attrgetter(key)(config), key):
-            raise other_setting(run, *changed)
+            if changed[0] != "transfusion.text":
+                raise other_setting(run, *changed)
     try:
         Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
     except Interrupted:
