@@ -189,6 +189,8 @@ def test_lookup_suggests_the_near_name():
         (lambda: Cosine(1.0), "offset = 1"),
         (lambda: DiscreteVP([0.1, 1.0, 0.1]), "betas must lie"),
         (lambda: DiscreteVP([0.1, 0.1, -0.1]), "betas must lie"),
+        (lambda: DiscreteVP(DiscreteVP.linear().alpha_bar), "look like alphas or alphas_cumprod: give betas"),
+        (lambda: DiscreteVP(1 - torch.tensor(DiscreteVP.linear().betas)), "look like alphas or alphas_cumprod"),
         (lambda: DiscreteVP([0.1]), "at least two"),
         (lambda: DISCRETE[0].time(1000), "indices run from 0 to 999"),
     ],
