@@ -54,6 +54,7 @@ VARIABLES = {
     "flow": (lambda x: torch.sigmoid(-x), lambda p: -torch.logit(p)),
 }
 RULES = ("exact", "half", "bh1", "third-halved")
+MAX_RHO = 1e3  # at the start of a step in "rho", which multiplies the errors of the noise at its later stages
 BH1_MAX_RATE = 2 + 1e-6  # the kernel's rate 1 + tau^2 at tau = 1, above which "bh1" becomes "half"
 
 
@@ -276,8 +277,8 @@ class SingleStep(Exponential):
     """An exponential Runge-Kutta method, with stages within the step.
 
     nodes: where the stages are in `variable`, from 0 (the start) to 1 (the end); uses[i]: the stages whose predictions
-    lead to stage i + 1, and the last of these to the end. A step from or to an infinite value of `variable`, or to
-    sigma = 0 if there is a stage at the end, is replaced by DDIM's.
+    lead to stage i + 1, and the last of these to the end. A step from or to an infinite value of `variable`, from a
+    "rho" above `MAX_RHO`, or to sigma = 0 if there is a stage at the end, is replaced by DDIM's.
     """
 
     nodes: tuple[float, ...] = (0.0,)
@@ -294,7 +295,8 @@ class SingleStep(Exponential):
         value, inverse = VARIABLES[self.variable]
         p_start, p_end = (value(torch.tensor(point.l, dtype=torch.float64)) for point in (start, end))
         stage_at_0 = 1.0 in self.nodes and end.sigma == 0
-        if stage_at_0 or not (p_start.isfinite() and p_end.isfinite()):
+        nearly_pure = self.variable == "rho" and p_start > MAX_RHO
+        if stage_at_0 or nearly_pure or not (p_start.isfinite() and p_end.isfinite()):
             return ((start.t, linear(self.view, start, end, [start.l], self.variable, self.rule)),)
         places = inverse(p_start + torch.tensor(self.nodes, dtype=torch.float64) * (p_end - p_start))
         times = schedule.t_from_log_snr(2 * places).tolist()
