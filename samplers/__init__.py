@@ -12,7 +12,7 @@ from samplers.edit import Inpaint, start_from
 from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
-from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero, push_away
+from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero, classifier_guidance, push_away
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.likelihood import bits_per_dim, invert, log_likelihood
 from samplers.names import lookup
@@ -64,6 +64,7 @@ __all__ = [
     "cfg_batched",
     "cfg_text_image",
     "cfg_zero",
+    "classifier_guidance",
     "convert",
     "dynamic_shift",
     "edm_network",
