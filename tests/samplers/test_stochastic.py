@@ -30,6 +30,7 @@ from samplers import (
 )
 from samplers.grids import karras_between
 from samplers.noise import Brownian, _place_generator, decay, make_diffusion
+from samplers.stochastic import bounded
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import measured_order, normal
 
@@ -300,6 +301,20 @@ def test_no_churn_is_edm_heun():
         replace(churn, churn=-1.0)
 
 
+def test_churn_draws_only_where_it_adds_noise():
+    drawn = []
+
+    class Counted(Brownian):
+        def unit(self, t, t_next):
+            drawn.append(t)
+            return super().unit(t, t_next)
+
+    ts = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.0], dtype=torch.float64)  # sigma = 8, 4, 2, 0.8
+    churn = replace(SOLVERS["edm-churn"], sigma_min=2.0, sigma_max=4.0)  # both ends included
+    integrate(MIXTURE.field(EDM(8.0)), 8 * X, churn, ts, Counted(X, torch.Generator().manual_seed(0)))
+    assert drawn == [0.5, 0.25]
+
+
 def test_churn_adds_no_more_noise_than_the_schedule_has():
     """At sigma = 9 of 10, 9 (2^1/2) would be above it."""
     churn = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0)
@@ -345,6 +360,14 @@ def test_a_langevin_step_is_its_formula(schedule):
     got = sample(field, X, replace(SOLVERS["langevin"], snr=0.3), grid=[0.7, 0.4], generator=seeds).x
     torch.testing.assert_close(got, expected)
     assert sample(field, X, "langevin", 4).num_evals == 2 * 4 - 1  # data are not corrected
+
+
+def test_a_step_adds_no_more_noise_than_there_is_at_its_end():
+    field = MIXTURE.field(EDM(10.0))
+    for at in (0.0, 0.5):
+        w = bounded(lambda t: math.inf, field, 0.9, 0.3, at)
+        assert (w * 0.6).sqrt().item() == pytest.approx(3.0)  # the deviation that w adds in this step is sigma(0.3)
+        assert bounded(lambda t: t, field, 0.9, 0.3, at).item() == pytest.approx(0.9 - 0.6 * at)
 
 
 def test_a_step_of_stochastic_heun_is_its_formula():
