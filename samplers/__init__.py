@@ -21,11 +21,12 @@ from samplers.runge_kutta import Adaptive, RungeKutta
 from samplers.schedules import EDM, VE, Coefficients, Cosine, RectifiedFlow, Schedule, Trig, VPLinear
 from samplers.solver import SDESolver, Solver, Step
 from samplers.solvers import SOLVERS, make_solver, solver_names
-from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
+from samplers.stochastic import Ancestral, Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 from samplers.views import VIEWS, convert, edm_view
 
 __all__ = [
     "Adaptive",
+    "Ancestral",
     "Brownian",
     "BrownianTree",
     "Churn",

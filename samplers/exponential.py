@@ -327,6 +327,8 @@ class SingleStep(Exponential):
 _DPM, _DPMPP, _UNIPC = "DPM-Solver, Lu et al. 2022a", "DPM-Solver++, Lu et al. 2022b", "UniPC, Zhao et al. 2023"
 
 DDIM = Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16")
+DPM_2 = SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1)))
+DPMPP_2S = SingleStep("dpmpp-2s", 2, 2, f"{_DPMPP}, alg. 1", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1)))
 EDM_HEUN = SingleStep(
     "edm-heun",
     2,
@@ -340,7 +342,7 @@ EDM_HEUN = SingleStep(
 METHODS: tuple[Solver, ...] = (
     DDIM,
     SingleStep("dpm-1", 1, 1, f"{_DPM}, eq. 3.7: DDIM", view="noise"),
-    SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
+    DPM_2,
     SingleStep(
         "dpm-3",
         3,
@@ -350,7 +352,7 @@ METHODS: tuple[Solver, ...] = (
         nodes=(0.0, 1 / 3, 2 / 3),
         uses=((0,), (0, 1), (0, 2)),
     ),
-    SingleStep("dpmpp-2s", 2, 2, f"{_DPMPP}, alg. 1", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
+    DPMPP_2S,
     SingleStep("dpmpp-3s", 3, 3, f"{_DPMPP}, app. B", nodes=(0.0, 1 / 3, 2 / 3), uses=((0,), (0, 1), (0, 2))),
     Multistep("dpmpp-2m", 2, 1, f"{_DPMPP}, alg. 2", rule="half", num_nodes=2),
     Multistep("dpmpp-3m", 3, 1, f"{_DPMPP}, eq. 10 with k = 3", num_nodes=3),

@@ -145,6 +145,12 @@ def test_kdpm2_discrete():
     same(ours("dpm-2", timeless, X * BETAS.alpha(1.0), times), theirs(scheduler, timeless, X))
 
 
+def test_kdpm2_ancestral_discrete():
+    scheduler = made("KDPM2AncestralDiscreteScheduler", timestep_spacing="trailing")
+    times = to_data(scheduler.timesteps[::2])
+    same(ours("dpm-2-ancestral", timeless, X * BETAS.alpha(1.0), times), theirs(scheduler, timeless, X))
+
+
 def test_ddim_inverse():
     scheduler = made("DDIMInverseScheduler", clip_sample=False, timestep_spacing="trailing")
     field = Field(lambda x_t, t: timeless(x_t, t), BETAS, "noise")  # they evaluate at the end of each step

@@ -13,6 +13,7 @@ from samplers import (
     DIFFUSIONS,
     EDM,
     SOLVERS,
+    VE,
     BrownianTree,
     Cosine,
     DerivedField,
@@ -291,6 +292,32 @@ def run(solver, field=None, **options):
     field = field or MIXTURE.field(EDM(20.0))
     x = field.schedule.sigma(1.0) * X
     return sample(field, x, solver, 12, grid="karras", generator=list(range(8)), **options).x
+
+
+@pytest.mark.parametrize("name", ["dpm-2-ancestral", "dpmpp-2s-ancestral"])
+@pytest.mark.parametrize("schedule", [EDM(20.0), RectifiedFlow(), VE(0.05, 20.0), DiscreteVP.cosine()], ids=str)
+def test_ancestral_sampling_is_between_its_inner_solver_and_ddpm(name, schedule):
+    field, ancestral = MIXTURE.field(schedule), SOLVERS[name]
+    torch.testing.assert_close(run(replace(ancestral, eta=0.0), field), run(ancestral.inner, field))
+    if not isinstance(schedule, VE):  # which has no noise level below its own least
+        torch.testing.assert_close(run(replace(ancestral, inner=SOLVERS["dpm-1"]), field), run("ddpm", field))
+    assert not torch.allclose(run(replace(ancestral, noise_scale=0.5), field), run(ancestral, field))
+    with pytest.raises(ValueError, match="eta = -1"):
+        replace(ancestral, eta=-1.0)
+    with pytest.raises(ValueError, match="ancestral' goes from noise to data: give times that fall"):
+        integrate(field, X, ancestral, torch.tensor([0.0, 0.5], dtype=torch.float64), Brownian(X))
+
+
+def test_a_large_eta_draws_all_noise_anew():
+    """sigma_up is sigma_next then: a step to the data, and noise."""
+    ts = torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64)
+    field, seeds = MIXTURE.field(EDM(10.0)), list(range(8))
+    noise = Brownian(X, seeds)
+    got = integrate(field, 5 * X, replace(SOLVERS["dpmpp-2s-ancestral"], eta=5.0), ts, noise).x
+    noise, x = Brownian(X, seeds), 5 * X
+    for t, t_next in pairwise(ts.tolist()):
+        x = field.x_0(x, t) + 10 * t_next * noise.unit(t, t_next)
+    torch.testing.assert_close(got, x)
 
 
 def test_no_churn_is_edm_heun():
