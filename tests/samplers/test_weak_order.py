@@ -114,7 +114,7 @@ def test_order_of_churn(schedule, grid):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_order_of_ancestral_sampling(schedule, name):
     """As of churn: what is left is the error of the inner solver."""
-    order = measured_order(lambda n: moment_error(schedule, SOLVERS[name], log_snr_grid(schedule, n)), 100)
+    order = measured_order(lambda n: moment_error(schedule, SOLVERS[name], log_snr_grid(schedule, n)), 40)
     assert order == pytest.approx(SOLVERS[name].order, abs=0.2)
 
 
