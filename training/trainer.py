@@ -38,7 +38,7 @@ from training.feed import Feed, WithText
 from training.idle import idle_warnings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
-from training.optim import learning_rate, make_optimizer, set_rate
+from training.optim import learning_rate, make_optimizer, set_rate, warmup_warning
 from training.parallel import ALONE, ProcessLost, Ranks
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
@@ -109,7 +109,7 @@ class Trainer:
 
     def _check(self) -> None:
         """Raises ValueError where batch, processes and device do not fit, or a kernel or library is missing; warns of
-        settings that take no effect.
+        settings that take no effect, and of a warm-up that does not end.
         """
         if why := why_not(self.config.training.attention, self.device):
             raise ValueError(why)
@@ -118,7 +118,8 @@ class Trainer:
         self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
         self.share.check("the number of documents of text in a batch", documents)
         check_metrics(self.config.evaluation)
-        for line in idle_warnings(self.config):
+        warming = warmup_warning(self.config.optimizer.warmup_steps, self.config.training.num_steps)
+        for line in [*idle_warnings(self.config), *filter(None, [warming])]:
             self.run.log(f"warning: {line}")
 
     def _build(self, image_size: tuple[int, int]) -> None:
