@@ -318,7 +318,7 @@ class Trainer:
         else:
             progress.show(self.step)
         with self.telemetry.paused(), progress.paused():
-            self._evaluate_and_save(progress)
+            self._evaluate_and_save()
 
     def _write_metrics(self, progress: Progress, norm: torch.Tensor) -> None:
         values = {}
@@ -338,11 +338,11 @@ class Trainer:
         telemetry = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
         self.run.write_metrics(self.step, **values, **telemetry)
 
-    def _evaluate_and_save(self, progress: Progress) -> None:
+    def _evaluate_and_save(self) -> None:
         """What is due at this step besides training."""
         config = self.config.training
         if self._due(config.validate_every):
-            self._validate(progress)
+            self._validate()
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.ema_snapshot_every):
@@ -357,7 +357,7 @@ class Trainer:
         """The loss of the whole batch at each step since the last line of metrics."""
         return self.ranks.mean(torch.stack(self._losses)).tolist() if self._losses else []
 
-    def _validate(self, progress: Progress) -> None:
+    def _validate(self) -> None:
         if not (self.ranks.first or self.sharded):  # a sharded model computes in all processes
             return
         with unsharded(self.ema):
@@ -367,7 +367,7 @@ class Trainer:
                 losses = validation_loss(self.ema, self.validation, self.config)
                 self.run.write_metrics(self.step, **losses)
                 if self.step < self.config.training.num_steps:  # the last one is logged with the scores
-                    progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
+                    self.run.log(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
         if not (self.ranks.first or self.sharded):

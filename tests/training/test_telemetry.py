@@ -259,7 +259,7 @@ def test_validation_between_two_lines_is_no_training(tmp_path, monkeypatch):
     """A validation loss that takes an hour, after the second of four steps, and after the last."""
     hours = []
 
-    def validate(trainer, progress):
+    def validate(trainer):
         hours.append(trainer.step)
         trainer.telemetry.clock = lambda: time.perf_counter() + 3600 * len(hours)
 
