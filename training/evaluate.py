@@ -26,7 +26,7 @@ from training.cached import latent_feed
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
-from training.devices import available
+from training.devices import available, pick_device
 from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
@@ -163,6 +163,7 @@ def evaluate_run(
     progress: bool = False,
     pipe: TextToImage | None = None,
     out: str | Path | None = None,
+    device: str | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
@@ -171,8 +172,9 @@ def evaluate_run(
     the run's samples are, if they were moved; of other data, the samples that the same rule holds out are scored.
     progress: show on standard error how many pictures are drawn. pipe: score this model with the run's data and
     settings, another average or checkpoint for example, instead of the run's own; its scores are not written into the
-    run. out: a JSON file to write the scores to, instead of the run. Raises FileNotFoundError where the folder is not a
-    run, PermissionError where it cannot be written, ValueError where a network for evaluation.metrics is missing.
+    run. out: a JSON file to write the scores to, instead of the run. device: where the run's own model computes; None
+    is its training.device, if that is there. Raises FileNotFoundError where the folder is not a run, PermissionError
+    where it cannot be written, ValueError where the device or a network for evaluation.metrics is missing.
     """
     run = RunFolder.open(path)
     if not os.access(run.path, os.W_OK):
@@ -182,8 +184,10 @@ def evaluate_run(
     check_metrics(config.evaluation)
     own = pipe is None and out is None
     if pipe is None:
-        asked = config.training.device  # a run on a GPU is scored anywhere
-        pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
+        asked = config.training.device
+        if device is None and asked != "auto" and available(asked):  # a run on a GPU is scored anywhere
+            device = asked
+        pipe = TextToImage.load(path, None if device is None else pick_device(device))
     elif isinstance(pipe, TransfusionPipeline) != config.transfusion.enabled:
         raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
