@@ -27,12 +27,13 @@ from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
 from training.devices import available, pick_device
+from training.errors import named
 from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
-from training.run import RunFolder, named
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld

@@ -1,8 +1,8 @@
 """A run is a folder: config, checkpoints, metrics, samples, weights for use.
 
 config.toml     the config as used          metrics.jsonl   one line a logged step
-checkpoints/    to resume from              tensorboard/    the same numbers (wandb/ too)
-pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
+checkpoints/    to resume from              samples/        a grid of pictures every so often
+pipeline/       to sample from (EMA)        tensorboard/    the same numbers and pictures (wandb/ too)
 log.txt         what was printed            loss.png, scores.json, samples.png   at the end
 """
 
@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+
+from PIL import Image
 
 from mmdit.weights_io import write_aside
+from training.boards import Board, Tensorboard
 from training.config import CONFIG_FILE, TrainConfig, load_config, to_toml
+from training.errors import named
 from training.progress import say
 
 OWN = {CONFIG_FILE, "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
@@ -25,14 +27,6 @@ OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensor
 """All names that a run writes in its folder, except hidden ones."""
 UNLINKED = ".nfs*"
 """The name under which NFS keeps a file that is removed while it is open, as a lock may be, until it is closed."""
-
-
-class Board(Protocol):
-    """Another place to write metrics to, such as Weights & Biases."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def taken(path: Path) -> FileExistsError:
@@ -50,9 +44,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._skipped: set[str] = set()
-        self.board: Board | None = None  # gets the metrics too
-        self._tensorboard: Any = None
-        self._purge: int | None = None  # tensorboard is to drop this step and later ones
+        self.boards: list[Board] = [Tensorboard(self.path / "tensorboard")]
 
     @property
     def index(self) -> Path:
@@ -102,18 +94,16 @@ class RunFolder:
             self.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
-        """Append a line to metrics.jsonl, and write the same values to tensorboard and the board."""
+        """Append a line to metrics.jsonl, and write the same values to the boards."""
         with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        with named(self.path / "tensorboard"):
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter
+        for board in self.boards:
+            board.write(step, values)
 
-                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self.board is not None:
-            self.board.write(step, values)
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """Show a picture on the boards."""
+        for board in self.boards:
+            board.show(step, name, image)
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl, without those that a kill has cut short."""
@@ -132,7 +122,8 @@ class RunFolder:
         rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
-        self._purge = step + 1
+        for board in self.boards:
+            board.rewind(step)
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
@@ -140,24 +131,9 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
-        """Flush tensorboard and the board; writing metrics opens them again."""
-        if self._tensorboard is not None:
-            with named(self.path / "tensorboard"):
-                self._tensorboard.close()
-            self._tensorboard = None
-        if self.board is not None:
-            self.board.close()
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError that names none, as when a write to an open file fails on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        """Flush the boards; what is written later opens them again."""
+        for board in self.boards:
+            board.close()
 
 
 class QuietRun(RunFolder):

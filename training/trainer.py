@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
-from training.boards import open_board
+from training.boards import open_boards
 from training.checkpoint import (
     assign,
     load_optimizer_tensors,
@@ -33,6 +34,7 @@ from training.corpus import Corpus, Pieces
 from training.data import Data
 from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
+from training.errors import named
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import Feed, WithText
 from training.idle import idle_warnings
@@ -45,7 +47,7 @@ from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, data_digests
-from training.run import RunFolder, named
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.settings import as_override, differences
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
@@ -90,7 +92,7 @@ class Trainer:
         self._ordered: int | None = None  # number of samples in the training order, as the checkpoint has it
         self._judge: ModelJudge | None = None
         if ranks.first:
-            run.board = open_board(config, run)
+            run.boards += open_boards(config, run.path)
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has kept a copy
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
@@ -193,6 +195,10 @@ class Trainer:
 
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
+        with closing(self.run):
+            self._fit(interrupts)
+
+    def _fit(self, interrupts: Interrupts) -> None:
         run = self.run
         learner = self._compiled_learner()
         with interrupts.deferred():
@@ -222,7 +228,6 @@ class Trainer:
         recorded = config.profiled if self.ranks.first else None
         profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
         with ExitStack() as ending:  # called in reverse order, each of them even where another fails
-            ending.callback(run.close)
             ending.callback(self.writer.join)  # a run that has stopped, for whatever reason, writes no longer
             ending.callback(batches.close)  # type: ignore[attr-defined]
             ending.callback(profiler.close)
@@ -380,8 +385,10 @@ class Trainer:
             return
         folder = self.run.path / "samples"
         folder.mkdir(exist_ok=True)
+        grid = caption_grid(images, prompts)
         with named(path := folder / f"step-{self.step:08d}.png"):
-            caption_grid(images, prompts).save(path)
+            grid.save(path)
+        self.run.show(self.step, "samples", grid)
 
     def _score(self) -> None:
         if not (self.ranks.first or self.sharded):
@@ -400,7 +407,9 @@ class Trainer:
         if "quality" in scores:
             run.rewind_metrics(self.step, scores["quality"])  # where this run had ended before
             self._write_quality(scores["quality"])
-            run.close()
+        if (file := run.path / "samples.png").exists():
+            with Image.open(file) as grid:
+                run.show(self.step, "samples_at_the_end", grid)
         if "validation_loss" in scores:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():

@@ -5,10 +5,13 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from training.config import load_config
-from training.run import QuietRun, RunFolder, named
+from training.errors import named
+from training.run import QuietRun, RunFolder
 
 
 @pytest.fixture
@@ -146,9 +149,25 @@ def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
     for step in (3, 4):
         again.write_metrics(step, loss=10.0 * step)
     again.close()
+    again.write_metrics(5, loss=50.0)  # after a close, past which nothing is rewound
+    again.close()
     board = EventAccumulator(str(run.path / "tensorboard"))
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_tensorboard_has_the_pictures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pictures = [Image.new("RGB", (4, 3), "red"), Image.new("L", (2, 2), 7)]
+    for step, picture in enumerate(pictures):
+        run.show(step, "samples", picture)
+    run.close()
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    for step, (event, picture) in enumerate(zip(board.Images("samples"), pictures, strict=True)):
+        assert event.step == step
+        assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), picture.convert("RGB"))
 
 
 def test_what_a_kill_left_in_the_middle_is_removed(run):
