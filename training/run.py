@@ -37,14 +37,16 @@ def taken(path: Path) -> FileExistsError:
 
 
 class RunFolder:
-    """The folder of a run: its config, log and metrics. quiet: this process prints no progress."""
+    """The folder of a run: its config, log and metrics, as the process of a rank uses it.
 
-    quiet = False
+    Process 0 alone writes and prints; the others are `quiet`. They still print samples that cannot be used, since each
+    process reads different ones.
+    """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, rank: int = 0) -> None:
+        self.path, self.rank, self.quiet = Path(path), rank, rank > 0
         self._skipped: set[str] = set()
-        self.boards: list[Board] = [Tensorboard(self.path / "tensorboard")]
+        self.boards: list[Board] = [] if self.quiet else [Tensorboard(self.path / "tensorboard")]
 
     @property
     def index(self) -> Path:
@@ -67,11 +69,11 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
+    def open(cls, path: str | Path, rank: int = 0) -> RunFolder:
         """A run that exists. Raises FileNotFoundError where the folder is not a run's."""
         if not (Path(path) / CONFIG_FILE).exists():
             raise FileNotFoundError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
-        return cls(path)
+        return cls(path, rank)
 
     def config(self) -> TrainConfig:
         """The config as used."""
@@ -79,10 +81,14 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write the config as used."""
+        if self.quiet:
+            return
         write_aside(self.path / CONFIG_FILE, lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
+        if self.quiet:
+            return
         say(text)
         with named(path := self.path / "log.txt"), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -91,10 +97,14 @@ class RunFolder:
         """Log a sample that cannot be used, the first time that it is met."""
         if key not in self._skipped:
             self._skipped.add(key)
+            if self.quiet:
+                say(f"process {self.rank} skipped {key}: {reason}")
             self.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
         """Append a line to metrics.jsonl, and write the same values to the boards."""
+        if self.quiet:
+            return
         with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for board in self.boards:
@@ -118,6 +128,8 @@ class RunFolder:
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
         """Remove the lines past `step`, and those of that step that have one of `names`: they will be written again."""
+        if self.quiet:
+            return
         rows = [row for row in self.metrics() if row["step"] <= step]
         rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -127,6 +139,8 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
+        if self.quiet:
+            return
         for path in sorted(self.path.rglob(".*.part"), reverse=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -134,37 +148,3 @@ class RunFolder:
         """Flush the boards; what is written later opens them again."""
         for board in self.boards:
             board.close()
-
-
-class QuietRun(RunFolder):
-    """The run folder of a process other than process 0, which leaves writing and printing to that one.
-
-    It still prints samples that cannot be used, since each process reads different ones.
-    """
-
-    quiet = True
-
-    def __init__(self, path: str | Path, rank: int) -> None:
-        super().__init__(path)
-        self.rank = rank
-
-    def write_config(self, config: TrainConfig) -> None:
-        """Nothing."""
-
-    def log(self, text: str) -> None:
-        """Nothing."""
-
-    def log_skipped(self, key: str, reason: str) -> None:
-        """Print it."""
-        if key not in self._skipped:
-            self._skipped.add(key)
-            say(f"process {self.rank} skipped {key}: {reason}")
-
-    def write_metrics(self, step: int, **values: float) -> None:
-        """Nothing."""
-
-    def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
-        """Nothing."""
-
-    def remove_leftovers(self) -> None:
-        """Nothing."""

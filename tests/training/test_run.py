@@ -11,7 +11,7 @@ from PIL import Image
 
 from training.config import load_config
 from training.errors import named
-from training.run import QuietRun, RunFolder
+from training.run import RunFolder
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_what_is_logged_is_printed_and_kept(run, capsys):
     assert [line.split(" ", 2)[2] for line in lines] == ["one", "zwei ü"]
 
 
-@pytest.mark.parametrize("kind", [RunFolder, lambda path: QuietRun(path, 1)])
+@pytest.mark.parametrize("kind", [RunFolder, lambda path: RunFolder(path, 1)])
 def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch, kind):
     """As of samples, where stdout or the locale is of another encoding than UTF-8."""
     terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
@@ -126,7 +126,7 @@ def test_all_but_the_first_process_write_nothing(run, config, capsys):
     run.close()  # else tensorboard's thread may still write
     (run.path / ".metrics.jsonl.9.part").write_text("{")  # being written by the first
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    quiet = QuietRun(run.path, 1)
+    quiet = RunFolder(run.path, 1)
     quiet.write_config(load_config("demo"))
     quiet.log("a line")
     quiet.write_metrics(2, loss=2.0)
