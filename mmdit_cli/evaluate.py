@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_cli.sample import Checkpoint, Diffusion, Guidance, Solver, Steps, load_checkpoint_into, parse_diffusion
+from mmdit_cli.sample import (
+    Checkpoint,
+    Device,
+    DeviceName,
+    Diffusion,
+    Guidance,
+    Solver,
+    Steps,
+    load_checkpoint_into,
+    parse_diffusion,
+)
 
 if TYPE_CHECKING:
     from mmdit import TextToImage
@@ -43,6 +53,7 @@ def evaluate(
     diffusion: Diffusion = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    device: Device = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the scores there, as JSON, and nothing into the run.")
     ] = None,
@@ -89,22 +100,24 @@ def evaluate(
     if run is not None:
         import training
 
-        pipe = _pipe(run, checkpoint, weights)
-        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, out=out, text=text, **how))
+        pipe, own = _pipe(run, checkpoint, weights, device), {"out": out, "device": device, "text": text}
+        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, **own, **how))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images
 
-        show(evaluate_images(str(images), EvaluationConfig(**given), num_images, out))  # type: ignore[arg-type]
+        scored = EvaluationConfig(**given)  # type: ignore[arg-type]
+        show(evaluate_images(str(images), scored, num_images, out, device=device or "auto"))
 
 
-def _pipe(run: Path, checkpoint: str | None, weights: Path | None) -> "TextToImage | None":
+def _pipe(run: Path, checkpoint: str | None, weights: Path | None, device: DeviceName | None) -> "TextToImage | None":
     """The model to score; None for that of the run."""
     if checkpoint is None and weights is None:
         return None
     import mmdit
+    from training.devices import pick_device
 
-    pipe = mmdit.TextToImage.load(weights or run)
+    pipe = mmdit.TextToImage.load(weights or run, None if device is None else pick_device(device))
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
     return pipe

@@ -27,13 +27,14 @@ from training.checkpoint import list_checkpoints
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
-from training.devices import available
+from training.devices import available, pick_device
+from training.errors import named
 from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
-from training.run import RunFolder, named
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld
@@ -177,6 +178,7 @@ def evaluate_run(
     pipe: TextToImage | None = None,
     out: str | Path | None = None,
     text: str | None = None,
+    device: str | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
@@ -187,8 +189,9 @@ def evaluate_run(
     settings, another average or checkpoint for example, instead of the run's own; its scores are not written into the
     run. out: a JSON file to write the scores to, instead of the run. text: a file, a folder or a glob of text to score
     instead of the run's, all of it; of the run's own text, if it was moved, what is held out; these scores are not
-    written into the run either. Raises FileNotFoundError where the folder is not a run, PermissionError where it cannot
-    be written, ValueError where a network for evaluation.metrics is missing.
+    written into the run either. device: where the run's own model computes; None is its training.device, if that is
+    there. Raises FileNotFoundError where the folder is not a run, PermissionError where it cannot be written,
+    ValueError where the device or a network for evaluation.metrics is missing.
     """
     run = RunFolder.open(path)
     if not os.access(run.path, os.W_OK):
@@ -200,8 +203,10 @@ def evaluate_run(
     check_metrics(config.evaluation)
     own = pipe is None and out is None and text is None
     if pipe is None:
-        asked = config.training.device  # a run on a GPU is scored anywhere
-        pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
+        asked = config.training.device
+        if device is None and asked != "auto" and available(asked):  # a run on a GPU is scored anywhere
+            device = asked
+        pipe = TextToImage.load(path, None if device is None else pick_device(device))
     elif isinstance(pipe, TransfusionPipeline) != config.transfusion.enabled:
         raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}

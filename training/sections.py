@@ -369,7 +369,7 @@ class TrainingConfig(Settings):
     profile: str | None = None
     """Steps to profile, FIRST:LAST from 1, both included: a trace for chrome://tracing goes into profile/."""
     wandb: str | None = None
-    """Project of Weights & Biases to send the metrics to; WANDB_MODE=offline keeps them in the run's folder."""
+    """Project of Weights & Biases to send metrics and samples to; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 
