@@ -319,6 +319,11 @@ def _transfusion(
         llama=llama,
         **{name: getattr(model, name) for name in names},
     )
+    if (most := shape.image_tokens(size)) > shape.max_tokens:
+        raise ConfigError(
+            f"a picture of latents {size[0]} x {size[1]} takes {most} tokens, and transfusion.max_tokens is "
+            f"{shape.max_tokens}: raise it, by the longest caption too"
+        )
     return Transfusion(shape)
 
 

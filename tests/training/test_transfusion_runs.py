@@ -10,6 +10,7 @@ import torch
 import mmdit
 import training
 from tests.training.runs import LONG, TRANSFUSION, assert_bit_equal, config_for, contents, metrics, stop_after
+from training.config import ConfigError
 from training.data import place_of
 from training.run import RunFolder
 from training.trainer import Trainer
@@ -200,3 +201,8 @@ def test_tokenizers_that_do_not_work_leave_the_name_free(material, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         training.train(config_for(tmp_path / "run", *TRANSFUSION, *(change.format(**material) for change in changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_no_document_can_hold_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="takes 18 tokens, and transfusion.max_tokens is 17: raise it"):
+        training.train(config_for(tmp_path / "run", *TRANSFUSION, "transfusion.max_tokens=17"))
