@@ -28,7 +28,7 @@ import torch
 from benchmarks.timing import hardware
 from training.config import load_config
 from training.parallel import ranks_of
-from training.run import QuietRun, RunFolder
+from training.run import RunFolder
 from training.sharding import local
 from training.trainer import Trainer
 
@@ -63,8 +63,7 @@ def measure(out: Path, settings: list[str], steps: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with ranks_of(config) as ranks:
         path = ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path)
-        run = RunFolder(path) if ranks.first else QuietRun(path, ranks.rank)
-        trainer = Trainer(config, run, ranks=ranks)
+        trainer = Trainer(config, RunFolder(path, ranks.rank), ranks=ranks)
         learner = trainer._compiled_learner()
         batches = trainer.feed.batches(config.training.batch_size, config.seed, 0, trainer.share)
         times: list[float] = []

@@ -33,10 +33,10 @@ Told = Callable[[int, Part], object]
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How a token is sampled from its logits: greedily at temperature 0, else from the tokens that every rule keeps.
+    """How a token is sampled from its logits: greedily at temperature 0, else from the tokens that the rules keep.
 
-    top_k keeps the k most probable tokens; top_p the most probable ones up to this total probability; min_p those with
-    at least this fraction of the highest probability.
+    top_k keeps the k most probable tokens; of these top_p keeps the most probable ones up to this share of their total
+    probability, and min_p those with at least this fraction of the highest probability: the order of transformers.
     """
 
     temperature: float = 1.0
@@ -62,10 +62,11 @@ class TextSampling:
         logits = logits.to(widest_float(logits.device))  # in float32 the smallest temperatures would round to 0
         p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1).float()
         ordered, order = p.sort(dim=-1, descending=True)
-        kept = ordered.cumsum(-1) - ordered < self.top_p  # always the most probable one
-        kept &= ordered >= self.min_p * ordered[:, :1]
         if self.top_k is not None:
-            kept[:, self.top_k :] = False
+            ordered[:, self.top_k :] = 0.0
+        kept = ordered >= self.min_p * ordered[:, :1]
+        if self.top_p < 1:  # the most probable one is always kept
+            kept &= ordered.cumsum(-1) - ordered < self.top_p * ordered.sum(-1, keepdim=True)
         ordered = torch.where(kept, ordered, 0.0).cpu()
         picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(ordered, generators, strict=True)]
         return order.gather(1, torch.stack(picks).to(order.device))[:, 0]

@@ -166,9 +166,14 @@ class Tokenizer:
         reserved = {*self.special, *self.sizes}
         return [[i for i in encoding.ids if i not in reserved] for encoding in found]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of one row of ids, without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+    def decode(self, ids: Sequence[int] | Tensor, before: Sequence[int] | Tensor = ()) -> str:
+        """The text of one row of ids, without special tokens, and without spaces at its ends.
+
+        before: the ids of a text that this one continues. The two texts, joined as they are, then are that of all ids.
+        """
+        first, rest = ([int(i) for i in row] for row in (before, ids))
+        whole = self.backend.decode(first + rest, skip_special_tokens=True)
+        return whole[len(self.backend.decode(first, skip_special_tokens=True)) :] if first else whole.strip()
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json`, and beside it the config that names its special tokens, as for transformers."""

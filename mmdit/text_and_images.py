@@ -102,8 +102,9 @@ class TransfusionPipeline(TextToImage):
     ) -> list[Written]:
         """Continue prompts, each a list of strings and of PIL images whose sides are multiples of `step`.
 
-        Returns the new parts of each, strings and PIL images, and why it ended. told(i, part) is called with each piece
-        of text and each picture of prompt i as it comes. options: those of `mmdit.generate.generate` (max_tokens,
+        Returns the new parts of each, strings and PIL images, and why it ended. A string that continues the prompt's
+        last one begins with a space where a new word begins. told(i, part) is called with each piece of text and each
+        picture of prompt i as it comes. options: those of `mmdit.generate.generate` (max_tokens,
         max_images, text, begin, ...); without `image`, pictures are drawn with the model's defaults.
         """
         if not isinstance(prompts, Sequence):
@@ -116,15 +117,22 @@ class TransfusionPipeline(TextToImage):
         options.setdefault(
             "image", self.image_sampling(free=all(any(len(part) for part in prompt) for prompt in parts))
         )
-        decoders = [_StreamDecoder(self.model.conditioner.tokenizer) for _ in prompts]
+        before = [prompt[-1].tolist() if prompt and _is_text(prompt[-1]) else [] for prompt in parts]
+        decoders = [_StreamDecoder(self.model.conditioner.tokenizer, ids) for ids in before]
 
         def report(i: int, part: Tensor) -> None:
-            new = self.pictures(part[None])[0] if part.is_floating_point() else decoders[i].add(part)
+            new = decoders[i].add(part) if _is_text(part) else self.pictures(part[None])[0]
             if told is not None and new != "":
                 told(i, new)
 
         written = generate(self.model.transformer, parts, seed=seed, told=report if told else None, **options)
-        return [Written([self._shown(part) for part in one.parts], one.stopped) for one in written]
+        for i, decoder in enumerate(decoders):
+            if told is not None and (rest := decoder.rest()):
+                told(i, rest)
+        return [
+            Written([self._shown(part, ids if k == 0 else []) for k, part in enumerate(one.parts)], one.stopped)
+            for one, ids in zip(written, before, strict=True)
+        ]
 
     def image_sampling(
         self,
@@ -159,14 +167,17 @@ class TransfusionPipeline(TextToImage):
                 ids = torch.tensor(self.model.conditioner.tokenizer.encode([part])[0], dtype=torch.int64)
                 parts.append(ids.to(trunk.device))  # without an end token: the document continues
             else:
-                pixels = torch.tensor(np.asarray(as_shown(part))).permute(2, 0, 1)[None].to(trunk.device)
+                shown = as_shown(part)
+                self._image_size(shown.height, shown.width)
+                pixels = torch.tensor(np.asarray(shown)).permute(2, 0, 1)[None].to(trunk.device)
                 parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1)[0].to(trunk.dtype))
         return parts
 
-    def _shown(self, part: Tensor) -> str | Image:
-        if part.is_floating_point():
-            return self.pictures(part[None])[0]
-        return self.model.conditioner.tokenizer.decode(part)
+    def _shown(self, part: Tensor, before: Sequence[int] = ()) -> str | Image:
+        """A part as text or picture. before: the ids of the text that it continues."""
+        if _is_text(part):
+            return self.model.conditioner.tokenizer.decode(part, before)
+        return self.pictures(part[None])[0]
 
     def offload(self, device: torch.device | str) -> TextToImage:
         """Raises ValueError: the trunk is the only large part."""
@@ -202,16 +213,31 @@ def _check_guidance(sampling: Sampling, negatives: Sequence[str | None] = ()) ->
         )
 
 
-class _StreamDecoder:
-    """Decodes tokens as they come to the pieces of text that they add; a character of several tokens is added whole."""
+def _is_text(part: Tensor) -> bool:
+    """Whether a part of a document is token ids, and not an image."""
+    return not part.is_floating_point()
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), ""
+
+class _StreamDecoder:
+    """Decodes tokens as they come to the pieces of text that they add; a character of several tokens is added whole.
+
+    before: the ids of the text that they continue.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self.tokenizer, self.before, self.ids, self.shown = tokenizer, before, list[int](), ""
 
     def add(self, ids: Tensor) -> str:
         self.ids += ids.tolist()
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd") or not text.startswith(self.shown):
+        text = self.tokenizer.decode(self.ids, self.before)
+        return "" if text.endswith("\ufffd") else self._new(text)
+
+    def rest(self) -> str:
+        """What the last tokens add, be it a part of a character alone."""
+        return self._new(self.tokenizer.decode(self.ids, self.before))
+
+    def _new(self, text: str) -> str:
+        if not text.startswith(self.shown):
             return ""
         new, self.shown = text[len(self.shown) :], text
         return new

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_cli.sample import Checkpoint, Diffusion, Guidance, Solver, Steps, load_checkpoint_into, parse_diffusion
+from mmdit_cli.sample import (
+    Checkpoint,
+    Device,
+    DeviceName,
+    Diffusion,
+    Guidance,
+    Solver,
+    Steps,
+    load_checkpoint_into,
+    parse_diffusion,
+)
 
 if TYPE_CHECKING:
     from mmdit import TextToImage
@@ -17,6 +27,9 @@ def evaluate(
         Path | None, typer.Argument(metavar="RUN", help="Run folder of `mmdit train`.", show_default=False)
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help="The run's samples, if they were moved.")] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILES", help="Text to score: nats per token, by a model of text and images.")
+    ] = None,
     images: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Score these pictures instead of a run's.")
     ] = None,
@@ -40,14 +53,15 @@ def evaluate(
     diffusion: Diffusion = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    device: Device = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the scores there, as JSON, and nothing into the run.")
     ] = None,
 ) -> None:
     """Measure a run: held-out loss, on drawn data ShapesEval's six questions, and with --metrics scores by networks.
 
-    What is not given is taken from the run's config (\\[evaluation]). Scores of a --checkpoint or of --weights
-    are printed, and written to --out alone.
+    What is not given is taken from the run's config (\\[evaluation]). Scores of a --checkpoint, of --weights or with
+    another --text are printed, and written to --out alone.
 
     [bold]Examples[/bold]
 
@@ -56,6 +70,8 @@ def evaluate(
       mmdit evaluate runs/mine --metrics fid,clip-score --features inception.safetensors --clip clip-vit-large-patch14/
 
       mmdit evaluate runs/mine --weights wider/ --guidance 2 --out wider.json
+
+      mmdit evaluate runs/mine --text wikitext/test.txt --out text.json
 
       mmdit evaluate --images samples/ --reference photos/ --metrics kid,precision-recall --features dinov2-large/
     """
@@ -66,7 +82,7 @@ def evaluate(
             "--data is for a run; pictures are named by --images, and those to compare with by --reference"
         )
     how = {"solver": solver, "diffusion": parse_diffusion(diffusion), "num_steps": steps, "guidance": guidance}
-    of_run = {"checkpoint": checkpoint, "weights": weights} | how
+    of_run = {"text": text, "checkpoint": checkpoint, "weights": weights} | how
     if run is None and (idle := [name for name, value in of_run.items() if value is not None]):
         option = {"num_steps": "steps"}.get(idle[0], idle[0])
         raise ValueError(f"--{option} is for a run: the pictures of --images are drawn already")
@@ -84,22 +100,24 @@ def evaluate(
     if run is not None:
         import training
 
-        pipe = _pipe(run, checkpoint, weights)
-        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, out=out, **how))
+        pipe, own = _pipe(run, checkpoint, weights, device), {"out": out, "device": device, "text": text}
+        show(training.evaluate_run(run, given, data, progress=True, pipe=pipe, **own, **how))
     else:
         from training.config import EvaluationConfig
         from training.quality import evaluate_images
 
-        show(evaluate_images(str(images), EvaluationConfig(**given), num_images, out))  # type: ignore[arg-type]
+        scored = EvaluationConfig(**given)  # type: ignore[arg-type]
+        show(evaluate_images(str(images), scored, num_images, out, device=device or "auto"))
 
 
-def _pipe(run: Path, checkpoint: str | None, weights: Path | None) -> "TextToImage | None":
+def _pipe(run: Path, checkpoint: str | None, weights: Path | None, device: DeviceName | None) -> "TextToImage | None":
     """The model to score; None for that of the run."""
     if checkpoint is None and weights is None:
         return None
     import mmdit
+    from training.devices import pick_device
 
-    pipe = mmdit.TextToImage.load(weights or run)
+    pipe = mmdit.TextToImage.load(weights or run, None if device is None else pick_device(device))
     if checkpoint is not None:
         load_checkpoint_into(pipe, run, checkpoint)
     return pipe

@@ -28,7 +28,7 @@ Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps of th
 Guidance = Annotated[float | None, typer.Option(metavar="SCALE", min=0, help="Classifier-free guidance; 1 is none.")]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels, such as 64x96.")]
 
-# Options of the pipeline to open, here and in `mmdit web`.
+# Options of the pipeline to open, here and in `mmdit web`; of some in `mmdit evaluate` and `mmdit generate` too.
 Run = Annotated[
     Path,
     typer.Argument(

@@ -12,7 +12,7 @@ from samplers.edit import Inpaint, start_from
 from samplers.exponential import Multistep, SingleStep
 from samplers.field import DerivedField, Field, Prediction, edm_network
 from samplers.grids import GRIDS, dynamic_shift, resolution_shift, shift_time, time_grid, twice_shifted, uniform
-from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero, push_away
+from samplers.guidance import apg, cfg, cfg_batched, cfg_text_image, cfg_zero, classifier_guidance, push_away
 from samplers.integrate import Progress, Solution, integrate, sample
 from samplers.likelihood import bits_per_dim, invert, log_likelihood
 from samplers.names import lookup
@@ -21,11 +21,12 @@ from samplers.runge_kutta import Adaptive, RungeKutta
 from samplers.schedules import EDM, VE, Coefficients, Cosine, RectifiedFlow, Schedule, Trig, VPLinear
 from samplers.solver import SDESolver, Solver, Step
 from samplers.solvers import SOLVERS, make_solver, solver_names
-from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
+from samplers.stochastic import Ancestral, Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 from samplers.views import VIEWS, convert, edm_view
 
 __all__ = [
     "Adaptive",
+    "Ancestral",
     "Brownian",
     "BrownianTree",
     "Churn",
@@ -64,6 +65,7 @@ __all__ = [
     "cfg_batched",
     "cfg_text_image",
     "cfg_zero",
+    "classifier_guidance",
     "convert",
     "dynamic_shift",
     "edm_network",

@@ -29,6 +29,8 @@ class DiscreteVP(Schedule):
             raise ValueError(f"betas of shape {tuple(betas.shape)}: give at least two, (N,)")
         if not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError("betas must lie in (0, 1); only the last may be 1, which is zero terminal SNR")
+        if betas[0] > 0.9 and betas[0] > betas[-1]:
+            raise ValueError(f"betas from {betas[0]:g} to {betas[-1]:g} look like alphas or alphas_cumprod: give betas")
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
         log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
         object.__setattr__(self, "betas", tuple(betas.tolist()))

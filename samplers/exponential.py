@@ -54,6 +54,7 @@ VARIABLES = {
     "flow": (lambda x: torch.sigmoid(-x), lambda p: -torch.logit(p)),
 }
 RULES = ("exact", "half", "bh1", "third-halved")
+MAX_RHO = 1e3  # at the start of a step in "rho", which multiplies the errors of the noise at its later stages
 BH1_MAX_RATE = 2 + 1e-6  # the kernel's rate 1 + tau^2 at tau = 1, above which "bh1" becomes "half"
 
 
@@ -276,8 +277,8 @@ class SingleStep(Exponential):
     """An exponential Runge-Kutta method, with stages within the step.
 
     nodes: where the stages are in `variable`, from 0 (the start) to 1 (the end); uses[i]: the stages whose predictions
-    lead to stage i + 1, and the last of these to the end. A step from or to an infinite value of `variable`, or to
-    sigma = 0 if there is a stage at the end, is replaced by DDIM's.
+    lead to stage i + 1, and the last of these to the end. A step from or to an infinite value of `variable`, from a
+    "rho" above `MAX_RHO`, or to sigma = 0 if there is a stage at the end, is replaced by DDIM's.
     """
 
     nodes: tuple[float, ...] = (0.0,)
@@ -294,7 +295,8 @@ class SingleStep(Exponential):
         value, inverse = VARIABLES[self.variable]
         p_start, p_end = (value(torch.tensor(point.l, dtype=torch.float64)) for point in (start, end))
         stage_at_0 = 1.0 in self.nodes and end.sigma == 0
-        if stage_at_0 or not (p_start.isfinite() and p_end.isfinite()):
+        nearly_pure = self.variable == "rho" and p_start > MAX_RHO
+        if stage_at_0 or nearly_pure or not (p_start.isfinite() and p_end.isfinite()):
             return ((start.t, linear(self.view, start, end, [start.l], self.variable, self.rule)),)
         places = inverse(p_start + torch.tensor(self.nodes, dtype=torch.float64) * (p_end - p_start))
         times = schedule.t_from_log_snr(2 * places).tolist()
@@ -325,6 +327,8 @@ class SingleStep(Exponential):
 _DPM, _DPMPP, _UNIPC = "DPM-Solver, Lu et al. 2022a", "DPM-Solver++, Lu et al. 2022b", "UniPC, Zhao et al. 2023"
 
 DDIM = Multistep("ddim", 1, 1, "DDIM, Song et al. 2021, eq. 12 and 16")
+DPM_2 = SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1)))
+DPMPP_2S = SingleStep("dpmpp-2s", 2, 2, f"{_DPMPP}, alg. 1", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1)))
 EDM_HEUN = SingleStep(
     "edm-heun",
     2,
@@ -338,7 +342,7 @@ EDM_HEUN = SingleStep(
 METHODS: tuple[Solver, ...] = (
     DDIM,
     SingleStep("dpm-1", 1, 1, f"{_DPM}, eq. 3.7: DDIM", view="noise"),
-    SingleStep("dpm-2", 2, 2, f"{_DPM}, alg. 1", view="noise", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
+    DPM_2,
     SingleStep(
         "dpm-3",
         3,
@@ -348,7 +352,7 @@ METHODS: tuple[Solver, ...] = (
         nodes=(0.0, 1 / 3, 2 / 3),
         uses=((0,), (0, 1), (0, 2)),
     ),
-    SingleStep("dpmpp-2s", 2, 2, f"{_DPMPP}, alg. 1", rule="half", nodes=(0.0, 0.5), uses=((0,), (0, 1))),
+    DPMPP_2S,
     SingleStep("dpmpp-3s", 3, 3, f"{_DPMPP}, app. B", nodes=(0.0, 1 / 3, 2 / 3), uses=((0,), (0, 1), (0, 2))),
     Multistep("dpmpp-2m", 2, 1, f"{_DPMPP}, alg. 2", rule="half", num_nodes=2),
     Multistep("dpmpp-3m", 3, 1, f"{_DPMPP}, eq. 10 with k = 3", num_nodes=3),

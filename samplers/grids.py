@@ -18,6 +18,7 @@ T = TypeVar("T", float, Tensor)
 
 def uniform(num_steps: int) -> Tensor:
     """t_i = 1 - i / num_steps."""
+    _check_steps(num_steps)
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
@@ -108,6 +109,7 @@ def ddpm(num_steps: int, schedule: Schedule, spacing: str = "leading", offset: i
     """
     if not isinstance(schedule, DiscreteVP):
         raise ValueError(f"grid {spacing!r} counts the indices of a DiscreteVP schedule, not of {schedule}")
+    _check_steps(num_steps)
     n = len(schedule)
     if num_steps > n:
         raise ValueError(f"num_steps = {num_steps}: the schedule has {n} indices")
@@ -131,6 +133,8 @@ def twice_shifted(num_steps: int, shift: float, num_train: int = 1000) -> Tensor
     They run from 1 to 1 / num_train shifted once, and then all are shifted. With shift 3 and 28 steps the smallest is
     0.0089 instead of 0.0030. Use it for the same samples as theirs; the correct grid is `shift_time` of a uniform one.
     """
+    _check_steps(num_steps)
+    check_positive(num_train=num_train)
     ts = 1 + _ramp(num_steps) * (shift_time(1 / num_train, shift) - 1)
     return torch.cat((shift_time(ts, shift), torch.zeros(1, dtype=torch.float64)))
 
@@ -153,10 +157,14 @@ def time_grid(
 ) -> Tensor:
     """A named grid with `num_steps` steps on `schedule`, or your own times after a check; shifted. float64, CPU."""
     if isinstance(grid, str):
-        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps < 2**53:
-            raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1, below 2**53")
+        _check_steps(num_steps)
         return shift_time(lookup("grid", grid, GRIDS)(int(num_steps), schedule or RectifiedFlow()), shift)
     return shift_time(_checked_times(grid), shift)
+
+
+def _check_steps(num_steps: int) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps < 2**53:
+        raise ValueError(f"num_steps = {num_steps!r}: give an integer of at least 1, below 2**53")
 
 
 def _checked_times(grid: Tensor | Sequence[float]) -> Tensor:
@@ -202,7 +210,7 @@ def _from_ratios(ratios: Callable[[Tensor], Tensor], num_steps: int, schedule: S
 
     If the last sigma / alpha is that of the schedule at t = 0, as for VE, its time is 0 already, and none is appended.
     """
-    check_positive(num_steps=num_steps)
+    _check_steps(num_steps)
     reaches_0 = schedule.t_from_log_snr(-2 * ratios(_ramp(2)).log())[-1] < 1e-9
     ts = schedule.t_from_log_snr(-2 * ratios(_ramp(num_steps + 1 if reaches_0 else num_steps)).log())
     ts[0] = 1.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from samplers.field import DerivedField, Field, Prediction
 from samplers.names import lookup
-from samplers.schedules import Time, expand
+from samplers.schedules import Time, batch_time, expand
 from samplers.views import View
 
 Interval = tuple[float, float]
@@ -207,6 +207,47 @@ def cfg_text_image(
         return renormalised(v, on) if renorm in ("global", "channel") else v
 
     return _guided([full, *(field for field, _ in scales)], combine, interval, disabled=not scales, kind="velocity")
+
+
+def classifier_guidance(
+    field: Field,
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    scale: float = 1.0,
+    interval: Interval = EVERYWHERE,
+) -> Field:
+    """Guidance by a classifier: score + scale grad log p(y | x_t) (Dhariwal & Nichol 2021, sec. 4.1).
+
+    log_prob: (x_t (B, ...), t (B,)) -> log p(y | x_t), (B,), of noised data, or another reward with a gradient. It is
+    not counted as an evaluation, and gradients through `integrate` take the guidance as constant. Where alpha = 0, and
+    x_t says nothing of y, nothing is added. Raises ValueError if log_prob gives another shape or no gradient.
+    """
+    _check_numbers(scale=scale)
+    _check_fields(field)
+    lo, hi = _widened(interval)
+
+    def predict(x_t: Tensor, t: Time) -> Prediction:
+        found, (alpha, sigma, *_) = field.predict(x_t, t), field.schedule(t)
+        if scale == 0 or not isinstance(t, Tensor) and (alpha == 0 or not lo <= t <= hi):
+            return found
+        step = sigma * (alpha**2 + sigma**2) / alpha  # eps - sigma grad, in the view that is determined at both ends
+        step = torch.where(alpha == 0, 0.0, step)
+        guided = found.ddpm_v - scale * expand(step, x_t) * _gradient(log_prob, x_t, t)
+        return replace(found, value=_where((lo, hi), t, guided, found.ddpm_v), kind="ddpm_v")
+
+    return DerivedField(predict, field.schedule, field.prediction, field.determined, field.begin)
+
+
+def _gradient(log_prob: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Time) -> Tensor:
+    """The gradient of log_prob (B,) at x_t (B, ...), like x_t."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_t.detach().clone().requires_grad_()
+        value = log_prob(x, batch_time(t, x))
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"log_prob gave {found} for x_t {tuple(x.shape)}: it must give a number per sample, (B,)")
+        if not value.requires_grad:
+            raise ValueError("log_prob gives no gradient: let it run without torch.no_grad and detach")
+        return torch.autograd.grad(value.sum(), x)[0]
 
 
 def _guided(

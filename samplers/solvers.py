@@ -5,7 +5,7 @@ from samplers.names import lookup
 from samplers.noise import Diffusion, make_diffusion
 from samplers.schedules import Schedule
 from samplers.solver import Solver, with_diffusion
-from samplers.stochastic import Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
+from samplers.stochastic import Ancestral, Churn, EulerMaruyama, Langevin, Restart, StochasticHeun
 
 _ALL: tuple[Solver, ...] = (
     runge_kutta.EULER,
@@ -18,6 +18,8 @@ _ALL: tuple[Solver, ...] = (
     *exponential.METHODS,
     EulerMaruyama("euler-maruyama", 1, 1, "Maruyama 1955; SiT, Ma et al. 2024"),
     StochasticHeun("stochastic-heun", 2, 2, "Kloeden & Platen 1992; SiT, Ma et al. 2024"),
+    Ancestral("dpm-2-ancestral", 2, 2, "k-diffusion, with DPM-Solver-2", inner=exponential.DPM_2),
+    Ancestral("dpmpp-2s-ancestral", 2, 2, "k-diffusion, with DPM-Solver++(2S)"),
     Churn("edm-churn", 2, 2, "EDM, Karras et al. 2022, alg. 2"),
     Langevin("langevin", 1, 2, "Predictor-corrector, Song et al. 2021, alg. 5"),
     Restart("restart", 2, 2, "Restart, Xu et al. 2023, alg. 1"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from samplers.exponential import DDIM, EDM_HEUN, Linear, SingleStep, points
+from samplers.exponential import DDIM, DPMPP_2S, EDM_HEUN, Linear, SingleStep, points
 from samplers.field import Field
 from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
@@ -79,6 +79,59 @@ def bounded(diffusion: Diffusion, field: Field, t: Time, t_next: Time, at: float
     dt = torch.as_tensor(t_next - t, dtype=torch.float64)
     w = torch.as_tensor(diffusion(t + at * (t_next - t)))
     return torch.minimum(w, field.schedule.sigma(t_next) ** 2 / dt.abs())
+
+
+class _Descent(NamedTuple):
+    """A step of `Ancestral`: the inner solver bound to the way down, and the scaling and noise that follow it."""
+
+    inner: SingleStep
+    lift: Linear
+
+
+@dataclass(frozen=True)
+class Ancestral(NoisySolver):
+    """Ancestral sampling with any one-step solver, which goes below the next noise level before noise makes up for it.
+
+    With s = sigma / alpha, `inner` goes to s_down, and noise of deviation s_up is added: s_down^2 + s_up^2 = s_next^2,
+    s_up = eta s_next (1 - s_next^2 / s^2)^1/2, at most s_next (k-diffusion). eta: 0 is `inner` alone; 1 adds the noise
+    of DDPM, whose step it is with DDIM's as `inner`. The noise is scaled by `noise_scale`.
+    """
+
+    eta: float = 1.0
+    noise_scale: float = 1.0
+    inner: SingleStep = DPMPP_2S
+    plans: tuple[_Descent, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta < math.inf or not 0 <= self.noise_scale < math.inf:
+            raise ValueError(f"eta = {self.eta}, noise_scale = {self.noise_scale}: give finite numbers >= 0")
+
+    def bind(self, field: Field, ts: Sequence[float]) -> Self:
+        if any(t_next > t for t, t_next in pairwise(ts)):
+            raise ValueError(f"{self.name!r} goes from noise to data: give times that fall")
+        schedule, plans = field.schedule, []
+        for start, end in pairwise(points(schedule, ts)):
+            s, s_next = math.exp(-start.l), math.exp(-end.l)
+            up = min(s_next, self.eta * s_next * math.sqrt(max(1 - (s_next / s) ** 2, 0.0)))
+            down, lift = end, Linear("data", 1.0, ())
+            if up > 0:
+                log_snr = -math.log(s_next**2 - up**2) if up < s_next else math.inf
+                down = points(schedule, [float(schedule.t_from_log_snr(log_snr))])[0]  # perhaps the schedule's last
+                added = math.sqrt(max(s_next**2 - math.exp(-2 * down.l), 0.0)) * end.alpha * self.noise_scale
+                lift = Linear("data", end.alpha / down.alpha, (), added)
+            plans.append(_Descent(self.inner.bind(field, [start.t, down.t]), lift))
+        return replace(self, plans=tuple(plans))
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: int | None = None, noise: Noise | None = None
+    ) -> Step:
+        index = 0 if state is None else state + 1
+        assert noise is not None
+        inner, lift = self.plans[index]
+        x, first, _ = inner.step(field, x_t, t, t_next)
+        if lift.noise > 0:
+            x = lift(x, (), noise.unit(t, t_next))
+        return Step(x, first, index)
 
 
 class _Churned(NamedTuple):

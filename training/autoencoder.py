@@ -21,6 +21,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +35,9 @@ from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderCon
 from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
 from training.interrupts import Interrupts
+from training.optim import warmup_warning
 from training.progress import Progress
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.settings import BelowOne, Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 
@@ -89,6 +92,8 @@ class AutoencoderTrainConfig(Settings):
     """Decides weights, order, crops and noise."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; "auto" takes CUDA if present. "mps" is the GPU of a Mac."""
+    log_every: Count = 10
+    """Steps from one line in metrics.jsonl to the next."""
     evaluate_every: Count = 1000
     """Steps between held-out scores; the weights are saved then too."""
 
@@ -195,12 +200,14 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     """Train on `config.data`; returns the folder, which `open_autoencoder` reads.
 
     Beside the weights it holds training.json (the config, the held-out PSNR in dB, the latents' statistics, the
-    time), metrics.jsonl and reconstructions.png. Ctrl-C or SIGTERM saves what there is. Raises ValueError for a folder
-    that is not empty.
+    time), metrics.jsonl, tensorboard/ and reconstructions.png. Ctrl-C or SIGTERM saves what there is. Raises ValueError
+    for a folder that is not empty, and where training diverges.
     """
     out, started = Path(config.out), time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
+    if warning := warmup_warning(config.warmup_steps, config.num_steps):
+        log(f"warning: {warning}")
     train, held_out = read_images(config, log)
     log(f"{len(train)} training and {len(held_out)} held-out images of {train.shape[1]} x {train.shape[2]}")
     device = pick_device(config.device)
@@ -211,27 +218,37 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     model.to(device)
     optimizer = _optimizer(model, config)
     out.mkdir(parents=True, exist_ok=True)
-    done, scores = 0, []
+    losses: list[Tensor] = []  # (loss, PSNR) of each step since the last line of metrics
     shown = Progress("training", config.num_steps, images=config.batch_size, quiet=log is not print)
-    with Interrupts() as interrupts, interrupts.deferred(), keeping_memory(device), shown as progress:
+    with (
+        Interrupts() as interrupts,
+        interrupts.deferred(),
+        keeping_memory(device),
+        closing(RunFolder(out)) as run,
+        shown as progress,
+    ):
         for step in range(config.num_steps):
+            lr = config.lr * _schedule(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * group["share"] * _schedule(step, config)
+                group["lr"] = lr * group["share"]
             loss, score = _loss(model, _draw(train, config, step).to(device), config, generator_for(config.seed, step))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
-            scores.append(score)
-            done = step + 1
-            progress.show(done)
-            if interrupts.caught:
-                log(f"stopped at step {done}; saving")
-                break
-            if done % config.evaluate_every == 0 and done < config.num_steps:
+            losses.append(torch.stack([loss.detach(), score]))
+            done, stopped = step + 1, interrupts.caught
+            last = stopped or done == config.num_steps
+            if last or done % config.log_every == 0:
+                _write_metrics(run, progress, done, losses, norm, lr)
+            else:
+                progress.show(done)
+            if last or done % config.evaluate_every == 0:
                 with progress.paused():
-                    _report(model, train, held_out, config, done, scores, started, log)
-    _report(model, train, held_out, config, done, scores, started, log)
+                    _report(model, train, held_out, config, done, run, started, log)
+            if stopped:
+                log(f"stopped at step {done}, all saved")
+                break
     log(f"done. Pictures beside the originals: {out}/reconstructions.png")
     log(f"Try: mmdit train latent --data {shlex.quote(config.data)} autoencoder={shlex.quote(str(out))}")
     return out
@@ -268,13 +285,29 @@ def _schedule(step: int, config: AutoencoderTrainConfig) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
 
 
+def _write_metrics(
+    run: RunFolder, progress: Progress, step: int, losses: list[Tensor], norm: Tensor, lr: float
+) -> None:
+    """Write and show the means of (loss, PSNR) since the last time, which are forgotten, beside the latest norm and
+    rate.
+    """
+    loss, score = torch.stack(losses).mean(0).tolist()
+    losses.clear()
+    values = {"loss": loss, "psnr_through_noise": score, "grad_norm": float(norm)}
+    progress.show(step, **values)
+    values["lr"] = lr
+    if progress.rate:
+        values["images_per_second"] = progress.images_per_second
+    run.write_metrics(step, **{name: x for name, x in values.items() if math.isfinite(x)})
+
+
 def _report(
     model: PatchAutoencoder,
     train: np.ndarray,
     held_out: np.ndarray,
     config: AutoencoderTrainConfig,
     step: int,
-    scores: list[Tensor],
+    run: RunFolder,
     started: float,
     log: Callable[[str], None],
 ) -> None:
@@ -292,9 +325,10 @@ def _report(
     model.save(out)
     stored = open_autoencoder(out)
     mean, std = channel_statistics(stored, held_out)
+    score = held_out_psnr(stored, held_out)
     result = {
         "steps": step,
-        "held_out_psnr": held_out_psnr(stored, held_out),
+        "held_out_psnr": score,
         "held_out_images": len(held_out),
         "scaling_factor": stored.scaling_factor,
         "shift_factor": stored.shift_factor,
@@ -304,12 +338,9 @@ def _report(
         "seconds": round(time.perf_counter() - started, 1),
     }
     (out / "training.json").write_text(json.dumps({"config": asdict(config), "result": result}, indent=1) + "\n")
-    with (out / "metrics.jsonl").open("a") as file:
-        recent = torch.stack(scores[-100:]).mean().item() if scores else None
-        row = {"step": step, "psnr_through_noise": recent, "held_out_psnr": result["held_out_psnr"]}
-        file.write(json.dumps(row) + "\n")
+    run.write_metrics(step, held_out_psnr=score)
     reconstruction_grid(stored, held_out[:8]).save(out / "reconstructions.png")
-    log(f"step {step}/{config.num_steps}: held-out PSNR {result['held_out_psnr']:.2f} dB, {result['seconds']:.0f} s")
+    log(f"step {step}/{config.num_steps}: held-out PSNR {score:.2f} dB, {result['seconds']:.0f} s")
 
 
 @torch.no_grad()

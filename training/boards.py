@@ -1,4 +1,7 @@
-"""Metrics in Weights & Biases, beside metrics.jsonl and tensorboard: an extra, `pip install 'mmdit[wandb]'`."""
+"""Boards that show a run's metrics and pictures: tensorboard, and Weights & Biases where `training.wandb` asks for it.
+
+The latter is an extra, `pip install 'mmdit[wandb]'`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,73 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from mmdit.weights_io import write_aside
 from training.config import TrainConfig, to_dict
-from training.run import Board, RunFolder
+from training.errors import named
 
 
-def open_board(config: TrainConfig, run: RunFolder) -> Board | None:
-    """The board that `training.wandb` asks for, or None. Raises ValueError where wandb is not installed or nobody is
-    logged in.
+class Board(Protocol):
+    """A place to look at a run, beside its files. It is opened by what is first written."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of a step, which may be one that was written before."""
+
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """A picture; those of one name are shown together."""
+
+    def rewind(self, step: int) -> None:
+        """What was written past `step` will be written again."""
+
+    def close(self) -> None:
+        """Flush; the next `write` or `show` goes on."""
+
+
+class Tensorboard:
+    """A folder of tensorboard's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+        self._purge: int | None = None  # drop this step and later ones
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with named(self.folder):
+            for name, value in values.items():
+                self._open().add_scalar(name, value, step)
+
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        with named(self.folder):
+            self._open().add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def rewind(self, step: int) -> None:
+        self._purge = step + 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with named(self.folder):
+                self._writer.close()
+            self._writer = None
+
+    def _open(self) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), flush_secs=10, purge_step=self._purge)
+            self._purge = None
+        return self._writer
+
+
+def open_boards(config: TrainConfig, folder: Path) -> list[Board]:
+    """The boards that a config asks for, beside tensorboard. Raises ValueError where wandb is not installed or nobody
+    is logged in.
     """
     if config.training.wandb is None:
-        return None
+        return []
     if find_spec("wandb") is None:
         raise ValueError(
             "training.wandb needs Weights & Biases: pip install 'mmdit[wandb]', or set training.wandb=none"
@@ -29,20 +86,36 @@ def open_board(config: TrainConfig, run: RunFolder) -> Board | None:
     with _said():
         if wandb.setup().settings.mode == "online":
             wandb.login(verify=False)
-    return Wandb(config, run)
+    return [Wandb(config, folder)]
 
 
 class Wandb:
-    """A run of Weights & Biases for a run folder, which a resumed run continues. It starts with the first metrics."""
+    """A run of Weights & Biases for a run folder, which a resumed run continues.
 
-    def __init__(self, config: TrainConfig, run: RunFolder) -> None:
-        self.config, self.folder = config, run.path.resolve()
+    `write` and `show` raise ValueError where it cannot be started.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder.resolve()
         self._run: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of a step, which may be one that was sent before. Raises ValueError where the run cannot be
-        started.
-        """
+        self._open().log({"step": step, **values})
+
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        import wandb
+
+        self._open().log({"step": step, name: wandb.Image(image)})
+
+    def rewind(self, step: int) -> None:
+        """Nothing: the steps are an axis of the metrics, which may go back."""
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _open(self) -> Any:
         if self._run is None:
             import wandb
 
@@ -56,13 +129,7 @@ class Wandb:
                     config=to_dict(self.config),
                 )
             self._run.define_metric("*", step_metric="step")  # so that a resumed run may go back some steps
-        self._run.log({"step": step, **values})
-
-    def close(self) -> None:
-        """Finish the run; the next `write` continues it."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        return self._run
 
 
 def _identity(folder: Path) -> str:

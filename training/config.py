@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from training import settings
 from training.idle import idle_settings, refuse_idle
@@ -185,8 +186,9 @@ class TrainConfig(Settings):
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a preset's name, a TOML file or a run folder, with "section.key=value" overrides applied.
 
-    Raises ConfigError for a file that is missing or not TOML, an unknown key, a wrong type, a value out of range, and a
-    key that takes no effect (idle.py), if the overrides or a file set it that a person wrote.
+    A file is checked together with the overrides, which may give what its settings need. Raises ConfigError for a file
+    that is missing or not TOML, an unknown key, a wrong type, a value out of range, and a key that takes no effect
+    (idle.py), if the overrides or a file set it that a person wrote.
     """
     from training.presets import preset, preset_names
 
@@ -201,15 +203,36 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
         near = get_close_matches(str(source), preset_names(), n=1)
         hint = f'; did you mean the preset "{near[0]}"?' if near else f"; the presets are {', '.join(preset_names())}"
         raise ConfigError(f'there is no config file "{path}"{hint}')
-    config, set_keys = read_config(path)
-    final = apply_overrides(config, overrides)
-    if path.name != CONFIG_FILE and {*settings.keys(TrainConfig)} - {*set_keys}:  # a run's file has every key
-        refuse_idle(final, idle_settings(config, set_keys), f"{path}: ")
+    default, table = _read_toml(path)
+    changes = settings.table_of(TrainConfig, overrides)
+    alone: TrainConfig | ConfigError
+    try:
+        alone = settings.merged(default, table)
+    except ConfigError as error:
+        alone = error
+    try:
+        final = settings.merged(default, settings.updated(table, changes))
+    except ConfigError as error:
+        raise (_in_file(path, error) if str(error) == str(alone) else error) from error
+    refuse_idle(final, settings.keys_in(changes))
+    set_keys = settings.keys_in(table)
+    whole = not {*settings.keys(TrainConfig)} - {*set_keys}  # as a run's file, which has every key
+    if path.name != CONFIG_FILE and not whole and isinstance(alone, TrainConfig):
+        refuse_idle(final, idle_settings(alone, set_keys), f"{path}: ")
     return final
 
 
 def read_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
     """(the config in a TOML file, on top of the preset that it names, if any; the keys that the file sets)."""
+    default, table = _read_toml(path)
+    try:
+        return settings.merged(default, table), settings.keys_in(table)
+    except ConfigError as error:
+        raise _in_file(path, error) from error
+
+
+def _read_toml(path: str | Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """(the preset that a TOML file names, or the defaults; the table of what the file sets)."""
     from training.presets import preset
 
     path = Path(path)
@@ -224,10 +247,13 @@ def read_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: preset is {base!r}, expected a preset's name")
     try:
-        default = TrainConfig() if base is None else preset(base)
-        return settings.merged(default, {"name": path.stem, **table}), settings.keys_in(table)
+        return TrainConfig() if base is None else preset(base), {"name": path.stem, **table}
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise _in_file(path, error) from error
+
+
+def _in_file(path: str | Path, error: ConfigError) -> ConfigError:
+    return ConfigError(f"{path}: {error}")
 
 
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:

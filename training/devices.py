@@ -63,8 +63,10 @@ def compiled(
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
-    log("compiling the model in the first step, which takes a minute or two")
     in_rows = config.transfusion.enabled or asked.packing
+    several = in_rows or bool(config.data.buckets)  # shapes of batches
+    when = "steps, which may take some minutes" if several else "step, which takes a minute or two"
+    log(f"compiling the model in the first {when}; meanwhile the progress stands still")
     if in_rows or blocks_alone:
         for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
             block.compile(dynamic=True if in_rows else None)

@@ -90,7 +90,8 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int, every: int = 1) -> None:
     """ema += (1 - d) (model - ema) at update k, from 0, with the d of `exponential_decay` for the last `every` updates.
 
-    Frozen parameters are left alone.
+    The average may be wider than the model, float32 of bfloat16. Frozen parameters are left alone, and buffers: copy
+    those of a network that changes them, as batch normalisation does.
     """
     averages, weights = _pairs(ema, model)
     torch._foreach_lerp_(averages, weights, 1 - exponential_decay(decay, k + 1, every))
@@ -196,7 +197,7 @@ def make_average(
 def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """(averages, weights) of the parameters that are trained."""
     pairs = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    return [local(e) for e, _ in pairs], [local(p).to(e.device) for e, p in pairs]
+    return [local(e) for e, _ in pairs], [local(p).to(e.device, e.dtype) for e, p in pairs]
 
 
 # --- afterwards ---------------------------------------------------------------------------------------------------

@@ -21,18 +21,20 @@ import samplers
 from mmdit.generate import TextSampling
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
-from mmdit.weights_io import write_json
+from mmdit.weights_io import read_json, write_json
 from training.cached import latent_feed
+from training.checkpoint import list_checkpoints
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
 from training.data import is_shapes
-from training.devices import available
+from training.devices import available, pick_device
+from training.errors import named
 from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
 from training.objectives import FlowMatching, TextAndImages, documents, next_token_loss, seeds_for
 from training.plots import caption_grid, loss_plot
 from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
-from training.run import RunFolder, named
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.setup import held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld
@@ -102,6 +104,18 @@ def corpus_loss(model: nn.Module, text: Pieces, config: TrainConfig) -> dict[str
     return {"validation_corpus": total / count}
 
 
+def _pieces_to_score(
+    run: RunFolder, config: TrainConfig, corpus: Corpus, given: bool, pipe: TextToImage
+) -> Pieces | None:
+    """All of a given text that is not the run's own; of its own what is held out, None where that is nothing."""
+    tokenizer, device = pipe.model.conditioner.tokenizer, pipe.model.transformer.device
+    checkpoints = list_checkpoints(run.path)
+    own = read_json(checkpoints[-1] / "state.json").get("text") if given and checkpoints else None
+    if given and own != corpus.digest:
+        return Pieces(corpus, tokenizer, config.transfusion.text_length, device)
+    return held_out_pieces(config, corpus, tokenizer, device)
+
+
 def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> RowFeed | None:
     """The held-out samples of a run's data, encoded; None where there are none, or none can be read. index: the folder
     in which the run keeps a slow index.
@@ -163,6 +177,8 @@ def evaluate_run(
     progress: bool = False,
     pipe: TextToImage | None = None,
     out: str | Path | None = None,
+    text: str | None = None,
+    device: str | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Score a run folder's model; writes scores.json, samples.png and loss.png there and returns the scores.
@@ -171,19 +187,26 @@ def evaluate_run(
     the run's samples are, if they were moved; of other data, the samples that the same rule holds out are scored.
     progress: show on standard error how many pictures are drawn. pipe: score this model with the run's data and
     settings, another average or checkpoint for example, instead of the run's own; its scores are not written into the
-    run. out: a JSON file to write the scores to, instead of the run. Raises FileNotFoundError where the folder is not a
-    run, PermissionError where it cannot be written, ValueError where a network for evaluation.metrics is missing.
+    run. out: a JSON file to write the scores to, instead of the run. text: a file, a folder or a glob of text to score
+    instead of the run's, all of it; of the run's own text, if it was moved, what is held out; these scores are not
+    written into the run either. device: where the run's own model computes; None is its training.device, if that is
+    there. Raises FileNotFoundError where the folder is not a run, PermissionError where it cannot be written,
+    ValueError where the device or a network for evaluation.metrics is missing.
     """
     run = RunFolder.open(path)
     if not os.access(run.path, os.W_OK):
         raise PermissionError(errno.EACCES, "scores cannot be written here", str(run.path))
     config = run.config() if data is None else apply_overrides(run.config(), [f"data.source={data}"])
     config = with_evaluation(config, evaluation or {})
+    if text is not None and not config.transfusion.enabled:
+        raise ValueError(f"{path} is a model of images alone, which has no likelihood of a text")
     check_metrics(config.evaluation)
-    own = pipe is None and out is None
+    own = pipe is None and out is None and text is None
     if pipe is None:
-        asked = config.training.device  # a run on a GPU is scored anywhere
-        pipe = TextToImage.load(path, asked if asked != "auto" and available(asked) else None)
+        asked = config.training.device
+        if device is None and asked != "auto" and available(asked):  # a run on a GPU is scored anywhere
+            device = asked
+        pipe = TextToImage.load(path, None if device is None else pick_device(device))
     elif isinstance(pipe, TransfusionPipeline) != config.transfusion.enabled:
         raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
@@ -191,10 +214,9 @@ def evaluate_run(
     feed = held_out_feed(config, pipe, run.index)
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
-    if config.transfusion.text is not None:
-        corpus, tokenizer = Corpus(config.transfusion.text), pipe.model.conditioner.tokenizer
-        text = held_out_pieces(config, corpus, tokenizer, pipe.model.transformer.device)
-        scores |= corpus_loss(pipe.model, text, config) if text is not None else {}
+    if (words := text or config.transfusion.text) is not None:
+        pieces = _pieces_to_score(run, config, Corpus(words), text is not None, pipe)
+        scores |= corpus_loss(pipe.model, pieces, config) if pieces is not None else {}
     prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
     drawn, images, prompts = _draw(pipe, config, prompts, progress)
     scores |= drawn

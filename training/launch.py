@@ -21,11 +21,11 @@ from training.interrupts import Interrupted, Interrupts
 from training.lock import LOCK, NotShared, only_run_in
 from training.parallel import Ranks, ranks_of
 from training.resuming import other_setting
-from training.run import OWN, UNLINKED, QuietRun, RunFolder, taken
+from training.run import OWN, UNLINKED, RunFolder, taken
 from training.settings import differences, keys
 from training.trainer import Trainer
 
-# Settings, or whole sections, that a resumed run keeps. data.source may change: the samples may have moved.
+# Settings, or whole sections, that a resumed run keeps. Samples and text may move, and are known by their digests.
 KEPT = (
     "model",
     "text",
@@ -70,9 +70,8 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
         if resume or restart:
             held.enter_context(only_run_in(config.run_folder, ranks))
         if resume or (restart and ranks.from_first(lambda: _can_continue(config.run_folder))):
-            run = _for_rank(RunFolder.open(config.run_folder), ranks)
-            return _continue(run, config, ranks, interrupts)
-        run = _for_rank(ranks.from_first(lambda: RunFolder.create(config.run_folder, config)), ranks)
+            return _continue(RunFolder.open(config.run_folder, ranks.rank), config, ranks, interrupts)
+        run = RunFolder(ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path), ranks.rank)
         try:
             held.enter_context(only_run_in(run.path, ranks))
         except NotShared:
@@ -145,11 +144,6 @@ def _check_new(folder: Path) -> None:
         raise taken(folder)
 
 
-def _for_rank(run: RunFolder, ranks: Ranks) -> RunFolder:
-    """The run folder as this process uses it: process 0 alone writes."""
-    return run if ranks.first else QuietRun(run.path, ranks.rank)
-
-
 def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Continue the run in a folder from its newest whole checkpoint, to the same bits as if it had never stopped.
 
@@ -160,7 +154,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     with Interrupts() as interrupts, ranks_of(_config_of(path, overrides)) as ranks:
         ranks.from_first(lambda: RunFolder.open(path))
         with only_run_in(path, ranks):
-            run = _for_rank(RunFolder.open(path), ranks)
+            run = RunFolder.open(path, ranks.rank)
             old = run.config()
             config = apply_overrides(old, overrides)
             if config.training.out != old.training.out:
@@ -187,7 +181,8 @@ def _continue(run: RunFolder, config: TrainConfig, ranks: Ranks, interrupts: Int
     own = KEPT_SCHEDULE_FREE if old.optimizer.name == "schedule-free" else ()
     for key in (*KEPT, *(KEPT_IN_BUCKETS if old.data.buckets else ()), *own):
         for changed in differences(attrgetter(key)(old), attrgetter(key)(config), key):
-            raise other_setting(run, *changed)
+            if changed[0] != "transfusion.text":
+                raise other_setting(run, *changed)
     try:
         Trainer(config, run, resumed=True, ranks=ranks).fit(interrupts)
     except Interrupted:

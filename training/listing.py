@@ -6,12 +6,11 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 from training.errors import DataError
-from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, list_urls
+from training.remote import Listed, Patience, RemoteError, is_url, list_urls, read_each
 from training.shards import SHARD_SUFFIXES
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -24,8 +23,7 @@ def list_files(spec: str, patience: Patience) -> tuple[Path, list[Listed]]:
     """(root, the files below it) that `spec` names, sorted, with "/"; hidden ones are left out. URLs have no root."""
     if is_url(spec):
         try:
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                found = list(pool.map(lambda name: list_urls(name, patience), expanded(spec)))
+            found = list(read_each(lambda name: list_urls(name, patience), expanded(spec), remote=True))
         except RemoteError as error:
             raise DataError(str(error)) from error
         return Path(), sorted({file for files in found for file in files})

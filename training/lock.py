@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from training.config import CONFIG_FILE
+from training.errors import named
 from training.parallel import Ranks
-from training.run import named
 
 if sys.platform != "win32":
     import fcntl

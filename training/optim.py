@@ -137,3 +137,10 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> Callable[[int], fl
         return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * shape[config.schedule])
 
     return rate
+
+
+def warmup_warning(warmup_steps: int, num_steps: int) -> str | None:
+    """A warning of a run that ends within its warm-up; None for one that does not."""
+    if warmup_steps < num_steps:
+        return None
+    return f"the learning rate warms up for the whole run: warmup_steps = {warmup_steps}, num_steps = {num_steps}"

@@ -37,7 +37,7 @@ class Progress:
 
     The rate leaves out the first step, which may include compiling or starting workers; before the second step it is 0
     and not shown. images: 0 shows no images a second. quiet: count, but show nothing. stream: where to show; None is
-    standard output.
+    standard output. Lines that `say` prints meanwhile stay, above the bar.
     """
 
     def __init__(
@@ -89,16 +89,6 @@ class Progress:
             left = (self.total - done) / self.rate if self.rate else 0.0
             words = [f"{self.title} {done}/{self.total}", self._text(), f"{duration(left)} left" if left else ""]
             say("  ".join(filter(None, words)), self.stream)
-
-    def note(self, text: str) -> None:
-        """Print a line that stays, above the bar."""
-        if self.quiet:
-            return
-        if self._bar is not None:
-            with suppress(OSError):  # of a terminal that is closed
-                self._bar.console.print(text)
-        else:
-            say(text, self.stream)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

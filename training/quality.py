@@ -190,11 +190,13 @@ def evaluate_images(
     num_images: int | None = None,
     out: Path | None = None,
     log: Log = print,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Score a folder of pictures (or shards) by `config.metrics`, against `config.reference`; writes JSON to `out`.
 
     Captions are beside the pictures as in training data. num_images: score only so many, evenly spread. The reference
-    is fitted to the pictures' size. Raises DataError where there are no pictures, ValueError for missing networks.
+    is fitted to the pictures' size. device: where the networks compute, as for `pick_device`. Raises DataError where
+    there are no pictures, ValueError for a missing network or device.
     """
     if not config.metrics:
         raise ValueError("which scores? name some: fid, kid, precision-recall, clip-score, cmmd")
@@ -203,7 +205,7 @@ def evaluate_images(
     reference = None
     if config.reference is not None:
         reference = open_source(config.reference, source.image_size, need_captions=False)
-    judge = Judge(config, reference, pick_device("auto"), log)
+    judge = Judge(config, reference, pick_device(device), log)
     for batch in one_pass(source, spread(len(source), num_images), config.batch_size, 0):
         for key, reason in batch.skipped:
             log(f"skipped: {key}: {reason}")

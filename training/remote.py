@@ -12,8 +12,9 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from training.errors import one_line
@@ -135,7 +136,7 @@ def read_each(read: Callable[[T], R], items: Iterable[T], remote: bool, at_once:
         for _ in range(min(at_once, len(asked))):
             threading.Thread(target=work, daemon=True).start()
         for _ in asked:
-            place, result, error = done.get()
+            place, result, error = _next(done)
             if error is not None:
                 raise error
             found[place] = result
@@ -143,6 +144,13 @@ def read_each(read: Callable[[T], R], items: Iterable[T], remote: bool, at_once:
         for _ in places:  # none is left for the threads
             pass
     return [found[place] for place in range(len(asked))]
+
+
+def _next(done: SimpleQueue[T]) -> T:
+    """The next item. A signal that comes just as the wait begins, which Python would see after it, waits a second."""
+    while True:
+        with suppress(Empty):
+            return done.get(timeout=1)
 
 
 class RemoteFile(io.RawIOBase):

@@ -55,6 +55,9 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
         what = "has other files, or another version of them, or other filters than when it was trained on"
         run.log(f"warning: {config.data.source} {what}: the order of samples may be another now")
     if state.get("text") != data.get("text"):
+        old_text, new_text = run.config().transfusion.text, config.transfusion.text
+        if new_text != old_text:
+            raise other_setting(run, "transfusion.text", old_text, new_text)
         raise ValueError(
             f"{config.transfusion.text} has changed since {run.path} was trained on it: put the text "
             "back as it was, or train afresh into another folder"

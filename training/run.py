@@ -1,8 +1,8 @@
 """A run is a folder: config, checkpoints, metrics, samples, weights for use.
 
 config.toml     the config as used          metrics.jsonl   one line a logged step
-checkpoints/    to resume from              tensorboard/    the same numbers (wandb/ too)
-pipeline/       to sample from (EMA)        samples/        a grid of pictures every so often
+checkpoints/    to resume from              samples/        a grid of pictures every so often
+pipeline/       to sample from (EMA)        tensorboard/    the same numbers and pictures (wandb/ too)
 log.txt         what was printed            loss.png, scores.json, samples.png   at the end
 """
 
@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+
+from PIL import Image
 
 from mmdit.weights_io import write_aside
+from training.boards import Board, Tensorboard
 from training.config import CONFIG_FILE, TrainConfig, load_config, to_toml
+from training.errors import named
 from training.progress import say
 
 OWN = {CONFIG_FILE, "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
@@ -25,14 +28,6 @@ OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensor
 """All names that a run writes in its folder, except hidden ones."""
 UNLINKED = ".nfs*"
 """The name under which NFS keeps a file that is removed while it is open, as a lock may be, until it is closed."""
-
-
-class Board(Protocol):
-    """Another place to write metrics to, such as Weights & Biases."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def taken(path: Path) -> FileExistsError:
@@ -43,16 +38,16 @@ def taken(path: Path) -> FileExistsError:
 
 
 class RunFolder:
-    """The folder of a run: its config, log and metrics. quiet: this process prints no progress."""
+    """The folder of a run: its config, log and metrics, as the process of a rank uses it.
 
-    quiet = False
+    Process 0 alone writes and prints; the others are `quiet`. They still print samples that cannot be used, since each
+    process reads different ones.
+    """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, rank: int = 0) -> None:
+        self.path, self.rank, self.quiet = Path(path), rank, rank > 0
         self._skipped: set[str] = set()
-        self.board: Board | None = None  # gets the metrics too
-        self._tensorboard: Any = None
-        self._purge: int | None = None  # tensorboard is to drop this step and later ones
+        self.boards: list[Board] = [] if self.quiet else [Tensorboard(self.path / "tensorboard")]
 
     @property
     def index(self) -> Path:
@@ -75,11 +70,11 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
+    def open(cls, path: str | Path, rank: int = 0) -> RunFolder:
         """A run that exists. Raises FileNotFoundError where the folder is not a run's."""
         if not (Path(path) / CONFIG_FILE).exists():
             raise FileNotFoundError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
-        return cls(path)
+        return cls(path, rank)
 
     def config(self) -> TrainConfig:
         """The config as used."""
@@ -87,10 +82,14 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write the config as used."""
+        if self.quiet:
+            return
         write_aside(self.path / CONFIG_FILE, lambda aside: aside.write_text(to_toml(config), encoding="utf-8"))
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
+        if self.quiet:
+            return
         say(text)
         with named(path := self.path / "log.txt"), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -99,21 +98,23 @@ class RunFolder:
         """Log a sample that cannot be used, the first time that it is met."""
         if key not in self._skipped:
             self._skipped.add(key)
+            if self.quiet:
+                say(f"process {self.rank} skipped {key}: {reason}")
             self.log(f"skipped ({len(self._skipped)} so far): {key}: {reason}")
 
     def write_metrics(self, step: int, **values: float) -> None:
-        """Append a line to metrics.jsonl, and write the same values to tensorboard and the board."""
+        """Append a line to metrics.jsonl, and write the same values to the boards."""
+        if self.quiet:
+            return
         with named(path := self.path / "metrics.jsonl"), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        with named(self.path / "tensorboard"):
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter
+        for board in self.boards:
+            board.write(step, values)
 
-                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10, purge_step=self._purge)
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self.board is not None:
-            self.board.write(step, values)
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """Show a picture on the boards."""
+        for board in self.boards:
+            board.show(step, name, image)
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl, without those that a kill or a disk has damaged."""
@@ -128,67 +129,23 @@ class RunFolder:
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
         """Remove the lines past `step`, and those of that step that have one of `names`: they will be written again."""
+        if self.quiet:
+            return
         rows = [row for row in self.metrics() if row["step"] <= step]
         rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
-        self._purge = step + 1
+        for board in self.boards:
+            board.rewind(step)
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
+        if self.quiet:
+            return
         for path in sorted(self.path.rglob(".*.part"), reverse=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
-        """Flush tensorboard and the board; writing metrics opens them again."""
-        if self._tensorboard is not None:
-            with named(self.path / "tensorboard"):
-                self._tensorboard.close()
-            self._tensorboard = None
-        if self.board is not None:
-            self.board.close()
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError that names none, as when a write to an open file fails on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-class QuietRun(RunFolder):
-    """The run folder of a process other than process 0, which leaves writing and printing to that one.
-
-    It still prints samples that cannot be used, since each process reads different ones.
-    """
-
-    quiet = True
-
-    def __init__(self, path: str | Path, rank: int) -> None:
-        super().__init__(path)
-        self.rank = rank
-
-    def write_config(self, config: TrainConfig) -> None:
-        """Nothing."""
-
-    def log(self, text: str) -> None:
-        """Nothing."""
-
-    def log_skipped(self, key: str, reason: str) -> None:
-        """Print it."""
-        if key not in self._skipped:
-            self._skipped.add(key)
-            say(f"process {self.rank} skipped {key}: {reason}")
-
-    def write_metrics(self, step: int, **values: float) -> None:
-        """Nothing."""
-
-    def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
-        """Nothing."""
-
-    def remove_leftovers(self) -> None:
-        """Nothing."""
+        """Flush the boards; what is written later opens them again."""
+        for board in self.boards:
+            board.close()

@@ -147,7 +147,8 @@ class TextConfig(Settings):
     """Most tokens of the tokenizer. A trained one has 256 tokens for bytes, and two special tokens, or four in models
     of text and images."""
     tokenizer: str = "train"
-    """The tokenizer: "train" trains one on the captions and transfusion.text; else the folder of one."""
+    """The tokenizer: the folder of one, or "train": that of the weights in `init`, else one trained on the captions and
+    transfusion.text."""
     max_length: Annotated[int, Range(2)] = 64
     """Tokens per caption, including the end token; longer captions are cut."""
     width: Count = 256
@@ -368,7 +369,7 @@ class TrainingConfig(Settings):
     profile: str | None = None
     """Steps to profile, FIRST:LAST from 1, both included: a trace for chrome://tracing goes into profile/."""
     wandb: str | None = None
-    """Project of Weights & Biases to send the metrics to; WANDB_MODE=offline keeps them in the run's folder."""
+    """Project of Weights & Biases to send metrics and samples to; WANDB_MODE=offline keeps them in the run's folder."""
     out: str | None = None
     """Folder of the run; "none" is runs/ and the run's name."""
 

@@ -222,6 +222,17 @@ def merged(settings: S, table: Mapping[str, Any], prefix: str = "") -> S:
     return replace(settings, **changes)  # type: ignore[type-var]
 
 
+def updated(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested table with the changes of another; where it has a value in place of a section, that stays."""
+    out = dict(table)
+    for name, value in changes.items():
+        if not isinstance(value, Mapping):
+            out[name] = value
+        elif isinstance(table.get(name, {}), Mapping):
+            out[name] = updated(table.get(name, {}), value)
+    return out
+
+
 def overridden(settings: S, assignments: Sequence[str]) -> S:
     """The settings with "section.key=value" assignments applied."""
     return merged(settings, table_of(type(settings), assignments))

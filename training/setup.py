@@ -21,6 +21,7 @@ import mmdit.config
 from mmdit.autoencoder import Autoencoder
 from mmdit.config import LlamaConfig, MMDiTConfig
 from mmdit.features import KnownText
+from mmdit.init_from import needs
 from mmdit.model import MMDiT
 from mmdit.sd3_text import SD3Text
 from mmdit.text import LearnedText, TextConfig, Tokenizer
@@ -50,7 +51,7 @@ from training.own import is_own
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
-from training.start import start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
+from training.start import language_model_in, start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
@@ -244,22 +245,32 @@ def _text(config: TrainConfig, run: RunFolder, source: Data, texts: Iterable[str
         return frozen
     shape = TextConfig(**{name: getattr(config.text, name) for name in TextConfig.__dataclass_fields__})
     path = here / "tokenizer.json" if resumed else tokenizer_to_start_from(config)
-    tokenizer = Tokenizer.load(path, shape.max_length) if path else make_tokenizer(config, texts)
+    tokenizer = Tokenizer.load(path, shape.max_length) if path else make_tokenizer(config, texts, run.log)
     return (Words if config.transfusion.enabled else LearnedText)(shape, tokenizer)
 
 
-def make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that text.tokenizer names, or one trained on the texts. Raises ConfigError for one that has more
-    tokens than text.vocab_size.
+def make_tokenizer(config: TrainConfig, texts: Iterable[str], log: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that text.tokenizer names, or that of the language model in `init`, or one trained on the texts.
+
+    Raises ConfigError for one that has more tokens than text.vocab_size.
     """
     text, mixed = config.text, config.transfusion
-    sizes = mixed.size_tokens if mixed.enabled else 0
-    if text.tokenizer == "train":
+    sizes, folder = mixed.size_tokens if mixed.enabled else 0, text.tokenizer
+    model = language_model_in(config)
+    if folder == "train" and model is not None and (Path(model) / "tokenizer.json").is_file():
+        folder = model
+        log(f"tokenizer from {model}")
+    elif folder == "train" and mixed.enabled and "vocab_size" in needs(config.init_paths):
+        log(
+            f"warning: {' and '.join(config.init_paths)} came without a tokenizer.json, so a new tokenizer is trained, "
+            "whose ids do not mean what they mean to the weights: name their own tokenizer in text.tokenizer"
+        )
+    if folder == "train":
         return Tokenizer.train(texts, text.vocab_size, text.max_length, mixed.enabled, sizes)
-    tokenizer = Tokenizer.adopt(text.tokenizer, text.max_length, mixed.enabled, sizes)
+    tokenizer = Tokenizer.adopt(folder, text.max_length, mixed.enabled, sizes)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
-            f"the tokenizer of {text.tokenizer} has {tokenizer.vocab_size} tokens, the added ones counted, and "
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, the added ones counted, and "
             f"text.vocab_size is {text.vocab_size}: set text.vocab_size={tokenizer.vocab_size} or more"
         )
     return tokenizer
@@ -308,6 +319,11 @@ def _transfusion(
         llama=llama,
         **{name: getattr(model, name) for name in names},
     )
+    if (most := shape.image_tokens(size)) > shape.max_tokens:
+        raise ConfigError(
+            f"a picture of latents {size[0]} x {size[1]} takes {most} tokens, and transfusion.max_tokens is "
+            f"{shape.max_tokens}: raise it, by the longest caption too"
+        )
     return Transfusion(shape)
 
 

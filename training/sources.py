@@ -21,7 +21,6 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -39,7 +38,7 @@ from training.captions import (
 from training.errors import DataError, one_line
 from training.images import BadImage, ImageData, Size, read_size
 from training.listing import METADATA_NAMES, PARQUET, list_files, printable
-from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, read_range
+from training.remote import AT_ONCE, Listed, Patience, RemoteError, is_url, read_each, read_range
 from training.shards import (
     IMAGE_SUFFIXES,
     SHARD_ERRORS,
@@ -276,12 +275,13 @@ class Index:
 
     def _add_shards(self, root: Path, shards: list[Listed]) -> None:
         """Add shards in order; those of a server are read several at a time, for most of the time is waiting."""
-        at_once = AT_ONCE if is_url(shards[0].url) else 1
-        with ThreadPoolExecutor(at_once) as pool:
-            for first in range(0, len(shards), at_once):
-                some = shards[first : first + at_once]
-                for file, samples in zip(some, pool.map(lambda file: self._read_shard(root, file), some), strict=True):
-                    self._add_shard(file.url, samples)
+        remote = is_url(shards[0].url)
+        at_once = AT_ONCE if remote else 1
+        for first in range(0, len(shards), at_once):
+            some = shards[first : first + at_once]
+            found = read_each(lambda file: self._read_shard(root, file), some, remote)
+            for file, samples in zip(some, found, strict=True):
+                self._add_shard(file.url, samples)
 
     def _add_shard(self, name: str, samples: dict[str, list[Members]]) -> None:
         stem = name[: name.lower().rindex(".t")]

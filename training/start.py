@@ -15,7 +15,7 @@ import mmdit.config
 from mmdit.config import LlamaConfig, MMDiTConfig
 from mmdit.features import FrozenText
 from mmdit.files import find, load
-from mmdit.init_from import init_from, needs, text_parameters
+from mmdit.init_from import init_from, is_language_model, needs, text_parameters
 from mmdit.lora import add_lora
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText
@@ -31,9 +31,14 @@ TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text 
 NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
+def language_model_in(config: TrainConfig) -> str | None:
+    """The language model in `init`, from which the embedding of the words is then taken, if there is one."""
+    return next((path for path in config.init_paths if is_language_model(path)), None)
+
+
 def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
     """The tokenizer of the run in `init`, if that has a model of the same kind: its ids are those of the weights."""
-    if config.text.tokenizer != "train":
+    if config.text.tokenizer != "train" or language_model_in(config) is not None:
         return None
     for path in config.init_paths:
         text = _text_folder(path)

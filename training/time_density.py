@@ -70,8 +70,10 @@ class LogitNormal(TimeDensity):
     s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.s > 0:
+        if not 0 < self.s < math.inf:
             raise ValueError(f"LogitNormal s = {self.s}: the standard deviation must be positive")
+        if not math.isfinite(self.m):
+            raise ValueError(f"LogitNormal m = {self.m}: the mean must be a finite number")
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.m + self.s * torch.special.ndtri(u))

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
-from training.boards import open_board
+from training.boards import open_boards
 from training.checkpoint import (
     assign,
     load_optimizer_tensors,
@@ -33,19 +34,20 @@ from training.corpus import Corpus, Pieces
 from training.data import Data
 from training.devices import compiled, pick_device, pick_precision, repeatable
 from training.ema import make_average, remove_snapshots
+from training.errors import named
 from training.evaluate import corpus_loss, evaluate_run, validation_loss
 from training.feed import Feed, WithText
 from training.idle import idle_warnings
 from training.interrupts import Interrupted, Interrupts
 from training.objectives import make_objective
-from training.optim import learning_rate, make_optimizer, set_rate
+from training.optim import learning_rate, make_optimizer, set_rate, warmup_warning
 from training.parallel import ALONE, ProcessLost, Ranks
 from training.plots import caption_grid
 from training.precision import LossScaler, autocast
 from training.progress import Progress
 from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, data_digests
-from training.run import RunFolder, named
+from training.run import RunFolder
 from training.seeds import generator_for
 from training.settings import as_override, differences
 from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
@@ -91,7 +93,7 @@ class Trainer:
         self._ordered: int | None = None  # number of samples in the training order, as the checkpoint has it
         self._judge: ModelJudge | None = None
         if ranks.first:
-            run.board = open_board(config, run)
+            run.boards += open_boards(config, run.path)
         torch.manual_seed(config.seed)
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has kept a copy
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
@@ -110,7 +112,7 @@ class Trainer:
 
     def _check(self) -> None:
         """Raises ValueError where batch, processes and device do not fit, or a kernel or library is missing; warns of
-        settings that take no effect.
+        settings that take no effect, and of a warm-up that does not end.
         """
         if why := why_not(self.config.training.attention, self.device):
             raise ValueError(why)
@@ -119,7 +121,8 @@ class Trainer:
         self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
         self.share.check("the number of documents of text in a batch", documents)
         check_metrics(self.config.evaluation)
-        for line in idle_warnings(self.config):
+        warming = warmup_warning(self.config.optimizer.warmup_steps, self.config.training.num_steps)
+        for line in [*idle_warnings(self.config), *filter(None, [warming])]:
             self.run.log(f"warning: {line}")
 
     def _build(self, image_size: tuple[int, int]) -> None:
@@ -192,6 +195,10 @@ class Trainer:
 
     def fit(self, interrupts: Interrupts) -> None:
         """Train to the last step, then score; on an interrupt save and return early."""
+        with closing(self.run):
+            self._fit(interrupts)
+
+    def _fit(self, interrupts: Interrupts) -> None:
         run = self.run
         learner = self._compiled_learner()
         with interrupts.deferred():
@@ -221,7 +228,6 @@ class Trainer:
         recorded = config.profiled if self.ranks.first else None
         profiler = Profiler(recorded, run.path / "profile", run.log, done=self.step)
         with ExitStack() as ending:  # called in reverse order, each of them even where another fails
-            ending.callback(run.close)
             ending.callback(self.writer.join)  # a run that has stopped, for whatever reason, writes no longer
             ending.callback(batches.close)  # type: ignore[attr-defined]
             ending.callback(profiler.close)
@@ -317,7 +323,7 @@ class Trainer:
         else:
             progress.show(self.step)
         with self.telemetry.paused(), progress.paused():
-            self._evaluate_and_save(progress)
+            self._evaluate_and_save()
 
     def _write_metrics(self, progress: Progress, norm: torch.Tensor) -> None:
         values = {}
@@ -337,11 +343,11 @@ class Trainer:
         telemetry = {name: x for name, x in self.telemetry.line().items() if math.isfinite(x)}
         self.run.write_metrics(self.step, **values, **telemetry)
 
-    def _evaluate_and_save(self, progress: Progress) -> None:
+    def _evaluate_and_save(self) -> None:
         """What is due at this step besides training."""
         config = self.config.training
         if self._due(config.validate_every):
-            self._validate(progress)
+            self._validate()
         if config.sample_every and self.step % config.sample_every == 0:
             self._sample()
         if self._due(config.ema_snapshot_every):
@@ -356,7 +362,7 @@ class Trainer:
         """The loss of the whole batch at each step since the last line of metrics."""
         return self.ranks.mean(torch.stack(self._losses)).tolist() if self._losses else []
 
-    def _validate(self, progress: Progress) -> None:
+    def _validate(self) -> None:
         if not (self.ranks.first or self.sharded):  # a sharded model computes in all processes
             return
         with unsharded(self.ema):
@@ -366,7 +372,7 @@ class Trainer:
                 losses = validation_loss(self.ema, self.validation, self.config)
                 self.run.write_metrics(self.step, **losses)
                 if self.step < self.config.training.num_steps:  # the last one is logged with the scores
-                    progress.note(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
+                    self.run.log(f"step {self.step}: validation loss {losses['validation_loss']:.4f}")
 
     def _sample(self) -> None:
         if not (self.ranks.first or self.sharded):
@@ -379,8 +385,10 @@ class Trainer:
             return
         folder = self.run.path / "samples"
         folder.mkdir(exist_ok=True)
+        grid = caption_grid(images, prompts)
         with named(path := folder / f"step-{self.step:08d}.png"):
-            caption_grid(images, prompts).save(path)
+            grid.save(path)
+        self.run.show(self.step, "samples", grid)
 
     def _score(self) -> None:
         if not (self.ranks.first or self.sharded):
@@ -399,7 +407,9 @@ class Trainer:
         if "quality" in scores:
             run.rewind_metrics(self.step, scores["quality"])  # where this run had ended before
             self._write_quality(scores["quality"])
-            run.close()
+        if (file := run.path / "samples.png").exists():
+            with Image.open(file) as grid:
+                run.show(self.step, "samples_at_the_end", grid)
         if "validation_loss" in scores:
             run.log(f"validation loss {scores['validation_loss']:.4f} (mean over fixed times)")
         for question, score in scores.get("shapes_eval", {}).items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import mmdit
 import training
 from mmdit import pack
 from mmdit.autoencoder import PixelSpace
@@ -25,12 +26,19 @@ def examples_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
-def test_the_examples_run():
+def test_the_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_images").mkdir()
+    for i in range(16):
+        picture(64, 64).save(f"my_images/{i}.png")
+        Path(f"my_images/{i}.txt").write_text(f"number {i}")
+    picture(64, 64).save("old.png")
     names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    first, written, asked, loop = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(loop, names | {"mmdit": mmdit, "torch": torch})
+    for block in (first, written, asked.replace("runs/transfusion-demo", "my_model")):
         exec(block, names)
+    assert names["described"].stopped in ("end", "length")
     assert names["first"].logits.shape == (8, 512) and names["first"].v[0].shape == (16, 8, 8)
     assert names["written"].parts[0].shape == (16, 8, 8)
 

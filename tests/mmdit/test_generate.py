@@ -273,6 +273,8 @@ P = torch.tensor([[0.4, 0.05, 0.3, 0.15, 0.1]])
         (dict(min_p=0.3), [0, 2, 3]),
         (dict(min_p=1.0), [0]),
         (dict(top_k=3, min_p=0.5), [0, 2]),
+        (dict(top_k=2, top_p=0.56), [0]),
+        (dict(top_k=3, top_p=0.75), [0, 2]),
         (dict(temperature=0), [0]),
     ],
 )
@@ -284,6 +286,29 @@ def test_what_each_rule_leaves(how, left):
     expected = torch.zeros(5)
     expected[left] = P[0, left] / P[0, left].sum()
     assert (counts - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("how", [dict(top_k=5, top_p=0.8), dict(temperature=0.6, top_k=20, top_p=0.9, min_p=0.05)])
+def test_rules_together_leave_what_those_of_transformers_leave(how, monkeypatch):
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    kinds = dict(temperature=TemperatureLogitsWarper, top_k=TopKLogitsWarper, top_p=TopPLogitsWarper,
+                 min_p=MinPLogitsWarper)  # fmt: skip
+    warpers = LogitsProcessorList(kinds[name](value) for name, value in how.items())
+    logits = 2 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    expected = warpers(None, logits).softmax(-1).sort(-1, descending=True).values
+    given = []
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, n, generator: given.append(p / p.sum()) or torch.zeros(1).long()
+    )
+    TextSampling(**how).draw(logits, [torch.Generator()] * 50)
+    torch.testing.assert_close(torch.stack(given), expected)
 
 
 def test_temperature_sharpens():

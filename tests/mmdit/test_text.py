@@ -44,6 +44,16 @@ def test_any_text_comes_back(text):
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text).strip()
 
 
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=40), st.data())
+def test_a_text_and_what_continues_it_join_without_a_seam(text, data):
+    tokenizer = _wide()
+    [ids] = tokenizer.encode([text])
+    whole = tokenizer.backend.decode(ids)
+    cuts = [i for i in range(1, len(ids)) if not tokenizer.backend.decode(ids[:i]).endswith("\ufffd")]
+    for cut in [data.draw(st.sampled_from(cuts))] if cuts else []:
+        assert tokenizer.backend.decode(ids[:cut]) + tokenizer.decode(ids[cut:], ids[:cut]) == whole
+
+
 def test_half_a_surrogate_pair_is_no_error():
     """What JSON can hold and UTF-8 cannot."""
     assert _wide().decode(_wide()(["a \ud83d star"]).ids[0]) == "a ? star"

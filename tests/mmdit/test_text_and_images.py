@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 from mmdit import TextToImage
 from mmdit.autoencoder import PixelSpace
 from mmdit.config import TransfusionConfig
-from mmdit.generate import TextSampling
+from mmdit.generate import TextSampling, Written
 from mmdit.text import TextConfig, Tokenizer
 from mmdit.text_and_images import CaptionedTransfusion, TransfusionPipeline, Words, _StreamDecoder
 from mmdit.transfusion import Transfusion
@@ -117,6 +117,35 @@ def test_a_character_of_several_tokens_is_told_whole():
     assert "".join(pieces) == "café ☃ ok" and "\ufffd" not in "".join(pieces) and "" in pieces
 
 
+def test_half_a_character_at_the_end_is_told_last():
+    tokenizer = Tokenizer.train(["plain words"], 280, 32, images=True)
+    stream = _StreamDecoder(tokenizer)
+    [ids] = tokenizer.encode(["ok ☃"])
+    assert [stream.add(torch.tensor(ids[:-1])), stream.rest(), stream.rest()] == ["", "ok \ufffd", ""]
+
+
+@pytest.mark.parametrize(("text", "end"), [("a red", " red"), ("ared", "ed")])
+def test_what_continues_a_text_begins_with_its_space(text, end, pipe, monkeypatch):
+    """The tokens that a model writes after a text, after a picture and after nothing, as strings and as they come."""
+    tokenizer = pipe.model.conditioner.tokenizer
+    new = torch.tensor(tokenizer.encode([text])[0][-1:])
+    assert tokenizer.backend.decode(new.tolist()) == end
+
+    def write(trunk, parts, told, **_):
+        for i in range(len(parts)):
+            told(i, new)
+        return [Written([new], "end") for _ in parts]
+
+    def tell(i, part):
+        told[i] += part
+
+    monkeypatch.setattr("mmdit.text_and_images.generate", write)
+    told = [""] * 3
+    prompts = [["a"], ["a", Image.new("RGB", pipe.size[::-1])], []]
+    written = [one.parts[0] for one in pipe.generate(prompts, told=tell)]
+    assert written == told == [end, end.strip(), end.strip()]
+
+
 def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
     tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True, sizes=4)
     assert tokenizer.sizes == range(4, 8)
@@ -172,7 +201,7 @@ def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
 
 
 def test_a_picture_that_does_not_fit_is_refused(pipe):
-    with pytest.raises(ValueError, match="must be multiples of the patch"):
+    with pytest.raises(ValueError, match="a picture of 8 x 10 does not fit: both sides must be multiples of 4$"):
         pipe.generate([[Image.new("RGB", (10, 8)), "two"]])
 
 

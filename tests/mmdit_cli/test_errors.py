@@ -51,6 +51,7 @@ def test_of_several_processes_those_after_the_first_say_who_they_are(monkeypatch
         (["generate", "run", "a", "--min-p", "-1"], "Invalid value for '--min-p'"),
         (["evaluate", "no-such-run"], "no-such-run"),
         (["evaluate", "--images", "x", "--data", "y"], "--data is for a run"),
+        (["evaluate", "--images", "x", "--text", "y"], "--text is for a run"),
         (["ema", "no-such-run", "--sigma-rel", "0.1", "--out", "y"], "no-such-run is not a run folder"),
         (["convert", "x", "y"], "Missing option '--layout'"),
         (["convert", "x", "y", "--layout", "onnx"], "'onnx' is not one of 'mmdit', 'diffusers', 'sd3'"),

@@ -1,10 +1,13 @@
-"""`mmdit evaluate` of a run's other weights, drawn in another way."""
+"""`mmdit evaluate` of a run's other weights, drawn in another way, on a device of one's choice."""
 
 import json
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import mmdit
 import training
 from mmdit_cli.main import app
 
@@ -53,3 +56,30 @@ def test_the_way_of_drawing_is_that_of_the_command(trained, tmp_path):
     drawn = json.loads((tmp_path / "heun.json").read_text())
     assert (drawn["sampling"]["solver"], drawn["sampling"]["num_steps"]) == ("heun", 3)
     assert drawn["network_evaluations"] == 2 * 2 * 3  # heun's two a step, each with guidance
+
+
+def test_the_device_is_that_of_the_command(trained, tmp_path, monkeypatch):
+    devices = []
+
+    def load(path, device, **_):
+        devices.append(device)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(mmdit.TextToImage, "load", load)
+    for words in ([], ["--out", tmp_path / "scores.json"], ["--checkpoint", 2], ["--weights", trained]):
+        for device in ([], ["--device", "cpu"]):
+            CliRunner().invoke(app, ["evaluate", str(trained), *map(str, words), *device])
+    assert devices == [None, torch.device("cpu")] * 4
+
+
+@pytest.mark.parametrize("words", [["--images", "pictures", "--metrics", "clip-score", "--clip", "clip"], ["run"]])
+def test_a_device_that_is_not_there_is_named(trained, tmp_path, monkeypatch, words):
+    """Of pictures, before networks are read."""
+    monkeypatch.setattr("training.devices.available", lambda name: name == "cpu")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "run").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.quality.check_metrics", lambda config: None)
+    result = CliRunner().invoke(app, ["evaluate", *words, "--device", "mps"])
+    assert result.exit_code == 2 and "this torch sees no MPS device" in result.stderr

@@ -1,9 +1,11 @@
 """img2img and inpainting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from samplers import SOLVERS, VE, Cosine, Field, Inpaint, randn, sample, start_from, time_grid
+from samplers import SOLVERS, VE, BrownianTree, Cosine, Field, Inpaint, randn, sample, start_from, time_grid
 from tests.oracles import MIXTURE
 from tests.samplers.common import FLOW, normal
 
@@ -87,6 +89,16 @@ def test_known_data_of_another_dtype_than_x(x, known):
     out = sample(Field(lambda x_t, t: -x_t, FLOW), X.to(x), solver, 4).x
     assert out.dtype == x
     torch.testing.assert_close(out[:, 0], KNOWN[:, 0].to(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_inpainting_says_of_itself_is_what_its_inner_solver_says():
+    solver = Inpaint.of("heun", KNOWN, MASK.bool(), SEEDS)
+    out = sample(MIXTURE.field(FLOW), X, solver, 4)
+    assert (solver.order, solver.evals_per_step) == (2, 2) and out.num_evals == 8
+    torch.testing.assert_close(out.x[:, 0], KNOWN[:, 0])
+    with pytest.raises(ValueError, match="'inpaint-langevin' draws more in a step than a BrownianTree"):
+        langevin = replace(SOLVERS["langevin"], num_corrections=2)
+        sample(MIXTURE.field(FLOW), X, Inpaint.of(langevin, KNOWN, MASK), 4, generator=BrownianTree(X))
 
 
 def test_what_cannot_be_done_is_refused():

@@ -149,6 +149,18 @@ def test_edm_heun_is_heun_in_sigma():
     assert out.num_evals == 5
 
 
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_edm_heun_leaves_nearly_pure_noise(prediction):
+    """The betas of iDDPM end at sigma / alpha = 2e4, with which a mean of two noise predictions multiplies their
+    difference."""
+    betas, x = DiscreteVP.cosine(), normal(64, 2)
+    field = MIXTURE.field(betas, prediction)
+    exact = sample(field, x, "dpm-3", 200, grid="cosine").x
+    for num_steps, error in ((10, 0.05), (20, 0.02)):
+        got = sample(field, x, "edm-heun", num_steps, grid="trailing").x
+        assert (got - exact).square().mean().sqrt() < error
+
+
 def test_two_nodes_are_the_published_coefficients():
     """DPM-Solver++(2M): x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) ((1 + 1/2r) m_0 - 1/2r m_1)."""
     grid = torch.tensor([0.8, 0.6, 0.45], dtype=torch.float64)

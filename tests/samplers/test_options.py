@@ -116,6 +116,12 @@ FUNCTIONS = [  # name, call, what is always given, options with another value th
         {"interval": (0.3, 0.9), "parallel": 0.5, "norm": 0.2, "momentum": -0.5},
     ),
     (
+        "classifier_guidance",
+        lambda **o: at_falling_times(samplers.classifier_guidance(A, lambda x, t: -x.square().flatten(1).sum(1), **o)),
+        {},
+        {"interval": (0.3, 0.9), "scale": 0.5},
+    ),
+    (
         "cfg_zero",
         lambda **o: at_falling_times(samplers.cfg_zero(A, B, 3.0, **o)),
         {},

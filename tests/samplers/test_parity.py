@@ -4,6 +4,7 @@ Their tables are float32, so that equality is to 1e-5 of the largest number. The
 """
 
 import inspect
+import math
 from dataclasses import replace
 
 import diffusers
@@ -11,14 +12,19 @@ import pytest
 import torch
 
 from samplers import (
+    EDM,
     SOLVERS,
     Brownian,
     DerivedField,
     DiscreteVP,
     Field,
     RectifiedFlow,
+    Trig,
+    edm_network,
+    edm_view,
     grids,
     integrate,
+    invert,
     sample,
     shift_time,
     twice_shifted,
@@ -129,6 +135,59 @@ def test_heun_discrete():
     scheduler = made("HeunDiscreteScheduler", timestep_spacing="trailing")
     times = to_data(scheduler.timesteps[::2])
     same(ours("edm-heun", network, X * BETAS.alpha(times[0]), times), theirs(scheduler, network, X))
+
+
+def test_kdpm2_discrete():
+    """Their timesteps are those of the interpolated sigmas, rounded, so the network has no time."""
+    scheduler = made("KDPM2DiscreteScheduler", timestep_spacing="trailing")
+    times = BETAS.t_from_log_snr(-2 * torch.unique(scheduler.sigmas[1::2].double()).flip(0).log())
+    times = torch.cat((torch.ones(1, dtype=torch.float64), times))
+    same(ours("dpm-2", timeless, X * BETAS.alpha(1.0), times), theirs(scheduler, timeless, X))
+
+
+def test_kdpm2_ancestral_discrete():
+    scheduler = made("KDPM2AncestralDiscreteScheduler", timestep_spacing="trailing")
+    times = to_data(scheduler.timesteps[::2])
+    same(ours("dpm-2-ancestral", timeless, X * BETAS.alpha(1.0), times), theirs(scheduler, timeless, X))
+
+
+def test_ddim_inverse():
+    scheduler = made("DDIMInverseScheduler", clip_sample=False, timestep_spacing="trailing")
+    field = Field(lambda x_t, t: timeless(x_t, t), BETAS, "noise")  # they evaluate at the end of each step
+    same(invert(field, X, "dpm-1", N, "trailing").x, theirs(scheduler, timeless, X))
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("EDMEulerScheduler", "ddim"), ("EDMDPMSolverMultistepScheduler", final("dpmpp-2m"))]
+)
+def test_edm_schedulers(name, solver):
+    scheduler, edm = getattr(diffusers, name)(sigma_data=0.5, prediction_type="epsilon"), EDM(80.0)
+    scheduler.set_timesteps(N)
+    raw = Field(edm_network(lambda x, c_noise: network(x, c_noise.reshape(-1, 1, 1)), edm, 0.5), edm, edm_view(0.5))
+    same(sample(raw, 80 * X, solver, N, grid="karras").x, theirs(scheduler, network, 80 * X))
+
+
+def test_consistency_models_draw_all_noise_anew():
+    """DDIM with a large eta is their sampling."""
+    scheduler = diffusers.LCMScheduler(**SD)
+    scheduler.set_timesteps(4)
+    times = to_data(scheduler.timesteps)
+    same(ours("ddim", network, X, times, diffusion=1e4), theirs(scheduler, network, X), 5e-5)
+
+    flow = Field(lambda x_t, t: network(x_t, 1000 * t[:, None, None]), FLOW)
+    scheduler = diffusers.FlowMatchLCMScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    got = walk(flow, X, make_solver("ddim", FLOW, 1e4), scheduler.sigmas.double())
+    same(got, theirs(scheduler, network, X))
+
+    trig, scheduler = Trig(0.5), diffusers.SCMScheduler()
+    scheduler.set_timesteps(2)
+    x, generator = X / 2, torch.Generator().manual_seed(0)
+    for t in scheduler.timesteps[:-1]:
+        x, denoised = scheduler.step(timeless(x, t), t, x, generator=generator, return_dict=False)
+    field = Field(lambda x_t, t: math.pi / 2 * timeless(x_t, t), trig)  # their time is pi t / 2
+    times = (scheduler.timesteps.double() * 2 / math.pi).clamp(max=1)
+    same(walk(field, X / 2, make_solver("ddim", trig, 1e4), times, dtype=torch.float32), denoised)
 
 
 MULTISTEP = {

@@ -115,6 +115,18 @@ def test_discrete_betas_are_met_at_their_indices(schedule):
 
 
 @pytest.mark.parametrize("schedule", [*DISCRETE, ZERO_SNR])
+def test_times_between_the_data_and_the_first_index_and_around_the_last(schedule):
+    n = len(schedule)
+    t = torch.tensor([0.01, 0.5, 0.99, 1.0, n - 0.99, n - 0.5, n - 0.01], dtype=torch.float64) / n
+    torch.testing.assert_close(schedule.t_from_log_snr(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-12)
+    narrow = schedule.t_from_log_snr(schedule.log_snr(t).float())
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), t, rtol=1e-5, atol=1e-6)
+    ratio = schedule.sigma(t[:4]) / schedule.alpha(t[:4])  # sigma / alpha is linear from the data on
+    torch.testing.assert_close(ratio, ratio[3] * t[:4] * n)
+
+
+@pytest.mark.parametrize("schedule", [*DISCRETE, ZERO_SNR])
 def test_a_derivative_at_an_index_is_that_of_the_way_before_or_after_it(schedule):
     index = torch.arange(1, len(schedule) - 1, dtype=torch.float64)
     before, at, after = (schedule(schedule.time(index + offset)) for offset in (-1e-7, 0, 1e-7))
@@ -189,6 +201,8 @@ def test_lookup_suggests_the_near_name():
         (lambda: Cosine(1.0), "offset = 1"),
         (lambda: DiscreteVP([0.1, 1.0, 0.1]), "betas must lie"),
         (lambda: DiscreteVP([0.1, 0.1, -0.1]), "betas must lie"),
+        (lambda: DiscreteVP(DiscreteVP.linear().alpha_bar), "look like alphas or alphas_cumprod: give betas"),
+        (lambda: DiscreteVP(1 - torch.tensor(DiscreteVP.linear().betas)), "look like alphas or alphas_cumprod"),
         (lambda: DiscreteVP([0.1]), "at least two"),
         (lambda: DISCRETE[0].time(1000), "indices run from 0 to 999"),
     ],

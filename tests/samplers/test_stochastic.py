@@ -13,6 +13,7 @@ from samplers import (
     DIFFUSIONS,
     EDM,
     SOLVERS,
+    VE,
     BrownianTree,
     Cosine,
     DerivedField,
@@ -30,6 +31,7 @@ from samplers import (
 )
 from samplers.grids import karras_between
 from samplers.noise import Brownian, _place_generator, decay, make_diffusion
+from samplers.stochastic import bounded
 from tests.oracles import GAUSSIAN, MIXTURE
 from tests.samplers.common import measured_order, normal
 
@@ -292,12 +294,52 @@ def run(solver, field=None, **options):
     return sample(field, x, solver, 12, grid="karras", generator=list(range(8)), **options).x
 
 
+@pytest.mark.parametrize("name", ["dpm-2-ancestral", "dpmpp-2s-ancestral"])
+@pytest.mark.parametrize("schedule", [EDM(20.0), RectifiedFlow(), VE(0.05, 20.0), DiscreteVP.cosine()], ids=str)
+def test_ancestral_sampling_is_between_its_inner_solver_and_ddpm(name, schedule):
+    field, ancestral = MIXTURE.field(schedule), SOLVERS[name]
+    torch.testing.assert_close(run(replace(ancestral, eta=0.0), field), run(ancestral.inner, field))
+    if not isinstance(schedule, VE):  # which has no noise level below its own least
+        torch.testing.assert_close(run(replace(ancestral, inner=SOLVERS["dpm-1"]), field), run("ddpm", field))
+    assert not torch.allclose(run(replace(ancestral, noise_scale=0.5), field), run(ancestral, field))
+    with pytest.raises(ValueError, match="eta = -1"):
+        replace(ancestral, eta=-1.0)
+    with pytest.raises(ValueError, match="ancestral' goes from noise to data: give times that fall"):
+        integrate(field, X, ancestral, torch.tensor([0.0, 0.5], dtype=torch.float64), Brownian(X))
+
+
+def test_a_large_eta_draws_all_noise_anew():
+    """sigma_up is sigma_next then: a step to the data, and noise."""
+    ts = torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64)
+    field, seeds = MIXTURE.field(EDM(10.0)), list(range(8))
+    noise = Brownian(X, seeds)
+    got = integrate(field, 5 * X, replace(SOLVERS["dpmpp-2s-ancestral"], eta=5.0), ts, noise).x
+    noise, x = Brownian(X, seeds), 5 * X
+    for t, t_next in pairwise(ts.tolist()):
+        x = field.x_0(x, t) + 10 * t_next * noise.unit(t, t_next)
+    torch.testing.assert_close(got, x)
+
+
 def test_no_churn_is_edm_heun():
     churn, heun = SOLVERS["edm-churn"], run("edm-heun")
     torch.testing.assert_close(run(replace(churn, churn=0.0)), heun)
     torch.testing.assert_close(run(replace(churn, sigma_min=0.0, sigma_max=0.0)), heun)
     with pytest.raises(ValueError, match="churn = -1"):
         replace(churn, churn=-1.0)
+
+
+def test_churn_draws_only_where_it_adds_noise():
+    drawn = []
+
+    class Counted(Brownian):
+        def unit(self, t, t_next):
+            drawn.append(t)
+            return super().unit(t, t_next)
+
+    ts = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.0], dtype=torch.float64)  # sigma = 8, 4, 2, 0.8
+    churn = replace(SOLVERS["edm-churn"], sigma_min=2.0, sigma_max=4.0)  # both ends included
+    integrate(MIXTURE.field(EDM(8.0)), 8 * X, churn, ts, Counted(X, torch.Generator().manual_seed(0)))
+    assert drawn == [0.5, 0.25]
 
 
 def test_churn_adds_no_more_noise_than_the_schedule_has():
@@ -345,6 +387,14 @@ def test_a_langevin_step_is_its_formula(schedule):
     got = sample(field, X, replace(SOLVERS["langevin"], snr=0.3), grid=[0.7, 0.4], generator=seeds).x
     torch.testing.assert_close(got, expected)
     assert sample(field, X, "langevin", 4).num_evals == 2 * 4 - 1  # data are not corrected
+
+
+def test_a_step_adds_no_more_noise_than_there_is_at_its_end():
+    field = MIXTURE.field(EDM(10.0))
+    for at in (0.0, 0.5):
+        w = bounded(lambda t: math.inf, field, 0.9, 0.3, at)
+        assert (w * 0.6).sqrt().item() == pytest.approx(3.0)  # the deviation that w adds in this step is sigma(0.3)
+        assert bounded(lambda t: t, field, 0.9, 0.3, at).item() == pytest.approx(0.9 - 0.6 * at)
 
 
 def test_a_step_of_stochastic_heun_is_its_formula():

@@ -110,6 +110,14 @@ def test_order_of_churn(schedule, grid):
     assert inflated[1] > 5e-3 and inflated[0] / inflated[1] < 1.2
 
 
+@pytest.mark.parametrize("name", ["dpm-2-ancestral", "dpmpp-2s-ancestral"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_order_of_ancestral_sampling(schedule, name):
+    """As of churn: what is left is the error of the inner solver."""
+    order = measured_order(lambda n: moment_error(schedule, SOLVERS[name], log_snr_grid(schedule, n)), 40)
+    assert order == pytest.approx(SOLVERS[name].order, abs=0.2)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_order_of_restart(schedule):
     """With the steps of the way down in proportion to those of the grid; with a fixed number of them error stays."""

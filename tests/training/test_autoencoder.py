@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -19,6 +20,7 @@ from training.autoencoder import (
     read_images,
     train_autoencoder,
 )
+from training.run import RunFolder
 
 SMALL = {"widths": (16, 32), "depth": 1, "channels": 4, "batch_size": 4, "held_out": 0.2, "device": "cpu"}
 
@@ -53,8 +55,32 @@ def test_training_improves_on_the_principal_components(tmp_path):
 
 
 def test_how_far_training_is_can_be_seen(tmp_path, capsys):
-    train_autoencoder(config(tmp_path / "ae", num_steps=3))
-    assert "training 3/3  images/s" in capsys.readouterr().out
+    """The metrics are written as those of `mmdit train` are."""
+    out = train_autoencoder(config(tmp_path / "ae", num_steps=5, warmup_steps=2, log_every=2, evaluate_every=4))
+    number = r"[\d.e-]+"
+    said, rows = capsys.readouterr().out, RunFolder(out).metrics()
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
+    assert [row["step"] for row in rows if "held_out_psnr" in row] == [4, 5]
+    assert set(rows[0]) == {"step", "loss", "psnr_through_noise", "grad_norm", "lr", "images_per_second"}
+    assert rows[0]["lr"] == pytest.approx(1e-3 * 0.5 * (1 + np.cos(np.pi / 5)))
+    assert re.search(f"training 5/5  loss {number}  psnr_through_noise {number}  grad_norm {number}  images/s", said)
+    assert any(path.name.startswith("events") for path in (out / "tensorboard").iterdir())
+    assert "warning" not in said
+
+
+def test_the_loss_of_a_line_is_the_mean_since_the_last(tmp_path):
+    def losses(name, log_every):
+        out = train_autoencoder(config(tmp_path / name, num_steps=6, log_every=log_every), quiet)
+        return [row["loss"] for row in RunFolder(out).metrics() if "loss" in row]
+
+    each = losses("each", 1)
+    assert losses("some", 4) == pytest.approx([np.mean(each[:4]), np.mean(each[4:])])
+
+
+def test_a_run_that_is_all_warm_up_says_so(tmp_path):
+    lines = []
+    train_autoencoder(config(tmp_path / "ae", num_steps=2, warmup_steps=2), lines.append)
+    assert lines[0] == "warning: the learning rate warms up for the whole run: warmup_steps = 2, num_steps = 2"
 
 
 def test_the_folder_holds_what_was_measured(tmp_path):
@@ -65,8 +91,8 @@ def test_the_folder_holds_what_was_measured(tmp_path):
     mean, std = channel_statistics(model, train)
     assert mean.mean().item() == pytest.approx(0, abs=0.01)
     assert (std.square() + mean.square()).mean().item() == pytest.approx(1, abs=0.01)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 5]
+    scores = [row["held_out_psnr"] for row in RunFolder(out).metrics() if "held_out_psnr" in row]
+    assert len(scores) == 3 and scores[-1] == psnr_of(out)
     assert json.loads((out / "training.json").read_text())["config"]["widths"] == [16, 32]
     assert Image.open(out / "reconstructions.png").size == (8 * 32, 2 * 32)
 
@@ -151,10 +177,11 @@ def test_an_interrupt_saves_what_there_is_after_the_step_in_progress(tmp_path, m
 
 
 def written(out, **settings):
-    """What a short run leaves: weights, and every measured number but the time."""
+    """What a short run leaves: weights, and every measured number but times."""
     train_autoencoder(config(out, **{"warmup_steps": 0, "batch_size": 2, **settings}), quiet)
     result = json.loads((out / "training.json").read_text())["result"] | {"seconds": None}
-    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_text(), result
+    metrics = [row | {"images_per_second": None} for row in RunFolder(out).metrics()]
+    return (out / "model.safetensors").read_bytes(), metrics, result
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +212,7 @@ def by_default(tmp_path_factory):
         {"weight_decay": 10.0},
         {"grad_clip": 1e-9},
         {"seed": 1},
+        {"log_every": 1},
         {"evaluate_every": 1},
     ],
     ids=lambda settings: next(iter(settings)),

@@ -114,6 +114,23 @@ def test_a_file_builds_on_the_preset_that_it_names(tmp_path):
     assert config == dataclasses.replace(demo, name="x", training=dataclasses.replace(demo.training, num_steps=7))
 
 
+def test_a_file_may_want_what_the_command_line_gives(tmp_path):
+    text = '[model]\npositions = "rope"\n[transfusion]\nenabled = true\nweights = "separate"\nfreeze_text = true\n'
+    path = write(tmp_path, text)
+    assert load_config(path, ["init=llama"]).transfusion.freeze_text
+    with pytest.raises(ConfigError, match=r"^\S*my.toml: transfusion.freeze_text needs a language model"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"^\S*my.toml: transfusion.freeze_text needs a language model"):
+        load_config(path, ["seed=1"])
+    with pytest.raises(ConfigError, match=r"^transfusion.text_length is 1"):
+        load_config(path, ["init=llama", "transfusion.text_length=1"])
+
+
+def test_an_override_does_not_hide_a_value_where_the_file_should_have_a_section(tmp_path):
+    with pytest.raises(ConfigError, match=r"my.toml: training is a section, but 5 came"):
+        load_config(write(tmp_path, "training = 5\n"), ["training.num_steps=3"])
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [

@@ -1,11 +1,13 @@
 """Devices and precisions by name."""
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from training.devices import multiplies_bf16, pick_device, pick_precision, repeatable
+from training.config import load_config
+from training.devices import compiled, multiplies_bf16, pick_device, pick_precision, repeatable
 
 
 def test_devices(monkeypatch):
@@ -38,6 +40,17 @@ def test_precisions(monkeypatch, has):
     assert pick_precision("fp32", cpu) == torch.float32
     assert pick_precision("bf16", cpu) == torch.bfloat16
     assert pick_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("settings", [(), ("data.buckets=true",), ("training.packing=true",)])
+def test_how_long_compiling_takes_is_said_before(settings, monkeypatch):
+    """Once for batches of one shape, and again for further shapes."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    said, model = [], MagicMock()
+    config = load_config("pixels-tiny", ["training.compile=on", *settings])
+    assert compiled(model, config, torch.device("cpu"), said.append) is model
+    [line] = said
+    assert ("in the first steps, which may take some minutes" if settings else "in the first step, which takes") in line
 
 
 def test_compiled_gradients_of_an_embedding_repeat_bit_for_bit():

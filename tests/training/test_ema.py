@@ -58,6 +58,13 @@ def test_moving_average_is_the_formula(decay):
         assert torch.equal(ema.weight, net.weight)
 
 
+def test_an_average_may_be_wider_than_its_model():
+    net, ema = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)
+    before = ema.weight.detach().clone()
+    update_ema(ema, net, 0.999, 10_000)
+    torch.testing.assert_close(ema.weight.detach(), 0.999 * before + 0.001 * net.weight.detach().float())
+
+
 def test_widths_and_powers_are_those_of_the_paper():
     assert power_of(0.05) == pytest.approx(16.97, abs=0.005) and power_of(0.10) == pytest.approx(6.94, abs=0.005)
     for width in (0.01, 0.1, 0.25, 0.288):

@@ -139,11 +139,12 @@ def test_a_config_is_put_to_other_data_without_a_warning(tmp_path):
     assert "evaluation.prompts_per_question" in idle_settings(config) and idle_warnings(config) == []
 
 
-def test_a_run_says_what_is_idle_and_reads_its_own_config(tmp_path, capsys):
+def test_a_run_says_what_is_idle_and_that_its_warm_up_does_not_end_and_reads_its_own_config(tmp_path, capsys):
     small = ["training.num_steps=1", "evaluation.prompts_per_question=0", f"training.out={tmp_path / 'run'}"]
     run = training.train(load_config("pixels-tiny", [*small, "training.ema=power"]))
     line = 'warning: training.ema_decay = 0.9 takes no effect with training.ema = "power": it is for "exponential"'
-    assert line in capsys.readouterr().out.splitlines()
+    warming = "warning: the learning rate warms up for the whole run: warmup_steps = 2, num_steps = 1"
+    assert {line, warming} <= set(capsys.readouterr().out.splitlines())
     assert RunFolder.open(run).config() == load_config(run)
     copied = tmp_path / "copied.toml"
     copied.write_bytes((run / "config.toml").read_bytes())

@@ -20,6 +20,7 @@ from training.optim import (
     make_optimizer,
     parameter_groups,
     set_rate,
+    warmup_warning,
 )
 
 
@@ -100,6 +101,7 @@ def test_rate_without_warmup_and_with_nothing_but_warmup():
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0), 10)(0) == 1.0
     short = learning_rate(OptimizerConfig(lr=1.0, warmup_steps=10, schedule="cosine"), 5)
     assert [short(k) for k in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert warmup_warning(10, 10) is not None and warmup_warning(9, 10) is None
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():

@@ -120,7 +120,6 @@ def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
         with Progress("training", 10) as progress:
             progress.show(1)
             os.close(terminal)
-            progress.note("step 2: validation loss 0.5")
             say("skipped: 7")
             progress.show(2)
         done = progress.done
@@ -139,18 +138,12 @@ def test_a_line_is_written_in_one_piece(tell, said, monkeypatch):
     assert [piece for piece in pieces if piece] == [said]
 
 
-def test_notes_stay(capsys):
-    with Progress("training", 10) as progress:
-        progress.note("step 3: validation loss 0.5")
-    assert capsys.readouterr().out == "step 3: validation loss 0.5\n"
-
-
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     with Progress("training", 10) as progress:
         progress.show(3, loss=0.25)
-        progress.note("a note")
+        say("a note [of 3]")
         progress.show(10, loss=0.125)
     out = capsys.readouterr().out
-    assert "10/10" in out and "loss 0.125" in out and "a note" in out
+    assert "10/10" in out and "loss 0.125" in out and "\x1b[2Ka note [of 3]\n" in out.replace("\r", "")

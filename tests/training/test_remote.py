@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import training.remote
 from tests.training.flaky import Flaky, put
 from tests.training.pictures import members, parquet_of, shards_of, tar_of
 from training.data import DataError, SourceOptions, loader, open_source
@@ -210,6 +211,42 @@ def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
             open_source(spec.replace("000", "none"), options=options())
     finally:
         _Quiet.over.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize("silent_to", ["HEAD", "GET"], ids=["listing", "reading shards"])
+def test_a_signal_while_a_server_is_silent_ends_indexing_at_once(tmp_path, monkeypatch, silent_to):
+    """And not when the reads that hang are given up."""
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
+    over, asked, given_up, within = threading.Event(), itertools.count(), [], training.remote._within
+
+    class Silent(_Quiet):
+        def parse_request(self):
+            known = super().parse_request()
+            if self.command == silent_to:
+                if next(asked) == 0:  # and by then all wait
+                    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                over.wait()
+            return known
+
+    def watched(ask, seconds):
+        try:
+            return within(ask, seconds)
+        except TimeoutError:
+            given_up.append(seconds)
+            raise
+
+    monkeypatch.setattr("training.remote._within", watched)
+    shards_of(tmp_path / "set", (2, 2))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            spec = f"http://127.0.0.1:{server.server_port}/set/{{000,001}}.tar"
+            open_source(spec, options=options(Patience(timeout=5.0, retries=0)))
+        assert not given_up
+    finally:
+        over.set()
         server.shutdown()
 
 

@@ -5,10 +5,13 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from training.config import load_config
-from training.run import QuietRun, RunFolder, named
+from training.errors import named
+from training.run import RunFolder
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_what_is_logged_is_printed_and_kept(run, capsys):
     assert [line.split(" ", 2)[2] for line in lines] == ["one", "zwei ü"]
 
 
-@pytest.mark.parametrize("kind", [RunFolder, lambda path: QuietRun(path, 1)])
+@pytest.mark.parametrize("kind", [RunFolder, lambda path: RunFolder(path, 1)])
 def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, monkeypatch, kind):
     """As of samples, where stdout or the locale is of another encoding than UTF-8."""
     terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
@@ -123,7 +126,7 @@ def test_all_but_the_first_process_write_nothing(run, config, capsys):
     run.close()  # else tensorboard's thread may still write
     (run.path / ".metrics.jsonl.9.part").write_text("{")  # being written by the first
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    quiet = QuietRun(run.path, 1)
+    quiet = RunFolder(run.path, 1)
     quiet.write_config(load_config("demo"))
     quiet.log("a line")
     quiet.write_metrics(2, loss=2.0)
@@ -146,9 +149,25 @@ def test_tensorboard_has_the_same_numbers_also_after_rewinding(run):
     for step in (3, 4):
         again.write_metrics(step, loss=10.0 * step)
     again.close()
+    again.write_metrics(5, loss=50.0)  # after a close, past which nothing is rewound
+    again.close()
     board = EventAccumulator(str(run.path / "tensorboard"))
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_tensorboard_has_the_pictures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pictures = [Image.new("RGB", (4, 3), "red"), Image.new("L", (2, 2), 7)]
+    for step, picture in enumerate(pictures):
+        run.show(step, "samples", picture)
+    run.close()
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    for step, (event, picture) in enumerate(zip(board.Images("samples"), pictures, strict=True)):
+        assert event.step == step
+        assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), picture.convert("RGB"))
 
 
 def test_what_a_kill_left_in_the_middle_is_removed(run):

@@ -10,6 +10,7 @@ import mmdit
 import training
 from mmdit.init_from import text_parameters
 from mmdit.lora import load_lora, plain_state
+from mmdit.text import Tokenizer
 from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import randomised
 from training.checkpoint import list_checkpoints
@@ -93,6 +94,21 @@ def test_what_was_taken_and_what_starts_fresh_is_said(frozen, language):
     log = (frozen / "log.txt").read_text()
     assert f"weights from {language[0]} (llama): blocks.*.txt, embed, head, norm_out" in log
     assert "weights starts fresh: blocks.*.img.attn.k_norm" in log
+
+
+def test_a_language_models_tokenizer_comes_with_its_weights(frozen, language, material, tmp_path):
+    assert f"warning: {language[0]} came without a tokenizer.json" in (frozen / "log.txt").read_text()
+    mmdit.save(mmdit.load(frozen), tmp_path / "weights", layout="mmdit")
+    started(config_for(tmp_path / "bare", *starting(tmp_path / "weights")))
+    assert f"warning: {tmp_path / 'weights'} came without" in (tmp_path / "bare" / "log.txt").read_text()
+    folder = shutil.copytree(language[0], tmp_path / "language")
+    shutil.copytree(material["tokenizer"], folder, ignore=shutil.ignore_patterns("config.json"), dirs_exist_ok=True)
+    config = config_for(tmp_path / "run", f"init=['{frozen}', '{folder}']")
+    words = Trainer(config, RunFolder.create(config.run_folder, config)).model.conditioner.tokenizer
+    own = Tokenizer.adopt(material["tokenizer"], 64, images=True)
+    assert words.encode(["a red circle"]) == own.encode(["a red circle"])
+    assert (words.special, words.names) == (own.special, own.names)
+    assert f"tokenizer from {folder}" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import training
 from mmdit.text import Tokens
@@ -267,7 +270,7 @@ def test_validation_between_two_lines_is_no_training(tmp_path, monkeypatch):
     """A validation loss that takes an hour, after the second of four steps, and after the last."""
     hours = []
 
-    def validate(trainer, progress):
+    def validate(trainer):
         hours.append(trainer.step)
         trainer.telemetry.clock = lambda: time.perf_counter() + 3600 * len(hours)
 
@@ -340,8 +343,20 @@ def test_steps_that_are_none_are_refused(text):
         load_config("demo", [f"training.profile={text}"])
 
 
-def test_wandb_gets_the_metrics_offline(tmp_path, monkeypatch):
-    """What it would send: every line of metrics, in one run for one folder, resumed too."""
+def test_tensorboard_gets_the_pictures_of_a_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = training.train(config_for(tmp_path / "run", "training.num_steps=4", "training.sample_every=3"))
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    for name, step, file in (("samples", 3, "samples/step-00000003.png"), ("samples_at_the_end", 4, "samples.png")):
+        [event] = board.Images(name)
+        assert event.step == step
+        assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), Image.open(run / file))
+
+
+def test_wandb_gets_the_metrics_and_pictures_offline(tmp_path, monkeypatch):
+    """What it would send: every line of metrics and every grid, in one run for one folder, resumed too."""
     pytest.importorskip("wandb")
     import wandb
 
@@ -358,9 +373,15 @@ def test_wandb_gets_the_metrics_offline(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(wandb, "init", kept)
-    run = training.train(config_for(tmp_path / "run", "training.wandb=tests", "training.num_steps=2"))
+    how = ("training.wandb=tests", "training.num_steps=2", "training.sample_every=3")
+    run = training.train(config_for(tmp_path / "run", *how))
     training.resume(run, ["training.num_steps=3"])
-    assert sent == RunFolder(run).metrics()
+    pictures = [values for values in sent if {"samples", "samples_at_the_end"} & {*values}]
+    assert [values for values in sent if values not in pictures] == RunFolder(run).metrics()
+    assert [values.pop("step") for values in pictures] == [2, 3, 3]
+    assert [*map(list, pictures)] == [["samples_at_the_end"], ["samples"], ["samples_at_the_end"]]
+    grid = Image.open(run / "samples" / "step-00000003.png")
+    assert np.array_equal(pictures[1]["samples"].image, grid)
     assert len(ids) == 2 and len(set(ids)) == 1
     assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
@@ -371,7 +392,7 @@ def test_a_run_of_wandb_moves_with_its_folder_and_a_copy_has_its_own(tmp_path, m
     ids: list[str] = []
 
     def written(path):
-        Wandb(config_for(path, "training.wandb=tests"), RunFolder(path)).write(1, {"loss": 1.0})
+        Wandb(config_for(path, "training.wandb=tests"), path).write(1, {"loss": 1.0})
         return path
 
     (tmp_path / "run").mkdir()
@@ -400,7 +421,7 @@ def test_what_wandb_refuses_is_said_in_one_line_before_a_run_begins(tmp_path, mo
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ValueError, match="training.wandb: No API key configured."):
-        Wandb(config_for(tmp_path, "training.wandb=tests"), RunFolder(tmp_path)).write(1, {"loss": 1.0})
+        Wandb(config_for(tmp_path, "training.wandb=tests"), tmp_path).write(1, {"loss": 1.0})
 
 
 def test_without_wandb_it_is_said_how_to_have_it(tmp_path, monkeypatch):

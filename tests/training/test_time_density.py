@@ -152,9 +152,12 @@ def test_by_name():
 def test_refusals():
     with pytest.raises(ValueError, match="unknown time density 'lognormal': did you mean 'logit-normal'"):
         make_time_density("lognormal")
-    for s in (0.0, -1.0, math.nan):
+    for s in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="the standard deviation must be positive"):
             LogitNormal(0.0, s)
+    for m in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match="the mean must be a finite number"):
+            LogitNormal(m, 1.0)
     for s in (-1.01, S_MAX + 0.01, math.nan):
         with pytest.raises(ValueError, match="monotone only for"):
             Mode(s)

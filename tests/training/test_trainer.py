@@ -93,8 +93,10 @@ def test_validation_is_left_out_of_the_rate_and_said_once(tmp_path, monkeypatch,
     )
     run = training.train(config_for(tmp_path / "run", "training.validate_every=3"))
     assert seen == [True, True] and len(metrics(run, "validation_loss")) == 2
-    said = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    printed, kept = capsys.readouterr().out, (run / "log.txt").read_text()
+    said = [line for line in printed.splitlines() if "validation loss" in line]
     assert len(said) == 2 and said[0] == "step 3: validation loss 1.0000" and said[1].startswith("validation loss ")
+    assert [line.split(" ", 2)[2] for line in kept.splitlines() if "validation loss" in line] == said
 
 
 def test_what_happens_before_the_first_step_is_said(run):

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmdit
 import training
 from tests.training.runs import LONG, TRANSFUSION, assert_bit_equal, config_for, contents, metrics, stop_after
+from training.config import ConfigError
 from training.data import place_of
 from training.run import RunFolder
 from training.trainer import Trainer
@@ -100,7 +102,7 @@ def test_text_alone_is_trained_together_with_images(beside, words, mixed, tmp_pa
 
 
 def test_a_run_with_text_goes_on_to_the_same_bits(words, beside, tmp_path, monkeypatch):
-    """Over the end of the text's epoch; and only with the text as it was."""
+    """Over the end of the text's epoch; and only with the text as it was, wherever it is now."""
     text = Path(shutil.copy(words, tmp_path / "words.jsonl"))
     settings = with_words(text, *LONG, "transfusion.text_fraction=0.5", "transfusion.text_length=32")
     whole = training.train(config_for(tmp_path / "whole", *settings))
@@ -112,13 +114,41 @@ def test_a_run_with_text_goes_on_to_the_same_bits(words, beside, tmp_path, monke
         text.write_text(content)
         with pytest.raises(ValueError, match=what):
             training.resume(out)
-    with pytest.raises(ValueError, match="was trained with another transfusion"):
-        training.resume(out, [f"transfusion.text={words}"])
+    other, moved = tmp_path / "other.txt", text.with_name("moved.jsonl")
+    other.write_text("other words")
+    with pytest.raises(ValueError, match="was trained with another transfusion.text"):
+        training.resume(out, [f"transfusion.text={other}"])
     assert contents(out) == before
-    text.write_text(good)
-    training.resume(out)
+    text.unlink()
+    moved.write_text(good)
+    training.resume(out, [f"transfusion.text={moved}"])
     assert metrics(out, "loss") == metrics(whole, "loss")
     assert_bit_equal(out, whole)
+
+
+def test_any_text_can_be_scored(beside, mixed, words, run, tmp_path):
+    """All of another text; of the run's own, wherever it is, what is held out."""
+
+    def corpus(run, text=None):
+        return training.evaluate_run(run, {"prompts_per_question": 0}, text=text, out=tmp_path / "s.json").get(
+            "validation_corpus"
+        )
+
+    pipe, one = mmdit.TextToImage.load(beside, "cpu"), tmp_path / "one.txt"
+    one.write_text("number 17 comes after\n\nnumber 16")
+    documents = [pipe._parts([text]) + [torch.tensor([1])] for text in ("number 17 comes after", "number 16")]
+    batch = pipe.model.pack(documents)
+    predicting = batch.predicting
+    logits = pipe.model(batch).logits[predicting]
+    expected = torch.nn.functional.cross_entropy(logits, batch.ids[predicting + 1]).item()
+    assert corpus(beside, str(one)) == pytest.approx(expected)
+    assert corpus(beside, str(shutil.copy(words, tmp_path))) == corpus(beside) != corpus(beside, str(one))
+    assert corpus(mixed) is None and corpus(mixed, str(one)) > 0
+    before = contents(beside)
+    training.evaluate_run(beside, {"prompts_per_question": 0}, text=str(one))
+    assert contents(beside) == before
+    with pytest.raises(ValueError, match="a model of images alone, which has no likelihood of a text"):
+        corpus(run, str(one))
 
 
 def test_the_tokenizer_learns_from_the_text_too(beside, mixed):
@@ -171,3 +201,8 @@ def test_tokenizers_that_do_not_work_leave_the_name_free(material, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         training.train(config_for(tmp_path / "run", *TRANSFUSION, *(change.format(**material) for change in changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_no_document_can_hold_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="takes 18 tokens, and transfusion.max_tokens is 17: raise it"):
+        training.train(config_for(tmp_path / "run", *TRANSFUSION, "transfusion.max_tokens=17"))
