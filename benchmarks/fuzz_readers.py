@@ -1,6 +1,7 @@
 """Fuzzing of every reader of data and models with damaged and hostile files: only our own errors may be raised.
 
-    python -m benchmarks.fuzz_readers --inputs 12000 --out benchmarks/results/fuzz.md
+    python -m benchmarks.fuzz_readers --inputs 10000 --out benchmarks/results/fuzz.md
+    python -m benchmarks.fuzz_readers --models --inputs 2800 --out benchmarks/results/fuzz_models.md
 
 An input is a valid file with some bytes changed, removed, duplicated or replaced by strings and numbers that parsers
 often get wrong, or one of the hand-made hostile files (`hostile`); of models, runs and caches mostly the values in
@@ -417,10 +418,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fuzz every reader of data with damaged and hostile files.")
     parser.add_argument("--inputs", type=int, default=10_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", action="store_true", help="readers of models, runs and caches instead of data")
     parser.add_argument("--reader", choices=sorted(READERS), help="only this one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    names = [options.reader] if options.reader else list(READERS)
+    names = [options.reader] if options.reader else [name for name in READERS if (name in MODELS) == options.models]
     each = -(-options.inputs // len(names))
     lines = ["| reader | inputs | refused | accepted | crashes |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -431,7 +433,8 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if options.out:
-        command = f"python -m benchmarks.fuzz_readers --inputs {options.inputs} --seed {options.seed}"
+        which = "--models " if options.models else ""
+        command = f"python -m benchmarks.fuzz_readers {which}--inputs {options.inputs} --seed {options.seed}"
         head = (__doc__ or "").split("\n\n")
         options.out.write_text(f"# Damaged and hostile files\n\n    {command}\n\n{head[2].strip()}\n\n{text}\n")
 

@@ -1,6 +1,7 @@
 """What all tests share: threads, hypothesis, a folder outside the repository, the CPU, and the `gpu` mark."""
 
 import os
+import signal
 import tempfile
 
 # Before torch is imported anywhere: test processes side by side share the cores, or their threads wait for each other.
@@ -12,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell starts jobs in the background with Ctrl-C ignored, and some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A helper's assertion shows its values as a test's does.
 pytest.register_assert_rewrite("tests.training", "tests.mmdit", "tests.mmdit_cli")

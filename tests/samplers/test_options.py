@@ -237,6 +237,7 @@ SOLVER_OPTIONS = [  # a solver, and fields with another value than its own
         (dataclasses.replace(SOLVERS[name], diffusion=make_diffusion("sigma", FLOW)), {"diffusion": lambda t: 1.0})
         for name in ("euler-maruyama", "stochastic-heun")
     ),
+    (SOLVERS["dpmpp-2s-ancestral"], {"eta": 0.5, "noise_scale": 1.1, "inner": SOLVERS["dpm-1"]}),
     (
         SOLVERS["edm-churn"],
         {"churn": 2.0, "sigma_min": 1.0, "sigma_max": 1.0, "noise_scale": 1.1, "inner": SOLVERS["dpm-1"]},

@@ -125,6 +125,7 @@ MIXED = {
     "size_tokens": "4",
 }
 ELSEWHERE = {
+    "objective.name": "tests/training/test_own.py",
     "name": "tests/training/test_trainer.py",
     "training.out": "every test of a run",
     **{f"transfusion.{name}": "MIXED" for name in MIXED},
