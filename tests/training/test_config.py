@@ -71,7 +71,7 @@ configs = st.builds(
     sampling=st.builds(
         c.SamplingConfig,
         prompts=st.lists(text, max_size=3).map(tuple),
-        solver=st.sampled_from(solver_names()),
+        solver=st.sampled_from(sorted({*solver_names()} - {"euler-maruyama", "stochastic-heun"})),  # want a diffusion
         interval=st.sampled_from([(0.0, 1.0), (0.25, 0.5)]),
     ),
 )
