@@ -141,7 +141,10 @@ def weights(
     if len(tau) == 3 and rule == "third-halved":
         moments[2] /= 2
     powers = tau ** torch.arange(len(tau), dtype=torch.float64)[:, None]
-    solved = iter(torch.linalg.solve(powers, moments).tolist())
+    try:
+        solved = iter(torch.linalg.solve(powers, moments).tolist())
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("the times of some steps are too near each other for a polynomial through them") from error
     return tuple(next(solved) if ok else 0.0 for ok in usable.tolist())
 
 

@@ -291,3 +291,8 @@ def test_what_cannot_be_solved_is_refused_before_the_loop():
             replace(SOLVERS["unipc"], **options)
     with pytest.raises(ValueError, match="unknown rule"):
         Multistep("mine", 1, 1, "", rule="exakt")
+
+
+def test_times_that_no_polynomial_goes_through_are_refused():
+    with pytest.raises(ValueError, match="the times of some steps are too near each other"):
+        weights(0.0, 1.0, (0.25, 0.25), "log-snr", "exact", 0.0)

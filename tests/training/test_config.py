@@ -64,7 +64,7 @@ configs = st.builds(
         time_density=st.sampled_from(["uniform", "logit-normal", "mode", "cosmap"]),
         m=st.floats(-10, 10),
         s=st.floats(0.01, 1.75),
-        shift=positive,
+        shift=st.floats(0.01, 100),
     ),
     optimizer=st.builds(c.OptimizerConfig, lr=positive, betas=st.tuples(below_one, below_one), eps=positive),
     training=st.builds(c.TrainingConfig, num_steps=count, out=st.none() | no_none(text)),
