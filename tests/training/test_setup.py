@@ -99,7 +99,7 @@ def test_a_run_folder_that_is_a_link_is_left_free_too(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ([*TRANSFUSION, "transfusion.max_tokens=9"], "longer than the model's limit of 9"),
+        ([*TRANSFUSION, "transfusion.max_tokens=18"], "longer than the model's limit of 18"),
         (["training.attention=varlen"], "needs a CUDA device, this is cpu; here there are sdpa"),
         (["training.attention=flex"], "no backward pass on a CPU"),
     ],
