@@ -93,6 +93,8 @@ MODELS = {
 @cache
 def made(kind: str) -> dict[str, bytes]:
     """The files of a valid folder, by their names within it; all of a small model."""
+    import matplotlib.font_manager  # noqa: F401 - it reads a list of fonts, before files are watched
+
     import training
     from mmdit.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig
     from training.cache_writer import write_cache
