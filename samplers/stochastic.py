@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from samplers.exponential import DDIM, DPMPP_2S, EDM_HEUN, Linear, SingleStep, points
+from samplers.exponential import DDIM, DPMPP_2S, EDM_HEUN, Linear, Point, SingleStep, points
 from samplers.field import Field
 from samplers.grids import karras_between
 from samplers.noise import Diffusion, Noise
@@ -81,15 +81,41 @@ def bounded(diffusion: Diffusion, field: Field, t: Time, t_next: Time, at: float
     return torch.minimum(w, field.schedule.sigma(t_next) ** 2 / dt.abs())
 
 
-class _Descent(NamedTuple):
-    """A step of `Ancestral`: the inner solver bound to the way down, and the scaling and noise that follow it."""
+class _Renoised(NamedTuple):
+    """The inner solver bound to its part of a step, and the noise before and after it."""
 
     inner: SingleStep
-    lift: Linear
+    before: Linear | None = None
+    after: Linear | None = None
+
+
+class _Renoising(NoisySolver):
+    """The base of solvers that make steps of another, whose `plans` add noise before or after each."""
+
+    plans: tuple[_Renoised, ...]
+
+    def step(
+        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: int | None = None, noise: Noise | None = None
+    ) -> Step:
+        index = 0 if state is None else state + 1
+        inner, before, after = self.plans[index]
+
+        def noised(x: Tensor, lift: Linear | None) -> Tensor:
+            assert noise is not None
+            return x if lift is None else lift(x, (), noise.unit(t, t_next) if lift.noise > 0 else None)
+
+        x, first, _ = inner.step(field, noised(x_t, before), t, t_next)
+        return Step(noised(x, after), first, index)
+
+
+def _lift(low: Point, high: Point, noise_scale: float = 1.0) -> Linear:
+    """The scaling and noise that take a sample from one noise level to a higher one."""
+    a = high.alpha / low.alpha
+    return Linear("data", a, (), math.sqrt(max(high.sigma**2 - (a * low.sigma) ** 2, 0.0)) * noise_scale)
 
 
 @dataclass(frozen=True)
-class Ancestral(NoisySolver):
+class Ancestral(_Renoising):
     """Ancestral sampling with any one-step solver, which goes below the next noise level before noise makes up for it.
 
     With s = sigma / alpha, `inner` goes to s_down, and noise of deviation s_up is added: s_down^2 + s_up^2 = s_next^2,
@@ -100,7 +126,7 @@ class Ancestral(NoisySolver):
     eta: float = 1.0
     noise_scale: float = 1.0
     inner: SingleStep = DPMPP_2S
-    plans: tuple[_Descent, ...] = field(default=(), repr=False)
+    plans: tuple[_Renoised, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < math.inf or not 0 <= self.noise_scale < math.inf:
@@ -113,36 +139,17 @@ class Ancestral(NoisySolver):
         for start, end in pairwise(points(schedule, ts)):
             s, s_next = math.exp(-start.l), math.exp(-end.l)
             up = min(s_next, self.eta * s_next * math.sqrt(max(1 - (s_next / s) ** 2, 0.0)))
-            down, lift = end, Linear("data", 1.0, ())
+            down, after = end, None
             if up > 0:
                 log_snr = -math.log(s_next**2 - up**2) if up < s_next else math.inf
                 down = points(schedule, [float(schedule.t_from_log_snr(log_snr))])[0]  # perhaps the schedule's last
-                added = math.sqrt(max(s_next**2 - math.exp(-2 * down.l), 0.0)) * end.alpha * self.noise_scale
-                lift = Linear("data", end.alpha / down.alpha, (), added)
-            plans.append(_Descent(self.inner.bind(field, [start.t, down.t]), lift))
+                after = _lift(down, end, self.noise_scale)
+            plans.append(_Renoised(self.inner.bind(field, [start.t, down.t]), after=after))
         return replace(self, plans=tuple(plans))
-
-    def step(
-        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: int | None = None, noise: Noise | None = None
-    ) -> Step:
-        index = 0 if state is None else state + 1
-        assert noise is not None
-        inner, lift = self.plans[index]
-        x, first, _ = inner.step(field, x_t, t, t_next)
-        if lift.noise > 0:
-            x = lift(x, (), noise.unit(t, t_next))
-        return Step(x, first, index)
-
-
-class _Churned(NamedTuple):
-    """A step of `Churn`: the scaling and noise that raise the noise level, and the inner solver bound to the rest."""
-
-    lift: Linear
-    inner: SingleStep
 
 
 @dataclass(frozen=True)
-class Churn(NoisySolver):
+class Churn(_Renoising):
     """EDM's stochastic sampler: noise raises sigma to sigma (1 + gamma) before each step (Karras et al. 2022, alg. 2).
 
     gamma = min(churn / num_steps, sqrt(2) - 1) where sigma_min <= sigma / alpha <= sigma_max, else 0; the noise is
@@ -154,7 +161,7 @@ class Churn(NoisySolver):
     sigma_max: float = 50.0
     noise_scale: float = 1.003
     inner: SingleStep = EDM_HEUN
-    plans: tuple[_Churned, ...] = field(default=(), repr=False)
+    plans: tuple[_Renoised, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.churn < 0 or not 0 <= self.sigma_min <= self.sigma_max or self.noise_scale < 0:
@@ -167,26 +174,13 @@ class Churn(NoisySolver):
         sigma_end = math.exp(-float(schedule.log_snr(1.0)) / 2)
         plans = []
         for start, end in pairwise(points(schedule, ts)):
-            sigma, hat, lift = math.exp(-start.l), start, Linear("data", 1.0, ())
+            sigma, hat, before = math.exp(-start.l), start, None
             if self.sigma_min <= sigma <= self.sigma_max:
                 raised = min(sigma * (1 + min(self.churn / num, math.sqrt(2) - 1)), sigma_end)
                 hat = points(schedule, [float(schedule.t_from_log_snr(-2 * math.log(raised)))])[0]
-                a = hat.alpha / start.alpha
-                added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * hat.alpha * self.noise_scale
-                lift = Linear("data", a, (), added)
-            plans.append(_Churned(lift, self.inner.bind(field, [hat.t, end.t])))
+                before = _lift(start, hat, self.noise_scale)
+            plans.append(_Renoised(self.inner.bind(field, [hat.t, end.t]), before))
         return replace(self, plans=tuple(plans))
-
-    def step(
-        self, field: Field, x_t: Tensor, t: Time, t_next: Time, state: int | None = None, noise: Noise | None = None
-    ) -> Step:
-        index = 0 if state is None else state + 1
-        assert noise is not None
-        lift, inner = self.plans[index]
-        if lift.noise > 0:
-            x_t = lift(x_t, (), noise.unit(t, t_next))
-        x, first, _ = inner.step(field, x_t, t, t_next)
-        return Step(x, first, index)
 
 
 @dataclass(frozen=True)
@@ -241,7 +235,7 @@ class Restart(NoisySolver):
 
     inner: Solver = EDM_HEUN
     intervals: tuple[tuple[float, float, int, int], ...] = ((0.2, 0.6, 1, 4),)
-    loops: tuple[tuple[int, float, float, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
+    loops: tuple[tuple[int, Linear, Solver, tuple[float, ...], int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for low, high, times, num_steps in self.intervals:
@@ -266,9 +260,7 @@ class Restart(NoisySolver):
                 )
             down = karras_between(high, ts[reached + 1], num_steps, field.schedule)
             bottom, top = points(field.schedule, [down[-1], high])
-            scale = top.alpha / bottom.alpha
-            added = math.sqrt(top.sigma**2 - (scale * bottom.sigma) ** 2)
-            loops.append((reached, scale, added, self.inner.bind(field, down), tuple(down), times))
+            loops.append((reached, _lift(bottom, top), self.inner.bind(field, down), tuple(down), times))
         return replace(self, inner=self.inner.bind(field, ts), loops=tuple(loops))
 
     def step(
@@ -277,9 +269,9 @@ class Restart(NoisySolver):
         assert noise is not None
         index, inner_state = (0, None) if state is None else (state[0] + 1, state[1])
         x, first, inner_state = self.inner.step(field, x_t, t, t_next, inner_state, noise)
-        for reached, scale, added, inner, down, times in self.loops:
+        for reached, lift, inner, down, times in self.loops:
             for _ in range(times if reached == index else 0):
-                x, within = x * scale + added * noise.unit(t, t_next), None
+                x, within = lift(x, (), noise.unit(t, t_next)), None
                 for high, low in pairwise(down):
                     x, _, within = inner.step(field, x, high, low, within, noise)
         return Step(x, first, (index, inner_state))

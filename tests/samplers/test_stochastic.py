@@ -320,6 +320,17 @@ def test_a_large_eta_draws_all_noise_anew():
     torch.testing.assert_close(got, x)
 
 
+@pytest.mark.parametrize("name", ["edm-churn", "dpm-2-ancestral"])
+def test_without_its_noise_a_step_scales_the_data_all_the_same(name):
+    """So that a flow is sampled as EDM's schedule, of which it is another scale."""
+    solver, seeds = replace(SOLVERS[name], noise_scale=0.0), list(range(8))
+    flow, edm, ts = RectifiedFlow(), EDM(10.0), [0.8, 0.6, 0.5, 0.2]
+    got = sample(MIXTURE.field(flow), X, solver, grid=ts, generator=seeds).x
+    sigmas = [t / (1 - t) / 10 for t in ts]
+    expected = sample(MIXTURE.field(edm), X / 0.2, solver, grid=sigmas, generator=seeds).x
+    torch.testing.assert_close(got / 0.8, expected)
+
+
 def test_no_churn_is_edm_heun():
     churn, heun = SOLVERS["edm-churn"], run("edm-heun")
     torch.testing.assert_close(run(replace(churn, churn=0.0)), heun)
@@ -345,11 +356,11 @@ def test_churn_draws_only_where_it_adds_noise():
 def test_churn_adds_no_more_noise_than_the_schedule_has():
     """At sigma = 9 of 10, 9 (2^1/2) would be above it."""
     churn = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0)
-    near, far = (plan.lift for plan in churn.bind(MIXTURE.field(EDM(10.0)), [0.9, 0.5, 0.2]).plans)
+    near, far = (plan.before for plan in churn.bind(MIXTURE.field(EDM(10.0)), [0.9, 0.5, 0.2]).plans)
     assert near.a == far.a == 1
     assert near.noise == pytest.approx((10**2 - 9**2) ** 0.5) and far.noise == pytest.approx(5.0)
     (plan,) = replace(churn, churn=0.1).bind(MIXTURE.field(EDM(10.0)), [0.5, 0.0]).plans  # gamma = churn / num_steps
-    assert plan.lift.noise == pytest.approx(5 * (1.1**2 - 1) ** 0.5)
+    assert plan.before.noise == pytest.approx(5 * (1.1**2 - 1) ** 0.5)
 
 
 def test_churn_on_a_flow_lands_on_its_path():
@@ -357,10 +368,10 @@ def test_churn_on_a_flow_lands_on_its_path():
     churn, flow = replace(SOLVERS["edm-churn"], churn=1e3, noise_scale=1.0), RectifiedFlow()
     (plan,) = churn.bind(MIXTURE.field(flow), [0.5, 0.2]).plans
     t = 2**0.5 / (1 + 2**0.5)
-    assert plan.lift.a * 0.5 == pytest.approx(1 - t)
-    assert math.hypot(plan.lift.a * 0.5, plan.lift.noise) == pytest.approx(t)
+    assert plan.before.a * 0.5 == pytest.approx(1 - t)
+    assert math.hypot(plan.before.a * 0.5, plan.before.noise) == pytest.approx(t)
     field, seeds = MIXTURE.field(flow), list(range(8))
-    raised = plan.lift.a * X + plan.lift.noise * randn(X.shape, seeds, torch.float64)
+    raised = plan.before.a * X + plan.before.noise * randn(X.shape, seeds, torch.float64)
     got = sample(field, X, churn, grid=[0.5, 0.2], generator=seeds).x
     torch.testing.assert_close(got, sample(field, raised, "edm-heun", grid=[t, 0.2]).x)
 
