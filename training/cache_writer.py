@@ -49,7 +49,8 @@ from training.devices import pick_device
 from training.feed import statistics_of
 from training.image_batches import by_shape
 from training.interrupts import Interrupts
-from training.own import captions_at, is_own, sample_at
+from training.own import is_own
+from training.own_data import captions_at, sample_at
 from training.progress import Progress
 from training.remote import is_url, read_each
 from training.setup import fingerprint, open_run_source, smallest_bucket, tell_flaws

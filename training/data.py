@@ -31,7 +31,8 @@ from training.errors import DataError
 from training.image_batches import ImageBatch, loader, one_pass
 from training.images import BadImage, ImageData, Size, fit_size, read_fitted, read_size
 from training.order import Layout
-from training.own import captions_at, is_own, open_own, sample_at
+from training.own import is_own
+from training.own_data import captions_at, open_own, sample_at
 from training.remote import RemoteError
 from training.sources import Index
 from training.table import Entry, Keys

@@ -31,7 +31,7 @@ from training.data import DataError, ImageBatch, Source, loader, one_pass
 from training.image_batches import by_shape, rng_for
 from training.objectives import Batch
 from training.order import Layout, Plan
-from training.own import captions_at
+from training.own_data import captions_at
 from training.seeds import generator_for
 from training.share import WHOLE, Share
 from training.stream import StreamSource, stream_loader

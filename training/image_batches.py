@@ -19,7 +19,7 @@ import torch
 
 from training.errors import DataError
 from training.order import Plan
-from training.own import sample_at
+from training.own_data import sample_at
 from training.remote import read_each
 from training.share import WHOLE, Share
 from training.workers import run
