@@ -229,14 +229,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     ):
         for step in range(config.num_steps):
             lr = config.lr * _schedule(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
-            loss, score = _loss(model, _draw(train, config, step).to(device), config, generator_for(config.seed, step))
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            losses.append(torch.stack([loss.detach(), score]))
+            both, norm = _step(model, optimizer, _draw(train, config, step).to(device), config, step, lr)
+            losses.append(both)
             done, stopped = step + 1, interrupts.caught
             last = stopped or done == config.num_steps
             if last or done % config.log_every == 0:
@@ -263,6 +257,25 @@ def _optimizer(model: PatchAutoencoder, config: AutoencoderTrainConfig) -> torch
         {"params": rest, "share": 1.0, "weight_decay": config.weight_decay},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+
+
+def _step(
+    model: PatchAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    config: AutoencoderTrainConfig,
+    step: int,
+    lr: float,
+) -> tuple[Tensor, Tensor]:
+    """Train on a batch; returns (loss, PSNR) (2,) and the norm of the gradients before they were clipped."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+    loss, score = _loss(model, x, config, generator_for(config.seed, step))
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    return torch.stack([loss.detach(), score]), norm
 
 
 def _loss(

@@ -170,6 +170,14 @@ def _draw(
     return scores, [images[i] for i in pick], [captions[i] for i in pick]
 
 
+def _load(run: RunFolder, config: TrainConfig, device: str | None) -> TextToImage:
+    """A run's own model, on this device; by default on the one it was trained on, if that is there."""
+    asked = config.training.device
+    if device is None and asked != "auto" and available(asked):  # a run on a GPU is scored anywhere
+        device = asked
+    return TextToImage.load(run.path, None if device is None else pick_device(device))
+
+
 def evaluate_run(
     path: str | Path,
     evaluation: dict[str, Any] | None = None,
@@ -203,10 +211,7 @@ def evaluate_run(
     check_metrics(config.evaluation)
     own = pipe is None and out is None and text is None
     if pipe is None:
-        asked = config.training.device
-        if device is None and asked != "auto" and available(asked):  # a run on a GPU is scored anywhere
-            device = asked
-        pipe = TextToImage.load(path, None if device is None else pick_device(device))
+        pipe = _load(run, config, device)
     elif isinstance(pipe, TransfusionPipeline) != config.transfusion.enabled:
         raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
