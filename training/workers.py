@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import weakref
@@ -66,6 +67,7 @@ def _by_workers(make: Callable[[Any], Any], steps: Iterable[Any], num_workers: i
         sampler=_error_last(steps),
         num_workers=num_workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_garbage,
         generator=torch.Generator(),  # else it draws from the global one
     )
     with _signals_blocked(), _naming_pickling():
@@ -124,6 +126,13 @@ def _naming_pickling() -> Iterator[None]:
             f"the data cannot be sent to worker processes ({one_line(error)}): open files and connections when the "
             "first sample is read, or set num_workers = 0"
         ) from error
+
+
+def _leave_garbage(_: int) -> None:
+    """Called first in a worker: garbage that it inherits is the trainer's to collect, whose threads a fork lacks, and
+    could wait for.
+    """
+    gc.freeze()
 
 
 def _as_it_is(item: Any) -> Any:

@@ -71,6 +71,7 @@ def test_shards_of_the_same_name_in_two_folders_are_both_read(tmp_path):
 def test_unpacked_shards_go_with_the_source(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    gc.freeze()  # a fork that collects what other tests have left could wait for their threads
     source = open_source(make_layout(".tar.gz", tmp_path))
     assert len(list((tmp_path / "tmp").iterdir())) == 2  # the index and the images
 
@@ -82,6 +83,7 @@ def test_unpacked_shards_go_with_the_source(tmp_path, monkeypatch):
     other = multiprocessing.get_context("fork").Process(target=drop_it)
     other.start()
     other.join()
+    gc.unfreeze()
     assert contents(source) == EXPECTED  # a forked process that ends leaves the file alone
     drop_it()
     assert not list((tmp_path / "tmp").iterdir())

@@ -1,5 +1,6 @@
 """Batches from worker processes, taken over by a thread: what one process makes, in its order."""
 
+import gc
 import itertools
 import os
 import signal
@@ -67,6 +68,30 @@ def test_workers_start_where_signals_cannot_be_blocked(monkeypatch):
 def test_a_fork_that_ends_leaves_the_workers_alone():
     found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (found.stdout.split(), found.returncode) == (["left", "39"], 0), found.stderr
+
+
+def collecting(step: int) -> int:
+    gc.collect()
+    return step
+
+
+def test_workers_collect_no_garbage_of_the_trainer(tmp_path):
+    class Left:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Left()
+        assert list(run(collecting, range(2), 1)) == [0, 1]
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+        gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 FORKS = """
