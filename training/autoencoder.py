@@ -243,7 +243,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
             if stopped:
                 log(f"stopped at step {done}, all saved")
                 break
-    log(f"done. Pictures beside the originals: {out}/reconstructions.png")
+    log(f"done. Originals above, what comes back below: {out}/reconstructions.png")
     log(f"Try: mmdit train latent --data {shlex.quote(config.data)} autoencoder={shlex.quote(str(out))}")
     return out
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,11 @@ def caption_grid(
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 4) -> list[str]:
     """Lines of at most `width` pixels, broken between words, or within those that are longer (or have no spaces)."""
-    lines, rest = [], " ".join(text.split())
+    lines: list[str] = []
+    rest = " ".join(text.split())
     while rest and len(lines) < most:
-        fits = max(1, bisect_right(range(1, min(len(rest), width) + 1), width, key=lambda n: font.getlength(rest[:n])))
+        lengths = range(1, min(len(rest), width) + 1)
+        fits = max(1, bisect_right(lengths, width, key=lambda n: ceil(font.getlength(rest[:n]))))
         space = rest.rfind(" ", 0, fits + 1) if fits < len(rest) else -1
         fits = space if space > 0 else fits
         lines.append(rest[:fits])
