@@ -55,6 +55,7 @@ from training.start import language_model_in, start_mmdit, start_transfusion, te
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
+MOST_PROMPTS = 32  # captions for grids that are taken from all samples, evenly spread
 NAMED_SIZES = 20  # most buckets that the log names one by one
 
 
@@ -362,6 +363,18 @@ def open_feeds(
         feed = LatentFeed(source, training, encoding, progress=lambda done, _: progress.show(done))
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
+
+
+def grid_prompts(config: TrainConfig, source: Data, validation: RowFeed | None) -> list[str]:
+    """Prompts for grids: the config's, or held-out captions, or where none is held out some that are trained on."""
+    if config.sampling.prompts:
+        return list(config.sampling.prompts)
+    if validation is not None:
+        return validation.captions
+    if not isinstance(source, Source):
+        return [""]
+    spread = range(0, len(source), -(-len(source) // MOST_PROMPTS))
+    return [caption for i in spread if (caption := source.caption(i))] or [""]
 
 
 def held_out_samples(config: TrainConfig, source: Data) -> tuple[Source, np.ndarray]:

@@ -1,6 +1,7 @@
 """A run on data with bad images, or with none to use; a set-up that fails leaves the name of the run free."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import training
 import training.setup
 from tests.training.runs import TRANSFUSION, config_for, make_pictures, metrics
+from training.plots import caption_grid
 from training.run import RunFolder
 
 
@@ -43,6 +45,27 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     scores = json.loads((out / "scores.json").read_text())
     assert "validation_loss" in scores and "shapes_eval" not in scores
     assert (out / "samples.png").exists()
+
+
+def test_grids_have_captions_also_where_no_sample_is_held_out(tmp_path, monkeypatch):
+    """Those that are trained on: the few photographs of a fine-tuning seldom have a held-out one among them."""
+    folder, drawn = make_pictures(tmp_path / "data", 5), []
+    for i in range(5):
+        (folder / f"{i:03d}.txt").write_text(f'it\'s the "{i}"')
+
+    def kept(images, captions):
+        drawn.append(captions)
+        return caption_grid(images, captions)
+
+    monkeypatch.setattr(training.trainer, "caption_grid", kept)
+    monkeypatch.setattr(training.evaluate, "caption_grid", kept)
+    changes = [f"data.source={folder}", "data.image_size=[40, 32]", "data.held_out=0", "training.sample_every=3"]
+    out = training.train(config_for(tmp_path / "my run", *changes))
+    assert [len(captions) for captions in drawn] == [16, 16, 32]
+    assert all(captions[:6] == [f'it\'s the "{i % 5}"' for i in range(6)] for captions in drawn)
+    [command] = [line for line in (out / "log.txt").read_text().splitlines() if line.startswith("Try: ")]
+    words = shlex.split(command)
+    assert words[1:6] == ["mmdit", "sample", str(out), 'it\'s the "0"', "--out"]
 
 
 def test_held_out_samples_that_are_all_bad_are_no_reason_to_stop(tmp_path):
