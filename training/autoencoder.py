@@ -36,6 +36,7 @@ from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
 from training.interrupts import Interrupts
 from training.optim import warmup_warning
+from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
 from training.seeds import generator_for
@@ -358,8 +359,10 @@ def _report(
 
 @torch.no_grad()
 def reconstruction_grid(autoencoder: Autoencoder, images: Sequence[np.ndarray] | np.ndarray) -> Image.Image:
-    """A picture: uint8 images (N, H, W, 3) above, their reconstructions below."""
+    """A picture: uint8 images (N, H, W, 3) above, their reconstructions below, each with its PSNR."""
     x = _to_float(np.stack(list(images)))
-    rows = [torch.cat(list(part), dim=2) for part in (x, autoencoder.decode(autoencoder.encode(x)))]
-    grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+    y = autoencoder.decode(autoencoder.encode(x))
+    back = ((y + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    scores = [f"what comes back: {score:.1f} dB" for score in psnr(y, x).tolist()]
+    pictures = [Image.fromarray(picture) for picture in (*images, *back)]
+    return caption_grid(pictures, ["original"] * len(images) + scores, columns=len(images))
