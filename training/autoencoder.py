@@ -244,7 +244,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
             if stopped:
                 log(f"stopped at step {done}, all saved")
                 break
-    log(f"done. Originals above, what comes back below: {out}/reconstructions.png")
+    log(f"done. Originals above, decoded latents below: {out}/reconstructions.png")
     log(f"Try: mmdit train latent --data {shlex.quote(config.data)} autoencoder={shlex.quote(str(out))}")
     return out
 
@@ -363,6 +363,6 @@ def reconstruction_grid(autoencoder: Autoencoder, images: Sequence[np.ndarray] |
     x = _to_float(np.stack(list(images)))
     y = autoencoder.decode(autoencoder.encode(x))
     back = ((y + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    scores = [f"what comes back: {score:.1f} dB" for score in psnr(y, x).tolist()]
+    scores = [f"decoded: {score:.1f} dB" for score in psnr(y, x).tolist()]
     pictures = [Image.fromarray(picture) for picture in (*images, *back)]
     return caption_grid(pictures, ["original"] * len(images) + scores, columns=len(images))
