@@ -351,7 +351,8 @@ def open_feeds(
     assert isinstance(source, Source)
     training, held_out = split_by_key(source, data.held_out)
     if not len(training):
-        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
+        more = "add some" if data.num_samples is None else "raise data.num_samples"
+        raise DataError(f"all {len(source)} samples are held out: {more}, or lower data.held_out ({data.held_out})")
     validation = _validation_feed(config, run, source, held_out, encoding)
     if isinstance(source, CachedSource):
         return CachedFeed(source, training, encoding), validation
