@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
 from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
+from training.images import LARGE
 from training.interrupts import Interrupts
 from training.optim import warmup_warning
 from training.plots import caption_grid
@@ -149,6 +150,13 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
     Raises ValueError where nothing readable is left for one of the two.
     """
     source, train, held_out = _open(config, PatchAutoencoder.factor)
+    height, width = source.image_size
+    if config.image_size is None and height * width > LARGE:
+        memory = (len(train) + len(held_out)) * height * width * 3 / 2**30
+        log(
+            f"warning: images keep their commonest size, {height} x {width}, {memory:.1f} GiB of memory: "
+            "image_size=256 scales them down"
+        )
     return _read(source, train, "training", config, log), _read(source, held_out, "held-out", config, log)
 
 

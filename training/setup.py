@@ -46,6 +46,7 @@ from training.data import (
     split_by_key,
 )
 from training.feed import Conditioner, Encoding, Feed, ImageFeed, LatentFeed, NothingUsable, RowFeed, StreamFeed
+from training.images import LARGE
 from training.mup import scale_start
 from training.own import is_own
 from training.progress import Progress
@@ -67,6 +68,12 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Data:
     number = f"{len(source)} samples" if isinstance(source, Source) else "a stream"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
+    if config.data.image_size is None and not is_own(config.data.source) and height * width > LARGE:
+        tokens = height * width // (factor * config.model.patch_size) ** 2
+        run.log(
+            f"warning: pictures keep their commonest size, {height} x {width}, {tokens} image tokens: "
+            "data.image_size=256 scales them down"
+        )
     if config.autoencoder == "shapes" and not is_shapes(config.data.source):
         run.log(
             'warning: the autoencoder "shapes" has seen drawn shapes alone, and loses much of other pictures: '

@@ -77,6 +77,18 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last(tmp_path):
     assert losses("some", 4) == pytest.approx([np.mean(each[:4]), np.mean(each[4:])])
 
 
+def test_images_of_a_cameras_size_are_warned_of_unless_it_is_asked_for(tmp_path):
+    for i in range(8):
+        Image.new("RGB", (1632, 1224)).save(tmp_path / f"{i}.png")
+    warned = (
+        "warning: images keep their commonest size, 1224 x 1632, 0.0 GiB of memory: image_size=256 scales them down"
+    )
+    for size, lines in ((None, [warned]), (64, [])):
+        said = []
+        read_images(config(tmp_path / "ae", data=str(tmp_path), image_size=size, held_out=0.5), said.append)
+        assert said == lines
+
+
 def test_a_run_that_is_all_warm_up_says_so(tmp_path):
     lines = []
     train_autoencoder(config(tmp_path / "ae", num_steps=2, warmup_steps=2), lines.append)

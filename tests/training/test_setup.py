@@ -5,6 +5,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import training
 import training.setup
@@ -22,6 +23,19 @@ def test_a_run_warns_of_the_drawn_worlds_autoencoder_on_other_pictures(tmp_path,
     config = config_for(tmp_path / "run", f"data.source={folder if source == 'mine' else source}", *changes)
     training.setup.open_data(config, RunFolder.create(tmp_path / "run", config), 8)
     assert (tmp_path / "run" / "log.txt").read_text().count('the autoencoder "shapes" has seen drawn') == warned
+
+
+def test_pictures_of_a_cameras_size_are_warned_of_unless_it_is_asked_for(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (1632, 1224)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a")
+    warned = "pictures keep their commonest size, 1224 x 1632, 31212 image tokens"
+    for size, times in (("none", 1), ("[1224, 1632]", 0), ("64", 0)):
+        changes = (f"data.source={folder}", f"data.image_size={size}", "data.num_samples=none", "model.patch_size=8")
+        config = config_for(tmp_path / f"run{size}", *changes)
+        training.setup.open_data(config, RunFolder.create(tmp_path / f"run{size}", config), 1)
+        assert (tmp_path / f"run{size}" / "log.txt").read_text().count(warned) == times
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])
