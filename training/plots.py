@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +120,15 @@ def loss_plot(run: RunFolder, path: Path) -> None:
 
 
 def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    image = "loss_image" if any("loss_image" in r for r in rows) else "loss"  # not the sum with a text's
+    train = [(r["step"], r[image]) for r in rows if image in r]
     valid = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="training, each logged step")
         axes.plot(steps, _running_mean(losses), color="#2171b5", linewidth=1.6, label="training, running mean")
-        axes.set_ylim(0.9 * min(losses), 1.1 * max(losses[len(losses) // 50 :]))
+        held_out = [loss for _, loss in valid if isfinite(loss)]
+        axes.set_ylim(0.9 * min([*losses, *held_out]), 1.1 * max([*losses[len(losses) // 50 :], *held_out]))
     if valid:
         axes.plot(
             *zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean over fixed times"

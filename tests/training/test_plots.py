@@ -94,6 +94,18 @@ def test_loss_plot_draws_what_there_is(tmp_path, kinds):
     assert (pixels == orange).all(1).any() == ("validation_loss" in kinds)
 
 
+@pytest.mark.parametrize("losses", [dict(loss=9.0, loss_image=1.0), dict(loss=0.1)])
+def test_held_out_losses_are_in_the_picture(tmp_path, losses):
+    """Of a model of text and images too, whose whole loss is many times that of its images; and far above others."""
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    for step in range(1, 9):
+        run.write_metrics(step, validation_loss=1.1 + step / 100, **losses)
+    loss_plot(run, tmp_path / "loss.png")
+    run.close()
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    assert (pixels == (217, 72, 1)).all(-1).sum() > 300, "that of the legend alone, not the line of 8 points"
+
+
 def test_losses_by_time_stand_beside(tmp_path):
     """A line for each bin that the metrics have, in a second plot; without any there is none."""
     run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
