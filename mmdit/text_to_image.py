@@ -219,8 +219,9 @@ class TextToImage:
         if not isinstance(height, Integral) or not isinstance(width, Integral):
             raise ValueError(f"a picture of {height!r} x {width!r}: expected whole numbers of pixels")
         if min(height, width) < 1 or height % self.step or width % self.step:
+            near = " x ".join(str(max(1, round(side / self.step)) * self.step) for side in (height, width))
             raise ValueError(
-                f"a picture of {height} x {width} does not fit: both sides must be multiples of {self.step}"
+                f"a picture of {height} x {width} does not fit: both sides must be multiples of {self.step}, as {near}"
             )
         if max(height, width) > 2**24:
             raise ValueError(f"a picture of {height} x {width}: expected sides of at most 2**24 pixels")

@@ -74,7 +74,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the noise; prompt i takes seed + i.")] = 0,
     size: Size = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to start from.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to start from; --size fits it.")] = None,
     strength: Annotated[
         float | None, typer.Option(metavar="X", help="Part of the steps that a picture is drawn anew; default: 0.6.")
     ] = None,
@@ -100,9 +100,11 @@ def sample(
 
       mmdit sample runs/demo "a blue star" --image old.png --mask left.png --strength 1
 
+      mmdit sample runs/demo "a blue star" --image photo.jpg --size 64x96
+
       mmdit sample sd3.5_medium.safetensors "a star" --text my_pipeline/ --without t5 --dtype bfloat16
     """
-    height, width = parse_size(size) if size is not None else (None, None)
+    sides = parse_size(size) if size is not None else None
     if image is None and mask is not None:
         raise ValueError("--mask says what of a picture is drawn anew: name the picture with --image")
     if image is None and strength is not None:
@@ -115,8 +117,10 @@ def sample(
     edit = None
     if image is not None:
         given = {} if strength is None else {"strength": strength}
-        edit = mmdit.Edit(read_picture(image), mask=None if mask is None else read_picture(mask), **given)
+        old, drawn = (None if file is None else read_picture(file, sides) for file in (image, mask))
+        edit = mmdit.Edit(old, mask=drawn, **given)
     how = dict(num_steps=steps, solver=solver, guidance=guidance, diffusion=parse_diffusion(diffusion))
+    height, width = sides or (None, None)
     where = dict(height=height, width=width, seed=seed, edit=edit, progress=sys.stderr.isatty())
     pictures = pipe(prompts, negative_prompts=negative, **where, **how)  # type: ignore[arg-type]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,14 +153,16 @@ def open_pipe(
     return pipe
 
 
-def read_picture(file: Path) -> "Image":
-    """The picture in a file, as a viewer shows it. Raises ValueError, which names the file, if it cannot be read."""
+def read_picture(file: Path, size: tuple[int, int] | None = None) -> "Image":
+    """The picture in a file, as a viewer shows it, or scaled and cropped to (height, width) as training fits pictures.
+    Raises ValueError, which names the file, if it cannot be read.
+    """
     from PIL import Image
 
-    from training.images import BadImage, read_image
+    from training.images import BadImage, read_fitted, read_image
 
     try:
-        return Image.fromarray(read_image(file))
+        return Image.fromarray(read_image(file) if size is None else read_fitted(file, size).image)
     except BadImage as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -34,8 +34,10 @@ from torch import Tensor, nn
 from mmdit.autoencoder import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig, open_autoencoder
 from mmdit.memory import keeping_memory
 from training.devices import pick_device, pick_precision
+from training.images import LARGE
 from training.interrupts import Interrupts
 from training.optim import warmup_warning
+from training.plots import caption_grid
 from training.progress import Progress
 from training.run import RunFolder
 from training.seeds import generator_for
@@ -148,6 +150,13 @@ def read_images(config: AutoencoderTrainConfig, log: Callable[[str], None] = pri
     Raises ValueError where nothing readable is left for one of the two.
     """
     source, train, held_out = _open(config, PatchAutoencoder.factor)
+    height, width = source.image_size
+    if config.image_size is None and height * width > LARGE:
+        memory = (len(train) + len(held_out)) * height * width * 3 / 2**30
+        log(
+            f"warning: images keep their commonest size, {height} x {width}, {memory:.1f} GiB of memory: "
+            "image_size=256 scales them down"
+        )
     return _read(source, train, "training", config, log), _read(source, held_out, "held-out", config, log)
 
 
@@ -243,7 +252,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
             if stopped:
                 log(f"stopped at step {done}, all saved")
                 break
-    log(f"done. Pictures beside the originals: {out}/reconstructions.png")
+    log(f"done. Originals above, decoded latents below: {out}/reconstructions.png")
     log(f"Try: mmdit train latent --data {shlex.quote(config.data)} autoencoder={shlex.quote(str(out))}")
     return out
 
@@ -358,8 +367,10 @@ def _report(
 
 @torch.no_grad()
 def reconstruction_grid(autoencoder: Autoencoder, images: Sequence[np.ndarray] | np.ndarray) -> Image.Image:
-    """A picture: uint8 images (N, H, W, 3) above, their reconstructions below."""
+    """A picture: uint8 images (N, H, W, 3) above, their reconstructions below, each with its PSNR."""
     x = _to_float(np.stack(list(images)))
-    rows = [torch.cat(list(part), dim=2) for part in (x, autoencoder.decode(autoencoder.encode(x)))]
-    grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+    y = autoencoder.decode(autoencoder.encode(x))
+    back = ((y + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    scores = [f"decoded: {score:.1f} dB" for score in psnr(y, x).tolist()]
+    pictures = [Image.fromarray(picture) for picture in (*images, *back)]
+    return caption_grid(pictures, ["original"] * len(images) + scores, columns=len(images))

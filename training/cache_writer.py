@@ -369,8 +369,11 @@ def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object]
     source = open_run_source(config, cache.about.step)
     if not isinstance(source, Source):
         raise CacheError(f"{config.data.source} is a stream, whose samples have no numbers: name hf:NAME, or files")
-    if list(source.keys) != [sample.key for sample in cache.samples]:
-        raise CacheError(f"{config.data.source} has other samples than {cache.spec} was made of")
+    if (now := list(source.keys)) != (before := [sample.key for sample in cache.samples]):
+        came, gone = dict.fromkeys(now).keys() - before, dict.fromkeys(before).keys() - now
+        named = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in (("new", came), ("gone", gone)) if keys]
+        what = "; ".join(named) or "in another order"
+        raise CacheError(f"{config.data.source} has other samples than {cache.spec} was made of: {what}")
     found = []
     for i, known in enumerate(cache.samples):
         if _one(source, i)[0].content != known.content:

@@ -26,7 +26,7 @@ from training.cached import latent_feed
 from training.checkpoint import list_checkpoints
 from training.config import TrainConfig, apply_overrides
 from training.corpus import Corpus, Pieces
-from training.data import is_shapes
+from training.data import Data, is_shapes
 from training.devices import available, pick_device
 from training.errors import named
 from training.feed import Encoding, NothingUsable, RowFeed, chunks_of
@@ -36,7 +36,7 @@ from training.progress import drawing
 from training.quality import ModelJudge, check_metrics, with_evaluation
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.setup import held_out_pieces, held_out_samples, open_run_source
+from training.setup import grid_prompts, held_out_pieces, held_out_samples, open_run_source
 from training.shapes import ShapesWorld
 from training.shapes_eval import ShapesEval, describes
 from training.time_density import Uniform
@@ -116,11 +116,9 @@ def _pieces_to_score(
     return held_out_pieces(config, corpus, tokenizer, device)
 
 
-def held_out_feed(config: TrainConfig, pipe: TextToImage, index: Path | None = None) -> RowFeed | None:
-    """The held-out samples of a run's data, encoded; None where there are none, or none can be read. index: the folder
-    in which the run keeps a slow index.
-    """
-    source, held_out = held_out_samples(config, open_run_source(config, pipe.step, index))
+def held_out_feed(config: TrainConfig, pipe: TextToImage, data: Data) -> RowFeed | None:
+    """The held-out samples of a run's data, encoded; None where there are none, or none can be read."""
+    source, held_out = held_out_samples(config, data)
     held_out, device = held_out[: config.evaluation.validation_samples], pipe.model.transformer.device
     with suppress(NothingUsable):
         return latent_feed(source, held_out, Encoding(pipe.autoencoder, pipe.model.conditioner, device))
@@ -216,14 +214,13 @@ def evaluate_run(
         raise ValueError(f"{path} and the model to score differ: one is of text and images, the other of images alone")
     pipe.sampling |= {name: value for name, value in sampling.items() if value is not None}
     scores: dict[str, Any] = {"sampling": dict(pipe.sampling)}
-    feed = held_out_feed(config, pipe, run.index)
+    feed = held_out_feed(config, pipe, source := open_run_source(config, pipe.step, run.index))
     if feed is not None:
         scores |= validation_loss(pipe.model, feed, config)
     if (words := text or config.transfusion.text) is not None:
         pieces = _pieces_to_score(run, config, Corpus(words), text is not None, pipe)
         scores |= corpus_loss(pipe.model, pieces, config) if pieces is not None else {}
-    prompts = list(config.sampling.prompts) or (feed.captions if feed is not None else [""])
-    drawn, images, prompts = _draw(pipe, config, prompts, progress)
+    drawn, images, prompts = _draw(pipe, config, grid_prompts(config, source, feed), progress)
     scores |= drawn
     if config.evaluation.metrics:
         scores["quality"] = ModelJudge(config, pipe, run)(pipe, progress)

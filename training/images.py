@@ -25,6 +25,8 @@ from training.errors import one_line
 
 MAX_PIXELS = 80_000_000
 """An image whose header claims more pixels is refused before it is decoded."""
+LARGE = 1024 * 1024
+"""Pixels above which a size that nobody asked for is warned of."""
 
 ImageData: TypeAlias = bytes | str | PathLike[str]
 Size: TypeAlias = tuple[int, int]

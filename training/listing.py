@@ -64,7 +64,7 @@ def _choices(text: str) -> Iterable[str]:
 def _listed(root: Path, name: str) -> Listed:
     if not name.lower().endswith((*SHARD_SUFFIXES, PARQUET)):  # only an index of these is kept, and needs size and time
         return Listed(name, 0, "")
-    about = (root / name).stat()
+    about = (root / name).lstat() if _is_broken_link(root / name) else (root / name).stat()
     return Listed(name, about.st_size, str(about.st_mtime_ns))
 
 
@@ -101,7 +101,9 @@ def _alone(pattern: str) -> list[str]:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Paths of the files below root; follows links to folders, but enters each folder once."""
+    """Paths of the files below root, and of links to files that are gone, which the reader then names; follows links to
+    folders, but enters each folder once.
+    """
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -112,8 +114,12 @@ def walk(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():  # not a pipe or a device
+            if not name.startswith(".") and (path.is_file() or _is_broken_link(path)):  # not a pipe or a device
                 yield path.relative_to(root).as_posix()
+
+
+def _is_broken_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def printable(name: str) -> str:

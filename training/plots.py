@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +24,80 @@ def caption_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, min_width: int = 128
 ) -> Image.Image:
     """Pictures in rows of `columns` (None: eight, or four if they are wide), each above its caption. Small pictures are
-    enlarged by a whole factor, without smoothing.
+    enlarged by a whole factor, without smoothing. A caption of more than four lines ends with an ellipsis.
     """
     columns = columns or (8 if images[0].width <= 2 * images[0].height else 4)
     zoom = max(1, -(-min_width // images[0].width))
     width, height = images[0].width * zoom, images[0].height * zoom
-    font, line = ImageFont.load_default(11), 13
-    texts = [textwrap.wrap(caption, max(8, width // 6))[:4] for caption in captions]
+    line, fonts = 13, [_font(caption) for caption in captions]
+    texts = [_wrapped(caption, font, width) for caption, font in zip(captions, fonts, strict=True)]
     gap, below = 6, line * max(map(len, texts)) + 6
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + below + gap) + gap), "#f4f4f2")
     draw = ImageDraw.Draw(grid)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+    for i, (image, text, font) in enumerate(zip(images, texts, fonts, strict=True)):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + below + gap)
         grid.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline="#c8c8c4")
         for k, words in enumerate(text):
             draw.text((x + 1, y + height + 3 + k * line), words, fill="#333333", font=font)
     return grid
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 4) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, or within those that are longer (or have no spaces)."""
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest and len(lines) < most:
+        lengths = range(1, min(len(rest), width) + 1)
+        fits = max(1, bisect_right(lengths, width, key=lambda n: ceil(font.getlength(rest[:n]))))
+        space = rest.rfind(" ", 0, fits + 1) if fits < len(rest) else -1
+        fits = space if space > 0 else fits
+        lines.append(rest[:fits])
+        rest = rest[fits:].lstrip()
+    if rest:
+        last = lines[-1]
+        while len(last) > 1 and font.getlength(last + "\N{HORIZONTAL ELLIPSIS}") > width:
+            last = last[:-1]
+        lines[-1] = last + "\N{HORIZONTAL ELLIPSIS}"
+    return lines
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    """matplotlib's own font, which has the letters of Europe and more, or the machine's if it has more of this text."""
+    import matplotlib
+
+    own = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    letters = [ord(c) for c in text if c.isprintable() and not c.isspace()]
+    lacking = [letter for letter in letters if letter not in _letters(own)]
+    others = Counter(_fonts_by_letter(own).get(letter, own) for letter in lacking).most_common(1)
+    paths = [own, *(path for path, _ in others)]
+    try:
+        return ImageFont.truetype(max(paths, key=lambda path: sum(n in _letters(path) for n in letters)), 11)
+    except OSError:  # it has one size alone, as emoji in colours do
+        return ImageFont.truetype(own, 11)
+
+
+@cache
+def _letters(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
+
+
+@cache
+def _fonts_by_letter(own: str) -> dict[int, str]:
+    """For each letter that the machine's fonts have and `own` has not: the first font that has it."""
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    found: dict[int, str] = {}
+    fonts = sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", font.weight != 400, font.fname))
+    for path in dict.fromkeys(font.fname for font in fonts if "LastResort" not in font.fname):  # that has boxes alone
+        with suppress(OSError, RuntimeError):
+            for letter in FT2Font(path).get_charmap().keys() - _letters(own):
+                found.setdefault(letter, path)
+    return found
 
 
 def loss_plot(run: RunFolder, path: Path) -> None:
@@ -60,13 +120,15 @@ def loss_plot(run: RunFolder, path: Path) -> None:
 
 
 def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    image = "loss_image" if any("loss_image" in r for r in rows) else "loss"  # not the sum with a text's
+    train = [(r["step"], r[image]) for r in rows if image in r]
     valid = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="training, each logged step")
         axes.plot(steps, _running_mean(losses), color="#2171b5", linewidth=1.6, label="training, running mean")
-        axes.set_ylim(0.9 * min(losses), 1.1 * max(losses[len(losses) // 50 :]))
+        held_out = [loss for _, loss in valid if isfinite(loss)]
+        axes.set_ylim(0.9 * min([*losses, *held_out]), 1.1 * max([*losses[len(losses) // 50 :], *held_out]))
     if valid:
         axes.plot(
             *zip(*valid, strict=True), "o-", color="#d94801", markersize=3, label="held-out, mean over fixed times"

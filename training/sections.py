@@ -426,7 +426,7 @@ class SamplingConfig(Settings):
     section: ClassVar[str] = "sampling"
 
     prompts: tuple[str, ...] = ()
-    """Captions for the sample grids; an empty list takes captions of held-out samples."""
+    """Captions for the sample grids; an empty list takes those of held-out samples, or of others if there are none."""
     solver: str = "ab2"
     """Name of the ODE solver, as in `samplers.solver_names()`."""
     num_steps: Count = 28

@@ -46,6 +46,7 @@ from training.data import (
     split_by_key,
 )
 from training.feed import Conditioner, Encoding, Feed, ImageFeed, LatentFeed, NothingUsable, RowFeed, StreamFeed
+from training.images import LARGE
 from training.mup import scale_start
 from training.own import is_own
 from training.progress import Progress
@@ -55,6 +56,7 @@ from training.start import language_model_in, start_mmdit, start_transfusion, te
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
+MOST_PROMPTS = 32  # captions for grids that are taken from all samples, evenly spread
 NAMED_SIZES = 20  # most buckets that the log names one by one
 
 
@@ -66,6 +68,12 @@ def open_data(config: TrainConfig, run: RunFolder, factor: int) -> Data:
     number = f"{len(source)} samples" if isinstance(source, Source) else "a stream"
     fitted = f"{height} x {width}" if len(sizes) == 1 else bucket_text(source)
     run.log(f"data: {number} of {config.data.source}, fitted to {fitted}")
+    if config.data.image_size is None and not is_own(config.data.source) and height * width > LARGE:
+        tokens = height * width // (factor * config.model.patch_size) ** 2
+        run.log(
+            f"warning: pictures keep their commonest size, {height} x {width}, {tokens} image tokens: "
+            "data.image_size=256 scales them down"
+        )
     if config.autoencoder == "shapes" and not is_shapes(config.data.source):
         run.log(
             'warning: the autoencoder "shapes" has seen drawn shapes alone, and loses much of other pictures: '
@@ -350,7 +358,8 @@ def open_feeds(
     assert isinstance(source, Source)
     training, held_out = split_by_key(source, data.held_out)
     if not len(training):
-        raise DataError(f"all {len(source)} samples are held out: lower data.held_out ({data.held_out})")
+        more = "add some" if data.num_samples is None else "raise data.num_samples"
+        raise DataError(f"all {len(source)} samples are held out: {more}, or lower data.held_out ({data.held_out})")
     validation = _validation_feed(config, run, source, held_out, encoding)
     if isinstance(source, CachedSource):
         return CachedFeed(source, training, encoding), validation
@@ -362,6 +371,18 @@ def open_feeds(
         feed = LatentFeed(source, training, encoding, progress=lambda done, _: progress.show(done))
     run.log(f"latents of {len(feed)} images in memory after {time.perf_counter() - start:.0f} s")
     return feed, validation
+
+
+def grid_prompts(config: TrainConfig, source: Data, validation: RowFeed | None) -> list[str]:
+    """Prompts for grids: the config's, or held-out captions, or where none is held out some that are trained on."""
+    if config.sampling.prompts:
+        return list(config.sampling.prompts)
+    if validation is not None:
+        return validation.captions
+    if not isinstance(source, Source):
+        return [""]
+    spread = range(0, len(source), -(-len(source) // MOST_PROMPTS))
+    return [caption for i in spread if (caption := source.caption(i))] or [""]
 
 
 def held_out_samples(config: TrainConfig, source: Data) -> tuple[Source, np.ndarray]:

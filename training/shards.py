@@ -19,7 +19,8 @@ from training.remote import Listed, Patience, RemoteFile, is_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
-UNREAD_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures that PIL does not open
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf")
+"""Pictures that are not read: those of phones, of drawing programs and of cameras."""
 SHARD_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 MAX_HEADER = 1 << 24

@@ -137,7 +137,12 @@ class Index:
             raise DataError(f"{spec} holds no shards ({' '.join(SHARD_SUFFIXES)}) and no {PARQUET} files")
         else:
             self._add_folder(root, names)
-            self._pass_over(names, UNREAD_SUFFIXES, f"a format that is not read ({' '.join(UNREAD_SUFFIXES)})")
+            self._pass_over(names, UNREAD_SUFFIXES, "a format that is not read (convert these to .jpg or .png)")
+            if not len(self._writer) and (unread := [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]):
+                raise DataError(
+                    f"no images of a format that is read in {spec}: {len(unread)} are of others, such as "
+                    f"{printable(unread[0])}; convert these to .jpg or .png"
+                )
 
     def _check(self, spec: str, num_files: int) -> None:
         why = f"; skipped {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
@@ -259,7 +264,7 @@ class Index:
                 for number, row in _rows(file, path.suffix):
                     file_name = row.get("file_name") if isinstance(row, dict) else None
                     if not isinstance(file_name, str) or not file_name or "\0" in file_name:
-                        self.skipped.append((f"{name}:{number}", "not a row with a file_name"))
+                        self.skipped.append((f"{name}:{number}", f"not a row with a file_name{_columns(row)}"))
                         continue
                     if _leads_outside(file_name):
                         self.skipped.append((f"{name}:{number}", "its file_name leads out of the folder"))
@@ -428,6 +433,10 @@ def _kept(files: list[Listed]) -> bool:
 
 def _leads_outside(name: str) -> bool:
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+
+
+def _columns(row: Any) -> str:
+    return f"; its columns are {', '.join(map(repr, row))[:200]}" if isinstance(row, dict) and row else ""
 
 
 def _rows(file: TextIO, suffix: str) -> Iterable[tuple[int, Any]]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 from contextlib import ExitStack, closing
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ from training.resuming import check_state, data_digests
 from training.run import RunFolder
 from training.seeds import generator_for
 from training.settings import as_override, differences
-from training.setup import build_model, open_corpus, open_data, open_feeds, open_pieces
+from training.setup import build_model, grid_prompts, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
     check_parallel,
@@ -149,6 +151,7 @@ class Trainer:
         config, run, words = self.config, self.run, self.model.conditioner
         self.feed: Feed
         self.feed, self.validation = open_feeds(config, run, source, self.autoencoder, words, self.device)
+        self.prompts = grid_prompts(config, source, self.validation)
         self.held_out_text: Pieces | None = None
         if corpus is not None:
             tokenizer: Any = words.tokenizer
@@ -377,8 +380,7 @@ class Trainer:
     def _sample(self) -> None:
         if not (self.ranks.first or self.sharded):
             return
-        prompts = list(self.config.sampling.prompts) or (self.validation.captions if self.validation else [""])
-        prompts = (prompts * GRID)[:GRID]
+        prompts = (self.prompts * GRID)[:GRID]
         with unsharded(self.ema):
             images = self.pipe(prompts, seed=self.config.sampling.seed)
         if not self.ranks.first:
@@ -416,11 +418,10 @@ class Trainer:
             run.log(f"  ShapesEval {question:20s} {score:.3f}")
         if "captions_right" in scores:
             run.log(f"  captions that name every object {scores['captions_right']:.3f}")
-        caption = self.validation.captions[0] if self.validation is not None else "a caption like yours"
+        caption, path = shorten(self.prompts[0], 100, placeholder="") or "a caption", shlex.quote(str(run.path))
         run.log(
             f"done. Pictures: {run.path}/samples.png   loss: {run.path}/loss.png   scores: {run.path}/scores.json\n"
-            f'Try: mmdit sample {run.path} "{caption}" --out out.png   or in the browser: mmdit web '
-            f"{run.path}"
+            f"Try: mmdit sample {path} {shlex.quote(caption)} --out out.png   or in the browser: mmdit web {path}"
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------

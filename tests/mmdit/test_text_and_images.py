@@ -201,7 +201,7 @@ def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
 
 
 def test_a_picture_that_does_not_fit_is_refused(pipe):
-    with pytest.raises(ValueError, match="a picture of 8 x 10 does not fit: both sides must be multiples of 4$"):
+    with pytest.raises(ValueError, match="8 x 10 does not fit: both sides must be multiples of 4, as 8 x 8$"):
         pipe.generate([[Image.new("RGB", (10, 8)), "two"]])
 
 

@@ -144,6 +144,21 @@ def test_sample_starts_from_a_picture_and_leads_away_from_a_prompt(pipe, tmp_pat
     assert (edit.strength, edit.image.getpixel((0, 0)), edit.mask.getpixel((7, 5))) == (0.9, (255, 0, 0), (255,) * 3)
 
 
+def test_sample_fits_a_picture_and_its_mask_to_the_size_asked_for(pipe, tmp_path):
+    """Scaled to cover it and cropped at the centre, as training fits pictures: a photograph has any size."""
+    for name, left, right in (("old", "red", "blue"), ("mask", "black", "white")):
+        image = Image.new("RGB", (50, 20), left)
+        image.paste(right, (25, 0, 50, 20))
+        image.save(tmp_path / f"{name}.png")
+    words = ["--image", tmp_path / "old.png", "--mask", tmp_path / "mask.png", "--size", "16x32"]
+    assert run("sample", "r", "one", *words, "--out", tmp_path / "a.png").exit_code == 0
+    edit = pipe.options["edit"]
+    assert (pipe.options["height"], pipe.options["width"]) == (16, 32)
+    assert edit.image.size == edit.mask.size == (32, 16)
+    assert [edit.image.getpixel((x, 8)) for x in (8, 24)] == [(255, 0, 0), (0, 0, 255)]
+    assert [edit.mask.getpixel((x, 8)) for x in (8, 24)] == [(0, 0, 0), (255, 255, 255)]
+
+
 def test_evaluate_prints_every_number(monkeypatch):
     scores = {"validation": {"loss": 0.25, "t=0.1": 1.0}, "counting": 0.5, "prompts": 3}
     monkeypatch.setattr(training, "evaluate_run", lambda run, given, data, **_: scores | {"data": data}, raising=False)

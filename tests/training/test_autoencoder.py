@@ -77,6 +77,18 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last(tmp_path):
     assert losses("some", 4) == pytest.approx([np.mean(each[:4]), np.mean(each[4:])])
 
 
+def test_images_of_a_cameras_size_are_warned_of_unless_it_is_asked_for(tmp_path):
+    for i in range(8):
+        Image.new("RGB", (1632, 1224)).save(tmp_path / f"{i}.png")
+    warned = (
+        "warning: images keep their commonest size, 1224 x 1632, 0.0 GiB of memory: image_size=256 scales them down"
+    )
+    for size, lines in ((None, [warned]), (64, [])):
+        said = []
+        read_images(config(tmp_path / "ae", data=str(tmp_path), image_size=size, held_out=0.5), said.append)
+        assert said == lines
+
+
 def test_a_run_that_is_all_warm_up_says_so(tmp_path):
     lines = []
     train_autoencoder(config(tmp_path / "ae", num_steps=2, warmup_steps=2), lines.append)
@@ -94,7 +106,12 @@ def test_the_folder_holds_what_was_measured(tmp_path):
     scores = [row["held_out_psnr"] for row in RunFolder(out).metrics() if "held_out_psnr" in row]
     assert len(scores) == 3 and scores[-1] == psnr_of(out)
     assert json.loads((out / "training.json").read_text())["config"]["widths"] == [16, 32]
-    assert Image.open(out / "reconstructions.png").size == (8 * 32, 2 * 32)
+    grid = np.asarray(Image.open(out / "reconstructions.png"))  # small pictures are enlarged, here from 32 to 128
+    assert grid.shape[1] == 8 * 134 + 6
+    assert (grid[7:133, 7:133] == held_out[0].repeat(4, 0).repeat(4, 1)[1:-1, 1:-1]).all()
+    back = model.decode(model.encode(torch.from_numpy(held_out[:1]).permute(0, 3, 1, 2) / 127.5 - 1))[0]
+    row, expected = (grid.shape[0] - 6) // 2, ((back[:, 16, 16] + 1) * 127.5).clamp(0, 255).detach().numpy()
+    assert np.abs(grid[6 + row + 66, 6 + 66] - expected).max() <= 1
 
 
 def test_a_run_is_a_function_of_its_seed(tmp_path):

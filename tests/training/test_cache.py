@@ -410,5 +410,9 @@ def test_changed_data_is_found_by_content(written, tmp_path):
     (tmp_path / "2.txt").write_text("another")
     assert [line.partition(":")[0] for line in changed(cache, data_of(cache, str(tmp_path)))] == ["1", "2"]
     (tmp_path / "3.png").unlink()
-    with pytest.raises(CacheError, match="has other samples than"):
+    with pytest.raises(CacheError, match="has other samples than .*: 1 gone, such as 3$"):
+        changed(cache, data_of(cache, str(tmp_path)))
+    for name in ("4", "5"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    with pytest.raises(CacheError, match="has other samples than .*: 2 new, such as 4; 1 gone, such as 3$"):
         changed(cache, data_of(cache, str(tmp_path)))

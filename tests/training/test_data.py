@@ -99,11 +99,35 @@ def test_pictures_that_the_layout_passes_over_are_counted_and_named(tmp_path):
     write_shard(shards / "0.tar", sample_files())
     write_folder(shards, {"beside.png": png()})
     assert open_source(str(shards)).left_out == [("files of their own beside shards", 1, "beside")]
-    write_folder(photos, {"a.png": png(), "a.txt": b"a", "IMG_1.HEIC": b"heic", "IMG_1.txt": b"b"})
-    assert open_source(str(photos)).left_out == [("a format that is not read (.heic .heif .jxl)", 1, "IMG_1")]
+    write_folder(photos, {"a.png": png(), "a.txt": b"a", "IMG_1.HEIC": b"heic", "IMG_1.txt": b"b", "b.NEF": b"raw"})
+    [(reason, count, key)] = open_source(str(photos)).left_out
+    assert (reason, count, key) == ("a format that is not read (convert these to .jpg or .png)", 2, "IMG_1")
     (photos / "a.png").unlink()
-    with pytest.raises(DataError, match="no images found"):
+    with pytest.raises(DataError, match=r"2 are of others, such as IMG_1.HEIC; convert these to .jpg or .png"):
         open_source(str(photos))
+
+
+def test_links_to_files_that_are_gone_are_named_like_other_missing_files(tmp_path):
+    write_folder(tmp_path, {"a.png": png(), "a.txt": b"a", "b.png": png(), "c.txt": b"c"})
+    for name in ("b.txt", "c.png"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    source = open_source(str(tmp_path))
+    assert source.keys == ["a", "b", "c"]
+    assert [source[i].error for i in range(3)] == [None, "missing caption", "no such file or directory"]
+    assert [(Path(name).name, reason) for name, reason in source.skipped] == [
+        ("b.txt", "caption not readable: No such file or directory")
+    ]
+    write_shard(tmp_path / "shards" / "0.tar", sample_files())
+    (tmp_path / "shards" / "1.tar").symlink_to(tmp_path / "gone")
+    [(name, reason)] = open_source(str(tmp_path / "shards")).skipped
+    assert name == "1.tar" and "No such file or directory" in reason
+
+
+def test_a_table_without_file_names_is_answered_with_its_columns(tmp_path):
+    write_folder(tmp_path, {"a.png": png(), "metadata.csv": b"file_name;text\na.png;a star\n"})
+    with pytest.raises(DataError, match="csv:2: not a row with a file_name; its columns are 'file_name;text'"):
+        open_source(str(tmp_path))
 
 
 def test_num_samples_and_pickle(tmp_path):

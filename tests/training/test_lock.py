@@ -265,7 +265,7 @@ def on_nfs(monkeypatch):
 
 
 def test_on_nfs_too_a_run_that_fails_says_why(tmp_path, on_nfs):
-    with pytest.raises(ValueError, match="all 64 samples are held out"):
+    with pytest.raises(ValueError, match="all 64 samples are held out: raise data.num_samples, or"):
         training.train(config_for(tmp_path / "run", "data.held_out=0.9999999"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".nfs00c1"]
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from training.config import load_config
-from training.plots import _running_mean, caption_grid, loss_plot
+from training.plots import _font, _fonts_by_letter, _letters, _running_mean, _wrapped, caption_grid, loss_plot
 from training.run import RunFolder
 
 
@@ -46,6 +46,31 @@ def test_any_caption_can_be_drawn(caption):
     assert caption_grid(solid("red", "red"), [caption, "a"], columns=2).height < 64 * 2 + 100
 
 
+def test_captions_have_the_letters_of_their_languages():
+    """A letter that a font lacks is a box, the same for all: so different letters have to look different."""
+    for one, other in ("äö", "жщ", "αβ", "שק", "سع", "ớự"):
+        grids = [np.asarray(caption_grid(solid("red"), [letter], columns=1)) for letter in (one, other)]
+        assert (grids[0] != grids[1]).any(), one + other
+
+
+def test_letters_that_the_font_lacks_come_from_one_that_has_them():
+    own = _font("a star").path
+    letter, other = next((chr(n), path) for n, path in _fonts_by_letter(own).items() if chr(n).isprintable())
+    assert _font(letter + "a").path == other != own
+    assert _font("a star " + letter).path == own or ord("s") in _letters(other)  # not by a font without the others
+    assert _font("\U000fffff star").path == own  # which no font has
+
+
+def test_captions_stay_below_their_pictures_and_say_where_they_are_cut():
+    for caption in ("MMMM WWWWW " * 9, "狗" * 100, "W" * 300):
+        grid = np.asarray(caption_grid(solid("red", "red"), [caption, ""], columns=2))
+        assert (grid[6 + 130 :, 6 + 134 - 3 :] == grid[-1, -1]).all(), caption
+    words, font = "one two three four five six seven", _font("one")
+    assert _wrapped(words, font, 1000) == [words] and _wrapped("", font, 50) == []
+    assert _wrapped(words, font, 60, most=2)[-1].endswith("\N{HORIZONTAL ELLIPSIS}")
+    assert " ".join(_wrapped(words, font, 60, most=9)) == words
+
+
 def test_each_picture_needs_a_caption():
     with pytest.raises(ValueError):
         caption_grid(solid("red", "red"), ["a"], columns=2)
@@ -67,6 +92,18 @@ def test_loss_plot_draws_what_there_is(tmp_path, kinds):
     blue, orange = (33, 113, 181), (217, 72, 1)
     assert (pixels == blue).all(1).any() == ("loss" in kinds)
     assert (pixels == orange).all(1).any() == ("validation_loss" in kinds)
+
+
+@pytest.mark.parametrize("losses", [dict(loss=9.0, loss_image=1.0), dict(loss=0.1)])
+def test_held_out_losses_are_in_the_picture(tmp_path, losses):
+    """Of a model of text and images too, whose whole loss is many times that of its images; and far above others."""
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    for step in range(1, 9):
+        run.write_metrics(step, validation_loss=1.1 + step / 100, **losses)
+    loss_plot(run, tmp_path / "loss.png")
+    run.close()
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    assert (pixels == (217, 72, 1)).all(-1).sum() > 300, "that of the legend alone, not the line of 8 points"
 
 
 def test_losses_by_time_stand_beside(tmp_path):

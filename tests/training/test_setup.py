@@ -1,13 +1,16 @@
 """A run on data with bad images, or with none to use; a set-up that fails leaves the name of the run free."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import training
 import training.setup
 from tests.training.runs import TRANSFUSION, config_for, make_pictures, metrics
+from training.plots import caption_grid
 from training.run import RunFolder
 
 
@@ -20,6 +23,19 @@ def test_a_run_warns_of_the_drawn_worlds_autoencoder_on_other_pictures(tmp_path,
     config = config_for(tmp_path / "run", f"data.source={folder if source == 'mine' else source}", *changes)
     training.setup.open_data(config, RunFolder.create(tmp_path / "run", config), 8)
     assert (tmp_path / "run" / "log.txt").read_text().count('the autoencoder "shapes" has seen drawn') == warned
+
+
+def test_pictures_of_a_cameras_size_are_warned_of_unless_it_is_asked_for(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (1632, 1224)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a")
+    warned = "pictures keep their commonest size, 1224 x 1632, 31212 image tokens"
+    for size, times in (("none", 1), ("[1224, 1632]", 0), ("64", 0)):
+        changes = (f"data.source={folder}", f"data.image_size={size}", "data.num_samples=none", "model.patch_size=8")
+        config = config_for(tmp_path / f"run{size}", *changes)
+        training.setup.open_data(config, RunFolder.create(tmp_path / f"run{size}", config), 1)
+        assert (tmp_path / f"run{size}" / "log.txt").read_text().count(warned) == times
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])
@@ -43,6 +59,27 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path, cached)
     scores = json.loads((out / "scores.json").read_text())
     assert "validation_loss" in scores and "shapes_eval" not in scores
     assert (out / "samples.png").exists()
+
+
+def test_grids_have_captions_also_where_no_sample_is_held_out(tmp_path, monkeypatch):
+    """Those that are trained on: the few photographs of a fine-tuning seldom have a held-out one among them."""
+    folder, drawn = make_pictures(tmp_path / "data", 5), []
+    for i in range(5):
+        (folder / f"{i:03d}.txt").write_text(f'it\'s the "{i}"')
+
+    def kept(images, captions):
+        drawn.append(captions)
+        return caption_grid(images, captions)
+
+    monkeypatch.setattr(training.trainer, "caption_grid", kept)
+    monkeypatch.setattr(training.evaluate, "caption_grid", kept)
+    changes = [f"data.source={folder}", "data.image_size=[40, 32]", "data.held_out=0", "training.sample_every=3"]
+    out = training.train(config_for(tmp_path / "my run", *changes))
+    assert [len(captions) for captions in drawn] == [16, 16, 32]
+    assert all(captions[:6] == [f'it\'s the "{i % 5}"' for i in range(6)] for captions in drawn)
+    [command] = [line for line in (out / "log.txt").read_text().splitlines() if line.startswith("Try: ")]
+    words = shlex.split(command)
+    assert words[1:6] == ["mmdit", "sample", str(out), 'it\'s the "0"', "--out"]
 
 
 def test_held_out_samples_that_are_all_bad_are_no_reason_to_stop(tmp_path):
