@@ -248,6 +248,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
                 progress.show(done)
             if last or done % config.evaluate_every == 0:
                 with progress.paused():
+                    if stopped:
+                        log(f"stopping after step {done}: saving, and comparing held-out images")
                     _report(model, train, held_out, config, done, run, started, log)
             if stopped:
                 log(f"stopped at step {done}, all saved")

@@ -60,7 +60,7 @@ _WORDS = {
     "weights": "weights of data sets",
     "dtype": "type of latents (--dtype)",
     "text_dtype": "type of text features (--text-dtype)",
-    "keys": "data",
+    "keys": "data set",
     "seed": "seed",
     "shard_samples": "size of shards (--shard-mb)",
 }

@@ -99,4 +99,4 @@ def test_sigterm_keeps_what_is_there(tmp_path):
     shards, chunks = len(list(out.glob("shard-*.json"))), list(out.glob(".shard-*/*.json"))
     assert shards >= 2 and len(chunks) < 2  # two chunks are a shard
     assert load_config("pixels-tiny").data.num_samples == 64  # what follows is another cache
-    assert_one_line_error(run(*TINY, "--out", out), "was made with another data: name another folder")
+    assert_one_line_error(run(*TINY, "--out", out), "was made with another data set: name another folder")

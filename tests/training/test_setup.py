@@ -108,7 +108,7 @@ def test_nothing_held_out_is_said(tmp_path):
         (["data.source={bad}", "data.image_size=none"], "no image can be read"),
         (["data.source={bad}", "data.image_size=16"], "none of the 3 samples can be used; one of them is 000: "),
         (["data.source={bad}", "data.image_size=16", "data.cache_latents=false"], "none of the 3 samples can be used"),
-        (["data.held_out=0.999999"], "held out: lower data.held_out"),
+        (["data.held_out=0.999999"], "held out: raise data.num_samples, or lower data.held_out"),
         (["autoencoder=nowhere"], "autoencoder not found: nowhere"),
         (["training.device=cuda"], "no CUDA device"),
     ],
