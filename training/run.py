@@ -22,6 +22,7 @@ from training.boards import Board, Tensorboard
 from training.config import CONFIG_FILE, TrainConfig, load_config, to_toml
 from training.errors import named
 from training.progress import say
+from training.table import forget_old
 
 OWN = {CONFIG_FILE, "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
@@ -139,11 +140,14 @@ class RunFolder:
             board.rewind(step)
 
     def remove_leftovers(self) -> None:
-        """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
+        """Remove unfinished files and folders of a killed process, and indexes of the data as it was before it changed.
+        Only while no process of the run writes.
+        """
         if self.quiet:
             return
         for path in sorted(self.path.rglob(".*.part"), reverse=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        forget_old(self.index)
 
     def close(self) -> None:
         """Flush the boards; what is written later opens them again."""
