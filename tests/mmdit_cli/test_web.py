@@ -195,6 +195,20 @@ def test_what_is_wrong_with_the_input_is_the_page_s_error_and_a_mistake_stays_it
         list(while_made(fail(KeyError("x"))))
 
 
+def test_few_pages_are_remembered(monkeypatch, pipe, tmp_path):
+    """gradio keeps the components of 10,000 past pages by default, and of each those of its previews."""
+    pipe.save(tmp_path)
+    asked = {}
+
+    def launch(page, **how):
+        asked.update(how)
+        raise OSError
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    assert_one_line_error(run("web", tmp_path), "cannot listen")
+    assert asked["state_session_capacity"] <= 1000
+
+
 def test_the_command_says_what_stands_in_its_way(monkeypatch, pipe, tmp_path):
     pipe.save(tmp_path)
     with socket.socket() as taken:
