@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -119,23 +119,32 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl, without those that a kill or a disk has damaged."""
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, float]]:
         path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-        return rows
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and isinstance(row.get("step"), int):
+                        yield row
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
         """Remove the lines past `step`, and those of that step that have one of `names`: they will be written again."""
         if self.quiet:
             return
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
+        names = {*names}
+
+        def write(aside: Path) -> None:
+            with aside.open("w") as file:
+                for row in self._rows():  # one by one: those of weeks fill gigabytes
+                    if row["step"] < step or (row["step"] == step and not names & row.keys()):
+                        file.write(json.dumps(row) + "\n")
+
+        write_aside(self.path / "metrics.jsonl", write)
         for board in self.boards:
             board.rewind(step)
 
