@@ -65,6 +65,8 @@ def merge_lora(model: nn.Module) -> None:
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    for module in model.modules():
+        module.__dict__.pop("peft_config", None)  # else peft warns of several adapters when the next one comes
     model.requires_grad_(True)
 
 

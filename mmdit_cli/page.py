@@ -86,7 +86,7 @@ def _drawing(pipe: TextToImage) -> None:
         begun = time.perf_counter()
         for pictures, step in while_made(lambda tell: _draw(pipe, tell, prompts, leave, seed=seeds, edit=edit, **how)):
             line = step or f"{given[solver]}, {given[steps]} steps, guidance {given[guidance]:g}"
-            shown = gr.skip() if pictures is None else list(zip(pictures, (f"seed {s}" for s in seeds), strict=True))
+            shown = list(zip(pictures, (f"seed {s}" for s in seeds), strict=True))
             yield shown, f"{line}, {time.perf_counter() - begun:.1f} s"
 
     given = {prompt, negative, count, seed, steps, guidance, solver, height, width, start, strength}
@@ -96,15 +96,17 @@ def _drawing(pipe: TextToImage) -> None:
 
 
 def _draw(pipe: TextToImage, tell: Tell, *asked: Any, **how: Any) -> None:
-    """Call `tell((pictures or None, step in words))` at each step, with a preview every so often, and at the end."""
+    """Call `tell((pictures, step in words))` every so often, with a preview, and at the end.
+
+    Never without pictures: after a `gr.skip()` gradio would forget the files of a gallery, and not delete them.
+    """
     looked = time.perf_counter()
 
     def look(progress: samplers.Progress) -> None:
         nonlocal looked
-        pictures = None
         if time.perf_counter() - looked > EVERY:
             pictures, looked = pipe.preview(progress), time.perf_counter()
-        tell((pictures, f"step {progress.index + 1} of {progress.num_steps}"))
+            tell((pictures, f"step {progress.index + 1} of {progress.num_steps}"))
 
     tell((pipe(*asked, callback=look, **how), ""))
 

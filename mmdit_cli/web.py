@@ -56,6 +56,7 @@ def web(
             show_error=True,  # also an unexpected one, which is printed here too
             prevent_thread_lock=True,
             footer_links=[],
+            state_session_capacity=100,  # past pages, of which each keeps half a megabyte or more
             theme=THEME,
         )
     except OSError as error:  # gradio's own message names its own parameters

@@ -205,6 +205,7 @@ def _draw(images: np.ndarray, config: AutoencoderTrainConfig, step: int) -> Tens
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None] = print) -> Path:
     """Train on `config.data`; returns the folder, which `open_autoencoder` reads.
 
@@ -220,7 +221,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, log: Callable[[str], None]
     train, held_out = read_images(config, log)
     log(f"{len(train)} training and {len(held_out)} held-out images of {train.shape[1]} x {train.shape[2]}")
     device = pick_device(config.device)
-    torch.manual_seed(config.seed)
+    torch.default_generator.manual_seed(config.seed)
     model = PatchAutoencoder(PatchAutoencoderConfig(config.channels, config.widths, config.depth))
     model.start_from(_to_float(train[:PCA_IMAGES]), config.balance)
     log(f"principal components alone: held-out PSNR {held_out_psnr(model, held_out):.2f} dB")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+
+import torch
 
 from mmdit.memory import keeping_memory
 from training.checkpoint import list_checkpoints
@@ -65,8 +67,7 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
     restart = restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with Interrupts() as interrupts, ranks_of(config) as ranks, ExitStack() as held:
-        held.enter_context(keeping_memory(pick_device(config.training.device)))
+    with _processes(config) as (interrupts, ranks), ExitStack() as held:
         if resume or restart:
             held.enter_context(only_run_in(config.run_folder, ranks))
         if resume or (restart and ranks.from_first(lambda: _can_continue(config.run_folder))):
@@ -90,6 +91,18 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
                 raise
             print(f"stopped before the first step: nothing had been trained yet, {run.path} is removed", flush=True)
     return run.path
+
+
+@contextmanager
+def _processes(config: TrainConfig) -> Iterator[tuple[Interrupts, Ranks]]:
+    """What stops a run, and its processes; afterwards memory and torch's random numbers are the caller's again."""
+    with (
+        Interrupts() as interrupts,
+        ranks_of(config) as ranks,
+        torch.random.fork_rng(devices=[]),
+        keeping_memory(pick_device(config.training.device)),
+    ):
+        yield interrupts, ranks
 
 
 def _can_continue(folder: Path) -> bool:
@@ -151,7 +164,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     change the model, the text encoder or the samples, FileNotFoundError where there is no run or no checkpoint.
     """
     path = Path(path)
-    with Interrupts() as interrupts, ranks_of(_config_of(path, overrides)) as ranks:
+    with _processes(_config_of(path, overrides)) as (interrupts, ranks):
         ranks.from_first(lambda: RunFolder.open(path))
         with only_run_in(path, ranks):
             run = RunFolder.open(path, ranks.rank)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from training.boards import Board, Tensorboard
 from training.config import CONFIG_FILE, TrainConfig, load_config, to_toml
 from training.errors import named
 from training.progress import say
+from training.table import forget_old
 
 OWN = {CONFIG_FILE, "log.txt", "metrics.jsonl", "scores.json", "loss.png", "samples.png"}
 OWN |= {"checkpoints", "ema", "index", "pipeline", "profile", "samples", "tensorboard", "wandb"}
@@ -118,32 +119,44 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl, without those that a kill or a disk has damaged."""
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, float]]:
         path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-        return rows
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and isinstance(row.get("step"), int):
+                        yield row
 
     def rewind_metrics(self, step: int, names: Iterable[str] = ()) -> None:
         """Remove the lines past `step`, and those of that step that have one of `names`: they will be written again."""
         if self.quiet:
             return
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        rows = [row for row in rows if row["step"] < step or not {*names} & row.keys()]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(text))
+        names = {*names}
+
+        def write(aside: Path) -> None:
+            with aside.open("w") as file:
+                for row in self._rows():  # one by one: those of weeks fill gigabytes
+                    if row["step"] < step or (row["step"] == step and not names & row.keys()):
+                        file.write(json.dumps(row) + "\n")
+
+        write_aside(self.path / "metrics.jsonl", write)
         for board in self.boards:
             board.rewind(step)
 
     def remove_leftovers(self) -> None:
-        """Remove unfinished files and folders of a killed process. Only while no process of the run writes."""
+        """Remove unfinished files and folders of a killed process, and indexes of the data as it was before it changed.
+        Only while no process of the run writes.
+        """
         if self.quiet:
             return
         for path in sorted(self.path.rglob(".*.part"), reverse=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        forget_old(self.index)
 
     def close(self) -> None:
         """Flush the boards; what is written later opens them again."""

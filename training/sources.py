@@ -390,12 +390,12 @@ class Index:
     # --- an index that is kept ---
 
     def _name_of(self, spec: str, files: list[Listed]) -> str | None:
-        """The name under which the index is kept, a digest of the files and of `wanted`; None where it is not kept."""
+        """The name under which the index is kept, "DATA.FILES" with digests; None where it is not kept."""
         if self.wanted.cache is None or not files or not _kept(files):
             return None
         wishes = replace(self.wanted, cache=None, patience=Patience())
-        text = "\n".join([f"{_FORMAT} {self.need_captions} {wishes} {spec}", *map(str, files)])
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+        texts = f"{_FORMAT} {self.need_captions} {wishes} {spec}", "\n".join(map(str, files))
+        return ".".join(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32] for text in texts)
 
     def _found(self, name: str) -> bool:
         found = Table.found(self.wanted.cache, name) if self.wanted.cache is not None else None

@@ -17,6 +17,7 @@ import weakref
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -194,7 +195,18 @@ class Table(Sequence[Entry]):
                 return None
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
+        with suppress(OSError):  # of a folder that cannot be written
+            os.utime(folder / f"{name}.json")  # the last use, for `forget_old`
         return cls(str(path), starts, head["files"], columns), head
+
+
+def forget_old(folder: Path) -> None:
+    """Of the tables "DATA.FILES" kept in a folder, remove all of the same DATA but the one that was used last."""
+    heads = sorted(folder.glob("*.*.json"), key=lambda head: head.stat().st_mtime_ns)
+    last = {head.name.partition(".")[0]: head.stem for head in heads}
+    for path in folder.glob("*.*.*"):
+        if path.stem != last.get(path.name.partition(".")[0], path.stem):
+            path.unlink()
 
 
 class Keys(Sequence[str]):

@@ -96,7 +96,7 @@ class Trainer:
         self._judge: ModelJudge | None = None
         if ranks.first:
             run.boards += open_boards(config, run.path)
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # fresh weights are drawn on the CPU
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has kept a copy
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
         source = open_data(config, run, self.autoencoder.factor)

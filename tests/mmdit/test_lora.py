@@ -74,6 +74,16 @@ def test_it_starts_as_nothing_and_merges_to_the_same(targets):
 
 
 @torch.no_grad()
+def test_a_merged_model_takes_further_adapters_without_a_warning(recwarn):
+    model = alive()
+    for _ in range(2):
+        add_lora(model, 2)
+        merge_lora(model)
+    assert not [str(warning.message) for warning in recwarn if "peft" in str(warning.message)]
+    assert model.__dict__.keys() == alive().__dict__.keys()
+
+
+@torch.no_grad()
 def test_diffusers_reads_what_we_write_and_says_the_same(tmp_path):
     model = alive()
     other = theirs(model)

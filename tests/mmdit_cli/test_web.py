@@ -79,6 +79,17 @@ def test_the_page_draws_what_the_pipeline_draws(client, pipe):
         assert captions == ["seed 5", "seed 6"] and said.startswith(how.get("solver", "euler"))
 
 
+def test_a_page_that_stays_open_keeps_no_component_of_past_drawings_and_knows_all_files(pipe, tmp_path_factory):
+    """gradio deletes the files that it knows after an hour."""
+    page = make_page(pipe, "tiny")
+    for asker in served(page, tmp_path_factory):
+        for seed in (0, 2, 4):
+            asked(asker, seed=seed)
+        assert sum(map(len, page.temp_file_sets)) >= 6
+        sessions = page.app.state_holder.session_data.values()
+        assert [len(session.blocks_config.blocks) for session in sessions] == [len(page.blocks)]
+
+
 def test_a_picture_to_start_from_is_brought_to_the_size(client, tmp_path):
     red = tmp_path / "red.png"
     Image.new("RGB", (50, 50), "red").save(red)
@@ -193,6 +204,20 @@ def test_what_is_wrong_with_the_input_is_the_page_s_error_and_a_mistake_stays_it
         list(while_made(fail(ValueError("too long"))))
     with pytest.raises(KeyError):
         list(while_made(fail(KeyError("x"))))
+
+
+def test_few_pages_are_remembered(monkeypatch, pipe, tmp_path):
+    """gradio keeps the components of 10,000 past pages by default, and of each those of its previews."""
+    pipe.save(tmp_path)
+    asked = {}
+
+    def launch(page, **how):
+        asked.update(how)
+        raise OSError
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    assert_one_line_error(run("web", tmp_path), "cannot listen")
+    assert asked["state_session_capacity"] <= 1000
 
 
 def test_the_command_says_what_stands_in_its_way(monkeypatch, pipe, tmp_path):

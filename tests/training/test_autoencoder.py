@@ -123,6 +123,12 @@ def test_a_run_is_a_function_of_its_seed(tmp_path):
     assert first != weights("c", 4)
 
 
+def test_the_callers_random_numbers_stay_as_they_are(tmp_path):
+    before = torch.get_rng_state()
+    train_autoencoder(config(tmp_path / "ae"), quiet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_noise_on_the_latents_makes_the_decoder_robust(tmp_path):
     def psnr_under_noise(noise):
         settings = config(tmp_path / str(noise), num_steps=50, warmup_steps=5, lr=3e-3, latent_noise=noise)

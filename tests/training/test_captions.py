@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import resource
 from collections import Counter
 
@@ -18,7 +19,7 @@ from training.captions import captions_in, captions_of, choose, joined, parse_we
 from training.config import load_config
 from training.data import DataError, SourceOptions, loader, open_source
 from training.setup import open_run_source, tell_flaws
-from training.table import Entry, Table, Writer
+from training.table import Entry, Table, Writer, forget_old
 from training.wanted import Wanted
 
 BOTH = (("original", 0.5), ("synthetic", 0.5))
@@ -260,3 +261,17 @@ def test_what_is_kept_is_found(tmp_path):
     assert Table.found(tmp_path, "other") is None
     (tmp_path / "name.jsonl").write_text(json.dumps([1]))
     assert Table.found(tmp_path, "name") is None
+
+
+def test_of_each_data_set_the_table_used_last_stays(tmp_path):
+    writer = Writer()
+    writer.add(Entry("k", ("c",), "x"), shared=True)
+    table = writer.table(lambda i, entry: entry.key)
+    for name in ("a.1", "a.2", "a.3", "b.1"):
+        table.keep(tmp_path, name, {})
+        os.utime(tmp_path / f"{name}.json", (0, 0))
+    (tmp_path / "stream-1.json").write_text("20")
+    assert Table.found(tmp_path, "a.2") is not None
+    forget_old(tmp_path)
+    assert all(Table.found(tmp_path, name) for name in ("a.2", "b.1"))
+    assert len(list(tmp_path.iterdir())) == 2 * 3 + 1

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 import mmdit
 import training
 import training.writing
+from mmdit import memory
 from mmdit.weights_io import read_weights
+from tests.training.pictures import shards_of
 from tests.training.runs import LONG, assert_bit_equal, config_for, contents, make_pictures, metrics, stop_after
 from training.checkpoint import list_checkpoints, load_latest
 from training.config import load_config
@@ -283,6 +286,31 @@ def test_a_run_that_was_moved_is_named_where_it_is(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="moved/pipeline/text/tokenizer.json"):
         training.resume(moved)
     assert asked == [moved]
+
+
+def test_data_that_grows_leaves_one_index(tmp_path):
+    folder = shards_of(tmp_path / "shards", (12,))
+    changes = f"data.source={folder}", "data.num_samples=none", "data.cache_latents=false", "data.held_out=0"
+    out = training.train(config_for(tmp_path / "run", *changes, "training.num_steps=1"))
+    for step in (2, 3):
+        shutil.copy(folder / "000.tar", folder / f"{step:03d}.tar")
+        training.resume(out, [f"training.num_steps={step}"])
+        names = {path.name.split(".")[1] for path in (out / "index").iterdir()}
+        assert len(names) == 1 and len(list((out / "index").iterdir())) == 3
+    assert "data: 36 samples" in (out / "log.txt").read_text()
+
+
+def test_a_run_and_its_sequel_work_alike_and_leave_the_process_as_it_was(tmp_path, monkeypatch):
+    """Both keep freed memory for the next step, and give back the caller's random numbers."""
+    held, real = [], Trainer._train_step
+    monkeypatch.setattr(memory, "_glibc", lambda: SimpleNamespace(mallopt=lambda *_: 1, malloc_trim=lambda _: 1))
+    monkeypatch.setattr(Trainer, "_train_step", lambda *args: held.append(memory._depth) or real(*args))
+    before = torch.get_rng_state()
+    out = training.train(config_for(tmp_path / "run", "training.num_steps=1"))
+    assert torch.equal(torch.get_rng_state(), before) and memory._depth == 0
+    training.resume(out, ["training.num_steps=2"])
+    assert torch.equal(torch.get_rng_state(), before) and memory._depth == 0
+    assert held == [1, 1]
 
 
 def test_the_log_says_which_settings_are_other_from_which_step_on(tmp_path):

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,19 @@ def test_rewinding_forgets_the_steps_after(run):
     assert run.metrics() == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
 
 
+def test_rewinding_needs_no_memory_for_the_lines(run):
+    lines = [json.dumps({"step": step, **{f"loss_{i}": step / 7 for i in range(20)}}) + "\n" for step in range(3000)]
+    (run.path / "metrics.jsonl").write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        run.rewind_metrics(2989)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (run.path / "metrics.jsonl").read_text() == "".join(lines[:2990])
+    assert peak < 0.3 * len("".join(lines))
+
+
 def test_a_disk_that_is_full_takes_neither_metrics_nor_config(run, config, monkeypatch):
     """What is written anew stands aside until it is whole."""
     run.write_metrics(1, loss=1.0)
@@ -115,6 +130,7 @@ def test_a_disk_that_is_full_takes_neither_metrics_nor_config(run, config, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("training.run.json.dumps", lambda row: full(run.path / "a row", "{"))  # while lines are written
     for write in (lambda: run.rewind_metrics(1), lambda: run.write_config(config)):
         with pytest.raises(OSError, match="No space left"):
             write()
