@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,6 +247,8 @@ def recompute(model: Any, how: str, every: int) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_ops()))
+        # Compiled, it warns of operations in place in general, of which blocks have none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in list(model.transformer.blocks)[::every]:
         block.forward = partial(_checkpointed, block.forward, options)
 
