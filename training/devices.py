@@ -63,6 +63,13 @@ def compiled(
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
+    if asked.packing and asked.recompute != "none":
+        log(
+            "warning: blocks that are recomputed (training.recompute) run uncompiled with training.packing, whose "
+            "attention torch's compiler does not see into"
+        )
+        if asked.recompute_every == 1:
+            return model
     in_rows = config.transfusion.enabled or asked.packing
     several = in_rows or bool(config.data.buckets)  # shapes of batches
     when = "steps, which may take some minutes" if several else "step, which takes a minute or two"

@@ -6,8 +6,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from tests.training.runs import config_for
 from training.config import load_config
 from training.devices import compiled, multiplies_bf16, pick_device, pick_precision, repeatable
+from training.run import RunFolder
+from training.seeds import generator_for
+from training.trainer import Trainer
 
 
 def test_devices(monkeypatch):
@@ -51,6 +55,28 @@ def test_how_long_compiling_takes_is_said_before(settings, monkeypatch):
     assert compiled(model, config, torch.device("cpu"), said.append) is model
     [line] = said
     assert ("in the first steps, which may take some minutes" if settings else "in the first step, which takes") in line
+
+
+@pytest.mark.parametrize(("every", "rest"), [(1, []), (2, ["compiling"])])
+def test_packed_blocks_that_are_recomputed_are_said_to_run_uncompiled(every, rest):
+    own = ("training.packing=true", "training.recompute=full", f"training.recompute_every={every}")
+    config, said, model = load_config("pixels-tiny", ["training.compile=on", *own]), [], MagicMock()
+    assert compiled(model, config, torch.device("cpu"), said.append) is model
+    first, *others = said
+    assert "run uncompiled with training.packing" in first and [line.split()[0] for line in others] == rest
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_packed_blocks_that_are_recomputed_cannot_be_compiled(how, tmp_path):
+    """What the warning says; where it no longer holds, the warning can go."""
+    config = config_for(tmp_path / "run", "training.packing=true", f"training.recompute={how}")
+    trainer = Trainer(config, RunFolder.create(tmp_path / "run", config))
+    for block in trainer.model.transformer.blocks:
+        block.compile(backend="eager")
+    torch._dynamo.utils.counters.clear()
+    trainer.learner(next(trainer.feed.batches(8, 0)), generator_for(0))
+    counters = torch._dynamo.utils.counters
+    assert counters["graph_break"] and not counters["stats"]
 
 
 def test_compiled_gradients_of_an_embedding_repeat_bit_for_bit():
