@@ -25,7 +25,9 @@ EPS = 1e-6  # of every norm in SD3
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D), or (D,)."""
     if shift.ndim == 1:
-        return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, EPS)
+        # Weights that FSDP gathers in half precision are narrower than x, which torch's norm on a CPU does not take.
+        wide = torch.promote_types(x.dtype, shift.dtype)
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.to(wide), shift.to(wide), EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 

@@ -251,22 +251,26 @@ def open_hub(folder: Path, tokenizer: Path, max_length: int | None, dtype: torch
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from showing how far it is with loading, which takes it a moment and breaks into our output."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from showing how far it is with loading, which breaks into our output, and from listing the
+    weights that a model does not need or lacks, of which we say the latter.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
 
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        with without_progress_bars():
+        with quiet_transformers():
             network, info = kind.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -283,7 +287,7 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 def from_transformers(kind: Any, tensors: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> Any:
     """A network of transformers with these tensors. Raises ValueError listing those that do not fit."""
-    with without_progress_bars():
+    with quiet_transformers():
         network, info = kind.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
         )

@@ -63,13 +63,21 @@ def compiled(
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
+    if asked.packing and asked.recompute == "selective":
+        log(
+            'warning: blocks that are recomputed (training.recompute = "selective") run uncompiled with '
+            'training.packing, whose attention torch\'s compiler does not see into; "full" is compiled'
+        )
+        if asked.recompute_every == 1:
+            return model
     in_rows = config.transfusion.enabled or asked.packing
     several = in_rows or bool(config.data.buckets)  # shapes of batches
     when = "steps, which may take some minutes" if several else "step, which takes a minute or two"
     log(f"compiling the model in the first {when}; meanwhile the progress stands still")
     if in_rows or blocks_alone:
         for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
-            block.compile(dynamic=True if in_rows else None)
+            within = getattr(block.forward, "compile", None) if asked.packing and asked.recompute == "full" else None
+            (within or block.compile)(dynamic=True if in_rows else None)
         return model
     if config.text.encoder != "learned":  # a frozen encoder is not compiled
         model.transformer.compile()

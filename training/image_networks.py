@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdit.mapped import PICKLES, read_weights
-from mmdit.text_encoders import fingerprint, without_progress_bars
+from mmdit.text_encoders import fingerprint, quiet_transformers
 from mmdit.weights_io import read_json
 from training.metrics import need
 
@@ -218,7 +218,7 @@ def _open_folder(folder: Path) -> ImageNetwork:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
         loader = transformers.CLIPModel if kind == "clip" else transformers.AutoModel
-        with without_progress_bars():
+        with quiet_transformers():
             network, info = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local) if kind == "clip" else None
     except Exception as error:  # transformers raises many kinds

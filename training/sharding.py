@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,12 +247,24 @@ def recompute(model: Any, how: str, every: int) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_ops()))
+        # Compiled, it warns of operations in place in general, of which blocks have none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in list(model.transformer.blocks)[::every]:
-        block.forward = partial(_checkpointed, block.forward, options)
+        block.forward = Recomputed(block.forward, options)
 
 
-def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: Any) -> Any:
-    return checkpoint(forward, *args, **options) if torch.is_grad_enabled() else forward(*args)
+class Recomputed:
+    """The forward of a block that is computed again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.forward, self.options = forward, options
+
+    def __call__(self, *args: Any) -> Any:
+        return checkpoint(self.forward, *args, **self.options) if torch.is_grad_enabled() else self.forward(*args)
+
+    def compile(self, **how: Any) -> None:
+        """Compile what is within the checkpoint, which then may break the graph: a compiled checkpoint may not."""
+        self.forward = torch.compile(self.forward, **how)
 
 
 def kept_ops() -> frozenset[Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from logging import Handler
 
 import open_clip
 import pytest
@@ -167,6 +168,16 @@ def test_loading_is_silent_and_leaves_others_their_bars(singles, capfd, shown):
     said, still = capfd.readouterr().err, logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     assert said == "" and still == shown
+
+
+def test_weights_that_are_not_needed_are_no_news(singles):
+    """Here a language model's head; of a whole CLIP, transformers would list every layer that sees."""
+    before, heard, handler = logging.get_verbosity(), [], Handler()
+    handler.emit = heard.append
+    logging.add_handler(handler)
+    open_text_encoder(singles / "llama", 32)
+    logging.remove_handler(handler)
+    assert heard == [] and logging.get_verbosity() == before
 
 
 def test_a_clip_without_projection_gives_the_state_of_the_end(singles, tmp_path):

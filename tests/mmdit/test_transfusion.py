@@ -203,6 +203,19 @@ def test_an_image_batch_and_an_empty_one_train(model):
     assert model.embed.weight.grad.isfinite().all()
 
 
+def test_blocks_may_be_narrower_than_what_they_read(model):
+    """FSDP gathers them in half precision, learnt shifts and scales too, and autocast leaves states in fp32."""
+    model, t = model.float(), T.float()
+    batch = pack([[x if x.ndim == 1 else x.float() for x in document] for document in DOCUMENTS])
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = torch.cat([flat(d).float() for d in model(batch, t).per_document()])
+        model.blocks.bfloat16()
+        narrow = torch.cat([flat(d).float() for d in model(batch, t).per_document()])
+    assert (narrow - wide).norm() < 0.05 * wide.norm()
+    narrow.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_presets():
     model = Transfusion(preset("transfusion-tiny"))
     assert (model.config.vocab_size, model.config.in_channels, model.config.patch_size) == (512, 16, 1)

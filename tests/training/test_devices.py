@@ -1,13 +1,18 @@
 """Devices and precisions by name."""
 
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from tests.training.runs import config_for
 from training.config import load_config
 from training.devices import compiled, multiplies_bf16, pick_device, pick_precision, repeatable
+from training.run import RunFolder
+from training.seeds import generator_for
+from training.trainer import Trainer
 
 
 def test_devices(monkeypatch):
@@ -51,6 +56,38 @@ def test_how_long_compiling_takes_is_said_before(settings, monkeypatch):
     assert compiled(model, config, torch.device("cpu"), said.append) is model
     [line] = said
     assert ("in the first steps, which may take some minutes" if settings else "in the first step, which takes") in line
+
+
+@pytest.mark.parametrize(("every", "rest"), [(1, []), (2, ["compiling"])])
+def test_packed_blocks_that_are_recomputed_in_part_are_said_to_run_uncompiled(every, rest):
+    own = ("training.packing=true", "training.recompute=selective", f"training.recompute_every={every}")
+    config, said, model = load_config("pixels-tiny", ["training.compile=on", *own]), [], MagicMock()
+    assert compiled(model, config, torch.device("cpu"), said.append) is model
+    first, *others = said
+    assert "run uncompiled with training.packing" in first and [line.split()[0] for line in others] == rest
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_packed_blocks_that_are_recomputed_are_compiled_where_they_can_be(how, tmp_path, monkeypatch):
+    """If torch compiles those of "selective" one day, the warning can go."""
+    own = ("training.packing=true", f"training.recompute={how}", "training.recompute_every=2", "model.depth=2")
+    config = config_for(tmp_path / "run", *own, "training.compile=on")
+    trainer = Trainer(config, RunFolder.create(tmp_path / "run", config))
+    batch = next(trainer.feed.batches(8, 0))
+
+    def gradients():
+        trainer.model.zero_grad()
+        trainer.learner(batch, generator_for(0)).total.backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    expected = gradients()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    compiled(trainer.model, config, trainer.device, lambda line: None)
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(gradients(), expected)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == {"full": 4, "selective": 2}[how]  # of each block what is before its attention, and after
 
 
 def test_compiled_gradients_of_an_embedding_repeat_bit_for_bit():

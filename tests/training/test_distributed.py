@@ -98,6 +98,7 @@ def runs(exact, tmp_path_factory, words):
         "silent": (*SAME, *TRANSFUSION, "transfusion.caption_first=1", "objective.caption_dropout=0.9"),
         "frozen": (*SAME, f"text.encoder={root / 't5'}"),
         "half": (*SAME, "training.precision=bf16"),
+        "mixedhalf": (*SAME, *TRANSFUSION, "training.precision=bf16"),
         "sizes": (*SAME, "training.packing=true", "data.buckets=own", "data.image_size=32", "data.num_samples=none",
                   f"data.source={folder_of(root / 'pictures', members(range(40), SIZES))}"),
     }  # fmt: skip
@@ -111,6 +112,7 @@ def runs(exact, tmp_path_factory, words):
         "silent-fsdp": (FSDP,),
         "frozen-fsdp": (FSDP, "training.recompute=full", "training.recompute_every=2", "training.packing=true"),
         "half-fsdp": (FSDP,),
+        "mixedhalf-fsdp": (FSDP,),
         "sizes-ddp": (DDP,),
         "sizes-fsdp": (FSDP, "training.recompute=selective"),
     }
@@ -141,9 +143,11 @@ def test_two_processes_train_what_one_does(runs, way):
     close(runs / way, runs / way.split("-")[0])
 
 
-def test_in_bf16_parts_differ_from_the_whole_in_rounding_alone(runs):
+@pytest.mark.parametrize("model", ["half", "mixedhalf"])
+def test_in_bf16_parts_differ_from_the_whole_in_rounding_alone(runs, model):
     """Blocks are gathered in bf16, biases and norms too, which autocast leaves for the most part."""
-    assert dict(metrics(runs / "half-fsdp", "loss")) == pytest.approx(dict(metrics(runs / "half", "loss")), rel=2e-3)
+    parts, whole = (dict(metrics(runs / name, "loss")) for name in (f"{model}-fsdp", model))
+    assert parts == pytest.approx(whole, rel=2e-3)
 
 
 def test_the_first_process_writes_for_all(runs):

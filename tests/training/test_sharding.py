@@ -7,6 +7,8 @@ from threading import Timer
 
 import pytest
 import torch
+from torch import nn
+from torch._logging import warning_once
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -30,6 +32,7 @@ from training.sharding import (
     kept_ops,
     local,
     mesh_of,
+    recompute,
     replicated,
     strategy,
     unsharded,
@@ -396,6 +399,17 @@ def test_a_process_that_is_gone_is_one_line_and_other_errors_stay_as_they_are(st
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), ranks_of(config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert lost(gone) and lost(torch.distributed.DistBackendError("NCCL")) and not lost(RuntimeError("socket"))
+
+
+def test_compiled_selective_recompute_is_silent(capfd):
+    """torch would warn of operations in place, for which nothing speaks here."""
+    warning_once.cache_clear()
+    model = nn.Module()
+    model.transformer = nn.Module()
+    model.transformer.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    recompute(model, "selective", 1)
+    torch.compile(model.transformer.blocks[0], backend="aot_eager")(torch.randn(2, 4)).sum().backward()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_compiled_selective_recompute_keeps_onednns_products(monkeypatch):
