@@ -126,7 +126,8 @@ def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="training, each logged step")
-        axes.plot(steps, _running_mean(losses), color="#2171b5", linewidth=1.6, label="training, running mean")
+        how: dict[str, Any] = dict(color="#2171b5", linewidth=1.6, marker=_marker(steps), markersize=3)
+        axes.plot(steps, _running_mean(losses), label="training, running mean", **how)
         held_out = [loss for _, loss in valid if isfinite(loss)]
         axes.set_ylim(0.9 * min([*losses, *held_out]), 1.1 * max([*losses[len(losses) // 50 :], *held_out]))
     if valid:
@@ -147,13 +148,19 @@ def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
     for name, values in timed.items():
         t = float(name.removeprefix("loss_t"))
         steps, losses = zip(*values, strict=True)
-        axes.plot(steps, _running_mean(losses), color=colormaps["viridis_r"](t), linewidth=1.2, label=f"{t:.2f}")
+        how: dict[str, Any] = dict(color=colormaps["viridis_r"](t), linewidth=1.2, marker=_marker(steps), markersize=3)
+        axes.plot(steps, _running_mean(losses), label=f"{t:.2f}", **how)
     axes.set(xlabel="step", title="Training loss by time t, running means", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, ncols=2, title="t about")
+
+
+def _marker(steps: Sequence[float]) -> str:
+    """A dot for a single step, of which no line can be drawn."""
+    return "o" if len(steps) == 1 else ""
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

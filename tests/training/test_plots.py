@@ -106,6 +106,21 @@ def test_held_out_losses_are_in_the_picture(tmp_path, losses):
     assert (pixels == (217, 72, 1)).all(-1).sum() > 300, "that of the legend alone, not the line of 8 points"
 
 
+def test_the_loss_of_a_single_step_is_a_dot(tmp_path):
+    run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
+    blue = []
+    for step in (1, 2):
+        run.write_metrics(step, loss=1.0)
+        loss_plot(run, tmp_path / "loss.png")
+        pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+        left = pixels[:, : pixels.shape[1] // 2 + 50]  # without the legend
+        rows, columns = (left == (33, 113, 181)).all(-1).nonzero()
+        blue.append((np.ptp(rows), np.ptp(columns)) if len(rows) else None)
+    run.close()
+    (high, wide), line = blue
+    assert 1 < high < 12 and 1 < wide < 12 and line[1] > 100
+
+
 def test_losses_by_time_stand_beside(tmp_path):
     """A line for each bin that the metrics have, in a second plot; without any there is none."""
     run = RunFolder.create(tmp_path / "run", load_config("pixels-tiny"))
