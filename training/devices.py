@@ -75,9 +75,10 @@ def compiled(
     when = "steps, which may take some minutes" if several else "step, which takes a minute or two"
     log(f"compiling the model in the first {when}; meanwhile the progress stands still")
     if in_rows or blocks_alone:
+        inside = asked.packing and asked.recompute == "full"  # packed attention breaks the graph, a checkpoint may not
         for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
-            within = getattr(block.forward, "compile", None) if asked.packing and asked.recompute == "full" else None
-            (within or block.compile)(dynamic=True if in_rows else None)
+            compile_it = getattr(block.forward, "compile", block.compile) if inside else block.compile
+            compile_it(dynamic=True if in_rows else None)
         return model
     if config.text.encoder != "learned":  # a frozen encoder is not compiled
         model.transformer.compile()
