@@ -49,6 +49,7 @@ from training.feed import Conditioner, Encoding, Feed, ImageFeed, LatentFeed, No
 from training.images import LARGE
 from training.mup import scale_start
 from training.own import is_own
+from training.own_data import captions_at
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
@@ -382,7 +383,7 @@ def grid_prompts(config: TrainConfig, source: Data, validation: RowFeed | None) 
     if not isinstance(source, Source):
         return [""]
     spread = range(0, len(source), -(-len(source) // MOST_PROMPTS))
-    return [caption for i in spread if (caption := source.caption(i))] or [""]
+    return [texts[0] for i in spread if (texts := captions_at(source, i)[0]) and texts[0]] or [""]
 
 
 def held_out_samples(config: TrainConfig, source: Data) -> tuple[Source, np.ndarray]:

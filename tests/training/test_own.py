@@ -20,6 +20,7 @@ from training.cache import Cache, CacheError
 from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.config import ConfigError, load_config
 from training.data import DataError, SourceOptions, open_source
+from training.setup import grid_prompts
 from training.sharding import Learner
 from training.time_density import Uniform
 
@@ -233,6 +234,15 @@ def test_samples_that_make_no_sense_are_named(method, gives, says, num_workers, 
     batches = training.loader(Greys(), [0], 1, seed=0, num_workers=num_workers)
     with closing(batches), pytest.raises(DataError, match=re.escape(says)):
         next(batches)
+
+
+def test_a_caption_for_a_grid_that_cannot_be_read_is_named(monkeypatch):
+    from mine_for_tests import Greys
+
+    assert grid_prompts(load_config("pixels-tiny"), Greys(), None)[1] == "grey number 2"
+    monkeypatch.setattr(Greys, "caption", lambda self, i: raising(i))
+    with pytest.raises(DataError, match="sample 0 of Greys: KeyError"):
+        grid_prompts(load_config("pixels-tiny"), Greys(), None)
 
 
 def test_one_of_several_captions_is_drawn_whether_latents_are_kept_or_not(tmp_path):
