@@ -23,7 +23,8 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmdit.autoencoder import open_autoencoder
-from training.cache import DTYPES, CachedSample, Known, Shard, as_tensors, write_shard
+from training.cache import DTYPES, Known, Shard, as_tensors, write_shard
+from training.cache_samples import CachedSample
 from training.cache_writer import CacheOptions, write_cache
 from training.cached import READS
 from training.config import load_config

@@ -134,6 +134,20 @@ class TransfusionPipeline(TextToImage):
             for one, ids in zip(written, before, strict=True)
         ]
 
+    def fitted(self, picture: Image) -> Image:
+        """A picture scaled to cover a size that the model has learnt, and cropped to it: the trained size or, of a
+        model with size tokens, the one nearest to the picture's own, of no larger area.
+        """
+        from PIL.Image import Resampling
+        from PIL.ImageOps import fit
+
+        shown, (height, width) = as_shown(picture), self.size
+        if most := self.model.transformer.config.size_tokens:
+            scale = min(1.0, (height * width / (shown.height * shown.width)) ** 0.5)
+            steps = (min(most, max(1, round(side * scale / self.step))) for side in (shown.height, shown.width))
+            height, width = (count * self.step for count in steps)
+        return fit(shown, (width, height), Resampling.LANCZOS)
+
     def image_sampling(
         self,
         num_steps: int | None = None,

@@ -86,6 +86,7 @@ def generate(
     output = _Output(files)
     limits = dict(max_tokens=max_tokens, max_images=max_images)
     begin = "image" if draw else "text"
+    prompt = [part if isinstance(part, str) else pipe.fitted(part) for part in prompt]
     [written] = pipe.generate([prompt], seed, output, text=text, image=image, begin=begin, **limits)
     output.end_line()
     if not any(written.parts):

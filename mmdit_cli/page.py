@@ -142,7 +142,7 @@ def _writing(pipe: TransfusionPipeline) -> None:
     def write(
         picture: Image | None, text: str, temperature: float, words: int, images: int, seed: int | None
     ) -> Iterator[tuple[str, list[Image], str]]:
-        prompt = ([] if picture is None else [_fit(picture, *pipe.size)]) + [text] * bool(text)
+        prompt = ([] if picture is None else [pipe.fitted(picture)]) + [text] * bool(text)
         how = {"max_tokens": words, "max_images": images, "text": TextSampling(temperature)}
 
         def work(tell: Tell) -> None:

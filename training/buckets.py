@@ -19,8 +19,10 @@ from training.images import Size
 def bucket_sizes(height: int, width: int, step: int, max_ratio: float) -> list[Size]:
     """All buckets of about the area height * width, with aspect ratios up to max_ratio, from the widest to the tallest.
 
-    Sides are multiples of `step`; with (h, w) there always is (w, h). Raises ValueError for a ratio below 1.
+    Sides are multiples of `step`; with (h, w) there always is (w, h). Raises ValueError for a ratio or a step below 1.
     """
+    if step < 1:
+        raise ValueError(f"the step of a bucket's sides must be at least 1, not {step}")
     if max_ratio < 1:
         raise ValueError(f"the largest aspect ratio of a bucket must be at least 1, not {max_ratio:g}")
     area = height * width

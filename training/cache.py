@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -41,15 +42,18 @@ from training.cache_files import (
     read_tensors,
     sha256_of_file,
 )
+from training.cache_samples import AllSamples, CachedSample, ShardSamples
 from training.errors import DataError
 from training.remote import PATIENT, Patience, is_url, read_each
-from training.signed import fsync, sha256, write_signed
+from training.signed import fsync, sha256, signed, write_signed
 
 FORMAT = "mmdit cache 1"
 FIT = "scaled to cover, centre-cropped"
 """How images are fitted to their size (`training.images.fit`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = ("buckets", "bucket_ratio", "captions", "min_side", "max_aspect", "min_caption", "max_caption")
+MOST_OPEN = 20_000
+"""Shards whose files are mapped at the same time, of which each has two: Linux may allow 65,530 maps."""
 _WORDS = {
     "autoencoder": "autoencoder",
     "text": "text encoder",
@@ -147,7 +151,7 @@ class About:
         """cache: as `Cache` takes it. Raises CacheError where that is no cache."""
         if not is_cache(cache):
             raise CacheError(f"{cache} is no cache: it has no cache.json, which `mmdit cache` writes")
-        table = read_table(file := file_of(cache, CACHE_JSON), patience)
+        table = read_table(file := file_of(cache, CACHE_JSON), patience, signed)
         if table.pop("format", None) != FORMAT:
             raise CacheError(f"{file} is of another version of mmdit: make the cache anew")
         shape = table["text_shape"]
@@ -162,21 +166,6 @@ def same_text(about: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 # --- samples and shards ----------------------------------------------------------------------------------------------
-
-
-class CachedSample(NamedTuple):
-    """A sample in a shard's .json. content: SHA-256 of its pixels and captions; error: why it has no image; shares: the
-    weights of its captions (none: equal ones); bucket, part, block: as in `order.Layout`.
-    """
-
-    key: str
-    content: str
-    captions: list[str]
-    error: str | None = None
-    shares: Sequence[float] = ()
-    bucket: int = 0
-    part: int = 0
-    block: int = -1
 
 
 class Known(NamedTuple):
@@ -197,14 +186,6 @@ class Known(NamedTuple):
         return digest.digest()
 
 
-def content_of(pixels: np.ndarray, captions: Sequence[str]) -> str:
-    """SHA-256 of a sample's image, uint8 (h, w, 3), and its captions, by which a change of the data is noticed."""
-    digest = hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
-    for caption in captions:
-        digest.update(b"\0" + caption.encode())
-    return digest.hexdigest()
-
-
 def _bytes(x: Tensor) -> Any:
     return x.contiguous().view(torch.uint8).numpy().data if x.numel() else b""
 
@@ -215,24 +196,29 @@ class Shard:
     def __init__(self, stem: str | Path, patience: Patience = PATIENT) -> None:
         """stem: a path or URL without suffix. Raises CacheError where a file is missing, cut or changed."""
         self.file, self.is_remote, self._patience = f"{stem}.safetensors", is_url(str(stem)), patience
-        table = read_table(f"{stem}.json", patience)
-        try:
-            self._sha256, self._size = table["file"], table["bytes"]
-            self.samples = [CachedSample(*row) for row in table["samples"]]
-        except (KeyError, TypeError) as error:
-            raise CacheError(f"{stem}.json is not the table of a shard; {anew(self.file)}") from error
+        self._sha256, self._size, self.samples = read_table(f"{stem}.json", patience, _parsed)
         if type(self._size) is not int or self._size < 0:
             raise CacheError(f"{stem}.json says that {self.file} has {self._size} bytes; {anew(self.file)}")
         if not self.is_remote and not (Path(self.file).is_file() and Path(self.file).stat().st_size == self._size):
             raise CacheError(f"{self.file} is not as it was written: {anew(self.file)}")
-        good = [sample.error is None for sample in self.samples]
-        self._rows = np.cumsum([0, *good[:-1]])  # of each sample: its row in the tensors
-        self._captions = np.cumsum(
-            [0, *(len(sample.captions) * ok for sample, ok in zip(self.samples, good, strict=True))]
-        )
-        self._checked: set[int] = set()
+        self._good = self.samples.columns["good"]
+        self._rows = self._good.cumsum(dtype=np.int32) - self._good  # of each good sample: its row in the tensors
+        self._captions = np.zeros(len(self._good) + 1, dtype=np.int32)  # of each sample: its first one in the tensors
+        np.cumsum(self.samples.columns["captions"] * self._good, out=self._captions[1:])
+        self._checked = np.zeros(len(self._good), dtype=bool)
         self._tensors: Mapping[str, Any] | None = None
         self._opening = threading.Lock()  # a shard's own: that of a cached_property is one for all in Python 3.11
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its files are mapped, or on a server their headers read."""
+        return self._tensors is not None
+
+    def close(self) -> None:
+        """Unmap its files, until a sample is read again."""
+        self._tensors = None
+        self.__dict__.pop("_starts", None)
+        self.samples.close()
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -261,7 +247,7 @@ class Shard:
         return tensors
 
     def _check_tables(self, tensors: Mapping[str, Any]) -> None:
-        shapes, rows = tensors["shapes"], sum(sample.error is None for sample in self.samples)
+        shapes, rows = tensors["shapes"], int(self._good.sum())
         fits = shapes.shape == (rows, 3) and tensors["digests"].shape == (rows, 32) and shapes.dtype == torch.int32
         fits = fits and bool((shapes >= 0).all())
         fits = fits and tensors["latents"].shape == (int(shapes.long().prod(1).sum()),)
@@ -288,10 +274,10 @@ class Shard:
         first, last = self._starts[0][row : row + 2]
         statistics = tensors["latents"][first:last].view(*tensors["shapes"][row].tolist())
         known = Known(statistics, self._text(*self._captions[place : place + 2]))
-        if self.is_remote or place not in self._checked:
+        if self.is_remote or not self._checked[place]:
             if known.digest() != tensors["digests"][row].numpy().tobytes():
                 raise CacheError(f"{self.file}: sample {self.samples[place].key} has changed; {anew(self.file)}")
-            self._checked.add(place)
+            self._checked[place] = True
         return known
 
     def _text(self, first: int, last: int) -> list[list[tuple[Tensor, Tensor]]]:
@@ -305,20 +291,29 @@ class Shard:
 
     def good(self) -> Iterator[int]:
         """The places of the samples that have an image."""
-        return (place for place, sample in enumerate(self.samples) if sample.error is None)
+        return iter(self._good.nonzero()[0].tolist())
 
     def problems(self) -> list[str]:
         """What has changed since the shard was written, one line for each sample; every byte is read."""
         if sha256_of_file(self.file, self._size, self._patience) == self._sha256:
             return []
         found = []
-        self._checked.clear()
+        self._checked[:] = False
         for place in self.good():
             try:
                 self.read(place)
             except CacheError as error:
                 found.append(str(error))
         return list(dict.fromkeys(found)) or [f"{self.file} has changed; {anew(self.file)}"]
+
+
+def _parsed(data: bytes, file: str) -> tuple[str, int, ShardSamples]:
+    """SHA-256 and size of a shard's tensors, and its samples, from the bytes of its .json. Raises ValueError."""
+    table = signed(data, file)
+    try:
+        return table["file"], table["bytes"], ShardSamples(file, data)
+    except (LookupError, TypeError, ValueError, OverflowError, StopIteration) as error:
+        raise ValueError(f"{file} is not the table of a shard") from error
 
 
 def num_encoders(tensors: Mapping[str, Tensor | RemoteTensor]) -> int:
@@ -390,13 +385,19 @@ class Cache:
         for k, one in enumerate(self.shards):
             if len(one.samples) != len(self.about.places(k)):
                 raise CacheError(f"{one.file} is of another cache: it has {len(one.samples)} samples")
-        self.samples = [sample for one in self.shards for sample in one.samples]
+        self.samples = AllSamples([one.samples for one in self.shards], self.about.shard_samples)
         self.empty = shard("empty") if self.about.text else None
+        self._open: deque[Shard] = deque()
 
     def read(self, i: int) -> Known:
         """The tensors of sample i, which has to be a good one. Raises CacheError where they have changed."""
-        shard, place = divmod(i, self.about.shard_samples)
-        return self.shards[shard].read(place)
+        number, place = divmod(i, self.about.shard_samples)
+        shard = self.shards[number]
+        if not shard.is_open:
+            self._open.append(shard)
+            while len(self._open) > MOST_OPEN:
+                self._open.popleft().close()
+        return shard.read(place)
 
     def problems(self, progress: Any = lambda done: None) -> list[str]:
         """What has changed since the cache was written; every byte is read. progress: called after each shard."""

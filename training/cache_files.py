@@ -7,10 +7,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from mmdit.mapped import DTYPES, read_weights
 from training.errors import DataError
 from training.remote import Patience, RemoteError, is_url, read_range, read_whole
-from training.signed import read_signed, sha256, signed
+from training.signed import sha256
 
+T = TypeVar("T")
 CACHE_JSON = "cache.json"
 HEAD = 1 << 16  # bytes to ask for first: the header of a shard is shorter
 MAX_HEADER = 100_000_000  # the library's own limit
@@ -51,12 +52,12 @@ def anew(file: str) -> str:
     return f"delete {name}.* and run `mmdit cache` again"
 
 
-def read_table(file: str, patience: Patience) -> dict[str, Any]:
-    """A table that `write_signed` wrote. Raises CacheError where it is missing or has changed, DataError where the
-    server fails.
+def read_table(file: str, patience: Patience, parse: Callable[[bytes, str], T]) -> T:
+    """What `parse` makes of the bytes and the name of a table, as `signed` does. Raises CacheError where it is missing
+    or `parse` raises ValueError, DataError where the server fails.
     """
     try:
-        return signed(read_whole(file, patience), file) if is_url(file) else read_signed(Path(file))
+        return parse(read_whole(file, patience) if is_url(file) else Path(file).read_bytes(), file)
     except FileNotFoundError:
         raise CacheError(f"{file} is missing: run `mmdit cache` again") from None
     except RemoteError as error:

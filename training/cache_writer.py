@@ -32,17 +32,16 @@ from training.cache import (
     OPTIONS,
     About,
     Cache,
-    CachedSample,
     Known,
     Shard,
     as_tensors,
-    content_of,
     is_there,
     merged,
     shard_name,
     write_shard,
 )
 from training.cache_files import CacheError, is_cache
+from training.cache_samples import CachedSample, content_of
 from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count
+from itertools import compress, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from mmdit.weights_io import read_json
 from training.ahead import ahead
 from training.cache import Cache, Known, same_text
 from training.cache_files import CacheError
+from training.cache_samples import AllSamples, CachedSample
 from training.captions import Captions, choose
 from training.config import DataConfig
-from training.data import Sample, Source
+from training.data import TEXTS, Sample, Source
 from training.feed import Encoding, LatentFeed, NothingUsable, RowFeed, latent_generators, latents_from
 from training.image_batches import rng_for
 from training.images import Size, fit_size
@@ -67,28 +68,16 @@ class CachedSource(Source):
         if about.options["buckets"] == "own" and not mixed:
             raise CacheError(f"{spec} has images in sizes of their own: set training.packing=true")
         self.mixed = mixed and bool(about.options["buckets"])
-        self.numbers = self._first(num_samples)  # in the cache
-        self.samples = [self.cache.samples[i] for i in self.numbers]
-        self.keys: Sequence[str] = [sample.key for sample in self.samples]
+        columns = self.cache.samples.columns()
+        self.numbers = _first_of_each(columns["part"], num_samples)  # in the cache
+        self.columns = columns[self.numbers]
+        self.keys: Sequence[str] = CachedKeys(self.cache.samples, self.numbers)
         self.skipped: list[tuple[str, str]] = []
         self.layout = self._layout()
 
-    def _first(self, num_samples: int | None) -> list[int]:
-        """The numbers of the first `num_samples` samples of each data set."""
-        counts: dict[int, int] = {}
-        found = []
-        for i, sample in enumerate(self.cache.samples):
-            counts[sample.part] = counts.get(sample.part, 0) + 1
-            if num_samples is None or counts[sample.part] <= num_samples:
-                found.append(i)
-        return found
-
     def _layout(self) -> Layout:
         """The layout of the data that the cache was made from."""
-        about = self.cache.about
-        bucket, part, block = (
-            np.array([getattr(s, name) for s in self.samples]) for name in ("bucket", "part", "block")
-        )
+        about, (bucket, part, block) = self.cache.about, (self.columns[name] for name in ("bucket", "part", "block"))
         return Layout(
             about.sizes,
             bucket if about.options["buckets"] else None,
@@ -99,22 +88,32 @@ class CachedSource(Source):
         )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.numbers)
 
     @property
     def is_remote(self) -> bool:
         return self.cache.is_remote
 
+    def sample(self, i: int) -> CachedSample:
+        """What the cache lists of sample i."""
+        return self.cache.samples[int(self.numbers[i])]
+
     def read(self, i: int) -> Known:
         """The latents and text features of sample i. Raises CacheError where they have changed."""
-        return self.cache.read(self.numbers[i])
+        return self.cache.read(int(self.numbers[i]))
 
     def caption(self, i: int) -> str:
-        captions = self.samples[i].captions
+        captions = self.sample(i).captions
         return captions[0] if captions else ""
 
     def captions(self, i: int) -> Captions:
-        return tuple(self.samples[i].captions), tuple(self.samples[i].shares)
+        sample = self.sample(i)
+        return tuple(sample.captions), tuple(sample.shares)
+
+    def some_captions(self) -> Iterator[str]:
+        taken = compress(self.cache.samples, _taken(self.numbers))
+        for sample in islice(taken, 0, None, -(-len(self) // TEXTS)):
+            yield from sample.captions
 
     def check_data(self, data: DataConfig) -> None:
         """Raises CacheError where a config asks for other samples or captions than the cache has. Settings that are at
@@ -165,6 +164,42 @@ class CachedSource(Source):
         return KnownText(about, shape, empty, open_it)
 
 
+class CachedKeys(Sequence[str]):
+    """The keys of the samples with some numbers, which ascend, read as they are asked for."""
+
+    def __init__(self, samples: AllSamples, numbers: np.ndarray) -> None:
+        self.samples, self.numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self.samples[int(k)].key for k in self.numbers[i]]
+        return self.samples[int(self.numbers[i])].key
+
+    def __iter__(self) -> Iterator[str]:
+        return compress(self.samples.keys(), _taken(self.numbers))
+
+
+def _taken(numbers: np.ndarray) -> np.ndarray:
+    """Whether each of 0, 1, 2, ... is one of the numbers."""
+    taken = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
+    taken[numbers] = True
+    return taken
+
+
+def _first_of_each(part: np.ndarray, count: int | None) -> np.ndarray:
+    """The numbers of the first `count` samples of each data set, ascending. part (n,): the data set of each."""
+    if count is None:
+        return np.arange(len(part))
+    return np.sort(np.concatenate([np.flatnonzero(part == one)[:count] for one in np.unique(part)]))
+
+
 def features(captions: Sequence[Sequence[tuple[Tensor, Tensor]]], shape: TextShape) -> Features:
     """The features of captions from the cached (states, pooled) of each encoder, padded with zeros to its length.
 
@@ -191,13 +226,15 @@ class CachedFeed:
         """Raises CacheError for another autoencoder, NothingUsable where all samples are bad."""
         source.check(encoding.autoencoder)
         self.source, self.encoding = source, encoding
-        bad = [source.samples[i] for i in indices if source.samples[i].error is not None]
+        is_good = source.columns["good"][indices]
+        bad = [source.sample(i) for i in indices[~is_good].tolist()]
         for sample in bad:
             encoding.skipped(sample.key, str(sample.error))
-        good = [int(i) for i in indices if source.samples[i].error is None]
-        self.rows = good if source.mixed else sorted(good, key=source.layout.bucket_of)  # bucket after bucket
-        self.layout = source.layout.of(np.array(self.rows, dtype=np.int64))
-        if not self.rows:
+        self.rows = np.asarray(indices[is_good], dtype=np.int64)
+        if source.layout.bucket is not None and not source.mixed:  # bucket after bucket
+            self.rows = self.rows[source.layout.bucket[self.rows].argsort(kind="stable")]
+        self.layout = source.layout.of(self.rows)
+        if not len(self.rows):
             first = f"; one of them is {bad[0].key}: {bad[0].error}" if bad else ""
             raise NothingUsable(f"none of the {len(indices)} samples can be used{first}")
 
@@ -211,7 +248,7 @@ class CachedFeed:
     @property
     def captions(self) -> list[str]:
         """The first caption of each sample."""
-        return [self.source.caption(i) for i in self.rows]
+        return [self.source.caption(i) for i in self.rows.tolist()]
 
     def at(self, rows: Sequence[int]) -> Batch:
         """The samples at some rows, of one bucket unless they are mixed, as a batch: with their first captions, and
@@ -234,20 +271,24 @@ class CachedFeed:
 
     def _read(self, rows: Sequence[int], draws: Sequence[float] | None) -> tuple[Tensor | list[Tensor], Any]:
         """(statistics (B, S, h, w), or a list of (S, h, w) where sizes are mixed; features or tokens of captions)."""
-        indices = [self.rows[row] for row in rows]
+        indices = self.rows[list(rows)].tolist()
         known = list(read_each(self.source.read, indices, self.source.is_remote, READS))
-        chosen = [0] * len(rows)
-        if draws is not None:
-            found = [self.source.captions(i) for i in indices]
-            chosen = [choose(len(texts), shares, u) for (texts, shares), u in zip(found, draws, strict=True)]
+        chosen = [0] * len(rows) if draws is None else list(map(self._chosen, indices, draws))
         statistics: Any = [one.statistics for one in known]
         statistics = statistics if self.layout.mixed else torch.stack(statistics)
         conditioner = self.encoding.text
         if isinstance(conditioner, KnownText):
             texts = [one.text[k] for one, k in zip(known, chosen, strict=True)]
             return statistics, features(texts, conditioner.shape)
-        captions = [self.source.samples[i].captions[k] for i, k in zip(indices, chosen, strict=True)]
+        captions = [self.source.sample(i).captions[k] for i, k in zip(indices, chosen, strict=True)]
         return statistics, conditioner.tokenize(captions)
+
+    def _chosen(self, i: int, u: float) -> int:
+        """The number of the caption of sample i that is drawn, by u in [0, 1)."""
+        if self.source.columns["captions"][i] < 2:  # without reading it
+            return 0
+        texts, shares = self.source.captions(i)
+        return choose(len(texts), shares, u)
 
     def _batch(self, read: tuple[Any, Any], generators: Sequence[torch.Generator] | None) -> Batch:
         (statistics, text), encoding = read, self.encoding

@@ -84,7 +84,7 @@ def train(config: TrainConfig | str | Path, resume: bool = False, restart: bool 
         try:
             Trainer(config, run, ranks=ranks).fit(interrupts)
         except BaseException as error:
-            if list_checkpoints(run.path) or run.metrics() or not ranks.first:
+            if list_checkpoints(run.path) or any(run.rows()) or not ranks.first:
                 raise
             _remove_new(run.path)  # nothing was trained
             if not isinstance(error, Interrupted):

@@ -19,6 +19,9 @@ from training.telemetry import bin_names
 if TYPE_CHECKING:
     from training.run import RunFolder
 
+Line = list[tuple[float, float]]
+"""(step, value) of each logged step."""
+
 
 def caption_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, min_width: int = 128
@@ -107,22 +110,21 @@ def loss_plot(run: RunFolder, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = run.metrics()
-    timed = {name: [(r["step"], r[name]) for r in rows if name in r] for name in bin_names()}
-    timed = {name: values for name, values in timed.items() if values}
+    lines: dict[str, Line] = {name: [] for name in ("loss", "loss_image", "validation_loss", *bin_names())}
+    for row in run.rows():
+        for name in lines.keys() & row.keys():
+            lines[name].append((row["step"], row[name]))
+    timed = {name: lines[name] for name in bin_names() if lines[name]}
     figure = Figure(figsize=(12 if timed else 7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes, *beside = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-    _plot_loss(axes, rows)
+    _plot_loss(axes, lines["loss_image"] or lines["loss"], lines["validation_loss"])  # not the sum with a text's
     for by_time in beside:
         _plot_times(by_time, timed)
     figure.savefig(path, dpi=130)
 
 
-def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
-    image = "loss_image" if any("loss_image" in r for r in rows) else "loss"  # not the sum with a text's
-    train = [(r["step"], r[image]) for r in rows if image in r]
-    valid = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+def _plot_loss(axes: Any, train: Line, valid: Line) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="training, each logged step")
@@ -140,7 +142,7 @@ def _plot_loss(axes: Any, rows: list[dict[str, float]]) -> None:
         axes.legend(frameon=False)
 
 
-def _plot_times(axes: Any, timed: dict[str, list[tuple[float, float]]]) -> None:
+def _plot_times(axes: Any, timed: dict[str, Line]) -> None:
     """One line a bin of times, from light (data) to dark (noise)."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator

@@ -119,9 +119,10 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl, without those that a kill or a disk has damaged."""
-        return list(self._rows())
+        return list(self.rows())
 
-    def _rows(self) -> Iterator[dict[str, float]]:
+    def rows(self) -> Iterator[dict[str, float]]:
+        """`metrics` one by one: those of weeks fill gigabytes."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -140,7 +141,7 @@ class RunFolder:
 
         def write(aside: Path) -> None:
             with aside.open("w") as file:
-                for row in self._rows():  # one by one: those of weeks fill gigabytes
+                for row in self.rows():
                     if row["step"] < step or (row["step"] == step and not names & row.keys()):
                         file.write(json.dumps(row) + "\n")
 

@@ -165,6 +165,27 @@ def test_a_model_with_sizes_is_saved_with_them_and_chooses(tmp_path):
         CaptionedTransfusion(Transfusion(TINY), Words(TextConfig(280, 8), tokenizer))
 
 
+@pytest.mark.parametrize(
+    ("size_tokens", "size", "expected"),
+    [
+        (0, (30, 20), (12, 8)),  # the trained one
+        (0, (12, 8), (12, 8)),
+        (4, (8, 8), (8, 8)),  # its own
+        (4, (7, 3), (8, 4)),
+        (4, (400, 800), (8, 12)),  # of at most the trained area
+        (3, (2, 900), (4, 12)),  # of at most three steps
+    ],
+)
+def test_a_photograph_is_fitted_to_a_size_that_the_model_has_learnt(size_tokens, size, expected):
+    tokenizer = Tokenizer.train(PROMPTS, 280, 8, images=True, sizes=size_tokens)
+    pipe = pipeline(replace(TINY, size_tokens=size_tokens), tokenizer)
+    picture = Image.new("RGB", (size[0] + 2, size[1]), "red")
+    picture.paste((0, 0, 255), (1, 0, size[0] + 1, size[1]))
+    fitted = pipe.fitted(picture)
+    assert fitted.size == expected and fitted.getpixel((expected[0] // 2, expected[1] // 2)) == (0, 0, 255)
+    assert pipe.generate([[fitted]], max_tokens=1, max_images=0)
+
+
 def test_it_writes_with_the_models_own_noise_and_times():
     """As it draws."""
     pipe = pipeline(TINY, Tokenizer.train(PROMPTS, 280, 8, images=True))

@@ -191,6 +191,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mmdit.TextToImage, "load", lambda run, device: devices.append(device) or pipe)
     pipe.generate, pipe.image_sampling = generate, lambda *how, free: (how, free)
+    pipe.fitted = lambda given: given.resize((6, 4))
     picture.save(tmp_path / "given.png")
     words = (
         "--top-k",
@@ -215,7 +216,7 @@ def test_generate_prints_text_and_writes_pictures(tmp_path, monkeypatch):
     assert (tmp_path / "o-0.png").exists() and (tmp_path / "o-1.png").exists()
     [([prompt], seed, options)] = asked
     assert devices == [torch.device("cpu")]
-    assert prompt[0].size == (8, 8) and prompt[1] == "and then" and seed == 3
+    assert prompt[0].size == (6, 4) and prompt[1] == "and then" and seed == 3
     assert options["text"].top_k == 5 and options["text"].temperature == 0.5 and options["begin"] == "image"
     assert options["max_images"] == 2 and options["max_tokens"] == 64
     assert options["image"] == ((None, None, None, 16, 8, None), True)

@@ -40,6 +40,8 @@ def test_the_buckets_of_256_pixels():
     assert bucket_sizes(256, 256, 64, 2.0) == expected
     with pytest.raises(ValueError, match="at least 1, not 0.5"):
         bucket_sizes(256, 256, 16, 0.5)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        bucket_sizes(256, 256, 0, 2.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=30))

@@ -23,7 +23,8 @@ from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
 from tests.training.caches import config, files, made
 from tests.training.runs import config_for
 from training import cache_writer
-from training.cache import Cache, CachedSample, CacheError, Known, Shard, as_tensors, write_shard
+from training.cache import Cache, CacheError, Known, Shard, as_tensors, write_shard
+from training.cache_samples import CachedSample
 from training.cache_writer import CacheOptions, changed, data_of, write_cache
 from training.cached import CachedFeed, CachedSource
 from training.data import DataError, is_shapes, open_source
