@@ -368,7 +368,9 @@ def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object]
     source = open_run_source(config, cache.about.step)
     if not isinstance(source, Source):
         raise CacheError(f"{config.data.source} is a stream, whose samples have no numbers: name hf:NAME, or files")
-    if (now := list(source.keys)) != (before := [sample.key for sample in cache.samples]):
+    keys = cache.samples.keys
+    if len(source) != len(cache.samples) or not all(map(str.__eq__, source.keys, keys())):
+        now, before = list(source.keys), list(keys())
         came, gone = dict.fromkeys(now).keys() - before, dict.fromkeys(before).keys() - now
         named = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in (("new", came), ("gone", gone)) if keys]
         what = "; ".join(named) or "in another order"
