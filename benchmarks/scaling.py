@@ -55,13 +55,14 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters, FLOPs of the forward pass of one picture, depth times width; parameters in Muon's matrices, FLOPs of
+    """Parameters, FLOPs of the forward pass of one picture, depth, width; parameters in Muon's matrices, FLOPs of
     Muon's step for all of these and for the most expensive one.
     """
 
     params: int
     flops: int
-    depth_width: int
+    depth: int
+    width: int
     inner: int
     rounds: int
     dearest: int
@@ -80,7 +81,7 @@ def model(name: str, image: int, text: int) -> Model:
     inner = hidden_matrices(trunk)
     rounds = [2 * len(ROUNDS) * part.cost for w in inner for part in matrices(0, *w.shape)]
     muon = (sum(w.numel() for w in inner), sum(rounds), max(rounds))
-    return Model(params, counter.get_total_flops(), config.depth * config.width, *muon)
+    return Model(params, counter.get_total_flops(), config.depth, config.width, *muon)
 
 
 def compute(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
@@ -89,16 +90,20 @@ def compute(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float
 
 
 def state(m: Model, gpus: int, sharding: str) -> float:
-    """Bytes of weights, gradients, Adam's two moments and the average, 4 each, over the number of shards."""
+    """Bytes of weights, gradients, Adam's two moments and the average, 4 each, over the number of shards; where sharded
+    also two blocks that are gathered in bf16.
+    """
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(8, gpus)}[sharding]
-    gathered = 0 if sharding == "ddp" else 2 * 2 * m.params / (m.depth_width**0.5)  # two blocks in bf16, about
+    gathered = 0 if sharding == "ddp" else 2 * 2 * m.params / m.depth  # nearly all weights are in blocks
     return 20 * m.params / shards + gathered
 
 
 def activations(m: Model, pictures: float, recompute: bool, a: Assumptions) -> float:
     """Bytes kept for the backward pass: all, or with recomputation each block's input in bf16 and all of one block."""
     tokens = pictures * (a.image + a.text)
-    return tokens * (2 * m.depth_width + a.activation * 3000 if recompute else a.activation * m.depth_width)
+    if recompute:
+        return tokens * m.width * (2 * m.depth + a.activation)
+    return tokens * m.width * a.activation * m.depth
 
 
 def traffic(m: Model, gpus: int, sharding: str) -> tuple[float, float]:

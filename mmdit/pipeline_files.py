@@ -104,10 +104,10 @@ def load_pipeline(
         return read_sd3(folder, dtype or torch.float32, without)
     if without:
         raise ValueError(f"{path} does not have the three text encoders of SD3: nothing can be left out")
-    return _load_own(path, folder)
+    return _load_own(path, folder, dtype or torch.float32)
 
 
-def _load_own(root: Path, folder: Path) -> TextToImage:
+def _load_own(root: Path, folder: Path, dtype: torch.dtype) -> TextToImage:
     if not (folder / "pipeline.json").exists():
         raise FileNotFoundError(
             f"{root} holds no trained model: expected a run folder of `mmdit train`, a diffusers SD3 pipeline, or a "
@@ -115,7 +115,7 @@ def _load_own(root: Path, folder: Path) -> TextToImage:
         )
     about = _defaults(folder / "pipeline.json")
     kind = _kind(about.get("format"))
-    model = kind.load_model(folder)
+    model = kind.load_model(folder, dtype)
     spec = about["autoencoder"]
     autoencoder = open_autoencoder("none" if spec == "none" else str(folder / spec))
     return kind(model.eval(), autoencoder, about["size"], about["shift"], about["sampling"])
@@ -148,11 +148,11 @@ def _kind(name: Any) -> type[TextToImage]:
     return TransfusionPipeline if name == TransfusionPipeline.format else TextToImage
 
 
-def load_captioned(folder: Path) -> nn.Module:
-    """The trunk and the text encoder in our own folder."""
+def load_captioned(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The trunk, in that type, and the text encoder in our own folder."""
     from mmdit.text_to_image import CaptionedMMDiT
 
-    return CaptionedMMDiT(load_trunk(folder, MMDiT), load_text(folder / "text"))
+    return CaptionedMMDiT(load_trunk(folder, MMDiT, dtype), load_text(folder / "text"))
 
 
 def load_text(folder: Path) -> LearnedText | TextEncoder | SD3Text:
@@ -165,9 +165,9 @@ def load_text(folder: Path) -> LearnedText | TextEncoder | SD3Text:
     return LearnedText.load(folder)
 
 
-def load_trunk(folder: Path, kind: type[T]) -> T:
-    """The trunk in our own folder, in float32, read into memory. Raises ValueError if it is of another class."""
-    trunk = load(folder / "transformer", torch.float32)
+def load_trunk(folder: Path, kind: type[T], dtype: torch.dtype) -> T:
+    """The trunk in our own folder, in that type, read into memory. Raises ValueError if it is of another class."""
+    trunk = load(folder / "transformer", dtype)
     if not isinstance(trunk, kind):
         raise ValueError(
             f"{folder / 'transformer'} holds a {type(trunk).__name__}, and its pipeline.json wants a {kind.__name__}"

@@ -212,10 +212,10 @@ class TransfusionPipeline(TextToImage):
         return velocity(trunk, cache, range(len(prompts)), sampling.guidance, sampling.interval)
 
     @staticmethod
-    def load_model(folder: Path) -> nn.Module:
+    def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         config = read_config(TextConfig, folder / "text" / "config.json")
         tokenizer = Tokenizer.load(folder / "text" / "tokenizer.json", config.max_length)
-        return CaptionedTransfusion(load_trunk(folder, Transfusion), Words(config, tokenizer))
+        return CaptionedTransfusion(load_trunk(folder, Transfusion, dtype), Words(config, tokenizer))
 
 
 def _check_guidance(sampling: Sampling, negatives: Sequence[str | None] = ()) -> None:

@@ -307,9 +307,9 @@ class TextToImage:
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
     @staticmethod
-    def load_model(folder: Path) -> nn.Module:
-        """The trunk and the text encoder in a folder that `save` wrote."""
-        return load_captioned(folder)
+    def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The trunk, in that type, and the text encoder in a folder that `save` wrote."""
+        return load_captioned(folder, dtype)
 
 
 def as_captions(prompts: str | Sequence[str]) -> list[str]:

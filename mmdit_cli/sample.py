@@ -197,14 +197,14 @@ def out_files(out: Path, count: int) -> list[Path]:
 
 def load_checkpoint_into(pipe: "TextToImage", run: Path, name: str) -> None:
     """Replace the pipeline's weights by a checkpoint's, by its average if it has one. ValueError if it is missing."""
-    from training.checkpoint import list_checkpoints, load_checkpoint
+    from training.checkpoint import averaged, list_checkpoints, load_checkpoint
 
     known = {folder.name: folder for folder in list_checkpoints(run)}
     wanted = f"step-{int(name):08d}" if name.isdecimal() else name
     if wanted not in known:
         raise ValueError(f'{run} has no checkpoint "{name}"; it has {", ".join(known) or "none"}')
     _, weights = load_checkpoint(known[wanted])
-    load_state_into(pipe, run, weights.get("ema", weights["model"]), str(known[wanted]))
+    load_state_into(pipe, run, averaged(weights), str(known[wanted]))
 
 
 def load_state_into(pipe: "TextToImage", run: Path, state: "Mapping[str, Tensor]", source: str) -> None:

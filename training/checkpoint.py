@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
-from training.sharding import local, shard_like
+from training.sharding import copy_weights, shard_like
 from training.signed import fsync, read_signed, sha256, sha256_of
 
 
@@ -139,13 +139,15 @@ def newest_whole(run: Path, log: Callable[[str], None]) -> Path:
     raise FileNotFoundError(f"{run} holds no whole checkpoint to resume from; train afresh into another folder")
 
 
-@torch.no_grad()
+def averaged(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of the average in a checkpoint's weights: what is not trained is the model's."""
+    return {**weights["model"], **weights.get("ema", {})}
+
+
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy full tensors into a module, which may be sharded. Raises ValueError where they do not fit it."""
-    own = module.state_dict()
-    check_fit(own, tensors, source)
-    for name, x in own.items():
-        local(x).copy_(local(shard_like(tensors[name], x)))
+    check_fit(module.state_dict(), tensors, source)
+    copy_weights(module, tensors)
 
 
 COUNTERS = ("k", "weight_sum", "lr_max")
@@ -176,13 +178,14 @@ def _copied(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Restore the optimiser from `optimizer_tensors`. Raises CorruptCheckpoint for a name or shape that the model does
-    not have.
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Restore the optimiser from `optimizer_tensors`, which are removed one by one, so that memory does not hold both.
+    Raises CorruptCheckpoint for a name or shape that the model does not have.
     """
     parameters = dict(model.named_parameters())
     groups = {f"group {i}": group for i, group in enumerate(optimizer.param_groups)}
-    for name, value in tensors.items():
+    for name in [*tensors]:
+        value = tensors.pop(name)
         owner, _, key = name.rpartition("/")
         number = value.item() if value.ndim == 0 and value.dtype in (torch.int64, torch.float64) else None
         if owner in groups and key in groups[owner] and number is not None:

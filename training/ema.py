@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmdit.mapped import read_metadata
 from mmdit.weights_io import read_weights, save_weights
-from training.checkpoint import assign, load_latest
+from training.checkpoint import assign, averaged, load_latest
 from training.config import TrainingConfig
 from training.sharding import local, shard_like, whole
 
@@ -100,8 +100,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, k: int, every: in
 class Exponential:
     """The exponential average, kept in `ema`, a copy of the model; every `every`-th update is taken in."""
 
-    def __init__(self, ema: nn.Module, decay: float, every: int = 1) -> None:
+    def __init__(self, ema: nn.Module, model: nn.Module, decay: float, every: int = 1) -> None:
         self.ema, self.decay, self.every = ema, decay, every
+        self.frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
 
     def update(self, model: nn.Module, k: int) -> None:
         """Called after update number `k`, from 0: take in the weights, if it is an update that is taken in."""
@@ -112,12 +113,12 @@ class Exponential:
         update_ema(self.ema, model, self.decay, k, self.every)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors for a checkpoint, by file."""
-        return {"ema": self.ema.state_dict()}
+        """The tensors for a checkpoint, by file; weights that are not trained are the model's (see `averaged`)."""
+        return {"ema": {name: x for name, x in self.ema.state_dict().items() if name not in self.frozen}}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         """Restore what `tensors` gave. Raises ValueError, which names `source`, where it does not fit."""
-        assign(self.ema, tensors["ema"], source)
+        assign(self.ema, averaged(tensors), source)
 
     def snapshot(self, run: Path, step: int, updates: int, write: bool = True) -> None:
         """Write a snapshot of the average after `step` steps into the run's folder, where this average has snapshots.
@@ -132,25 +133,25 @@ class ScheduleFree(Exponential):
     The parameters stay y, at which gradients are taken, and z is in the optimiser's state: weights are never swapped.
     """
 
-    def __init__(self, ema: nn.Module, optimizer: torch.optim.Optimizer, beta: float) -> None:
-        super().__init__(ema, 0.0)
+    def __init__(self, ema: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, beta: float) -> None:
+        super().__init__(ema, model, 0.0)
         self.optimizer, self.beta = optimizer, beta
 
     @torch.no_grad()
     def _take_in(self, model: nn.Module, k: int) -> None:
         averages, weights = _pairs(self.ema, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        ends = [
-            self.optimizer.state[p].get("z", p.detach()) for p in parameters
-        ]  # a parameter without gradient has no z
-        torch._foreach_copy_(averages, torch._foreach_lerp(weights, ends, 1 - 1 / self.beta))
+        # A parameter without gradient has no z.
+        ends = [self.optimizer.state[p].get("z", p.detach()) for p in parameters]
+        torch._foreach_copy_(averages, weights)
+        torch._foreach_lerp_(averages, ends, 1 - 1 / self.beta)
 
 
 class Power(Exponential):
     """Two power-function averages, the first in `ema`, and their snapshots every so often."""
 
     def __init__(self, ema: nn.Module, model: nn.Module, config: TrainingConfig) -> None:
-        super().__init__(ema, 0.0, config.ema_every)
+        super().__init__(ema, model, 0.0, config.ema_every)
         self.config = config
         self.powers = [power_of(width) for width in config.ema_sigma_rel]
         self.second = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -163,7 +164,7 @@ class Power(Exponential):
             torch._foreach_lerp_(averages, weights, 1 - power_decay(power, k + 1, self.every))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"ema": self.ema.state_dict(), "ema_second": self.second}
+        return super().tensors() | {"ema_second": self.second}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
         super().load(tensors, source)
@@ -178,7 +179,11 @@ class Power(Exponential):
         first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
         for width, average in zip(self.config.ema_sigma_rel, (first, self.second), strict=True):
             path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
-            tensors = {name: whole(value).to(kind) for name, value in average.items()}
+            tensors: dict[str, Tensor] = {}
+            for name, value in average.items():
+                full = whole(value)  # one at a time, and kept by the one that writes alone
+                if write:
+                    tensors[name] = full.to("cpu", kind)
             if write:
                 save_weights(tensors, path, {"updates": str(updates)})
 
@@ -188,10 +193,10 @@ def make_average(
 ) -> Exponential:
     """The average that the config asks for, kept in `ema`, a copy of the model."""
     if "weight_sum" in optimizer.param_groups[0]:
-        return ScheduleFree(ema, optimizer, optimizer.param_groups[0]["betas"][0])
+        return ScheduleFree(ema, model, optimizer, optimizer.param_groups[0]["betas"][0])
     if config.ema == "power":
         return Power(ema, model, config)
-    return Exponential(ema, config.ema_decay, config.ema_every)
+    return Exponential(ema, model, config.ema_decay, config.ema_every)
 
 
 def _pairs(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -243,7 +248,7 @@ def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> d
         raise ValueError(f"{run} has no snapshot of step {end}, it has {', '.join(map(str, steps))}")
     used = [(_updates(path, at), power_of(width), read_weights(path)) for at, width, path in found if at <= end]
     factors = mixture([(t, g) for t, g, _ in used], (used[-1][0], power)).tolist()
-    state: dict[str, Tensor] = dict(load_latest(run, print)[1]["ema"])
+    state = averaged(load_latest(run, print)[1])
     for name in used[0][2]:
         total = torch.zeros(state[name].shape, dtype=torch.float64)
         for x, (_, _, weights) in zip(factors, used, strict=True):

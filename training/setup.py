@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,14 @@ from training.own_data import captions_at
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
-from training.start import language_model_in, start_mmdit, start_transfusion, text_form, tokenizer_to_start_from
+from training.start import (
+    language_model_in,
+    shape_alone,
+    start_mmdit,
+    start_transfusion,
+    text_form,
+    tokenizer_to_start_from,
+)
 from training.stream import STREAM, HeldOut, StreamSource
 from training.wanted import Wanted
 
@@ -214,7 +221,10 @@ def build_model(
     resumed: bool,
     corpus: Iterable[str] | None = None,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
-    """A fresh model for the latents and captions of a source; its tokenizer is made for it, or a resumed run's own."""
+    """A fresh model for the latents and captions of a source; its tokenizer is made for it, or a resumed run's own.
+
+    The trunk of a resumed run, whose weights will be loaded, is on the meta device.
+    """
     height, width = (side // autoencoder.factor for side in source.image_size)
     largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
@@ -222,14 +232,18 @@ def build_model(
     text = _text(config, run, source, chain(source.some_captions(), corpus or ()), resumed)
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
-        trunk = _transfusion(config, text, autoencoder, (height, width), largest, text_form(config, run, resumed))
+        form = text_form(config, run, resumed)
+        with shape_alone() if resumed else nullcontext():
+            trunk = _transfusion(config, text, autoencoder, (height, width), largest, form)
         model = CaptionedTransfusion(trunk, text)
         start_transfusion(config, run, trunk, resumed)
     else:
-        model = CaptionedMMDiT(_mmdit(config, text, autoencoder, (height, width), largest), text)
+        with shape_alone() if resumed or config.init_paths else nullcontext():
+            fresh = _mmdit(config, text, autoencoder, (height, width), largest)
+        model = CaptionedMMDiT(fresh, text)
         model.packed = config.training.packing
         model.transformer = start_mmdit(config, run, model, resumed)
-    if config.optimizer.base_width is not None and not config.init_paths:
+    if config.optimizer.base_width is not None and not config.init_paths and not resumed:
         scale_start(model.transformer, config.optimizer.base_width)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

@@ -17,7 +17,11 @@ from torch import Tensor
 
 from training.checkpoint import fresh_aside, put_in_place, seal
 from training.parallel import Ranks
+from training.sharding import local
 from training.signed import sha256
+
+PART = 2**28
+"""Bytes of a file, which a process has twice in memory while it is written."""
 
 
 def save_sharded(
@@ -37,13 +41,14 @@ def save_sharded(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     aside = ranks.from_first(lambda: fresh_aside(run, state["step"]))
-    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    tensors = _flat(weights)
+    writer = HuggingFaceStorageWriter(str(aside), _files(tensors), save_distributed=True)
     how: dict[str, Any] = {"storage_writer": writer, "process_group": ranks.group}
-    writing: Any = async_save(_flat(weights), **how) if background else None
+    writing: Any = async_save(tensors, **how) if background else None
 
     def finish() -> Path:
         try:
-            writing.result() if background else save(_flat(weights), **how)
+            writing.result() if background else save(tensors, **how)
         except CheckpointException as error:
             rank, (first, _) = next(iter(error.failures.items()))
             raise OSError(f"{aside.name} could not be written by process {rank}: {first}") from error
@@ -88,6 +93,18 @@ def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None =
         group, _, own = name.partition("/")
         groups.setdefault(group, {})[own] = x
     return groups
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, that each tensor is written to: torch makes the bytes of a file in memory."""
+    found: dict[str, int] = {}
+    number, left = 1, PART
+    for name, x in tensors.items():
+        size = local(x).nbytes
+        if found and left < size:
+            number, left = number + 1, PART
+        found[name], left = number, left - size
+    return found
 
 
 def _flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,9 +78,7 @@ def strategy_text(config: ParallelConfig, ranks: Ranks) -> str:
 
 
 class Parallelized(NamedTuple):
-    """What `parallelize` makes: the learner and the average, whether both are sharded, and if so (in process 0) the
-    average's `skeleton`.
-    """
+    """What `parallelize` makes: the learner and the average, whether both are sharded, and the average's `skeleton`."""
 
     learner: Learner
     average: Any
@@ -91,19 +89,46 @@ class Parallelized(NamedTuple):
 def parallelize(
     model: Any, objective: Any, config: TrainConfig, ranks: Ranks, device: torch.device, precision: torch.dtype
 ) -> Parallelized:
-    """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so."""
+    """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so.
+
+    A trunk on the meta device, whose weights will be loaded, gets memory here. Weights that are not trained have no
+    copy: the average has the model's own, or shards of its own.
+    """
     sharded = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
-    if not sharded:  # FSDP2 moves each unit when it shards it
-        model.to(device)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    form = skeleton(average) if sharded and ranks.first else None
-    recompute(model, config.training.recompute, config.training.recompute_every)
+    form = skeleton(model).eval().requires_grad_(False)
     learner = Learner(model, objective)
     if sharded:
         if not _has_parameters(model.conditioner):  # a frozen encoder is not sharded
             model.conditioner.to(device)
+        average = copy.deepcopy(form)
+        recompute(model, config.training.recompute, config.training.recompute_every)
         shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
+        for empty in (model, average):
+            _take_memory(empty, device, torch.device("cpu") if config.parallel.cpu_offload else device)
+        copy_weights(average, model.state_dict())
+    else:  # FSDP2 moves each unit when it shards it
+        _take_memory(model, device, device)
+        model.to(device)
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        average = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+        recompute(model, config.training.recompute, config.training.recompute_every)
     return Parallelized(learner, average, sharded, form)
+
+
+def _take_memory(model: nn.Module, device: torch.device, home: torch.device) -> None:
+    """Give what is on the meta device memory without values: buffers on `device`, weights at `home`."""
+    for module in model.modules():
+        if any(x.is_meta for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            module.to_empty(device=home, recurse=False)
+            for name, x in module.named_buffers(recurse=False):
+                setattr(module, name, x.to(device))
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors of a module's names and shapes into it, of which either may be sharded."""
+    for name, x in module.state_dict().items():
+        local(x).copy_(local(shard_like(tensors[name], x)))
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -197,12 +222,12 @@ def unsharded(average: Any) -> Iterator[None]:
 
 
 def skeleton(model: Any) -> Any:
-    """A copy on the meta device, to be filled with the full tensors; it shares a frozen encoder, which has none."""
-    empty = copy.deepcopy(model)
-    for part in (empty.transformer, empty.conditioner):
-        if _has_parameters(part):
-            part.to("meta")
-    return empty
+    """A copy with its state on the meta device, to be filled with the full tensors; it shares a frozen encoder, which
+    has none.
+    """
+    state = model.state_dict(keep_vars=True).values()
+    empty = {id(x): nn.Parameter(x.to("meta")) if isinstance(x, nn.Parameter) else x.to("meta") for x in state}
+    return copy.deepcopy(model, empty)  # type: ignore[arg-type]
 
 
 # --- sharded tensors ----------------------------------------------------------------------------------------------
@@ -231,7 +256,9 @@ def weights_digest(model: nn.Module) -> str:
     """A digest of the first values of each weight, by which processes check that they start from the same ones."""
     found = hashlib.sha256()
     for name, p in model.named_parameters():
-        found.update(f"{name} {tuple(p.shape)}".encode() + p.detach().flatten()[:256].float().cpu().numpy().tobytes())
+        found.update(f"{name} {tuple(p.shape)}".encode())
+        if not p.is_meta:  # what will be loaded has no values yet
+            found.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -31,6 +31,11 @@ TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text 
 NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
+def shape_alone() -> torch.device:
+    """A context in which a trunk is built without memory: all of its weights will be loaded."""
+    return torch.device("meta")
+
+
 def language_model_in(config: TrainConfig) -> str | None:
     """The language model in `init`, from which the embedding of the words is then taken, if there is one."""
     return next((path for path in config.init_paths if is_language_model(path)), None)
@@ -56,7 +61,8 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
     """
     trunk = model.transformer
     if config.init_paths and resumed:
-        trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
+        with shape_alone():
+            trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
     elif config.init_paths:
         trunk = _adapted_trunk(config, run, trunk, _reads_another(config.init_paths[0], model.conditioner))
         text = _text_folder(config.init_paths[0])
@@ -70,8 +76,8 @@ def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resu
 
 
 def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text: bool) -> MMDiT:
-    """A trunk like the fresh one, with the weights that `init` names wherever they fit. other_text: but for the layers
-    that read the text.
+    """A trunk of the shape of `fresh`, with the weights that `init` names wherever they fit. other_text: but for the
+    layers that read the text.
     """
     path = config.init_paths[0]
     found = load(path)
@@ -99,7 +105,8 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text
             f"its table of positions has {theirs.pos_embed_max_size} rows and columns"
         )
     shape = replace(ours, sample_size=theirs.sample_size, pos_embed_max_size=theirs.pos_embed_max_size)
-    trunk = MMDiT(shape)
+    with shape_alone():
+        trunk = MMDiT(shape)
     own, given = trunk.state_dict(), found.state_dict()
     afresh = [
         name
@@ -112,6 +119,8 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text
             f"{path} reads another text encoder than {config.text.encoder}, and adapters alone would leave the layers "
             "that read it as they begin: name its own in text.encoder, or leave out lora.rank"
         )
+    trunk = MMDiT(shape) if afresh else trunk.to_empty(device="cpu")
+    own = trunk.state_dict()
     trunk.load_state_dict({name: own[name] if name in afresh else given[name] for name in own})
     rest = f"; new: {', '.join(afresh[:4])}{', ...' if len(afresh) > 4 else ''}" if afresh else ", none new"
     run.log(f"weights from {path}: {len(own) - len(afresh)} tensors{rest}")

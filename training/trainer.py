@@ -26,6 +26,7 @@ from mmdit.text_to_image import TextToImage
 from training.boards import open_boards
 from training.checkpoint import (
     assign,
+    averaged,
     load_optimizer_tensors,
     newest_whole,
     optimizer_tensors,
@@ -405,6 +406,7 @@ class Trainer:
         self.run.log(f"step {self.step}: {shown} ({scores['num_images']} pictures)")
 
     def _finish(self) -> None:
+        self.optimizer.state.clear()  # room for the whole model that is scored
         run, scores = self.run, evaluate_run(self.run.path, progress=True)
         if "quality" in scores:
             run.rewind_metrics(self.step, scores["quality"])  # where this run had ended before
@@ -440,8 +442,11 @@ class Trainer:
         }
         if self.scaler.enabled:
             state["loss_scale"] = [self.scaler.scale, self.scaler.good]
-        pipe, folder = self._whole_pipe(), self.run.path / "pipeline"
-        self.writer.write(state, self._tensors(), lambda: pipe.save_weights(folder))
+        self.writer.wait()  # so that memory holds the copies of one checkpoint, not of two
+        folder, whole = self.run.path / "pipeline", self._gathered() if self.sharded else None
+        self.writer.write(
+            state, self._tensors(), lambda written: self._pipe_of(whole or averaged(written)).save_weights(folder)
+        )
         self._saved = self.step
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -452,28 +457,35 @@ class Trainer:
         }
 
     def _whole_pipe(self) -> TextToImage:
-        """The pipeline with the full tensors of the average, in process 0. Of a model that is sharded or saved in the
-        background it is a copy, which training does not change.
-        """
-        if not self.sharded and not self.config.training.async_checkpoint:
+        """The pipeline with the full tensors of the average, in process 0."""
+        if not self.sharded:
             return self.pipe
-        pipe, state = copy.copy(self.pipe), {}
+        state = self._gathered()
+        return self._pipe_of(state) if self.ranks.first else self.pipe
+
+    def _gathered(self) -> dict[str, torch.Tensor]:
+        """The full tensors of a sharded average, in process 0, in the CPU's memory. All processes call it."""
+        state = {}
         for name, x in self.ema.state_dict().items():
             x = whole(x).detach()  # one at a time, for every process gathers it
             if self.ranks.first:
                 state[name] = x.to("cpu", copy=True)
-        if self.ranks.first:
-            pipe.model = copy.deepcopy(self._skeleton or self.ema)
-            pipe.model.load_state_dict(state, assign=True)
+        return state
+
+    def _pipe_of(self, state: dict[str, torch.Tensor]) -> TextToImage:
+        """A pipeline with these tensors, which it does not copy."""
+        pipe = copy.copy(self.pipe)
+        pipe.model = copy.deepcopy(self._skeleton)
+        pipe.model.load_state_dict(state, assign=True)
         return pipe
 
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
-        state, weights = read_checkpoint(folder, self._tensors() if self.sharded else None)
+        state, weights = read_checkpoint(folder, self._tensors())
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))
-        load_optimizer_tensors(self.optimizer, self.model, weights.get("optimizer", {}))  # {} before the first update
+        load_optimizer_tensors(self.optimizer, self.model, weights.pop("optimizer", {}))  # {} before the first update
         self.step = self._saved = state["step"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self._ordered = state.get("ordered")

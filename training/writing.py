@@ -30,15 +30,19 @@ class Writer:
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
-    def write(self, state: Mapping[str, Any], weights: Weights, after: Callable[[], object]) -> None:
-        """Write one checkpoint, then call `after` in process 0."""
+    def write(self, state: Mapping[str, Any], weights: Weights, after: Callable[[Weights], object]) -> None:
+        """Write one checkpoint, then call `after` in process 0, with the tensors that were written."""
         self.wait()
+        if self.background and not self.sharded and self.ranks.first:
+            weights = {
+                group: {k: x.detach().to("cpu", copy=True) for k, x in some.items()} for group, some in weights.items()
+            }
         finish = self._begin(state, weights)
 
         def complete() -> None:
             finish()
             if self.ranks.first:
-                after()
+                after(weights)
 
         if self.background:
             self._thread = Thread(target=self._keep_error, args=(complete,), name="checkpoint")
@@ -47,15 +51,11 @@ class Writer:
             complete()
 
     def _begin(self, state: Mapping[str, Any], weights: Weights) -> Callable[[], object]:
-        """Copy what the thread will write, if there is one; the function that is returned writes it."""
+        """The function that writes it. Of sharded tensors that a thread will write, copy them."""
         if self.sharded:
             return save_sharded(self.run, state, weights, self.keep, self.ranks, self.background)
         if not self.ranks.first:
             return lambda: None
-        if self.background:
-            weights = {
-                group: {k: x.detach().to("cpu", copy=True) for k, x in some.items()} for group, some in weights.items()
-            }
         return lambda: save_checkpoint(self.run, state, weights, self.keep)
 
     def _keep_error(self, complete: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import samplers
 from mmdit.autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PixelSpace, open_autoencoder
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
+from mmdit.pipeline_files import load_pipeline
 from mmdit.text import LearnedText, TextConfig, Tokenizer
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage
 
@@ -349,6 +350,15 @@ def test_a_pipeline_is_held_by_no_file(pipe, tmp_path):
         file.seek(path.stat().st_size // 2)
         file.write(b"\x55" * (path.stat().st_size // 2))
     assert np.array_equal(pixels(again(PROMPTS)), pixels(pipe(PROMPTS)))
+
+
+def test_a_pipeline_in_half_precision_is_never_whole_in_full(pipe, tmp_path):
+    """Its trunk is converted as it is read, one tensor after the other."""
+    pipe.save(tmp_path)
+    trunk = load_pipeline(tmp_path, torch.bfloat16).model.transformer  # before it is moved
+    expected = {name: x.bfloat16() for name, x in pipe.model.transformer.state_dict().items()}
+    assert all(torch.equal(x, expected[name]) for name, x in trunk.state_dict().items())
+    assert {x.dtype for x in trunk.state_dict().values()} == {torch.bfloat16}
 
 
 def test_the_trunk_of_a_pipeline_loads_alone(pipe, tmp_path):

@@ -267,7 +267,7 @@ def test_what_an_optimiser_keeps_beside_a_weight_has_a_shape_of_its_own():
         "0.weight/absmax1": torch.rand(2, dtype=torch.float64),
         "0.weight/step": torch.tensor(7),
     }
-    load_optimizer_tensors(optimizer, net, beside)
+    load_optimizer_tensors(optimizer, net, dict(beside))
     state = optimizer.state[net[0].weight]
     assert all(torch.equal(state[key], beside[f"0.weight/{key}"]) for key in ("qmap1", "absmax1"))
     assert state["step"] == 7 and isinstance(state["step"], int)

@@ -31,6 +31,7 @@ from training.ema import (
     update_ema,
 )
 from training.optim import make_optimizer
+from training.run import RunFolder
 from training.trainer import Trainer
 
 
@@ -239,6 +240,15 @@ def test_snapshots_are_files_of_what_is_trained(run):
         found, kept = read_weights(path), read_weights(checkpoint / f"{name}.safetensors")
         assert all(torch.equal(value, kept[name]) for name, value in found.items())
         assert "transformer.pos_embed" not in found and "conditioner.embed.weight" in found
+
+
+def test_processes_that_write_no_snapshot_keep_nothing_for_one(tmp_path):
+    """They only take part in gathering each weight of a sharded average."""
+    config = tiny(tmp_path / "run", *POWER, "training.ema_snapshot_every=2", "training.ema_snapshot_dtype=fp16")
+    trainer = Trainer(config, RunFolder.create(config.run_folder, config))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as told:
+        trainer.average.snapshot(config.run_folder, 2, 2, write=False)
+    assert not snapshots(config.run_folder) and not [event for event in told.events() if "copy" in event.name]
 
 
 def test_a_tracked_width_is_reconstructed_as_it_was_and_others_lie_beside_it(run):

@@ -84,11 +84,11 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, monkeyp
         else:
             patch.setattr("training.checkpoint.write_json", full)
         with pytest.raises(OSError, match="No space left on device"):
-            writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda: pytest.fail("it is not written"))
+            writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda written: pytest.fail("it is not written"))
             writer.wait()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
     assert load_latest(tmp_path, pytest.fail)[0]["step"] == 3
-    writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda: None)
+    writer.write({"step": 6}, {"model": {"w": torch.ones(3)}}, lambda written: None)
     writer.wait()
     assert load_latest(tmp_path, pytest.fail)[0]["step"] == 6
     assert not list((tmp_path / "checkpoints").glob(".*.part"))
