@@ -12,6 +12,7 @@ which every collective returns at once.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to reach the store of a torchrun, which was there before this process
 MEET = timedelta(minutes=5)  # for all processes to start: torchrun tells other machines nothing of one that failed
 ENDED = "process 0 ended"
+LEFT = "processes that know it"
+LEAVE = timedelta(seconds=5)  # for the others to hear that process 0 ended, before the store ends with it
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 
 
@@ -111,12 +114,24 @@ class Ranks:
             raise ToldByFirst(2)
         return result[0]
 
+    def after_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, called in process 0 first, so that the others find what it keeps; where that fails, they
+        exit as in `from_first`.
+        """
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0] if made else make()
+
     def agree(self, **values: Any) -> None:
-        """Raises ValueError in all processes where a value of one differs from that of process 0."""
-        gathered = self.gather(values)
-        for rank, other in enumerate(gathered):
-            if wrong := [name for name, value in other.items() if value != gathered[0][name]]:
-                raise ValueError(f"process {rank} has other {' and '.join(wrong)} than process 0: start all alike")
+        """Raises ConfigError in all processes where a value of one differs from that of process 0."""
+        gathered = self.gather((socket.gethostname(), values))
+        first_host, first = gathered[0]
+        for rank, (host, other) in enumerate(gathered):
+            if wrong := [name for name, value in other.items() if value != first[name]]:
+                raise ConfigError(
+                    f"process {rank} on {host} has other {' and '.join(wrong)} than process 0 on {first_host}: start "
+                    "all alike"
+                )
 
     def with_own_group(self) -> Ranks:
         """The same processes with another group, for a thread whose collectives run beside those of training."""
@@ -159,6 +174,8 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         yield Ranks(rank, world, per_node, group, timeout)
         if rank > 0:
             stay(store, timeout)
+        else:
+            let_go(store, world)
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -183,6 +200,19 @@ def stay(store: dist.Store, timeout: timedelta) -> None:
     with suppress(RuntimeError, KeyboardInterrupt):
         while time.monotonic() < last and not store.check([ENDED]):
             time.sleep(0.2)
+    with suppress(RuntimeError):
+        store.add(LEFT, 1)
+
+
+def let_go(store: dist.Store, world: int) -> None:
+    """Tell the others that process 0 has ended, and wait until they know: those that still ask its store when it is
+    gone print torch's own account of a lost connection.
+    """
+    last = time.monotonic() + LEAVE.total_seconds()
+    with suppress(RuntimeError, KeyboardInterrupt):
+        store.set(ENDED, "")
+        while time.monotonic() < last and store.add(LEFT, 0) < world - 1:
+            time.sleep(0.05)
 
 
 def _store(timeout: timedelta) -> dist.Store:

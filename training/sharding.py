@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,9 @@ MATRIX_PRODUCTS = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+
+
+OURS = ("samplers", "mmdit", "training")
 
 
 class Learner(nn.Module):
@@ -233,6 +238,16 @@ def weights_digest(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         found.update(f"{name} {tuple(p.shape)}".encode() + p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of what processes have to compute alike with, by which they check that they do."""
+    found = {f"version of {name}": version(name) for name in ("torch", "numpy", "tokenizers")}
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+        if path.parent.name in OURS:
+            code.update(path.read_bytes())
+    return found | {"code of mmdit": code.hexdigest()}
 
 
 # --- recomputation (activation checkpointing) ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import signal
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from threading import Timer
 
 import pytest
@@ -21,7 +22,7 @@ from training.checkpoint import list_checkpoints, read_checkpoint
 from training.config import ConfigError, load_config
 from training.devices import pick_device
 from training.interrupts import Interrupts
-from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, stay
+from training.parallel import ALONE, ENDED, LEFT, ProcessLost, Ranks, let_go, lost, ranks_of, stay
 from training.precision import autocast
 from training.run import RunFolder
 from training.seeds import generator_for
@@ -36,6 +37,7 @@ from training.sharding import (
     replicated,
     strategy,
     unsharded,
+    versions,
     weights_digest,
 )
 from training.trainer import Trainer
@@ -228,6 +230,17 @@ def test_processes_begin_alike_where_names_shapes_and_numbers_are_the_same():
     assert len({*found}) == 4 and digest([1.0, 2.0]) == found[0]
 
 
+def test_other_code_or_libraries_on_a_machine_are_noticed(tmp_path, monkeypatch):
+    (tmp_path / "training").mkdir()
+    monkeypatch.setattr("training.sharding.__file__", str(tmp_path / "training" / "sharding.py"))
+    found = []
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "training" / "sharding.py").write_text(text)
+        found.append(versions())
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"code of mmdit"}
+    assert found[0]["version of torch"] == version("torch")
+
+
 def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypatch):
     meshes = []
     monkeypatch.setattr(
@@ -265,6 +278,7 @@ def started(monkeypatch):
     own = dist.HashStore()
     for attempt in ("0", ""):
         own.set(f"attempt {attempt}/process 1 came", "")
+        own.add(f"attempt {attempt}/{LEFT}", 1)
     monkeypatch.setattr(dist, "rendezvous", lambda _, timeout: iter([(own, 0, 2)]))
 
     def connect(backend, store, timeout, **which):
@@ -322,11 +336,21 @@ def test_others_stay_until_the_first_has_ended(started, monkeypatch):
     store, ended = torch.distributed.HashStore(), []
     Timer(0.3, lambda: (ended.append(True), store.set(ENDED, ""))).start()
     stay(store, timedelta(seconds=60))
-    assert ended
+    assert ended and store.add(LEFT, 0) == 1
     stay(torch.distributed.HashStore(), timedelta(seconds=0))
     monkeypatch.setattr("training.parallel.time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
     with Interrupts():
         stay(torch.distributed.HashStore(), timedelta(seconds=60))
+
+
+def test_the_first_goes_when_all_others_know_it(monkeypatch):
+    """Its store may end with it: torch prints a traceback where one still asks there. Those that are gone never do."""
+    store, left = torch.distributed.HashStore(), []
+    Timer(0.3, lambda: (left.append(store.check([ENDED])), store.add(LEFT, 2))).start()
+    let_go(store, 3)
+    assert left == [True]
+    monkeypatch.setattr("training.parallel.LEAVE", timedelta(seconds=0.1))
+    let_go(torch.distributed.HashStore(), 2)
 
 
 def test_the_first_ends_at_once_and_the_others_stay(started, monkeypatch):
