@@ -161,6 +161,7 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         raise ConfigError(f'parallel.strategy is "none", but {world} processes were started: set "auto", or start one')
     if world > 1 and config.training.device == "mps":
         raise ConfigError(f'training.device is "mps", which is one GPU, but {world} processes were started: start one')
+    _allow_many_files()
     on_cuda = pick_device(config.training.device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -188,6 +189,17 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
             with suppress(RuntimeError):  # the store may be gone
                 store.set(ENDED, "")
         dist.destroy_process_group()
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as the system lets one: each process has up to four connections to every
+    other one, and usual limits are 1024.
+    """
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def stay(store: dist.Store, timeout: timedelta) -> None:

@@ -474,7 +474,7 @@ class Trainer:
 
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
-        state, weights = read_checkpoint(folder, self._tensors() if self.sharded else None)
+        state, weights = read_checkpoint(folder, self._tensors() if self.sharded else None, self.ranks)
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._logging import warning_once
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -169,6 +170,19 @@ def test_a_checkpoint_in_parts_is_read_without_a_group_and_a_word(tmp_path, recw
     assert [w for w in recwarn if w.category is not ResourceWarning] == []  # which is of what other tests left
 
 
+def test_the_first_process_alone_looks_into_all_parts_and_once(tmp_path, monkeypatch):
+    """As many processes as parts would open each of them, or twice as often where torch's `load` looks again."""
+    reader, weights = HuggingFaceStorageReader, {"model": {"w": torch.randn(4, 2)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    looks, look = [], reader.read_metadata
+    monkeypatch.setattr(reader, "read_metadata", lambda self: looks.append(look(self)) or looks[-1])
+    read_sharded(folder)
+    second = Ranks(1, 2)
+    monkeypatch.setattr(second, "from_first", lambda make: looks[0])
+    assert torch.equal(read_sharded(folder, ranks=second)["model"]["w"], weights["model"]["w"])
+    assert len(looks) == 1
+
+
 def opened(tmp_path, *changes) -> Trainer:
     """The trainer of a run in parts and bf16, with gradients everywhere."""
     how = ("training.precision=bf16", "training.batch_size=4", "training.grad_accumulation=2")
@@ -298,6 +312,17 @@ def test_several_processes_are_found_connected_and_left(started):
     own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
     connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
     assert started == {**connected, "groups": [own, own], "ended": True}
+
+
+def test_connections_to_many_processes_find_room(started):
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual[1] - 1, usual[1]))
+    try:
+        with ranks_of(load_config("demo", ["training.device=cpu"])):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (usual[1], usual[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 @pytest.mark.parametrize("served", [True, False])
