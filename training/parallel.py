@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -232,7 +232,7 @@ def _store(timeout: timedelta) -> dist.Store:
 
     torchrun may serve one store to all its restarts, and the addresses of processes that died stay in it. On one
     machine, where the number of restarts is the same for all, each attempt therefore has its own prefix of keys. Raises
-    ProcessLost where the store does not answer, or a process does not come to it in time.
+    ProcessLost where the store does not answer, or a process does not come to it in time; see also `check_addresses`.
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -244,8 +244,10 @@ def _store(timeout: timedelta) -> dist.Store:
         store.set_timeout(timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
         store = dist.PrefixStore(f"attempt {attempt}", store)
-        store.set(f"process {rank} came", "")
-        store.wait([f"process {k} came" for k in range(world)], min(timeout, MEET))
+        came = [f"process {k} came" for k in range(world)]
+        store.set(came[rank], own_address())
+        store.wait(came, min(timeout, MEET))
+        check_addresses(store.multi_get(came))
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"
@@ -256,6 +258,29 @@ def _store(timeout: timedelta) -> dist.Store:
             "what the others say, each on its machine"
         ) from error
     return store
+
+
+def own_address() -> str:
+    """This machine's name and the address at which gloo tells others to reach it; "-" where that is an interface's."""
+    name, address = socket.gethostname(), "-"
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        address = "127.0.0.1"  # for gloo too, where the name does not resolve
+        with suppress(OSError):
+            address = str(socket.getaddrinfo(name, None)[0][4][0])
+    return f"{name} {address}"
+
+
+def check_addresses(told: Sequence[bytes]) -> None:
+    """Raises ConfigError where one of several machines gives an address that the others cannot reach: gloo would try to
+    until its time is over. told: `own_address` of each process.
+    """
+    found = dict(text.decode().split() for text in told)
+    wrong = [f"{name} is {address}" for name, address in found.items() if address == "::1" or address[:4] == "127."]
+    if len(found) > 1 and wrong:
+        raise ConfigError(
+            f"other machines cannot reach one whose host name stands for itself alone ({', '.join(wrong[:3])}): "
+            "correct the name's address (/etc/hosts), or set GLOO_SOCKET_IFNAME there to the network's interface"
+        )
 
 
 def lost(error: BaseException) -> bool:

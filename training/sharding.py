@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmdit.text import Tokenizer
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -238,6 +239,12 @@ def weights_digest(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         found.update(f"{name} {tuple(p.shape)}".encode() + p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def tokenizer_digest(model: Any) -> str:
+    """A digest of the tokenizer, which each process trains by itself; "" where captions are read by frozen encoders."""
+    tokenizer = getattr(model.conditioner, "tokenizer", None)
+    return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if isinstance(tokenizer, Tokenizer) else ""
 
 
 def versions() -> dict[str, str]:

@@ -61,6 +61,7 @@ from training.sharding import (
     parallelize,
     replicated,
     strategy_text,
+    tokenizer_digest,
     unsharded,
     versions,
     weights_digest,
@@ -135,7 +136,9 @@ class Trainer:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         settings = {key: repr(attrgetter(key)(config)) for key in keys(type(config))}
-        ranks.agree(**versions(), **settings, data=self.data, weights=weights_digest(self.model))
+        parts = {"weights": weights_digest(self.model), "tokenizer": tokenizer_digest(self.model)}
+        parts["weights of the autoencoder"] = weights_digest(self.autoencoder)
+        ranks.agree(**versions(), **settings, data=self.data, **parts)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
         made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
