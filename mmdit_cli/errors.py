@@ -28,8 +28,13 @@ def line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def complain(text: str, error: BaseException | None = None) -> None:
-    """Print "mmdit: error: ..." to stderr; before it the traceback, if `DEBUG` is set."""
+def complain(text: str, error: BaseException | None = None, alike: bool = False) -> None:
+    """Print "mmdit: error: ..." to stderr; before it the traceback, if `DEBUG` is set.
+
+    alike: all processes that torchrun started on this machine find the same error; then its first one says it.
+    """
+    if (alike or getattr(error, "alike", False)) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     if error is not None and os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")  # processes other than the first say which they are

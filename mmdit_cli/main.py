@@ -52,7 +52,7 @@ def _one_line() -> Iterator[None]:
         if hasattr(error, "format_message"):  # a usage error of the parser, with the context of its subcommand
             place = getattr(getattr(error, "ctx", None), "command_path", "mmdit")
             text = errors.line(ValueError(error.format_message())).rstrip(".")
-            errors.complain(f"{text}; see `{place} --help`")
+            errors.complain(f"{text}; see `{place} --help`", alike=True)
         elif errors.is_expected(error):
             errors.complain(errors.line(error), error)
         else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
+from training.parallel import ALONE, Ranks
 from training.sharding import copy_weights, shard_like
 from training.signed import fsync, read_signed, sha256, sha256_of
 
@@ -93,17 +94,18 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
 
 
 def read_checkpoint(
-    folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None
+    folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None, ranks: Ranks = ALONE
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The state and weights of a checkpoint that has been verified.
 
-    into: of a sharded checkpoint, tensors to read into, by group and name (see `read_sharded`).
+    into, ranks: of a sharded checkpoint, tensors to read into, by group and name, and the processes that read it (see
+    `read_sharded`).
     """
     state = read_json(folder / "state.json")
     if state.get("sharded"):
         from training.sharded_checkpoint import read_sharded
 
-        return state, read_sharded(folder, into)
+        return state, read_sharded(folder, into, ranks)
     return state, {Path(name).stem: dict(read_weights(folder / name)) for name in state["files"]}
 
 

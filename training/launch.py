@@ -171,7 +171,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> Path:
             old = run.config()
             config = apply_overrides(old, overrides)
             if config.training.out != old.training.out:
-                raise ValueError(
+                raise ConfigError(
                     f"training.out = {config.training.out} is the folder of a new run: a resumed one stays in {path}; "
                     "move it, and resume it there"
                 )

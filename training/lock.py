@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from training.config import CONFIG_FILE
+from training.config import CONFIG_FILE, ConfigError
 from training.errors import named
 from training.parallel import Ranks
 
@@ -27,6 +27,7 @@ if sys.platform != "win32":
 
 LOCK = ".lock"
 PATIENCE = 30.0  # seconds that a new run waits for one that is ending, which may have to save
+MOST = 3  # machines that an error names
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -34,7 +35,7 @@ class RunTaken(ValueError):
     """Another run writes in this folder."""
 
 
-class NotShared(ValueError):
+class NotShared(ConfigError):
     """The processes of a run are on machines that do not share the run's folder."""
 
 
@@ -88,10 +89,12 @@ def _own_byte(path: Path, said: str, byte: int) -> IO[str] | None:
 def _all_see(folder: Path, seen: bool, ranks: Ranks) -> None:
     """Raises NotShared in all processes where one does not see the lock of process 0."""
     answers = ranks.gather((seen, socket.gethostname()))
-    if blind := [f"process {rank} on {host}" for rank, (sees, host) in enumerate(answers) if not sees]:
+    if blind := {host: rank for rank, (sees, host) in reversed([*enumerate(answers)]) if not sees}:
+        who = [f"process {rank} on {host}" for host, rank in sorted(blind.items(), key=lambda pair: pair[1])]
+        more = f" and those of {len(who) - MOST} more machines" if len(who) > MOST else ""
         raise NotShared(
-            f"{' and '.join(blind)} cannot see {folder} as process 0 on {answers[0][1]} does: on several machines the "
-            "run's folder has to be on a disk that all of them share"
+            f"{' and '.join(who[:MOST])}{more} cannot see {folder} as process 0 on {answers[0][1]} does: on several "
+            "machines the run's folder has to be on a disk that all of them share"
         )
 
 

@@ -12,8 +12,9 @@ which every collective returns at once.
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -30,6 +31,8 @@ T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to reach the store of a torchrun, which was there before this process
 MEET = timedelta(minutes=5)  # for all processes to start: torchrun tells other machines nothing of one that failed
 ENDED = "process 0 ended"
+LEFT = "processes that know it"
+LEAVE = timedelta(seconds=5)  # for the others to hear that process 0 ended, before the store ends with it
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 
 
@@ -111,12 +114,24 @@ class Ranks:
             raise ToldByFirst(2)
         return result[0]
 
+    def after_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, called in process 0 first, so that the others find what it keeps; where that fails, they
+        exit as in `from_first`.
+        """
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0] if made else make()
+
     def agree(self, **values: Any) -> None:
-        """Raises ValueError in all processes where a value of one differs from that of process 0."""
-        gathered = self.gather(values)
-        for rank, other in enumerate(gathered):
-            if wrong := [name for name, value in other.items() if value != gathered[0][name]]:
-                raise ValueError(f"process {rank} has other {' and '.join(wrong)} than process 0: start all alike")
+        """Raises ConfigError in all processes where a value of one differs from that of process 0."""
+        gathered = self.gather((socket.gethostname(), values))
+        first_host, first = gathered[0]
+        for rank, (host, other) in enumerate(gathered):
+            if wrong := [name for name, value in other.items() if value != first[name]]:
+                raise ConfigError(
+                    f"process {rank} on {host} has other {' and '.join(wrong)} than process 0 on {first_host}: start "
+                    "all alike"
+                )
 
     def with_own_group(self) -> Ranks:
         """The same processes with another group, for a thread whose collectives run beside those of training."""
@@ -146,6 +161,7 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         raise ConfigError(f'parallel.strategy is "none", but {world} processes were started: set "auto", or start one')
     if world > 1 and config.training.device == "mps":
         raise ConfigError(f'training.device is "mps", which is one GPU, but {world} processes were started: start one')
+    _allow_many_files()
     on_cuda = pick_device(config.training.device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -159,6 +175,8 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         yield Ranks(rank, world, per_node, group, timeout)
         if rank > 0:
             stay(store, timeout)
+        else:
+            let_go(store, world)
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -173,6 +191,17 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as the system lets one: each process has up to four connections to every
+    other one, and usual limits are 1024.
+    """
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def stay(store: dist.Store, timeout: timedelta) -> None:
     """Wait until process 0 has ended, which scores after training; at most `timeout`, or until a signal comes.
 
@@ -183,6 +212,19 @@ def stay(store: dist.Store, timeout: timedelta) -> None:
     with suppress(RuntimeError, KeyboardInterrupt):
         while time.monotonic() < last and not store.check([ENDED]):
             time.sleep(0.2)
+    with suppress(RuntimeError):
+        store.add(LEFT, 1)
+
+
+def let_go(store: dist.Store, world: int) -> None:
+    """Tell the others that process 0 has ended, and wait until they know: those that still ask its store when it is
+    gone print torch's own account of a lost connection.
+    """
+    last = time.monotonic() + LEAVE.total_seconds()
+    with suppress(RuntimeError, KeyboardInterrupt):
+        store.set(ENDED, "")
+        while time.monotonic() < last and store.add(LEFT, 0) < world - 1:
+            time.sleep(0.05)
 
 
 def _store(timeout: timedelta) -> dist.Store:
@@ -190,7 +232,7 @@ def _store(timeout: timedelta) -> dist.Store:
 
     torchrun may serve one store to all its restarts, and the addresses of processes that died stay in it. On one
     machine, where the number of restarts is the same for all, each attempt therefore has its own prefix of keys. Raises
-    ProcessLost where the store does not answer, or a process does not come to it in time.
+    ProcessLost where the store does not answer, or a process does not come to it in time; see also `check_addresses`.
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -202,8 +244,10 @@ def _store(timeout: timedelta) -> dist.Store:
         store.set_timeout(timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
         store = dist.PrefixStore(f"attempt {attempt}", store)
-        store.set(f"process {rank} came", "")
-        store.wait([f"process {k} came" for k in range(world)], min(timeout, MEET))
+        came = [f"process {k} came" for k in range(world)]
+        store.set(came[rank], own_address())
+        store.wait(came, min(timeout, MEET))
+        check_addresses(store.multi_get(came))
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"
@@ -214,6 +258,29 @@ def _store(timeout: timedelta) -> dist.Store:
             "what the others say, each on its machine"
         ) from error
     return store
+
+
+def own_address() -> str:
+    """This machine's name and the address at which gloo tells others to reach it; "-" where that is an interface's."""
+    name, address = socket.gethostname(), "-"
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        address = "127.0.0.1"  # for gloo too, where the name does not resolve
+        with suppress(OSError):
+            address = str(socket.getaddrinfo(name, None)[0][4][0])
+    return f"{name} {address}"
+
+
+def check_addresses(told: Sequence[bytes]) -> None:
+    """Raises ConfigError where one of several machines gives an address that the others cannot reach: gloo would try to
+    until its time is over. told: `own_address` of each process.
+    """
+    found = dict(text.decode().split() for text in told)
+    wrong = [f"{name} is {address}" for name, address in found.items() if address == "::1" or address[:4] == "127."]
+    if len(found) > 1 and wrong:
+        raise ConfigError(
+            f"other machines cannot reach one whose host name stands for itself alone ({', '.join(wrong[:3])}): "
+            "correct the name's address (/etc/hosts), or set GLOO_SOCKET_IFNAME there to the network's interface"
+        )
 
 
 def lost(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus
 from training.data import Data
 from training.run import RunFolder
@@ -21,22 +21,22 @@ def data_digests(source: Data, corpus: Corpus | None) -> dict[str, str]:
     return digests | ({"text": corpus.digest} if corpus else {})
 
 
-def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ValueError:
+def other_setting(run: RunFolder, key: str, old: Any, new: Any) -> ConfigError:
     """The error for a resumed run that would change a setting which it has to keep."""
-    return ValueError(
+    return ConfigError(
         f"{run.path} was trained with another {key}: {as_override(old)}, not {as_override(new)}; "
         "a resumed run keeps it, train afresh into another folder to change it"
     )
 
 
 def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], data: Mapping[str, str]) -> None:
-    """Raises ValueError where a checkpoint does not fit the config; warns where the samples or the size of a batch have
-    changed. data: the `data_digests` of now.
+    """Raises ConfigError where a checkpoint does not fit the config; warns where the samples or the size of a batch
+    have changed. data: the `data_digests` of now.
     """
     if state["seed"] != config.seed:
-        raise ValueError(f"the checkpoint was made with seed {state['seed']}, the config says {config.seed}")
+        raise ConfigError(f"the checkpoint was made with seed {state['seed']}, the config says {config.seed}")
     if state["step"] > (steps := config.training.num_steps):
-        raise ValueError(
+        raise ConfigError(
             f"{run.path} is at step {state['step']}, past training.num_steps = {steps}: give a larger number, "
             "or train afresh into another folder"
         )
@@ -58,7 +58,7 @@ def check_state(run: RunFolder, config: TrainConfig, state: Mapping[str, Any], d
         old_text, new_text = run.config().transfusion.text, config.transfusion.text
         if new_text != old_text:
             raise other_setting(run, "transfusion.text", old_text, new_text)
-        raise ValueError(
+        raise ConfigError(
             f"{config.transfusion.text} has changed since {run.path} was trained on it: put the text "
             "back as it was, or train afresh into another folder"
         )

@@ -25,6 +25,9 @@ import tomli_w
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range; the message is one line that says what to do."""
 
+    alike = True
+    """All processes of a run find it, and the first one on each machine says it."""
+
 
 @dataclass(frozen=True)
 class Range:

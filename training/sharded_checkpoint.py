@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import fresh_aside, put_in_place, seal
-from training.parallel import Ranks
+from training.parallel import ALONE, Ranks
 from training.sharding import local
 from training.signed import sha256
 
@@ -64,8 +64,10 @@ def save_sharded(
     return finish
 
 
-def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a sharded checkpoint, by group and name.
+def read_sharded(
+    folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None, ranks: Ranks = ALONE
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a sharded checkpoint, by group and name; called by all processes of `ranks`.
 
     into: tensors to read into, by the same names, which may be sharded; those of other names are read in full. Raises
     ValueError where a shape differs.
@@ -74,7 +76,9 @@ def read_sharded(folder: Path, into: Mapping[str, Mapping[str, Tensor]] | None =
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader, given = HuggingFaceStorageReader(str(folder)), _flat(into or {})
-    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    metadata = ranks.from_first(reader.read_metadata)  # from all files: not in each process, and once more by `load`
+    reader.read_metadata = lambda: metadata  # type: ignore[method-assign]
+    found: dict[str, Any] = metadata.state_dict_metadata
     tensors: dict[str, Any] = {}
     for name, about in found.items():
         like = given.get(name)

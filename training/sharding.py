@@ -17,12 +17,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmdit.text import Tokenizer
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -38,6 +41,9 @@ MATRIX_PRODUCTS = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+
+
+OURS = ("samplers", "mmdit", "training")
 
 
 class Learner(nn.Module):
@@ -260,6 +266,22 @@ def weights_digest(model: nn.Module) -> str:
         if not p.is_meta:  # what will be loaded has no values yet
             found.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def tokenizer_digest(model: Any) -> str:
+    """A digest of the tokenizer, which each process trains by itself; "" where captions are read by frozen encoders."""
+    tokenizer = getattr(model.conditioner, "tokenizer", None)
+    return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if isinstance(tokenizer, Tokenizer) else ""
+
+
+def versions() -> dict[str, str]:
+    """The versions of what processes have to compute alike with, by which they check that they do."""
+    found = {f"version of {name}": version(name) for name in ("torch", "numpy", "tokenizers")}
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+        if path.parent.name in OURS:
+            code.update(path.read_bytes())
+    return found | {"code of mmdit": code.hexdigest()}
 
 
 # --- recomputation (activation checkpointing) ---------------------------------------------------------------------

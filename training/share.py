@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from training.settings import ConfigError
+
 T = TypeVar("T")
 
 
@@ -33,11 +35,11 @@ class Share:
         return rows[self.rank * size : (self.rank + 1) * size]
 
     def check(self, name: str, num: int) -> None:
-        """Raises ValueError where a batch of `num` cannot be cut into equal pieces; `name` says what `num` is."""
+        """Raises ConfigError where a batch of `num` cannot be cut into equal pieces; `name` says what `num` is."""
         pieces = self.parts * self.world
         if num % pieces:
             near = " or ".join(str(n) for n in (num - num % pieces, num + -num % pieces) if n)
-            raise ValueError(
+            raise ConfigError(
                 f"{name} is {num}, expected a multiple of training.grad_accumulation = {self.parts} times "
                 f"{self.world} processes: {near}"
             )

@@ -13,6 +13,7 @@ import copy
 import math
 import shlex
 from contextlib import ExitStack, closing
+from operator import attrgetter
 from textwrap import shorten
 from typing import Any
 
@@ -32,7 +33,7 @@ from training.checkpoint import (
     optimizer_tensors,
     read_checkpoint,
 )
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.corpus import Corpus, Pieces
 from training.data import Data
 from training.devices import compiled, pick_device, pick_precision, repeatable
@@ -52,7 +53,7 @@ from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, data_digests
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.settings import as_override, differences
+from training.settings import as_override, differences, keys
 from training.setup import build_model, grid_prompts, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
@@ -61,7 +62,9 @@ from training.sharding import (
     parallelize,
     replicated,
     strategy_text,
+    tokenizer_digest,
     unsharded,
+    versions,
     weights_digest,
     whole,
 )
@@ -75,6 +78,8 @@ GRID = 16  # pictures in the grids during training
 
 class Diverged(ValueError):
     """The gradient was not finite in too many steps in a row."""
+
+    alike = True  # in all processes
 
 
 class Trainer:
@@ -100,7 +105,7 @@ class Trainer:
         torch.default_generator.manual_seed(config.seed)  # fresh weights are drawn on the CPU
         own = run.path / "pipeline" / "autoencoder"  # a resumed run has kept a copy
         self.autoencoder = open_autoencoder(own if own.exists() else config.autoencoder).to(self.device)
-        source = open_data(config, run, self.autoencoder.factor)
+        source = ranks.after_first(lambda: open_data(config, run, self.autoencoder.factor))
         corpus = open_corpus(config, run)
         self.data = data_digests(source, corpus)
         self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
@@ -114,11 +119,11 @@ class Trainer:
             self._write_pipeline()
 
     def _check(self) -> None:
-        """Raises ValueError where batch, processes and device do not fit, or a kernel or library is missing; warns of
+        """Raises ConfigError where batch, processes and device do not fit, or a kernel or library is missing; warns of
         settings that take no effect, and of a warm-up that does not end.
         """
         if why := why_not(self.config.training.attention, self.device):
-            raise ValueError(why)
+            raise ConfigError(why)
         check_parallel(self.config, self.ranks, self.device)
         documents = self.config.text_documents
         self.share.check("training.batch_size" + (", less documents of text," if documents else ""), self._pictures)
@@ -131,7 +136,10 @@ class Trainer:
     def _build(self, image_size: tuple[int, int]) -> None:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
-        ranks.agree(config=repr(config), data=self.data, weights=weights_digest(self.model))
+        settings = {key: repr(attrgetter(key)(config)) for key in keys(type(config))}
+        parts = {"weights": weights_digest(self.model), "tokenizer": tokenizer_digest(self.model)}
+        parts["weights of the autoencoder"] = weights_digest(self.autoencoder)
+        ranks.agree(**versions(), **settings, data=self.data, **parts)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
         made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
@@ -481,7 +489,7 @@ class Trainer:
 
     def _load(self) -> None:
         folder = self.ranks.from_first(lambda: newest_whole(self.run.path, self.run.log))
-        state, weights = read_checkpoint(folder, self._tensors())
+        state, weights = read_checkpoint(folder, self._tensors(), self.ranks)
         check_state(self.run, self.config, state, self.data)
         assign(self.model, weights["model"], str(self.run.path))
         self.average.load(weights, str(self.run.path))

@@ -12,6 +12,8 @@ import training
 from mmdit_cli import errors
 from mmdit_cli.main import app
 from tests.mmdit_cli.command import assert_one_line_error, run
+from training.errors import DataError
+from training.settings import ConfigError
 
 
 def test_of_several_processes_those_after_the_first_say_who_they_are(monkeypatch, capsys):
@@ -19,6 +21,22 @@ def test_of_several_processes_those_after_the_first_say_who_they_are(monkeypatch
         monkeypatch.setenv("RANK", rank)
         errors.complain("x")
         assert capsys.readouterr().err == who + "\n"
+
+
+@pytest.mark.parametrize(("setting", "said"), [("training.batch_size=7", 0), ("data.source=nowhere", 1)])
+def test_what_all_processes_of_a_machine_find_its_first_one_says(setting, said, monkeypatch):
+    """The third of three, of which the first is on another machine, and the second here."""
+    refused = {"training.batch_size=7": ConfigError("no"), "data.source=nowhere": DataError("no")}[setting]
+
+    def train(*args):
+        raise refused
+
+    monkeypatch.setattr(training, "train", train, raising=False)
+    for rank, times in (("1", 1), ("2", said)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", str(int(rank) - 1))
+        result = CliRunner().invoke(app, ["train", "demo", setting])
+        assert result.exit_code == 2 and result.stderr == f"mmdit (process {rank}): error: no\n" * times
 
 
 @pytest.mark.parametrize(

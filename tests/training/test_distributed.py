@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ FSDP, DDP = "parallel.strategy=fsdp", "parallel.strategy=ddp"
 
 
 TOLD = """
-import threading, time, torch
+import os, threading, time, torch
+from pathlib import Path
 from training.config import load_config
 from training.parallel import ToldByFirst, ranks_of
 
@@ -46,7 +48,12 @@ with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
     for call in calls:
         call.join()
     print(sorted(heard))
-    for wrong in (lambda: ranks.from_first(fail), lambda: ranks.agree(seed=3, data=ranks.rank)):
+    here = Path(f"kept-{os.environ['MASTER_PORT']}")
+    def look():
+        return here.exists(), here.touch()
+    print("Kept", ranks.after_first(look)[0] != ranks.first)
+    disagree = lambda: ranks.agree(seed=3, data=ranks.rank)
+    for wrong in (lambda: ranks.from_first(fail), lambda: ranks.after_first(fail), disagree):
         try:
             wrong()
         except (KeyboardInterrupt, ToldByFirst, ValueError) as error:
@@ -67,11 +74,17 @@ def settings(out: Path, *overrides: str) -> list[str]:
 
 def test_what_processes_tell_each_other():
     """Each its own, all alike, or the first alone; beside each other where two threads do so; and what is wrong."""
-    said = [[line for line in text.splitlines() if line[:1] in "[TKV"] for text in together(2, "-c", TOLD)]
-    told = ["[True, False, [1.0, 0.5], [2.0, 1.0]]", "True [0, 1] made by 0", "[[False, False], [True, True]]"]
-    disagree = "ValueError('process 1 has other data than process 0: start all alike')"
+    said = [[line for line in text.splitlines() if line[:1] in "[TKC"] for text in together(2, "-c", TOLD)]
+    told = [
+        "Kept True",
+        "[True, False, [1.0, 0.5], [2.0, 1.0]]",
+        "True [0, 1] made by 0",
+        "[[False, False], [True, True]]",
+    ]
+    host = socket.gethostname()
+    disagree = f"ConfigError('process 1 on {host} has other data than process 0 on {host}: start all alike')"
     for lines, error in zip(said, ("KeyboardInterrupt('no room')", "ToldByFirst(2)"), strict=True):
-        assert sorted(lines) == sorted([*told, error, disagree])
+        assert sorted(lines) == sorted([*told, error, error, disagree])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -114,6 +114,17 @@ def test_a_folder_of_another_machine_by_the_same_name_is_refused(run, monkeypatc
     assert listing(run.path) == before
 
 
+def test_of_many_machines_three_are_named_each_once(run, monkeypatch):
+    last = Ranks(15, 16)
+    answers = [(node == 0, f"node{node + 1}") for node in range(8) for _ in range(2)]
+    monkeypatch.setattr(last, "from_first", lambda make: "process 77 on node3\n1-2-3")
+    monkeypatch.setattr(last, "gather", lambda value: answers)
+    monkeypatch.setattr(lock, "PATIENCE", 0)
+    who = "process 2 on node2 and process 4 on node3 and process 6 on node4 and those of 4 more machines cannot see"
+    with pytest.raises(NotShared, match=f"^{who} .*run as process 0 on node1 does: "), only_run_in(run.path, last):
+        pass
+
+
 @pytest.mark.parametrize("there", [None, "process 77 on node3\n4-5-6"])
 def test_what_the_first_said_may_be_seen_late(run, monkeypatch, there):
     """As over a network: no lock yet, or that of an earlier run."""

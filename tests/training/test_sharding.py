@@ -1,27 +1,19 @@
-"""What is computed again, and settings of several processes that cannot work; the processes: test_distributed.py."""
-
-import signal
-from datetime import timedelta
-from functools import partial
-from threading import Timer
+"""What is computed again, and what a sharded model holds; the processes: test_parallel.py, test_distributed.py."""
 
 import pytest
 import torch
-from torch import nn
-from torch._logging import warning_once
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import training
-from mmdit import linear
-from tests.training.processes import free_port
 from tests.training.runs import TRANSFUSION, config_for, metrics
 from training.checkpoint import list_checkpoints, read_checkpoint
 from training.config import ConfigError, load_config
-from training.devices import pick_device
-from training.interrupts import Interrupts
-from training.parallel import ALONE, ENDED, ProcessLost, Ranks, lost, ranks_of, stay
+from training.parallel import (
+    ALONE,
+    Ranks,
+)
 from training.precision import autocast
 from training.run import RunFolder
 from training.seeds import generator_for
@@ -32,7 +24,6 @@ from training.sharding import (
     kept_ops,
     local,
     mesh_of,
-    recompute,
     replicated,
     strategy,
     unsharded,
@@ -167,6 +158,19 @@ def test_a_checkpoint_in_parts_is_read_without_a_group_and_a_word(tmp_path, recw
     assert [w for w in recwarn if w.category is not ResourceWarning] == []  # which is of what other tests left
 
 
+def test_the_first_process_alone_looks_into_all_parts_and_once(tmp_path, monkeypatch):
+    """As many processes as parts would open each of them, or twice as often where torch's `load` looks again."""
+    reader, weights = HuggingFaceStorageReader, {"model": {"w": torch.randn(4, 2)}}
+    folder = save_sharded(tmp_path, {"step": 1, "seed": 0}, weights, 1, ALONE)()
+    looks, look = [], reader.read_metadata
+    monkeypatch.setattr(reader, "read_metadata", lambda self: looks.append(look(self)) or looks[-1])
+    read_sharded(folder)
+    second = Ranks(1, 2)
+    monkeypatch.setattr(second, "from_first", lambda make: looks[0])
+    assert torch.equal(read_sharded(folder, ranks=second)["model"]["w"], weights["model"]["w"])
+    assert len(looks) == 1
+
+
 def opened(tmp_path, *changes) -> Trainer:
     """The trainer of a run in parts and bf16, with gradients everywhere."""
     how = ("training.precision=bf16", "training.batch_size=4", "training.grad_accumulation=2")
@@ -250,175 +254,3 @@ def test_copies_exchange_the_gradient_of_the_last_part_alone(group):
     plain = torch.nn.Linear(2, 2)
     with gradient_sync(plain, False):
         assert plain(torch.ones(1, 2)).shape == (1, 2)
-
-
-# --- settings, and processes that find each other ------------------------------------------------------------------
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """As torchrun starts the first of two processes; what would connect them is only looked at."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    seen = {}
-    dist = torch.distributed
-    own = dist.HashStore()
-    for attempt in ("0", ""):
-        own.set(f"attempt {attempt}/process 1 came", "")
-    monkeypatch.setattr(dist, "rendezvous", lambda _, timeout: iter([(own, 0, 2)]))
-
-    def connect(backend, store, timeout, **which):
-        store.set("here", "yes")
-        seen.update(to=backend, timeout=timeout, keys=own.check(["attempt 0/here"]), **which)
-
-    monkeypatch.setattr(dist, "init_process_group", connect)
-    monkeypatch.setattr(dist, "new_group", lambda **how: seen.setdefault("groups", []).append(how) or "group")
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.update(ended=True))
-    return seen
-
-
-def test_several_processes_are_found_connected_and_left(started):
-    with ranks_of(load_config("demo", ["parallel.timeout=7", "training.device=cpu"])) as ranks:
-        assert (ranks.rank, ranks.world, ranks.per_node, ranks.group) == (0, 2, 2, "group")
-        assert ranks.with_own_group().group == "group"
-    own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
-    connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
-    assert started == {**connected, "groups": [own, own], "ended": True}
-
-
-@pytest.mark.parametrize("served", [True, False])
-def test_nobody_who_answers_is_one_line(monkeypatch, served):
-    """torchrun serves before it starts a process: one whose torchrun has been killed does not wait for it for long."""
-    port = str(free_port())
-    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served)}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("training.parallel.CONNECT", timedelta(seconds=0.5))
-    who = "the torchrun that had started it" if served else "process 0"
-    timeout = 3600 if served else 1
-    config = load_config("demo", [f"parallel.timeout={timeout}", "training.device=cpu"])
-    with pytest.raises(ProcessLost, match=f"process 1 stops: {who} does not answer at 127.0.0.1:{port}"):  # noqa: SIM117
-        with ranks_of(config):
-            pass
-
-
-@pytest.mark.parametrize("served", [True, False])
-def test_one_that_never_comes_is_one_line(monkeypatch, served):
-    """On another machine it may have ended long ago, and its torchrun tells this one nothing."""
-    dist = torch.distributed
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = str(server.port if served else free_port())
-    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": str(served), "GROUP_WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("training.parallel.MEET", timedelta(seconds=1))
-    with pytest.raises(ProcessLost, match="process 0 stops: not all of the 2 have begun within 1 s"):  # noqa: SIM117
-        with ranks_of(load_config("demo", ["training.device=cpu"])):
-            pass
-
-
-def test_others_stay_until_the_first_has_ended(started, monkeypatch):
-    """A signal ends it before, as does a process 0 that is never heard of again."""
-    store, ended = torch.distributed.HashStore(), []
-    Timer(0.3, lambda: (ended.append(True), store.set(ENDED, ""))).start()
-    stay(store, timedelta(seconds=60))
-    assert ended
-    stay(torch.distributed.HashStore(), timedelta(seconds=0))
-    monkeypatch.setattr("training.parallel.time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
-    with Interrupts():
-        stay(torch.distributed.HashStore(), timedelta(seconds=60))
-
-
-def test_the_first_ends_at_once_and_the_others_stay(started, monkeypatch):
-    stayed, config = [], load_config("demo", ["training.device=cpu", "parallel.timeout=7"])
-    monkeypatch.setattr("training.parallel.stay", lambda store, timeout: stayed.append(timeout.seconds))
-    for rank, seconds in (("0", []), ("1", [7])):
-        monkeypatch.setenv("RANK", rank)
-        with ranks_of(config):
-            pass
-        assert stayed == seconds
-
-
-def test_the_first_ends_though_nobody_can_be_told_any_more(started, monkeypatch):
-    def gone(self, key, value):
-        if key == ENDED:
-            raise RuntimeError("Broken pipe")
-
-    monkeypatch.setattr(torch.distributed.PrefixStore, "set", gone)
-    monkeypatch.setattr(torch.distributed.PrefixStore, "wait", lambda self, keys, timeout: None)
-    with ranks_of(load_config("demo", ["training.device=cpu"])):
-        pass
-    assert started["ended"]
-
-
-def test_the_first_tells_the_others_that_it_has_ended(started, monkeypatch):
-    told = []
-    monkeypatch.setattr(torch.distributed.PrefixStore, "set", lambda self, key, value: told.append(key))
-    monkeypatch.setattr(torch.distributed.PrefixStore, "wait", lambda self, keys, timeout: None)
-    with pytest.raises(OSError, match="no room"), ranks_of(load_config("demo", ["training.device=cpu"])):
-        raise OSError("no room")
-    assert told[-1] == ENDED
-
-
-@pytest.mark.parametrize(("machines", "restarts", "warned"), [("2", "3", 1), ("2", "0", 0), ("1", "3", 0)])
-def test_a_store_for_all_attempts_is_warned_of_on_several_machines(
-    started, monkeypatch, capsys, machines, restarts, warned
-):
-    env = {"USE_AGENT_STORE": "True", "MAX_RESTARTS": restarts}
-    for name, value in {f"TORCHELASTIC_{name}": value for name, value in env.items()}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
-    if machines == "2":  # each of which counts its own attempts: what they meet by has no count
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with ranks_of(load_config("demo", ["training.device=cpu"])):
-        pass
-    assert capsys.readouterr().out.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned
-
-
-@pytest.mark.parametrize("setting", ["parallel.strategy=none", "training.device=mps"])
-def test_several_processes_for_a_run_of_one_are_refused(started, setting):
-    with (
-        pytest.raises(ConfigError, match="but 2 processes were started"),
-        ranks_of(load_config("demo", [setting])),
-    ):
-        pass
-    assert not started
-
-
-def test_without_torchrun_there_is_one_process():
-    with ranks_of(load_config("demo")) as ranks:
-        assert ranks is ALONE and ranks.first and pick_device("cpu").type == "cpu"
-
-
-def test_a_process_that_is_gone_is_one_line_and_other_errors_stay_as_they_are(started):
-    config = load_config("demo", ["training.device=cpu"])
-    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4321")
-    with pytest.raises(ProcessLost, match="process 0 stops: .*go on with: mmdit train --resume runs/demo"):  # noqa: SIM117
-        with ranks_of(config):
-            raise gone
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), ranks_of(config):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert lost(gone) and lost(torch.distributed.DistBackendError("NCCL")) and not lost(RuntimeError("socket"))
-
-
-def test_compiled_selective_recompute_is_silent(capfd):
-    """torch would warn of operations in place, for which nothing speaks here."""
-    warning_once.cache_clear()
-    model = nn.Module()
-    model.transformer = nn.Module()
-    model.transformer.blocks = nn.ModuleList([nn.Linear(4, 4)])
-    recompute(model, "selective", 1)
-    torch.compile(model.transformer.blocks[0], backend="aot_eager")(torch.randn(2, 4)).sum().backward()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_compiled_selective_recompute_keeps_onednns_products(monkeypatch):
-    """Two products and two derivatives by what went into them; computed again, the first would be a fifth."""
-    monkeypatch.setattr(linear, "MIN_PRODUCTS_GRAD", linear.MIN_PRODUCTS)
-    first, second = linear.Linear(64, 128), linear.Linear(128, 64)
-    x = torch.randn(2, 256, 64, requires_grad=True)
-    kept = partial(create_selective_checkpoint_contexts, list(kept_ops()))
-    run = torch.compile(lambda x: checkpoint(lambda x: second(first(x).sin()), x, use_reentrant=False, context_fn=kept))
-    with torch.profiler.profile() as seen:
-        run(x).square().sum().backward()
-    assert sum(event.name == "mkldnn::_linear_pointwise" for event in seen.events()) == 4
