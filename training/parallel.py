@@ -16,8 +16,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +49,8 @@ class ToldByFirst(SystemExit):
 class Ranks:
     """Process `rank` of `world`, of which `per_node` run on each machine.
 
-    group: their process group on the CPU (None for one process); timeout: how long a collective on it may take.
+    group: their process group on the CPU (None for one process); timeout: how long a collective on it may take; store:
+    torch's key-value store that they share; turns: numbers for its keys.
     """
 
     rank: int = 0
@@ -56,6 +58,8 @@ class Ranks:
     per_node: int = 1
     group: Any = None
     timeout: timedelta | None = None
+    store: Any = None
+    turns: Iterator[int] = field(default_factory=count)
 
     @property
     def first(self) -> bool:
@@ -116,11 +120,23 @@ class Ranks:
 
     def after_first(self, make: Callable[[], T]) -> T:
         """What `make` returns, called in process 0 first, so that the others find what it keeps; where that fails, they
-        exit as in `from_first`.
+        exit as in `from_first`. It may take longer than `timeout`, as reading the index of a server's shards does.
         """
-        made: list[T] = []
-        self.from_first(lambda: made.append(make()))
-        return made[0] if made else make()
+        if self.world == 1:
+            return make()
+        key = f"made {next(self.turns)} by process 0"
+        if not self.first:
+            while not self.store.check([key]):  # no collective: those have a timeout
+                time.sleep(0.2)
+            if self.store.get(key) != b"whole":
+                raise ToldByFirst(2)
+            return make()
+        outcome = "nothing"
+        try:
+            made, outcome = make(), "whole"
+        finally:
+            self.store.set(key, outcome)
+        return made
 
     def agree(self, **values: Any) -> None:
         """Raises ConfigError in all processes where a value of one differs from that of process 0."""
@@ -172,7 +188,7 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     try:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         group = dist.new_group(backend="gloo", timeout=timeout)  # without it the group has torch's own timeout
-        yield Ranks(rank, world, per_node, group, timeout)
+        yield Ranks(rank, world, per_node, group, timeout, store)
         if rank > 0:
             stay(store, timeout)
         else:

@@ -1,6 +1,8 @@
 """Processes that find each other, have the same, and end together; several of them: test_distributed.py."""
 
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -8,6 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._logging import warning_once
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -24,6 +27,7 @@ from training.parallel import (
     LEFT,
     ProcessLost,
     Ranks,
+    ToldByFirst,
     check_addresses,
     let_go,
     lost,
@@ -276,3 +280,25 @@ def test_other_code_or_libraries_on_a_machine_are_noticed(tmp_path, monkeypatch)
         found.append(versions())
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"code of mmdit"}
     assert found[0]["version of torch"] == version("torch")
+
+
+def test_the_others_wait_for_the_first_however_long_it_takes():
+    """Without a collective, which has a timeout: there is no group to call one on."""
+    store, order = dist.HashStore(), []
+    ranks = [Ranks(rank, 3, store=store) for rank in range(3)]
+
+    def make(rank: int) -> int:
+        time.sleep(0.5 * (rank == 0))
+        order.append(rank)
+        return rank
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            assert [*pool.map(lambda one: one.after_first(lambda: make(one.rank)), reversed(ranks))] == [2, 1, 0]
+    assert order[0] == order[3] == 0 and sorted(order) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ZeroDivisionError):
+        ranks[0].after_first(lambda: 1 // 0)
+    for other in ranks[1:]:
+        with pytest.raises(ToldByFirst):
+            other.after_first(lambda: order.append("made although the first has failed"))
+    assert len(order) == 6
