@@ -263,7 +263,11 @@ def _store(timeout: timedelta) -> dist.Store:
         came = [f"process {k} came" for k in range(world)]
         store.set(came[rank], own_address())
         store.wait(came, min(timeout, MEET))
-        check_addresses(store.multi_get(came))
+        try:
+            check_addresses(store.multi_get(came))
+        except ConfigError:  # all find it, those that read it here last too
+            let_go(store, world) if rank == 0 else store.add(LEFT, 1)
+            raise
     except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"

@@ -51,7 +51,7 @@ def started(monkeypatch):
         monkeypatch.setenv(name, value)
     seen = {}
     dist = torch.distributed
-    own = dist.HashStore()
+    own = seen["store"] = dist.HashStore()
     for attempt in ("0", ""):
         own.set(f"attempt {attempt}/process 1 came", own_address())
         own.add(f"attempt {attempt}/{LEFT}", 1)
@@ -73,6 +73,7 @@ def test_several_processes_are_found_connected_and_left(started):
         assert ranks.with_own_group().group == "group"
     own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
     connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
+    del started["store"]
     assert started == {**connected, "groups": [own, own], "ended": True}
 
 
@@ -131,6 +132,20 @@ def test_a_machine_that_others_cannot_reach_is_named(monkeypatch):
         check_addresses([b"node1 10.0.0.1", found["127.0.1.1"]])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     check_addresses([b"node1 10.0.0.1", own_address().encode()])
+
+
+@pytest.mark.parametrize(("rank", "goes"), [("0", [2]), ("1", [])])
+def test_all_read_which_machine_it_is_before_the_first_ends(started, monkeypatch, rank, goes):
+    """Its store may end with it; the fixture's process 1 is on this machine."""
+    gone = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("training.parallel.let_go", lambda store, world: gone.append(world))
+    monkeypatch.setattr("training.parallel.own_address", lambda: "node9 127.0.1.1")
+    started["store"].set("attempt 0/process 0 came", "node8 10.0.0.1")
+    with pytest.raises(ConfigError, match="node9 is 127.0.1.1"), ranks_of(load_config("demo", ["training.device=cpu"])):
+        pass
+    known = started["store"].add(f"attempt 0/{LEFT}", 0) - 1  # one was there
+    assert gone == goes and known == int(rank)
 
 
 def test_others_stay_until_the_first_has_ended(started, monkeypatch):
@@ -210,7 +225,7 @@ def test_several_processes_for_a_run_of_one_are_refused(started, setting):
         ranks_of(load_config("demo", [setting])),
     ):
         pass
-    assert not started
+    assert started.keys() == {"store"}
 
 
 def test_without_torchrun_there_is_one_process():
