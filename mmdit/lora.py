@@ -71,13 +71,15 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it would be after `merge_lora`; the model is not changed."""
+    """The state dict as it would be after `merge_lora`, to be written; the model is not changed. Merged weights are on
+    the CPU, for the model's device may have no room for them.
+    """
     pairs = lora_pairs(model)
     state = {
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
     }
     for name, (a, b) in pairs.items():
-        weight = state[f"{name}.weight"]
+        weight = state[f"{name}.weight"].cpu()
         state[f"{name}.weight"] = weight + (b @ a).to(weight)
     return state
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmdit import MMDiT, MMDiTConfig, TextToImage
+from mmdit.lora import add_lora, lora_pairs, plain_state
 from samplers import SOLVERS, Brownian, Field, RectifiedFlow, SDESolver, sample, time_grid
 from samplers.solvers import make_solver
 from tests.samplers.common import normal
@@ -126,3 +127,10 @@ def test_the_model_is_the_same_on_both_devices_and_in_bf16():
         with torch.autocast("cuda", torch.bfloat16):
             error = (model(*inputs).float().cpu() - expected).norm() / expected.norm()
         assert error < 0.02
+
+
+def test_adapters_are_merged_in_the_cpus_memory_to_be_written():
+    model = MMDiT(MMDiTConfig(depth=1, num_heads=2, head_dim=16, context_dim=32, pooled_dim=32)).cuda()
+    add_lora(model, 2)
+    state = plain_state(model)
+    assert {name for name, x in state.items() if not x.is_cuda} == {f"{name}.weight" for name in lora_pairs(model)}
