@@ -11,21 +11,17 @@ autocast does what it does in one process, and all strategies compute the same u
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mmdit.text import Tokenizer
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -41,9 +37,6 @@ MATRIX_PRODUCTS = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-
-
-OURS = ("samplers", "mmdit", "training")
 
 
 class Learner(nn.Module):
@@ -256,32 +249,6 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of the first values of each weight, by which processes check that they start from the same ones."""
-    found = hashlib.sha256()
-    for name, p in model.named_parameters():
-        found.update(f"{name} {tuple(p.shape)}".encode())
-        if not p.is_meta:  # what will be loaded has no values yet
-            found.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return found.hexdigest()
-
-
-def tokenizer_digest(model: Any) -> str:
-    """A digest of the tokenizer, which each process trains by itself; "" where captions are read by frozen encoders."""
-    tokenizer = getattr(model.conditioner, "tokenizer", None)
-    return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if isinstance(tokenizer, Tokenizer) else ""
-
-
-def versions() -> dict[str, str]:
-    """The versions of what processes have to compute alike with, by which they check that they do."""
-    found = {f"version of {name}": version(name) for name in ("torch", "numpy", "tokenizers")}
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
-        if path.parent.name in OURS:
-            code.update(path.read_bytes())
-    return found | {"code of mmdit": code.hexdigest()}
 
 
 # --- recomputation (activation checkpointing) ---------------------------------------------------------------------

@@ -13,7 +13,6 @@ import copy
 import math
 import shlex
 from contextlib import ExitStack, closing
-from operator import attrgetter
 from textwrap import shorten
 from typing import Any
 
@@ -24,6 +23,7 @@ from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
+from training.alike import check_alike
 from training.boards import open_boards
 from training.checkpoint import (
     assign,
@@ -53,7 +53,7 @@ from training.quality import ModelJudge, check_metrics
 from training.resuming import check_state, data_digests
 from training.run import RunFolder
 from training.seeds import generator_for
-from training.settings import as_override, differences, keys
+from training.settings import as_override, differences
 from training.setup import build_model, grid_prompts, open_corpus, open_data, open_feeds, open_pieces
 from training.sharding import (
     Learner,
@@ -62,10 +62,7 @@ from training.sharding import (
     parallelize,
     replicated,
     strategy_text,
-    tokenizer_digest,
     unsharded,
-    versions,
-    weights_digest,
     whole,
 )
 from training.share import Share
@@ -136,10 +133,7 @@ class Trainer:
     def _build(self, image_size: tuple[int, int]) -> None:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
-        settings = {key: repr(attrgetter(key)(config)) for key in keys(type(config))}
-        parts = {"weights": weights_digest(self.model), "tokenizer": tokenizer_digest(self.model)}
-        parts["weights of the autoencoder"] = weights_digest(self.autoencoder)
-        ranks.agree(**versions(), **settings, data=self.data, **parts)
+        check_alike(config, self.data, self.model, self.autoencoder, ranks)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
         made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
@@ -451,9 +445,9 @@ class Trainer:
         if self.scaler.enabled:
             state["loss_scale"] = [self.scaler.scale, self.scaler.good]
         self.writer.wait()  # so that memory holds the copies of one checkpoint, not of two
-        folder, whole = self.run.path / "pipeline", self._gathered() if self.sharded else None
+        folder, gathered = self.run.path / "pipeline", self._gathered() if self.sharded else None
         self.writer.write(
-            state, self._tensors(), lambda written: self._pipe_of(whole or averaged(written)).save_weights(folder)
+            state, self._tensors(), lambda written: self._pipe_of(gathered or averaged(written)).save_weights(folder)
         )
         self._saved = self.step
 

@@ -5,7 +5,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from threading import Timer
 
 import pytest
@@ -17,7 +16,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mmdit import linear
 from tests.training.processes import free_port
-from tests.training.runs import config_for, make_pictures
 from training.config import ConfigError, load_config
 from training.devices import pick_device
 from training.interrupts import Interrupts
@@ -35,13 +33,7 @@ from training.parallel import (
     ranks_of,
     stay,
 )
-from training.run import RunFolder
-from training.sharding import (
-    kept_ops,
-    recompute,
-    versions,
-)
-from training.trainer import Trainer
+from training.sharding import kept_ops, recompute
 
 
 @pytest.fixture
@@ -265,36 +257,6 @@ def test_compiled_selective_recompute_keeps_onednns_products(monkeypatch):
     with torch.profiler.profile() as seen:
         run(x).square().sum().backward()
     assert sum(event.name == "mkldnn::_linear_pointwise" for event in seen.events()) == 4
-
-
-def test_what_processes_have_alike_and_do_after_the_first(tmp_path, monkeypatch):
-    """The index of the data is the first one's to make; tokenizers depend on captions, by which data are not known."""
-    ranks, alike, order = Ranks(), [], []
-    monkeypatch.setattr(ranks, "agree", lambda **values: alike.append(values))
-    monkeypatch.setattr(ranks, "after_first", lambda make: order.append(type(found := make()).__name__) or found)
-    for name, words in (("one", "red"), ("two", "blue")):
-        folder = tmp_path / name
-        make_pictures(folder, 12)
-        for path in folder.glob("*.txt"):
-            path.write_text(f"{words} picture of {words}")
-        data = (f"data.source={folder}", "data.num_samples=none", "data.image_size=32", "training.out=run")
-        config = config_for(tmp_path, *data)
-        Trainer(config, RunFolder.create(tmp_path / f"{name}-run", config), ranks=ranks)
-    assert order == ["FileSource"] * 2
-    first, second = alike
-    assert {name for name in first if first[name] != second[name]} == {"data.source", "tokenizer"}
-    assert {"optimizer.lr", "weights", "weights of the autoencoder", "version of torch", "code of mmdit"} < first.keys()
-
-
-def test_other_code_or_libraries_on_a_machine_are_noticed(tmp_path, monkeypatch):
-    (tmp_path / "training").mkdir()
-    monkeypatch.setattr("training.sharding.__file__", str(tmp_path / "training" / "sharding.py"))
-    found = []
-    for text in ("x = 1", "x = 2"):
-        (tmp_path / "training" / "sharding.py").write_text(text)
-        found.append(versions())
-    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"code of mmdit"}
-    assert found[0]["version of torch"] == version("torch")
 
 
 def test_the_others_wait_for_the_first_however_long_it_takes():
