@@ -157,13 +157,13 @@ def shapes_of(build: Callable[[], M], num_blocks: int, state: Mapping[str, Tenso
 
 
 def load_built(build: Callable[[], M], num_blocks: int, path: Path) -> M:
-    """The module that `build` makes, with the weights of a safetensors file; no fresh ones are drawn. Raises ValueError
-    as `shapes_of` and `check_fit` do, before it takes memory.
+    """The module that `build` makes, with the weights of a safetensors file. Raises ValueError as `shapes_of` and
+    `check_fit` do, before it is made.
     """
     state = read_weights(path)
-    module = shapes_of(build, num_blocks, state, str(path))
-    check_fit(module.state_dict(), state, str(path))
-    module.to_empty(device="cpu").load_state_dict(dict(state))
+    check_fit(shapes_of(build, num_blocks, state, str(path)).state_dict(), state, str(path))
+    module = build()
+    module.load_state_dict(dict(state))
     return module
 
 

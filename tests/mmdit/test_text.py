@@ -348,15 +348,6 @@ def _encoder():
     return LearnedText(SMALL, Tokenizer.train(CAPTIONS, 300, 12))
 
 
-def test_an_encoder_is_read_without_drawing_fresh_weights(text, tokenizer, tmp_path):
-    text.save_config(tmp_path)
-    text.save_weights(tmp_path)
-    before = torch.get_rng_state()
-    again, tokens = LearnedText.load(tmp_path), tokenizer(["a red circle", ""])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(again(tokens).context, text(tokens).context)
-
-
 @pytest.mark.parametrize("assign", [False, True])
 def test_made_without_memory_it_knows_the_empty_caption(text, tokenizer, assign):
     with torch.device("meta"):
