@@ -162,7 +162,7 @@ def load_built(build: Callable[[], M], num_blocks: int, path: Path) -> M:
     """
     state = read_weights(path)
     check_fit(shapes_of(build, num_blocks, state, str(path)).state_dict(), state, str(path))
-    module = build()
+    module = build()  # what it draws moves the seeded draws of a run that begins after it: they stay as they were
     module.load_state_dict(dict(state))
     return module
 
