@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from training.cache_files import CacheError, anew
 from training.remote import is_url
-from training.table import first_string
+from training.table import Lazy, first_string
 
 Bytes = TypeVar("Bytes", bytes, mmap.mmap)
 COLUMNS = np.dtype(
@@ -53,24 +52,7 @@ def content_of(pixels: np.ndarray, captions: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-class Samples(Sequence[CachedSample]):
-    """Samples in their order, read as they are asked for."""
-
-    @overload
-    def __getitem__(self, i: int) -> CachedSample: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[CachedSample]: ...
-    def __getitem__(self, i: int | slice) -> CachedSample | list[CachedSample]:
-        """Raises CacheError where the table has changed since it was opened, or is gone."""
-        if isinstance(i, slice):
-            return [self._at(k) for k in range(*i.indices(len(self)))]
-        return self._at(range(len(self))[i])
-
-    @abstractmethod
-    def _at(self, i: int) -> CachedSample: ...
-
-
-class ShardSamples(Samples):
+class ShardSamples(Lazy[CachedSample]):
     """The samples of a shard, from the bytes of its .json, in which sample i begins at starts[i]. columns: an array of
     `COLUMNS`.
     """
@@ -93,7 +75,8 @@ class ShardSamples(Samples):
     def __len__(self) -> int:
         return len(self.columns)
 
-    def _at(self, i: int) -> CachedSample:
+    def at(self, i: int) -> CachedSample:
+        """Raises CacheError where the table has changed since it was opened, or is gone."""
         first, last = self.starts[i : i + 2].tolist()
         return self._parsed(self._mapped()[first : last - 2])[0]  # two more bytes are between it and the next
 
@@ -103,7 +86,7 @@ class ShardSamples(Samples):
     def keys(self) -> Iterator[str]:
         """Their keys, for which the rest is not parsed."""
         data = self._read()
-        return (first_string(data, start) or self._at(i).key for i, start in enumerate(self.starts[:-1].tolist()))
+        return (first_string(data, start) or self.at(i).key for i, start in enumerate(self.starts[:-1].tolist()))
 
     def close(self) -> None:
         """Unmap the table, until a sample is asked for again."""
@@ -141,20 +124,20 @@ class ShardSamples(Samples):
         return CacheError(f"{self.file} has changed since it was opened; {anew(self.file)}")
 
 
-class AllSamples(Samples):
+class AllSamples(Lazy[CachedSample]):
     """The samples of all shards, each of which has `size` (the last one may have fewer)."""
 
     def __init__(self, parts: Sequence[ShardSamples], size: int) -> None:
-        self.parts, self._size = parts, size
+        self.parts, self._size, self._count = parts, size, sum(map(len, parts))
 
     def columns(self) -> np.ndarray:
         """A copy of all their columns."""
         return np.concatenate([np.empty(0, COLUMNS), *(part.columns for part in self.parts)])
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._count
 
-    def _at(self, i: int) -> CachedSample:
+    def at(self, i: int) -> CachedSample:
         return self.parts[i // self._size][i % self._size]
 
     def __iter__(self) -> Iterator[CachedSample]:

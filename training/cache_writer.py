@@ -42,6 +42,7 @@ from training.cache import (
 )
 from training.cache_files import CacheError, is_cache
 from training.cache_samples import CachedSample, content_of
+from training.cached import CachedKeys
 from training.config import DataConfig, TrainConfig, TrainingConfig
 from training.data import Source, is_shapes
 from training.devices import pick_device
@@ -368,9 +369,8 @@ def changed(cache: Cache, config: TrainConfig, progress: Callable[[int], object]
     source = open_run_source(config, cache.about.step)
     if not isinstance(source, Source):
         raise CacheError(f"{config.data.source} is a stream, whose samples have no numbers: name hf:NAME, or files")
-    keys = cache.samples.keys
-    if len(source) != len(cache.samples) or not all(map(str.__eq__, source.keys, keys())):
-        now, before = list(source.keys), list(keys())
+    if source.keys != (keys := CachedKeys(cache.samples, np.arange(len(cache.samples)))):
+        now, before = list(source.keys), list(keys)
         came, gone = dict.fromkeys(now).keys() - before, dict.fromkeys(before).keys() - now
         named = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in (("new", came), ("gone", gone)) if keys]
         what = "; ".join(named) or "in another order"

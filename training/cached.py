@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import compress, count, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from training.objectives import Batch
 from training.order import Layout, Plan
 from training.remote import PATIENT, Patience, read_each
 from training.share import WHOLE, Share
+from training.table import Lazy
 
 AHEAD = 2  # batches that are read ahead
 READS = 64  # samples that are read from a server at the same time
@@ -164,8 +165,8 @@ class CachedSource(Source):
         return KnownText(about, shape, empty, open_it)
 
 
-class CachedKeys(Sequence[str]):
-    """The keys of the samples with some numbers, which ascend, read as they are asked for."""
+class CachedKeys(Lazy[str]):
+    """The keys of the samples with some numbers, which ascend."""
 
     def __init__(self, samples: AllSamples, numbers: np.ndarray) -> None:
         self.samples, self.numbers = samples, numbers
@@ -173,13 +174,7 @@ class CachedKeys(Sequence[str]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self.samples[int(k)].key for k in self.numbers[i]]
+    def at(self, i: int) -> str:
         return self.samples[int(self.numbers[i])].key
 
     def __iter__(self) -> Iterator[str]:

@@ -15,17 +15,21 @@ import shutil
 import tempfile
 import weakref
 import zipfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import eq
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 
 from mmdit.weights_io import write_aside
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +225,27 @@ def forget_old(folder: Path) -> None:
             path.unlink()
 
 
-class Keys(Sequence[str]):
-    """The keys of several tables, one after the other, read from disk as they are asked for."""
+class Lazy(Sequence[T]):
+    """A sequence whose items are read as they are asked for. It equals any sequence of the same items."""
+
+    @abstractmethod
+    def at(self, i: int) -> T:
+        """Item i, from 0."""
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[T]: ...
+    def __getitem__(self, i: int | slice) -> T | list[T]:
+        places = range(len(self))[i]
+        return [self.at(k) for k in places] if isinstance(places, range) else self.at(places)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(other) == len(self) and all(map(eq, self, other))
+
+
+class Keys(Lazy[str]):
+    """The keys of several tables, one after the other."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = tables
@@ -231,22 +254,12 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def at(self, i: int) -> str:
         table = int(np.searchsorted(self.ends, i, side="right"))
         return self.tables[table].key(i - int(self.ends[table]))
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(table.keys() for table in self.tables)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(other) == len(self) and all(map(str.__eq__, self, other))
 
 
 def first_string(data: bytes | mmap.mmap, start: int) -> str | None:
