@@ -47,7 +47,6 @@ def versions() -> dict[str, str]:
     """The versions of what processes have to compute alike with, by which they check that they do."""
     found = {f"version of {name}": version(name) for name in ("torch", "numpy", "tokenizers")}
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
-        if path.parent.name in OURS:
-            code.update(path.read_bytes())
+    for path in (path for name in OURS for path in sorted((Path(__file__).parents[1] / name).glob("*.py"))):
+        code.update(path.read_bytes())
     return found | {"code of mmdit": code.hexdigest()}
