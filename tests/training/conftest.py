@@ -93,3 +93,13 @@ def written(parts, tmp_path_factory):
         patch.setattr(cache_writer, "BATCH", 8)
         made(out, f"text.encoder={parts / 't5'}", options=CacheOptions(shard_mb=0.15))
     return out
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """One process with a group of its own, which shares as the config says: it holds all the parts."""
+    monkeypatch.setattr("training.sharding.strategy", lambda config, ranks: config.strategy)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -140,16 +140,6 @@ def test_what_is_not_trained_has_no_second_copy_in_memory_or_on_disk(base, tmp_p
     assert sizes["ema"] < 0.2 * sizes["model"]
 
 
-@pytest.fixture
-def group(tmp_path, monkeypatch):
-    """One process that holds all the parts of a sharded run."""
-    monkeypatch.setattr("training.sharding.strategy", lambda config, ranks: config.strategy)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_a_model_in_parts_has_an_average_that_was_never_whole(tmp_path, group, monkeypatch):
     """With one process the parts are the whole: 4 for weights, 4 for their average, and a block while it is cut."""
     monkeypatch.setattr(Trainer, "_write_pipeline", lambda self: None)  # process 0 gathers the average for that

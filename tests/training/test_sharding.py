@@ -105,16 +105,6 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 # --- a process alone, which holds all the parts: what FSDP and DDP do is then seen without another one --------------
 
 
-@pytest.fixture
-def group(tmp_path, monkeypatch):
-    """One process with a group of its own, of which the config is asked how it shares."""
-    monkeypatch.setattr("training.sharding.strategy", lambda config, ranks: config.strategy)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_in_parts_a_run_is_what_it_is_in_one_piece(tmp_path, group):
     """Also when it goes on from a checkpoint in parts."""
     how = ["training.grad_accumulation=2", "training.batch_size=8", "training.checkpoint_every=1"]
