@@ -20,6 +20,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,15 +202,26 @@ def row(entry: Entry, given: tuple[Tensor, ...], least: float) -> tuple[str, str
 
 
 def attention() -> list[str]:
-    """Joint attention, forward and backward, by each kernel, without and with the mask of padded text."""
-    lines = ["| kernel | without mask, ms | with the mask of padded text, ms |", "|---|---|---|"]
+    """Joint attention, forward and backward, by each kernel: without and with the mask of padded text, and with a new
+    number of tokens at each call, as rows of any length have.
+    """
+    lines = [
+        "| kernel | without mask, ms | with the mask of padded text, ms | and a new length at each call, ms |",
+        "|---|---|---|---|",
+    ]
     q, k, v = (torch.randn(8, 24, 1024 + TEXT, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
     mask = (torch.arange(1024 + TEXT, device=DEVICE) < 1024 + 60).expand(8, 1, 1, -1)
+    shorter = count(1)
     for part in (q, k, v):
         part.requires_grad_()
 
     def run(given: Tensor | None) -> None:
         F.scaled_dot_product_attention(q, k, v, attn_mask=given).sum().backward()
+
+    def run_shorter() -> None:
+        n = 1024 + TEXT - next(shorter)
+        parts = (x[:, :, :n].contiguous() for x in (q, k, v))
+        F.scaled_dot_product_attention(*parts, attn_mask=mask[..., :n]).sum().backward()
 
     kinds = {
         "torch's choice": list(SDPBackend.__members__.values())[1:],
@@ -220,10 +232,10 @@ def attention() -> list[str]:
     }
     for name, backends in kinds.items():
         cells = []
-        for given in (None, mask):
+        for call in (lambda: run(None), lambda: run(mask), run_shorter):
             try:
                 with sdpa_kernel(backends):
-                    cells.append(f"{seconds({name: lambda: run(given)})[name] * 1e3:.2f}")  # noqa: B023
+                    cells.append(f"{seconds({name: call})[name] * 1e3:.2f}")
             except RuntimeError:
                 cells.append("cannot")
         lines.append(f"| {name} | {' | '.join(cells)} |")

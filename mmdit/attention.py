@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Protocol
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHORT = 256  # up to so many tokens, training on a CPU computes the formula: torch's fused backward is far slower there
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Packed:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d)."""
-        return self.pack(attention(self.unpack(q), self.unpack(k), self.unpack(v), self.mask))
+        with any_shape(q.device):
+            return self.pack(attention(self.unpack(q), self.unpack(k), self.unpack(v), self.mask))
 
     def unpack(self, x: Tensor) -> Tensor:
         """Packed tokens (1, H, S, d) to a padded batch of documents (n, H, L, d)."""
@@ -79,7 +82,8 @@ class Pairs:
         n = len(self.images)
         sizes = [[*pairs.images, *pairs.texts] for pairs in (queries, self, self)]
         parts = [x.split(size, dim=2) for x, size in zip((q, k, v), sizes, strict=True)]
-        samples = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
+        with any_shape(q.device):
+            samples = [attention(*(torch.cat([x[i], x[n + i]], dim=2) for x in parts)) for i in range(n)]
         lengths = zip(queries.images, queries.texts, strict=True)
         pairs = [x.split(length, dim=1) for x, length in zip(samples, lengths, strict=True)]
         return torch.cat([image for image, _ in pairs] + [text for _, text in pairs], dim=1)
@@ -92,14 +96,10 @@ class Pairs:
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, queries: Pairs) -> Tensor:
         """All samples in one call of torch's variable-length kernel."""
-        from torch.nn.attention.varlen import varlen_attn
-
         q_order, q_places, q_ends, q_longest = _by_sample(queries, q.device)
         _, places, ends, longest = _by_sample(self, q.device)
         q, k, v = (_scatter_rows(x[0].transpose(0, 1), to) for x, to in ((q, q_places), (k, places), (v, places)))
-        out = varlen_attn(q, k, v, q_ends, ends, q_longest, longest)
-        assert isinstance(out, Tensor)
-        return _scatter_rows(out, q_order).flatten(1)[None]
+        return _scatter_rows(_of_any_length(q, k, v, q_ends, ends, q_longest, longest), q_order).flatten(1)[None]
 
 
 def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
@@ -166,6 +166,14 @@ class Mask(Protocol):
     """A mask that computes the attention itself: `Packed`, `Pairs`, `Blocks`, and those of a cache (cache.py)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+def any_shape(device: torch.device) -> AbstractContextManager[None]:
+    """Around attention whose shapes differ from call to call: on CUDA without cuDNN's kernel, which is torch's first
+    choice on Hopper and Blackwell. For each new shape it builds a plan, which takes tens of milliseconds, and keeps it
+    in GPU memory for good.
+    """
+    return sdpa_kernel(WITHOUT_PLANS) if device.type == "cuda" else nullcontext()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
@@ -276,8 +284,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     real = _real_keys(mask, "varlen", batch, k.shape[-2])
     if q.dtype not in HALF_DTYPES:
         return _sdpa(q, k, v, mask)
-    from torch.nn.attention.varlen import varlen_attn
-
     packed = [x.transpose(1, 2) for x in (q, k, v)]
     if real is None:
         counts = torch.full((batch,), k.shape[-2], device=q.device)
@@ -287,9 +293,24 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         keys, values = (x.flatten(0, 1).index_select(0, rows) for x in packed[1:])
     ends = F.pad(counts.cumsum(0), (1, 0)).int()
     starts = torch.arange(0, (batch + 1) * queries, queries, device=q.device, dtype=torch.int32)
-    out = varlen_attn(packed[0].flatten(0, 1), keys, values, starts, ends, queries, k.shape[-2])
-    assert isinstance(out, Tensor)
+    out = _of_any_length(packed[0].flatten(0, 1), keys, values, starts, ends, queries, k.shape[-2])
     return out.unflatten(0, (batch, queries)).transpose(1, 2)
+
+
+def _of_any_length(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, most_queries: int, most_keys: int
+) -> Tensor:
+    """FlashAttention of sequences that stand one after the other: q (S, H, d), k and v (T, H, d) to (S, H, d); ends
+    (B + 1,) int32: cumulative lengths; most: the longest.
+
+    The window hides no key. It keeps torch from cuDNN, which it calls since 2.14 where it can: see `any_shape`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = max(most_queries, most_keys)
+    out = varlen_attn(q, k, v, q_ends, k_ends, most_queries, most_keys, window_size=(window, window))
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

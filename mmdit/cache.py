@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit.attention import Packed, attention
+from mmdit.attention import Packed, any_shape, attention
 from mmdit.sequences import Layout
 
 NO_ROW = -1  # in place of a row: the document has no cached context and is not kept
@@ -41,7 +41,8 @@ class CachedAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) of the new tokens to (1, S, H*d)."""
         k, v = (self._append(kept, self.packed.unpack(x)) for kept, x in ((self.keys, k), (self.values, v)))
-        return self.packed.pack(attention(self.packed.unpack(q), k, v, self.mask))
+        with any_shape(q.device):
+            return self.packed.pack(attention(self.packed.unpack(q), k, v, self.mask))
 
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:
         """The keys or values of this reading's rows, the new ones at the end; also written to the cache."""

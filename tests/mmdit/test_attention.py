@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
 
 import mmdit
 from mmdit.attention import (
     SHORT,
+    WITHOUT_PLANS,
     Pairs,
     _serves,
     _varlen,
+    any_shape,
     attention,
     attention_backend,
     attention_backends,
@@ -17,6 +20,7 @@ from mmdit.attention import (
     key_mask,
     why_not,
 )
+from mmdit.cache import Cache
 from mmdit.config import MMDiTConfig, TransfusionConfig
 from mmdit.model import MMDiT
 from mmdit.sequences import pack
@@ -143,7 +147,8 @@ def test_samples_in_one_row_are_as_one_by_one_on_cuda(dtype):
 def varlen(monkeypatch):
     """The kernel of sequences of any length, written out on the CPU and in float64."""
 
-    def one_by_one(q, k, v, q_ends, k_ends, most_queries, most_keys):
+    def one_by_one(q, k, v, q_ends, k_ends, most_queries, most_keys, window_size):
+        assert min(window_size) >= max(most_queries, most_keys)  # none is hidden, and cuDNN takes no window
         assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
         assert q_ends.diff().max() <= most_queries and k_ends.diff().max() <= most_keys
         parts = [(x[start:end] for x, start, end in zip((q, k, v), (a, c, c), (b, d, d), strict=True))
@@ -181,6 +186,70 @@ def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
     ):
         torch.testing.assert_close(of_one_row, of_a_mask)
     torch.testing.assert_close(pairs.attend(q[:, :, :13], k, v), expected[:, :13])  # of images alone
+
+
+def packed_documents():
+    """A block's mask of two documents, and of their next tokens after a cache, and what attends."""
+    model = Transfusion(TransfusionConfig(vocab_size=40, in_channels=3, depth=1, num_heads=2, head_dim=16))
+    batch = model.pack([[torch.arange(5, 9)], [torch.arange(5, 7)]])
+    cache = Cache(2, 1, 2, 16, torch.zeros(()))
+    layout = batch.layout(2)
+    return [layout.attending(), *cache.reading([0, 1]).attending(layout.attending(), layout)]
+
+
+@torch.no_grad()
+def test_shapes_that_differ_from_call_to_call_are_not_for_cudnn(monkeypatch):
+    """On CUDA; what is done there is done here."""
+    asked, real = [], F.scaled_dot_product_attention
+    for module in ("mmdit.attention", "mmdit.cache"):
+        monkeypatch.setattr(f"{module}.any_shape", lambda device: sdpa_kernel(WITHOUT_PLANS))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *x, **how: asked.append(torch.backends.cuda.cudnn_sdp_enabled()) or real(*x, **how),
+    )
+    x = torch.randn(1, 2, 6, 16)
+    for mask in (*packed_documents(), Pairs((400, 2), (1, 1))):
+        row = x if not isinstance(mask, Pairs) else torch.randn(1, 2, 404, 16)
+        attention(row, row, row, mask)
+    attention(*qkv())
+    assert asked == [False, False, False, False, True]  # `Pairs` calls the kernel for each sample
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_only_on_cuda_is_a_kernel_left_out():
+    with any_shape(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    with any_shape(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_leaving_out_a_kernel_does_not_break_a_compiled_graph():
+    def attend(x):
+        with sdpa_kernel(WITHOUT_PLANS):
+            return attention(x, x, x)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x in (qkv(9)[0], qkv(12)[0]):
+        torch.testing.assert_close(compiled(x), attend(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True])
+def test_rows_of_any_length_make_no_plans_on_cuda(documents):
+    model = Transfusion(TransfusionConfig(vocab_size=40, in_channels=3, depth=1, num_heads=2, head_dim=64)).cuda()
+    with torch.profiler.profile() as profile, torch.autocast("cuda", torch.bfloat16):
+        for n in (200, 300, 413):
+            if documents:
+                model(
+                    model.pack([[torch.arange(5, 30)], [5 + torch.arange(n) % 30]]).to("cuda")
+                ).states.sum().backward()
+            else:
+                q, k, v = (x[:1].requires_grad_() for x in qkv(n + 40, "cuda", torch.bfloat16, 64))
+                attention(q, k, v, Pairs((n - 150, 150), (10, 30))).sum().backward()
+    used = {event.key for event in profile.key_averages() if "attention" in event.key}
+    assert used and not {name for name in used if "cudnn" in name.lower()}
 
 
 @pytest.mark.parametrize("absent", ["xformers", "torch.nn.attention.varlen"])
