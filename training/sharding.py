@@ -67,6 +67,11 @@ def strategy(config: ParallelConfig, ranks: Ranks) -> str:
     return "ddp" if config.strategy == "auto" else config.strategy
 
 
+def is_sharded(config: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether each process holds a part of the weights."""
+    return strategy(config, ranks) in ("fsdp", "hsdp")
+
+
 def strategy_text(config: ParallelConfig, ranks: Ranks) -> str:
     """The strategy in words, to follow the device in a line of the log; "" where there is nothing to say."""
     kind = strategy(config, ranks)
@@ -86,14 +91,20 @@ class Parallelized(NamedTuple):
 
 
 def parallelize(
-    model: Any, objective: Any, config: TrainConfig, ranks: Ranks, device: torch.device, precision: torch.dtype
+    model: Any,
+    objective: Any,
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    precision: torch.dtype,
+    draw: Callable[[Any], object] | None = None,
 ) -> Parallelized:
     """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so.
 
-    A trunk on the meta device, whose weights will be loaded, gets memory here. Weights that are not trained have no
-    copy: the average has the model's own, or shards of its own.
+    A trunk on the meta device gets memory here; `draw` then gives it its weights, without it they will be loaded.
+    Weights that are not trained have no copy: the average has the model's own, or shards of its own.
     """
-    sharded = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
+    sharded, empty = is_sharded(config.parallel, ranks), model.transformer.device.type == "meta"
     form = skeleton(model).eval().requires_grad_(False)
     learner = Learner(model, objective)
     if sharded:
@@ -102,8 +113,10 @@ def parallelize(
         average = copy.deepcopy(form)
         recompute(model, config.training.recompute, config.training.recompute_every)
         shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
-        for empty in (model, average):
-            _take_memory(empty, device, torch.device("cpu") if config.parallel.cpu_offload else device)
+        for part in (model, average):
+            _take_memory(part, device, torch.device("cpu") if config.parallel.cpu_offload else device)
+        if empty and draw is not None:
+            draw(model.transformer)
         copy_weights(average, model.state_dict())
     else:  # FSDP2 moves each unit when it shards it
         _take_memory(model, device, device)

@@ -66,6 +66,7 @@ from training.sharding import (
     whole,
 )
 from training.share import Share
+from training.start import draw_weights
 from training.telemetry import Profiler, Telemetry, shared_state
 from training.workers import naming_dead_workers
 from training.writing import Writer
@@ -105,15 +106,12 @@ class Trainer:
         source = ranks.after_first(lambda: open_data(config, run, self.autoencoder.factor))
         corpus = open_corpus(config, run)
         self.data = data_digests(source, corpus)
-        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
-        self._build(source.image_size)
+        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus, ranks)
+        self._build(source.image_size, resumed)
         if resumed:
             self._load()
         self._open_feeds(source, corpus)
-        if resumed:
-            self._rewind_folder()
-        else:
-            self._write_pipeline()
+        self._rewind_folder() if resumed else self._write_pipeline()
 
     def _check(self) -> None:
         """Raises ConfigError where batch, processes and device do not fit, or a kernel or library is missing; warns of
@@ -130,13 +128,14 @@ class Trainer:
         for line in [*idle_warnings(self.config), *filter(None, [warming])]:
             self.run.log(f"warning: {line}")
 
-    def _build(self, image_size: tuple[int, int]) -> None:
+    def _build(self, image_size: tuple[int, int], resumed: bool) -> None:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         check_alike(config, self.data, self.model, self.autoencoder, ranks)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
-        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
+        draw = None if resumed else lambda trunk: draw_weights(trunk, config.optimizer.base_width, ranks)
+        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision, draw)
         self.learner, self.ema, self.sharded, self._skeleton = made
         self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
