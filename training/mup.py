@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.sharding import local, whole
+from mmdit.weights_io import whole
+from training.sharding import local
 
 
 def fan_ratios(trunk: Any, base_width: int) -> dict[str, tuple[float, float]]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmdit.weights_io import whole
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -250,9 +251,14 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """The full tensor; all processes have to ask for a sharded one."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def gathered(model: nn.Module, first: bool) -> dict[str, Tensor]:
+    """The full tensors of a sharded model in the CPU's memory, where `first`; all processes call this."""
+    state = {}
+    for name, x in model.state_dict().items():
+        x = whole(x).detach()  # one at a time, for every process gathers it
+        if first:
+            state[name] = x.to("cpu", copy=True)
+    return state
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
