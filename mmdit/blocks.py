@@ -65,7 +65,13 @@ class Unmodulated(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.shift, self.scale = (nn.Parameter(torch.zeros(2, dim)) for _ in range(2))
+        self.shift, self.scale = (nn.Parameter(torch.empty(2, dim)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as plain norms."""
+        nn.init.zeros_(self.shift)
+        nn.init.zeros_(self.scale)
 
     def forward(self, _: object) -> tuple[Tensor | None, ...]:
         return self.shift[0], self.scale[0], None, self.shift[1], self.scale[1], None

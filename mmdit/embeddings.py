@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -56,9 +57,16 @@ def position_table(dim: int, max_size: int, trained_size: int) -> Tensor:
     """
     p = (torch.arange(max_size, dtype=torch.float64) - (max_size - trained_size) / 2) * 16 / trained_size
     omega = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    axis = torch.cat([torch.sin(p[:, None] * omega), torch.cos(p[:, None] * omega)], dim=-1)  # (max, dim / 2)
+    axis = torch.cat([torch.sin(p[:, None] * omega), torch.cos(p[:, None] * omega)], dim=-1).float()  # (max, dim / 2)
     columns, rows = axis[None, :, :].expand(max_size, -1, -1), axis[:, None, :].expand(-1, max_size, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, max_size * max_size, dim).float()
+    return torch.cat([columns, rows], dim=-1).reshape(1, max_size * max_size, dim)
+
+
+def init_positions(trunk: Any) -> None:
+    """Fill the `pos_embed` of a trunk that has one."""
+    c = trunk.config
+    if c.positions != "rope":
+        trunk.pos_embed.copy_(position_table(c.width, c.pos_embed_max_size, max(1, c.sample_size // c.patch_size)))
 
 
 def extended_positions(table: Tensor, side: int, trained_size: int) -> Tensor:

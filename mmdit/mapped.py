@@ -22,20 +22,20 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 _POINTER = b"version https://git-lfs"
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of tensors by their names in safetensors."""
+"""Types of tensors by their names in safetensors, in the order in which a file holds them."""
 
 
 class Weights(dict[str, Tensor]):

@@ -21,9 +21,9 @@ from mmdit.embeddings import (
     VectorEmbedding,
     crop_positions,
     extended_positions,
+    init_positions,
     patch_grid,
     patchify,
-    position_table,
     rotary_2d,
     unpatchify,
 )
@@ -44,9 +44,8 @@ class MMDiT(nn.Module):
         self.modulation_out = Modulation(dim, 2)
         self.patch_out = nn.Linear(dim, patch)
         if config.positions != "rope":
-            table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
             self.pos_embed: Tensor
-            self.register_buffer("pos_embed", table)
+            self.register_buffer("pos_embed", torch.empty(1, config.pos_embed_max_size**2, dim))
         self.init_weights()
 
     def _block(self, i: int) -> JointBlock:
@@ -56,12 +55,15 @@ class MMDiT(nn.Module):
         return JointBlock({"img": img, "txt": Stream(*shape, pre_only=i == c.depth - 1)})
 
     def init_weights(self) -> None:
-        """DiT's (see `init_linear`), with a zero output layer, and small weights in the embeddings of time and text."""
+        """DiT's (see `init_linear`), with a zero output layer and small weights in the embeddings of time and text; and
+        SD3's positions.
+        """
         init_linear(self)
         for embedding in (self.time_in, self.pooled_in):
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.normal_(embedding.fc2.weight, std=0.02)
         nn.init.zeros_(self.patch_out.weight)
+        init_positions(self)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_lin
 from mmdit.cache import Cache, Reading
 from mmdit.codecs import CODECS, Skips
 from mmdit.config import TransfusionConfig
-from mmdit.embeddings import TimeEmbedding, crop_positions, position_table, rotary_mixed
+from mmdit.embeddings import TimeEmbedding, crop_positions, init_positions, rotary_mixed
 from mmdit.llama import LlamaStream, rotary_llama
 from mmdit.sequences import Layout, MixedBatch, Part, pack
 
@@ -80,9 +80,8 @@ class Transfusion(nn.Module):
         self.patch_out = patch_out(config)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if config.positions != "rope":
-            table = position_table(dim, config.pos_embed_max_size, max(1, config.sample_size // config.patch_size))
             self.pos_embed: Tensor
-            self.register_buffer("pos_embed", table)
+            self.register_buffer("pos_embed", torch.empty(1, config.pos_embed_max_size**2, dim))
         self.init_weights()
 
     def _block(self) -> JointBlock:
@@ -103,6 +102,7 @@ class Transfusion(nn.Module):
         for weight in (self.time_in.fc1.weight, self.time_in.fc2.weight, self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         self.patch_out.init_weights()
+        init_positions(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdit.mapped import read_weights
+from mmdit.mapped import DTYPES, read_weights
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,10 +37,7 @@ def write_all_aside(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         for path, write in writes.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            asides[path].touch()
-            mode = asides[path].stat().st_mode
             write(asides[path])
-            asides[path].chmod(mode)  # safetensors makes files that only their owner can read
         if taken := [path for path in writes if path.is_dir()]:
             raise IsADirectoryError(f"{taken[0]} is a folder, expected the name of a file to write")
         for path, aside in asides.items():
@@ -62,23 +61,50 @@ def json_writer(value: Any) -> Callable[[Path], object]:
 
 
 def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], object]:
-    """For `write_all_aside`: write tensors as one safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """For `write_all_aside`: write tensors as one safetensors file, each brought to the CPU when its turn comes.
 
-    tensors, pointers = {}, set[int]()
-    for name, tensor in state.items():
-        tensor = tensor.detach().contiguous().cpu()
-        tensors[name] = tensor.clone() if tensor.data_ptr() in pointers else tensor  # safetensors refuses tied weights
-        pointers.add(tensor.data_ptr())
+    A sharded one is gathered then, for which the other processes call `gather_in_order`. Raises ValueError for a type
+    that `read_weights` does not take.
+    """
+    names, end = file_order(state), 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for name in names:
+        x = state[name]
+        begin, end = end, end + x.numel() * x.itemsize
+        header[name] = {"dtype": _NAMES[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
 
     def write(path: Path) -> None:
         try:
-            save_file(tensors, path, metadata)
-        except SafetensorError as error:  # such as a full disk
+            with path.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                for name in names:
+                    x = whole(state[name]).detach().cpu().contiguous()
+                    file.write(x.flatten().view(torch.uint8).numpy().data)
+        except OSError as error:  # such as a full disk, without the file's name
             raise OSError(f"cannot write {path.parent}: {error}") from error
 
     return write
+
+
+def file_order(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors in the order that safetensors gives them: wide types first, then by name."""
+    if wrong := [f"{name} is of type {x.dtype}" for name, x in state.items() if x.dtype not in _NAMES]:
+        raise ValueError(f"{wrong[0]}, expected one of {', '.join(map(str, _NAMES))}")
+    types = [*_NAMES]
+    return sorted(state, key=lambda name: (types.index(state[name].dtype), name))
+
+
+def gather_in_order(state: Mapping[str, Tensor]) -> None:
+    """Take part in gathering the sharded tensors of a file that another process writes."""
+    for name in file_order(state):
+        whole(state[name])
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor; all processes have to ask for a sharded one."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:

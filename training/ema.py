@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.mapped import read_metadata
-from mmdit.weights_io import read_weights, save_weights
+from mmdit.weights_io import read_weights, save_weights, whole
 from training.checkpoint import assign, averaged, load_latest
 from training.config import TrainingConfig
-from training.sharding import local, shard_like, whole
+from training.sharding import local, shard_like
 
 Profile = tuple[float, float]
 WIDEST = 12**-0.5

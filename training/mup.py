@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmdit.weights_io import whole
+from training.sharding import local
+
 
 def fan_ratios(trunk: Any, base_width: int) -> dict[str, tuple[float, float]]:
     """(fan-in, fan-out) of each linear or convolution weight over those of a trunk of `base_width`, where they differ.
@@ -30,7 +33,7 @@ def fan_ratios(trunk: Any, base_width: int) -> dict[str, tuple[float, float]]:
     found = {}
     for name, weight in _matrices(trunk).items():
         small = base.get_parameter(name)
-        ratio = (weight[0].numel() / small[0].numel(), weight.shape[0] / small.shape[0])
+        ratio = (weight.shape[1:].numel() / small.shape[1:].numel(), weight.shape[0] / small.shape[0])
         if ratio != (1, 1):
             found[name] = ratio
     return found
@@ -44,14 +47,16 @@ def rate_scales(trunk: Any, base_width: int) -> dict[int, float]:
 
 @torch.no_grad()
 def scale_start(trunk: Any, base_width: int) -> None:
-    """Scale initial weights from their size in a trunk of `base_width`, by the table above; zeros stay."""
+    """Scale initial weights from their size in a trunk of `base_width`, by the table above; zeros stay. The trunk
+    may be sharded: then all processes call it.
+    """
     with torch.random.fork_rng(devices=[]):
         base = _of_width(trunk, base_width)
     for name, (fan_in, fan_out) in fan_ratios(trunk, base_width).items():
         weight, size = trunk.get_parameter(name), base.get_parameter(name).square().mean().sqrt()
         wanted = size * (fan_in**-0.5 if fan_out != 1 else 1 / fan_in)
         if size:
-            weight.mul_(wanted.to(weight.device) / weight.square().mean().sqrt())
+            local(weight).mul_(wanted / whole(weight).cpu().square().mean().sqrt())
 
 
 def _matrices(trunk: nn.Module) -> dict[str, nn.Parameter]:

@@ -50,9 +50,11 @@ from training.images import LARGE
 from training.mup import scale_start
 from training.own import is_own
 from training.own_data import captions_at
+from training.parallel import ALONE, Ranks
 from training.progress import Progress
 from training.remote import Patience
 from training.run import RunFolder
+from training.sharding import is_sharded
 from training.start import (
     language_model_in,
     shape_alone,
@@ -220,11 +222,15 @@ def build_model(
     autoencoder: Autoencoder,
     resumed: bool,
     corpus: Iterable[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> CaptionedMMDiT | CaptionedTransfusion:
     """A fresh model for the latents and captions of a source; its tokenizer is made for it, or a resumed run's own.
 
-    The trunk of a resumed run, whose weights will be loaded, is on the meta device.
+    The trunk of a resumed run, whose weights will be loaded, is on the meta device; so is a new one that will be
+    sharded, whose weights will be drawn (`draw_weights`), unless they come from `init`.
     """
+    base_width, sharded = config.optimizer.base_width, is_sharded(config.parallel, ranks)
+    later = resumed or (sharded and not config.init_paths)
     height, width = (side // autoencoder.factor for side in source.image_size)
     largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
@@ -233,18 +239,18 @@ def build_model(
     model: CaptionedMMDiT | CaptionedTransfusion
     if isinstance(text, Words):
         form = text_form(config, run, resumed)
-        with shape_alone() if resumed else nullcontext():
+        with shape_alone() if later else nullcontext():
             trunk = _transfusion(config, text, autoencoder, (height, width), largest, form)
         model = CaptionedTransfusion(trunk, text)
         start_transfusion(config, run, trunk, resumed)
     else:
-        with shape_alone() if resumed or config.init_paths else nullcontext():
+        with shape_alone() if later or config.init_paths else nullcontext():
             fresh = _mmdit(config, text, autoencoder, (height, width), largest)
         model = CaptionedMMDiT(fresh, text)
         model.packed = config.training.packing
         model.transformer = start_mmdit(config, run, model, resumed)
-    if config.optimizer.base_width is not None and not config.init_paths and not resumed:
-        scale_start(model.transformer, config.optimizer.base_width)
+    if base_width is not None and not (later or config.init_paths):
+        scale_start(model.transformer, base_width)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     some = f" ({trained:.2f} M of them trained)" if trained < count else ""

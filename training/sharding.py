@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmdit.weights_io import whole
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -67,6 +68,11 @@ def strategy(config: ParallelConfig, ranks: Ranks) -> str:
     return "ddp" if config.strategy == "auto" else config.strategy
 
 
+def is_sharded(config: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether each process holds a part of the weights."""
+    return strategy(config, ranks) in ("fsdp", "hsdp")
+
+
 def strategy_text(config: ParallelConfig, ranks: Ranks) -> str:
     """The strategy in words, to follow the device in a line of the log; "" where there is nothing to say."""
     kind = strategy(config, ranks)
@@ -86,14 +92,20 @@ class Parallelized(NamedTuple):
 
 
 def parallelize(
-    model: Any, objective: Any, config: TrainConfig, ranks: Ranks, device: torch.device, precision: torch.dtype
+    model: Any,
+    objective: Any,
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    precision: torch.dtype,
+    draw: Callable[[Any], object] | None = None,
 ) -> Parallelized:
     """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so.
 
-    A trunk on the meta device, whose weights will be loaded, gets memory here. Weights that are not trained have no
-    copy: the average has the model's own, or shards of its own.
+    A trunk on the meta device gets memory here; `draw` then gives it its weights, without it they will be loaded.
+    Weights that are not trained have no copy: the average has the model's own, or shards of its own.
     """
-    sharded = strategy(config.parallel, ranks) in ("fsdp", "hsdp")
+    sharded, empty = is_sharded(config.parallel, ranks), model.transformer.device.type == "meta"
     form = skeleton(model).eval().requires_grad_(False)
     learner = Learner(model, objective)
     if sharded:
@@ -102,8 +114,10 @@ def parallelize(
         average = copy.deepcopy(form)
         recompute(model, config.training.recompute, config.training.recompute_every)
         shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
-        for empty in (model, average):
-            _take_memory(empty, device, torch.device("cpu") if config.parallel.cpu_offload else device)
+        for part in (model, average):
+            _take_memory(part, device, torch.device("cpu") if config.parallel.cpu_offload else device)
+        if empty and draw is not None:
+            draw(model.transformer)
         copy_weights(average, model.state_dict())
     else:  # FSDP2 moves each unit when it shards it
         _take_memory(model, device, device)
@@ -237,9 +251,14 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """The full tensor; all processes have to ask for a sharded one."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def gathered(model: nn.Module, first: bool) -> dict[str, Tensor]:
+    """The full tensors of a sharded model in the CPU's memory, where `first`; all processes call this."""
+    state = {}
+    for name, x in model.state_dict().items():
+        x = whole(x).detach()  # one at a time, for every process gathers it
+        if first:
+            state[name] = x.to("cpu", copy=True)
+    return state
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
-"""Starting from existing weights (`init`), and which parameters are then trained.
+"""Starting from existing weights (`init`), and which parameters are then trained; drawing those of a sharded model.
 
 A resumed run loads its own weights later; here only its modules get their shapes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdit.config
 from mmdit.config import LlamaConfig, MMDiTConfig
@@ -23,8 +26,11 @@ from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
 from mmdit.weights_io import load_weights, read_config, read_json
 from training.config import ConfigError, TrainConfig
+from training.mup import scale_start
+from training.parallel import Ranks
 from training.run import RunFolder
 from training.settings import as_override
+from training.sharding import local, shard_like
 
 SHAPE = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "positions", "dual_attention_layers")
 TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text encoder learns afresh
@@ -32,8 +38,44 @@ NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def shape_alone() -> torch.device:
-    """A context in which a trunk is built without memory: all of its weights will be loaded."""
+    """A context in which a trunk is built without memory: all of its weights will be loaded, or drawn later."""
     return torch.device("meta")
+
+
+class DrawnInFull(TorchDispatchMode):
+    """A context in which each sharded tensor is drawn as one process draws it: in full and on the CPU, where it moves
+    the generator as far. Its shard is kept. `digest` is of the first values of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digest = hashlib.sha256()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in op.tags or not hasattr(args[0], "to_local"):
+            return op(*args, **(kwargs or {}))
+        x, *how = args
+        full = op(torch.empty(x.shape, dtype=x.dtype), *how, **(kwargs or {}))
+        self.digest.update(full.flatten()[:256].numpy().tobytes())
+        local(x).copy_(local(shard_like(full, x)))
+        return x
+
+
+@torch.no_grad()
+def draw_weights(trunk: Any, base_width: int | None, ranks: Ranks) -> None:
+    """Give a sharded trunk, built by `shape_alone`, the weights that its constructor draws, bit for bit.
+
+    base_width: see `scale_start`. Called by all processes, of which each has one tensor in full at a time. Raises
+    ConfigError, in all of them, where one draws other numbers.
+    """
+    with DrawnInFull() as drawn:
+        for module in trunk.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        trunk.init_weights()
+    ranks.agree(weights=drawn.digest.hexdigest())
+    if base_width is not None:
+        scale_start(trunk, base_width)
 
 
 def language_model_in(config: TrainConfig) -> str | None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.text_and_images import CaptionedTransfusion
+from mmdit.weights_io import whole
 from training.cache_files import is_cache
 from training.config import TrainConfig
 from training.flops import captioned, in_one_row, of_documents, peak_tflops, reads_padding, step_flops, text_places
 from training.objectives import Batch, Loss
 from training.remote import is_url
-from training.sharding import whole
 from training.stream import STREAM
 
 TIME_BINS = 8  # equal parts of [0, 1]

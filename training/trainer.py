@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import shlex
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from textwrap import shorten
 from typing import Any
@@ -23,6 +24,7 @@ from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
+from mmdit.weights_io import gather_in_order, whole
 from training.alike import check_alike
 from training.boards import open_boards
 from training.checkpoint import (
@@ -58,14 +60,15 @@ from training.setup import build_model, grid_prompts, open_corpus, open_data, op
 from training.sharding import (
     Learner,
     check_parallel,
+    gathered,
     gradient_sync,
     parallelize,
     replicated,
     strategy_text,
     unsharded,
-    whole,
 )
 from training.share import Share
+from training.start import draw_weights
 from training.telemetry import Profiler, Telemetry, shared_state
 from training.workers import naming_dead_workers
 from training.writing import Writer
@@ -105,15 +108,12 @@ class Trainer:
         source = ranks.after_first(lambda: open_data(config, run, self.autoencoder.factor))
         corpus = open_corpus(config, run)
         self.data = data_digests(source, corpus)
-        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus)
-        self._build(source.image_size)
+        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus, ranks)
+        self._build(source.image_size, resumed)
         if resumed:
             self._load()
         self._open_feeds(source, corpus)
-        if resumed:
-            self._rewind_folder()
-        else:
-            self._write_pipeline()
+        self._rewind_folder() if resumed else self._write_pipeline()
 
     def _check(self) -> None:
         """Raises ConfigError where batch, processes and device do not fit, or a kernel or library is missing; warns of
@@ -130,13 +130,14 @@ class Trainer:
         for line in [*idle_warnings(self.config), *filter(None, [warming])]:
             self.run.log(f"warning: {line}")
 
-    def _build(self, image_size: tuple[int, int]) -> None:
+    def _build(self, image_size: tuple[int, int], resumed: bool) -> None:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         check_alike(config, self.data, self.model, self.autoencoder, ranks)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
-        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision)
+        draw = None if resumed else lambda trunk: draw_weights(trunk, config.optimizer.base_width, ranks)
+        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision, draw)
         self.learner, self.ema, self.sharded, self._skeleton = made
         self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
@@ -167,20 +168,16 @@ class Trainer:
 
     def _write_pipeline(self) -> None:
         """Write the pipeline's folder of a new run, with its fresh weights."""
-        pipe = self._whole_pipe()
-        if self.ranks.first:
-            pipe.save(self.run.path / "pipeline")
+        self._save_pipe(lambda pipe: pipe.save(self.run.path / "pipeline"))
 
     def _rewind_folder(self) -> None:
         """Bring the folder of a resumed run to the step of its checkpoint. Called last, when nothing else can fail."""
         self.ranks.barrier()
         self.run.remove_leftovers()
-        at_end = self.step == self.config.training.num_steps  # no checkpoint will follow, which would write the weights
-        pipe, folder = self._whole_pipe() if at_end else self.pipe, self.run.path / "pipeline"
+        if self.step == self.config.training.num_steps:  # no checkpoint will follow, which would write the weights
+            self._save_pipe(self._save_weights)
         if self.ranks.first:
-            pipe.save_defaults(folder)
-            if at_end:
-                pipe.save_weights(folder)
+            self.pipe.save_defaults(self.run.path / "pipeline")
             for key, old, new in differences(self.run.config(), self.config):
                 self.run.log(f"{key} = {as_override(new)} from here on, was {as_override(old)}")
         self.run.write_config(self.config)
@@ -445,11 +442,18 @@ class Trainer:
         if self.scaler.enabled:
             state["loss_scale"] = [self.scaler.scale, self.scaler.good]
         self.writer.wait()  # so that memory holds the copies of one checkpoint, not of two
-        folder, gathered = self.run.path / "pipeline", self._gathered() if self.sharded else None
-        self.writer.write(
-            state, self._tensors(), lambda written: self._pipe_of(gathered or averaged(written)).save_weights(folder)
-        )
+        if self.config.training.async_checkpoint:
+            full = gathered(self.ema, self.ranks.first) if self.sharded else None
+            self.writer.write(
+                state, self._tensors(), lambda written: self._save_weights(self._pipe_of(full or averaged(written)))
+            )
+        else:
+            self.writer.write(state, self._tensors())
+            self._save_pipe(self._save_weights)
         self._saved = self.step
+
+    def _save_weights(self, pipe: TextToImage) -> None:
+        pipe.save_weights(self.run.path / "pipeline")
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
@@ -458,21 +462,16 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
 
-    def _whole_pipe(self) -> TextToImage:
-        """The pipeline with the full tensors of the average, in process 0."""
-        if not self.sharded:
-            return self.pipe
-        state = self._gathered()
-        return self._pipe_of(state) if self.ranks.first else self.pipe
-
-    def _gathered(self) -> dict[str, torch.Tensor]:
-        """The full tensors of a sharded average, in process 0, in the CPU's memory. All processes call it."""
-        state = {}
-        for name, x in self.ema.state_dict().items():
-            x = whole(x).detach()  # one at a time, for every process gathers it
-            if self.ranks.first:
-                state[name] = x.to("cpu", copy=True)
-        return state
+    def _save_pipe(self, save: Callable[[TextToImage], object]) -> None:
+        """Call `save` with the pipeline in process 0. All processes call this: a sharded average is gathered tensor by
+        tensor as they are written, and in memory where adapters are merged into it.
+        """
+        merged = gathered(self.ema, self.ranks.first) if self.sharded and self.config.lora.rank else None
+        if self.ranks.first:
+            save(self.pipe if merged is None else self._pipe_of(merged))
+        elif self.sharded and merged is None:
+            for part in (self.ema.transformer, self.ema.conditioner):  # as `save_pipeline_weights` writes them
+                gather_in_order(part.state_dict())
 
     def _pipe_of(self, state: dict[str, torch.Tensor]) -> TextToImage:
         """A pipeline with these tensors, which it does not copy."""

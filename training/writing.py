@@ -30,7 +30,9 @@ class Writer:
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
-    def write(self, state: Mapping[str, Any], weights: Weights, after: Callable[[Weights], object]) -> None:
+    def write(
+        self, state: Mapping[str, Any], weights: Weights, after: Callable[[Weights], object] | None = None
+    ) -> None:
         """Write one checkpoint, then call `after` in process 0, with the tensors that were written."""
         self.wait()
         if self.background and not self.sharded and self.ranks.first:
@@ -41,7 +43,7 @@ class Writer:
 
         def complete() -> None:
             finish()
-            if self.ranks.first:
+            if after is not None and self.ranks.first:
                 after(weights)
 
         if self.background:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mmdit.mapped import DTYPES
 from mmdit.weights_io import (
     assign_weights,
     check_dtype,
@@ -94,12 +95,12 @@ def test_a_folder_is_moved_as_a_whole_or_not_at_all(tmp_path):
 
 
 def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
-    """A full disk, say, of which safetensors tells in an exception of its own."""
+    """A full disk, say, of which the system tells without a name."""
 
-    def full(*args):
-        raise safetensors.SafetensorError("I/O error: No space left on device")
+    def full(tensor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("mmdit.weights_io.whole", full)
     with pytest.raises(OSError, match=f"cannot write {tmp_path}: .*No space left"):
         save_weights({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -107,6 +108,29 @@ def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch)
     with pytest.raises(IsADirectoryError, match="x.json is a folder"):
         write_json(tmp_path / "x.json", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=4).filter(lambda name: name != "__metadata__")
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+@given(st.dictionaries(NAMES, st.tuples(st.sampled_from([*DTYPES.values()]), SHAPES), max_size=8), st.booleans())
+def test_a_file_is_that_of_the_library_byte_for_byte(tmp_path_factory, tensors, about):
+    folder, metadata = tmp_path_factory.mktemp("files"), {"format": 'a "name"'} if about else None
+    state = {name: torch.randn(shape).mul(3).to(kind) for name, (kind, shape) in tensors.items()}
+    save_weights(state, folder / "ours", metadata)
+    safetensors.torch.save_file(state, folder / "theirs", metadata)
+    assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+
+
+def test_views_and_tied_weights_are_written_as_they_are_seen(tmp_path):
+    x = nn.Parameter(torch.arange(6.0).view(2, 3))
+    save_weights({"a": x, "b": x, "c": x.T, "d": x[1:]}, tmp_path / "x")
+    found = read_weights(tmp_path / "x")
+    assert torch.equal(found["a"], x) and torch.equal(found["b"], x)
+    assert torch.equal(found["c"], x.T) and torch.equal(found["d"], x[1:])
+    with pytest.raises(ValueError, match="a is of type torch.complex64, expected one of torch.int64, "):
+        save_weights({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "x")
 
 
 @pytest.mark.parametrize("wrong", [torch.int8, torch.float8_e4m3fn, torch.bool, "bfloat16"])

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 import training.muon
+from mmdit.weights_io import whole
 from mmdit_cli.errors import end_at_once
 from training.muon import Muon, matrices, newton_schulz
-from training.sharding import whole
 
 SHAPES = ((5, 7), (3, 9), (2, 2), (12, 4), (8, 8), (24, 4), (16, 4), (4, 16), (1, 6))
 STEPS = 3

@@ -18,6 +18,8 @@ from tests.training.runs import TRANSFUSION, config_for, metrics
 from tests.training.test_mixed_sizes import SIZES
 from tests.training.tiny_networks import save_dino
 from training.checkpoint import list_checkpoints, read_checkpoint, verify
+from training.run import RunFolder
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -61,6 +63,27 @@ with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
 """
 
 
+DRAWN = """
+import sys, torch
+from training.config import ConfigError, load_config
+from training.parallel import ranks_of
+from training.run import RunFolder
+from training.start import draw_weights
+from training.trainer import Trainer
+
+config = load_config("pixels-tiny", sys.argv[1:])
+with ranks_of(config) as ranks:
+    run = RunFolder(ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path), ranks.rank)
+    trunk = Trainer(config, run, ranks=ranks).model.transformer
+    print("then", torch.rand(2).tolist(), flush=True)
+    torch.manual_seed(ranks.rank)
+    try:
+        draw_weights(trunk, None, ranks)
+    except ConfigError as error:
+        print(error)
+"""
+
+
 def trained(*jobs: tuple[Path | None, list[str]], world: int = 2) -> None:
     """Do (run to resume or None, settings) after each other on `world` processes; all have to succeed."""
     told = json.dumps([[free_port(), str(resume) if resume else None, list(settings)] for resume, settings in jobs])
@@ -85,6 +108,21 @@ def test_what_processes_tell_each_other():
     disagree = f"ConfigError('process 1 on {host} has other data than process 0 on {host}: start all alike')"
     for lines, error in zip(said, ("KeyboardInterrupt('no room')", "ToldByFirst(2)"), strict=True):
         assert sorted(lines) == sorted([*told, error, error, disagree])
+
+
+@pytest.mark.parametrize("way", [(FSDP,), ("parallel.strategy=hsdp", "parallel.shard_size=2")], ids=["fsdp", "hsdp"])
+def test_processes_draw_the_parts_of_what_one_draws(way, tmp_path):
+    """Bit for bit, in the first pipeline, where their number does not divide that of rows; and all that comes after."""
+    own = ("model.num_heads=4", "optimizer.base_width=16", "training.batch_size=12")
+    world = 3 if way == (FSDP,) else 4
+    said = together(world, "-c", DRAWN, *settings(tmp_path / "parts", *own, *way))
+    config = config_for(tmp_path / "one", *own)
+    Trainer(config, RunFolder.create(config.run_folder, config))
+    assert [text.split("then ")[1].splitlines()[0] for text in said] == [str(torch.rand(2).tolist())] * world
+    assert all("has other weights than process 0" in text for text in said)
+    one, parts = ({path.relative_to(run): path.read_bytes() for path in (run / "pipeline").rglob("*.*")}
+                  for run in (tmp_path / "one", tmp_path / "parts"))  # fmt: skip
+    assert len(one) > 4 and [str(file) for file, data in one.items() if parts.get(file) != data] == []
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,18 +4,27 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import T5EncoderModel
 
 import mmdit
 import training
+from mmdit.config import LlamaConfig, MMDiTConfig, TransfusionConfig
 from mmdit.init_from import text_parameters
 from mmdit.lora import load_lora, plain_state
+from mmdit.model import MMDiT
 from mmdit.text import Tokenizer
+from mmdit.transfusion import Transfusion
 from mmdit.weights_io import read_weights
 from tests.mmdit.tiny_sd3 import randomised
 from training.checkpoint import list_checkpoints
 from training.config import ConfigError, load_config
+from training.mup import scale_start
+from training.parallel import ALONE
 from training.run import RunFolder
+from training.sharding import local
+from training.start import draw_weights, shape_alone
 from training.trainer import Trainer
 
 LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -306,3 +315,42 @@ def test_adapters_want_weights_to_adapt(tmp_path):
         images_config(tmp_path, "lora.rank=2")
     with pytest.raises(ConfigError, match="an MMDiT starts from one"):
         images_config(tmp_path, "init=['a', 'b']")
+
+
+SHAPE = dict(depth=2, num_heads=2, head_dim=16, sample_size=4)
+IMAGE = dict(context_dim=16, pooled_dim=16, qk_norm="rms_norm", **SHAPE)
+WORDS = dict(vocab_size=64, in_channels=4, **SHAPE)
+TRUNKS = {
+    "image": lambda: MMDiT(MMDiTConfig(4, dual_attention_layers=(0,), **IMAGE)),
+    "rotary": lambda: MMDiT(MMDiTConfig(4, positions="rope", **IMAGE)),
+    "mixed": lambda: Transfusion(TransfusionConfig(**WORDS)),
+    "plain text": lambda: Transfusion(TransfusionConfig(weights="separate", time="image", codec="unet", **WORDS)),
+    "added time": lambda: Transfusion(TransfusionConfig(time="added", positions="rope", **WORDS)),
+    "llama": lambda: Transfusion(
+        TransfusionConfig(weights="separate", time="image", positions="rope", llama=LlamaConfig(40, 1), **WORDS)
+    ),
+}
+
+
+@pytest.mark.parametrize("base_width", [None, 16])
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_a_sharded_trunk_is_drawn_as_by_its_constructor(kind, base_width, group):
+    """Bit for bit, and so is all that is drawn after it."""
+    torch.manual_seed(0)
+    whole = TRUNKS[kind]()
+    if base_width:
+        scale_start(whole, base_width)
+    after = torch.rand(4)
+    with shape_alone():
+        parts = TRUNKS[kind]()
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*parts.blocks, parts):
+        fully_shard(part, mesh=mesh)
+    parts.to_empty(device="cpu")
+    for x in parts.state_dict().values():
+        local(x).fill_(7)
+    torch.manual_seed(0)
+    draw_weights(parts, base_width, ALONE)
+    assert torch.equal(torch.rand(4), after)
+    drawn = parts.state_dict()
+    assert [name for name, x in whole.state_dict().items() if not torch.equal(x, local(drawn[name]))] == []
