@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -334,23 +333,20 @@ def _store(timeout: timedelta) -> dist.Store:
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     if served and not alone and rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         print(f"warning: a machine that comes back will not find the others: {NO_SHARED_STORE}", flush=True)
-    patience = min(timeout, CONNECT if served else MEET)
     try:
-        meeting = partial(next, dist.rendezvous("env://", timeout=patience))
-        store, _, _ = within(meeting, (patience + LEAVE).total_seconds())  # torch's second try would take as long again
+        store, _, _ = next(dist.rendezvous("env://", timeout=min(timeout, CONNECT if served else MEET)))
         store.set_timeout(timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
         store = dist.PrefixStore(f"attempt {attempt}", store)
-        answering = Answering(store, min(timeout, MEET))
         came = [f"process {k} came" for k in range(world)]
-        answering.set(came[rank], own_address())
-        answering.wait(came, min(timeout, MEET))
+        store.set(came[rank], own_address())
+        store.wait(came, min(timeout, MEET))
         try:
-            check_addresses(answering.multi_get(came))
+            check_addresses(store.multi_get(came))
         except ConfigError:  # all find it, those that read it here last too
-            let_go(answering, world) if rank == 0 else answering.add(LEFT, 1)
+            let_go(store, world) if rank == 0 else store.add(LEFT, 1)
             raise
-    except (dist.DistNetworkError, TimeoutError) as error:
+    except dist.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         who = "the torchrun that had started it" if served else "process 0"
         raise ProcessLost(f"process {rank} stops: {who} does not answer at {where}") from error
