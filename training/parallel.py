@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from training.config import ConfigError, TrainConfig
 from training.devices import pick_device
+from training.remote import within
 
 T = TypeVar("T")
 CONNECT = timedelta(minutes=2)  # to reach the store of a torchrun, which was there before this process
@@ -34,6 +36,9 @@ MEET = timedelta(minutes=5)  # for all processes to start: torchrun tells other 
 ENDED = "process 0 ended"
 LEFT = "processes that know it"
 LEAVE = timedelta(seconds=5)  # for the others to hear that process 0 ended, before the store ends with it
+POLL = 0.2  # seconds after which a process that waits asks the store again, and process 0 says that it is there
+TRIES = 5  # gloo waits so many timeouts for a process to connect, which may have ended
+QUICK = timedelta(seconds=5)  # least timeout of a group while it connects
 NO_SHARED_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 wherever torchrun is started"
 
 
@@ -49,15 +54,15 @@ class ToldByFirst(SystemExit):
 class Ranks:
     """Process `rank` of `world`, of which `per_node` run on each machine.
 
-    group: their process group on the CPU (None for one process); timeout: how long a collective on it may take; store:
-    torch's key-value store that they share; turns: numbers for its keys.
+    group: their process group on the CPU (None for one process); timeout: how long to wait for one that does not
+    respond; store: torch's key-value store that they share; turns: numbers for its keys.
     """
 
     rank: int = 0
     world: int = 1
     per_node: int = 1
     group: Any = None
-    timeout: timedelta | None = None
+    timeout: timedelta = timedelta(minutes=30)
     store: Any = None
     turns: Iterator[int] = field(default_factory=count)
 
@@ -126,17 +131,39 @@ class Ranks:
             return make()
         key = f"made {next(self.turns)} by process 0"
         if not self.first:
-            while not self.store.check([key]):  # no collective: those have a timeout
-                time.sleep(0.2)
-            if self.store.get(key) != b"whole":
+            if self._last_said(key) != b"whole":
                 raise ToldByFirst(2)
             return make()
-        outcome = "nothing"
+        outcome, ended = "nothing", threading.Event()
+        beating = threading.Thread(target=self._beat, args=(key, ended), daemon=True)
+        beating.start()
         try:
             made, outcome = make(), "whole"
         finally:
+            ended.set()
+            beating.join()
             self.store.set(key, outcome)
         return made
+
+    def _beat(self, key: str, ended: threading.Event) -> None:
+        """Say in the store, until process 0 has ended what it does, that it is there."""
+        with suppress(RuntimeError):  # the store may be gone
+            for beat in count():
+                self.store.set(key, str(beat))
+                if ended.wait(POLL):
+                    return
+
+    def _last_said(self, key: str) -> bytes:
+        """What process 0 says of its outcome. Raises DistStoreError where it says nothing more for `timeout`."""
+        said, since = b"", time.monotonic()
+        while said not in (b"whole", b"nothing"):  # no collective: those have a timeout
+            time.sleep(POLL)
+            now = self.store.get(key) if self.store.check([key]) else b""
+            if now != said:
+                said, since = now, time.monotonic()
+            elif time.monotonic() - since > self.timeout.total_seconds():
+                raise dist.DistStoreError("process 0 does not say any more that it is there")
+        return said
 
     def agree(self, **values: Any) -> None:
         """Raises ConfigError in all processes where a value of one differs from that of process 0."""
@@ -151,8 +178,18 @@ class Ranks:
 
     def with_own_group(self) -> Ranks:
         """The same processes with another group, for a thread whose collectives run beside those of training."""
-        group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world > 1 else None
-        return replace(self, group=group)
+        if self.world == 1:
+            return self
+        self.barrier()  # connecting has little time
+        return replace(self, group=_group(self.timeout, backend="gloo"))
+
+    def group_among(self, parts: Sequence[Sequence[int]]) -> Any:
+        """The process group for the device's tensors of that part of the ranks which has this one. All have to call it
+        with the same parts.
+        """
+        self.barrier()
+        groups = [_group(self.timeout, part) for part in parts]
+        return next(group for group, part in zip(groups, parts, strict=True) if self.rank in part)
 
     @property
     def device_group(self) -> Any:
@@ -184,15 +221,17 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     timeout = timedelta(seconds=config.parallel.timeout)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     store = _store(timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    answering = Answering(store, min(timeout, MEET))
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_to_connect(timeout))
+        _set_timeout(timeout, dist.group.WORLD)
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        group = dist.new_group(backend="gloo", timeout=timeout)  # without it the group has torch's own timeout
-        yield Ranks(rank, world, per_node, group, timeout, store)
+        group = _group(timeout, backend="gloo")
+        yield Ranks(rank, world, per_node, group, timeout, answering)
         if rank > 0:
-            stay(store, timeout)
+            stay(answering, timeout)
         else:
-            let_go(store, world)
+            let_go(answering, world)
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -203,8 +242,47 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     finally:
         if rank == 0:
             with suppress(RuntimeError):  # the store may be gone
-                store.set(ENDED, "")
-        dist.destroy_process_group()
+                answering.set(ENDED, "")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class Answering:
+    """torch's store, whose calls raise DistStoreError where it gives no answer for `timeout`: torch's own would wait as
+    long as the process that serves it, or its machine, hangs.
+    """
+
+    store: dist.Store
+    timeout: timedelta
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return within(lambda: getattr(self.store, name)(*args), self.timeout.total_seconds())
+            except TimeoutError as error:
+                raise dist.DistStoreError("the store does not answer") from error
+
+        return call
+
+
+def _group(timeout: timedelta, members: Sequence[int] | None = None, backend: str | None = None) -> Any:
+    """A process group of these processes (all; over the device's backend), which all have to make at the same time."""
+    group = dist.new_group(members, _to_connect(timeout), backend)
+    if members is None or dist.get_rank() in members:
+        _set_timeout(timeout, group)
+    return group
+
+
+def _to_connect(timeout: timedelta) -> timedelta:
+    """The timeout of a group while it connects, so that it does so within the given one, or `MEET`."""
+    return max(min(timeout, MEET) / TRIES, QUICK)
+
+
+def _set_timeout(timeout: timedelta, group: Any) -> None:
+    """Set how long a collective of a group may take, in torch before 2.14 too."""
+    how = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    how(timeout, group)
 
 
 def _allow_many_files() -> None:
@@ -218,7 +296,7 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def stay(store: dist.Store, timeout: timedelta) -> None:
+def stay(store: Any, timeout: timedelta) -> None:
     """Wait until process 0 has ended, which scores after training; at most `timeout`, or until a signal comes.
 
     A torchrun whose processes have all ended exits, and with it go the processes of other machines that connected
@@ -227,12 +305,12 @@ def stay(store: dist.Store, timeout: timedelta) -> None:
     last = time.monotonic() + timeout.total_seconds()
     with suppress(RuntimeError, KeyboardInterrupt):
         while time.monotonic() < last and not store.check([ENDED]):
-            time.sleep(0.2)
+            time.sleep(POLL)
     with suppress(RuntimeError):
         store.add(LEFT, 1)
 
 
-def let_go(store: dist.Store, world: int) -> None:
+def let_go(store: Any, world: int) -> None:
     """Tell the others that process 0 has ended, and wait until they know: those that still ask its store when it is
     gone print torch's own account of a lost connection.
     """
@@ -306,5 +384,5 @@ def check_addresses(told: Sequence[bytes]) -> None:
 def lost(error: BaseException) -> bool:
     """Whether torch raised this error because another process is gone."""
     text = str(error).lower()
-    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket")
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "connect timeout", "socket")
     return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))

@@ -213,7 +213,7 @@ def _patiently(ask: Callable[[], Any], what: str, patience: Patience) -> Any:
         if attempt:
             time.sleep(patience.pause * 2 ** (attempt - 1) * (0.5 + random.Random(os.urandom(4)).random()))
         try:
-            return _within(ask, patience.timeout)
+            return within(ask, patience.timeout)
         except FileNotFoundError as error:
             reason = _behind(error)
             if not reason:
@@ -240,7 +240,7 @@ def _behind(error: FileNotFoundError) -> str:
     return one_line(cause)
 
 
-def _within(ask: Callable[[], Any], seconds: float) -> Any:
+def within(ask: Callable[[], Any], seconds: float) -> Any:
     """The result of `ask`. Raises TimeoutError after so long; a call that hangs is left to its daemon thread."""
     answer: list[Any] = []
     failed: list[BaseException] = []

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -168,12 +169,14 @@ def check_parallel(config: TrainConfig, ranks: Ranks, device: torch.device) -> N
 
 def mesh_of(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Any:
     """The device mesh for FSDP2: ("shard",), or ("replicate", "shard") for "hsdp"."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
 
+    everyone: Any = dist.group.WORLD
     if config.strategy == "fsdp":
-        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
-    size = config.shard_size or ranks.per_node
-    return init_device_mesh(device.type, (ranks.world // size, size), mesh_dim_names=("replicate", "shard"))
+        return DeviceMesh.from_group(everyone, device.type, mesh_dim_names=("shard",))
+    table = torch.arange(ranks.world).view(-1, config.shard_size or ranks.per_node)
+    groups = [ranks.group_among(parts.tolist()) for parts in (table.T, table)]
+    return DeviceMesh.from_group(groups, device.type, table, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(learner: Learner, average: Any, config: ParallelConfig, mesh: Any, precision: torch.dtype) -> None:

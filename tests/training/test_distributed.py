@@ -54,6 +54,9 @@ with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
     def look():
         return here.exists(), here.touch()
     print("Kept", ranks.after_first(look)[0] != ranks.first)
+    alone, both = ranks.group_among([[0], [1]]), torch.distributed.group.WORLD
+    groups = [group._get_backend(torch.device("cpu")) for group in (both, ranks.group, beside.group, alone)]
+    print("Timeouts", alone.size(), {int(group.options._timeout.total_seconds()) for group in groups})
     disagree = lambda: ranks.agree(seed=3, data=ranks.rank)
     for wrong in (lambda: ranks.from_first(fail), lambda: ranks.after_first(fail), disagree):
         try:
@@ -100,6 +103,7 @@ def test_what_processes_tell_each_other():
     said = [[line for line in text.splitlines() if line[:1] in "[TKC"] for text in together(2, "-c", TOLD)]
     told = [
         "Kept True",
+        "Timeouts 1 {1800}",
         "[True, False, [1.0, 0.5], [2.0, 1.0]]",
         "True [0, 1] made by 0",
         "[[False, False], [True, True]]",

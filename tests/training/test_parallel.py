@@ -5,7 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from threading import Timer
+from threading import Event, Timer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from training.parallel import (
     ALONE,
     ENDED,
     LEFT,
+    Answering,
     ProcessLost,
     Ranks,
     ToldByFirst,
@@ -54,7 +56,10 @@ def started(monkeypatch):
         seen.update(to=backend, timeout=timeout, keys=own.check(["attempt 0/here"]), **which)
 
     monkeypatch.setattr(dist, "init_process_group", connect)
-    monkeypatch.setattr(dist, "new_group", lambda **how: seen.setdefault("groups", []).append(how) or "group")
+    monkeypatch.setattr(dist, "new_group", lambda *how: seen.setdefault("groups", []).append(how) or "group")
+    monkeypatch.setattr(dist, "set_timeout", lambda t, group: seen.setdefault("given", []).append((group, t)))
+    monkeypatch.setattr(dist, "all_gather_object", lambda values, value, group: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.update(ended=True))
     return seen
 
@@ -63,10 +68,32 @@ def test_several_processes_are_found_connected_and_left(started):
     with ranks_of(load_config("demo", ["parallel.timeout=7", "training.device=cpu"])) as ranks:
         assert (ranks.rank, ranks.world, ranks.per_node, ranks.group) == (0, 2, 2, "group")
         assert ranks.with_own_group().group == "group"
-    own = {"backend": "gloo", "timeout": timedelta(seconds=7)}  # as long as the others: torch's own is half an hour
-    connected = {"to": "gloo", "timeout": timedelta(seconds=7), "keys": True, "rank": 0, "world_size": 2}
+    quick, allowed = timedelta(seconds=5), timedelta(seconds=7)
+    connected = {"to": "gloo", "timeout": quick, "keys": True, "rank": 0, "world_size": 2}
+    given = [(None, allowed), ("group", allowed), ("group", allowed)]  # torch's own is half an hour
     del started["store"]
-    assert started == {**connected, "groups": [own, own], "ended": True}
+    assert started == {**connected, "groups": [(None, quick, "gloo")] * 2, "given": given, "ended": True}
+
+
+def test_a_group_connects_within_the_timeout(started):
+    """gloo waits five timeouts of a group for a process to connect, which may have died meanwhile."""
+    for timeout, most in ((1, 25), (100, 100), (1800, 300)):
+        with ranks_of(load_config("demo", [f"parallel.timeout={timeout}", "training.device=cpu"])):
+            assert 5 * started["timeout"] == timedelta(seconds=most)
+            assert started["given"][-1] == ("group", timedelta(seconds=timeout))
+
+
+def test_a_process_that_is_lost_while_they_connect_is_one_line(started, monkeypatch):
+    config = load_config("demo", ["training.device=cpu"])
+
+    def connect(*all, **how):
+        raise RuntimeError("Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.h:311] Connect timeout [none]")
+
+    for name in ("new_group", "init_process_group"):
+        monkeypatch.setattr(torch.distributed, name, connect)
+        with pytest.raises(ProcessLost, match="process 0 stops"), ranks_of(config):
+            pass
+        assert started.pop("ended") and started["store"].check([f"attempt 0/{ENDED}"])
 
 
 def test_connections_to_many_processes_find_room(started):
@@ -279,3 +306,24 @@ def test_the_others_wait_for_the_first_however_long_it_takes():
         with pytest.raises(ToldByFirst):
             other.after_first(lambda: order.append("made although the first has failed"))
     assert len(order) == 6
+
+
+def test_the_others_do_not_wait_for_one_that_is_gone():
+    """Their store may be on another machine, and go on without process 0."""
+    other = Ranks(1, 2, store=dist.HashStore(), timeout=timedelta(seconds=0.5))
+    other.store.set("made 0 by process 0", "7")
+    with pytest.raises(dist.DistStoreError, match="process 0 does not say any more"):
+        other.after_first(lambda: None)
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for():
+    """Its process, or its machine, stands still: torch's own calls have no timeout there."""
+    over, never = Event(), dist.HashStore()
+    frozen = Answering(SimpleNamespace(check=lambda keys: over.wait(), add=never.add), timedelta(seconds=0.1))
+    try:
+        with pytest.raises(dist.DistStoreError, match="the store does not answer"):
+            Ranks(1, 2, store=frozen).after_first(lambda: None)
+        stay(frozen, timedelta(seconds=60))
+        assert frozen.add(LEFT, 0) == 1
+    finally:
+        over.set()

@@ -218,7 +218,7 @@ def test_a_server_on_http_that_is_silent_for_a_while(tmp_path):
 def test_a_signal_while_a_server_is_silent_ends_indexing_at_once(tmp_path, monkeypatch, silent_to):
     """And not when the reads that hang are given up."""
     pytest.importorskip("aiohttp", reason="fsspec reads http with it")
-    over, asked, given_up, within = threading.Event(), itertools.count(), [], training.remote._within
+    over, asked, given_up, within = threading.Event(), itertools.count(), [], training.remote.within
 
     class Silent(_Quiet):
         def parse_request(self):
@@ -236,7 +236,7 @@ def test_a_signal_while_a_server_is_silent_ends_indexing_at_once(tmp_path, monke
             given_up.append(seconds)
             raise
 
-    monkeypatch.setattr("training.remote._within", watched)
+    monkeypatch.setattr("training.remote.within", watched)
     shards_of(tmp_path / "set", (2, 2))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()

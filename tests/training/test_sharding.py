@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import training
@@ -214,15 +214,16 @@ def test_the_average_is_whole_while_it_is_called(tmp_path, group):
 
 
 def test_hsdp_holds_parts_on_a_machine_and_copies_from_one_to_the_next(monkeypatch):
-    meshes = []
-    monkeypatch.setattr(
-        "torch.distributed.device_mesh.init_device_mesh", lambda _, shape, mesh_dim_names: meshes.append(shape)
-    )
+    meshes, parts = [], []
+    monkeypatch.setattr(DeviceMesh, "from_group", lambda groups, *how, **names: meshes.append((groups, *how[1:])))
+    monkeypatch.setattr(Ranks, "group_among", lambda ranks, among: parts.append(among) or len(among))
     for changes in (["hsdp"], ["hsdp", "parallel.shard_size=2"], ["fsdp"]):
         config = load_config("demo", [f"parallel.strategy={changes[0]}", *changes[1:]])
         check_parallel(config, Ranks(0, 12, 4), torch.device("cpu"))
         mesh_of(config.parallel, Ranks(0, 12, 4), torch.device("cpu"))
-    assert meshes == [(3, 4), (6, 2), (12,)]
+    assert [mesh[0] for mesh in meshes] == [[4, 3], [2, 6], None]
+    assert parts[0] == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]] and parts[1][1] == [4, 5, 6, 7]
+    assert [parts[1], parts[3]] == [mesh[1].tolist() for mesh in meshes[:2]]
     with pytest.raises(ConfigError, match="shard_size is 4, expected a divisor of the 6 processes"):
         check_parallel(load_config("demo", ["parallel.strategy=hsdp"]), Ranks(0, 6, 4), torch.device("cpu"))
 
