@@ -123,27 +123,27 @@ def register() -> torch.library.Library:
 
 
 def trained(folder: Path, device: str, *settings: str) -> Path:
-    """Two steps of a run, which draws, validates and is scored."""
-    shown = ("training.sample_every=2", "training.validate_every=2", "evaluation.prompts_per_question=1")
-    short = (*shown, "training.num_steps=2", "training.compile=off", f"training.device={device}")
+    """Two steps of a run."""
+    short = ("training.num_steps=2", "sampling.num_steps=3", "training.compile=off", f"training.device={device}")
     return training.train(config_for(folder / f"{device}-{len(list(folder.iterdir()))}", *short, *settings))
 
 
 def of_run(folder: Path, device: str, *settings: str) -> dict[str, Any]:
-    """What a run measures, and what it does after it was resumed."""
-    out = training.resume(trained(folder, device, *settings), ["training.num_steps=4"])
+    """What a run measures that draws, validates and is scored after it was resumed."""
+    out = trained(folder, device, "training.sample_every=2", "training.validate_every=2", *settings)
+    training.resume(out, ["training.num_steps=3", "evaluation.prompts_per_question=1"])
     scores = json.loads((out / "scores.json").read_text())
     del scores["seconds_per_image"]
-    return {"loss": metrics(out, "loss"), "validation": metrics(out, "validation_loss"), "scores": scores}
+    found = {"loss": metrics(out, "loss"), "validation": metrics(out, "validation_loss"), "scores": scores}
+    return {**found, "parts": written(out, device)} if TRANSFUSION[0] in settings else found
 
 
-def of_writing(folder: Path, device: str) -> dict[str, Any]:
-    """What a model of text and images writes and draws."""
-    run = trained(folder, device, *TRANSFUSION)
+def written(run: Path, device: str) -> list[list[Any]]:
+    """What a model of text and images writes, also of an image that it has drawn."""
     pipe = mmdit.TextToImage.load(run, torch.device(NAME, 0) if device == "auto" else torch.device("cpu"))
     image = pipe.generate([["a red"]], seed=3, begin="image", max_tokens=4)[0].parts[0]
     found = pipe.generate([["a red"], [image, "a blue"]], seed=[1, 2], max_tokens=12)
-    return {"parts": [[part if isinstance(part, str) else part.size for part in written.parts] for written in found]}
+    return [[part if isinstance(part, str) else part.size for part in each.parts] for each in found]
 
 
 def of_adapters(folder: Path, device: str) -> dict[str, Any]:
@@ -175,7 +175,6 @@ COMPARED: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "packed run": lambda folder, device: of_run(folder, device, *MANY, *AVERAGE),
     "run of text and images": lambda folder, device: of_run(folder, device, *TRANSFUSION),
     "adapters": of_adapters,
-    "writing": of_writing,
     "solvers": of_solvers,
 }
 
@@ -185,9 +184,10 @@ def main() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(("training.", "mmdit")) and hasattr(module, "pick_device"):
             module.pick_device = lambda name: torch.device(NAME, 0) if name == "auto" else torch.device(name)
-    with Operators(), Functions():
-        for name, compared in COMPARED.items():
-            print(json.dumps({name: [compared(folder, device) for device in ("cpu", "auto")]}))
+    for name, compared in COMPARED.items():
+        here = compared(folder, "cpu")
+        with Operators(), Functions():
+            print(json.dumps({name: [here, compared(folder, "auto")]}))
     del library
 
 

@@ -15,7 +15,7 @@ pytestmark = [
         reason="this version of torch takes no device written in Python",
     ),
 ]
-COMPARED = ("run", "packed run", "run of text and images", "adapters", "writing", "solvers")
+COMPARED = ("run", "packed run", "run of text and images", "adapters", "solvers")
 
 
 @pytest.fixture(scope="module")
