@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
+from tests.second_device import COMPARED
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -15,7 +17,6 @@ pytestmark = [
         reason="this version of torch takes no device written in Python",
     ),
 ]
-COMPARED = ("run", "packed run", "run of text and images", "adapters", "solvers")
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,10 @@ class Trainer:
         if resumed:
             self._load()
         self._open_feeds(source, corpus)
-        self._rewind_folder() if resumed else self._write_pipeline()
+        if resumed:
+            self._rewind_folder()
+        else:
+            self._save_pipe(lambda pipe: pipe.save(run.path / "pipeline"))
 
     def _check(self) -> None:
         """Raises ConfigError where batch, processes and device do not fit, or a kernel or library is missing; warns of
@@ -165,10 +168,6 @@ class Trainer:
         if before not in (None, self._ordered):
             made = f"of {self._ordered} samples, not of {before} as before, batches are made"
             run.log(f"warning: {made}: the order of samples is another now")
-
-    def _write_pipeline(self) -> None:
-        """Write the pipeline's folder of a new run, with its fresh weights."""
-        self._save_pipe(lambda pipe: pipe.save(self.run.path / "pipeline"))
 
     def _rewind_folder(self) -> None:
         """Bring the folder of a resumed run to the step of its checkpoint. Called last, when nothing else can fail."""
