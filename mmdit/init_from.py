@@ -42,11 +42,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Started:
-    """Where a trunk's tensors came from: `taken`, names by source; `fresh`, names in no source; `lines`, a summary."""
+    """Where a trunk's tensors come from: `taken`, names by source; `fresh`, names in no source; `lines`, a summary; and
+    `tensors` by the trunk's names, of which tables may still have fewer rows than the trunk's (`extend_tables`).
+    """
 
     taken: dict[str, list[str]]
     fresh: list[str]
     lines: list[str]
+    tensors: dict[str, Tensor]
 
 
 def is_language_model(path: str | Path) -> bool:
@@ -76,11 +79,16 @@ def init_from(model: Transfusion, paths: Sequence[str | Path]) -> Started:
     """Initialise a trunk from folders: a run, a diffusers SD3 transformer, a causal language model of Hugging Face.
 
     A tensor that is in several sources is taken from a language model, else from the first. If the trunk's vocabulary
-    is larger than the source's, new rows of the embedding are drawn from the normal distribution of its rows, per
-    channel, and new rows of the head are the mean of its rows, which bounds the probability of a new token (Hewitt
-    2021). Raises ValueError if a config does not fit the trunk's, naming what differs, FileNotFoundError if a folder
-    holds no model; the trunk is then unchanged.
+    is larger than the source's, `extend_tables` adds rows. Raises ValueError if a config does not fit the trunk's,
+    naming what differs, FileNotFoundError if a folder holds no model; the trunk is then unchanged.
     """
+    own, started = model.state_dict(), weights_for(model, paths)
+    model.load_state_dict(own | extend_tables(started.tensors, own))
+    return started
+
+
+def weights_for(model: Transfusion, paths: Sequence[str | Path]) -> Started:
+    """What `init_from` gives to a trunk, which may be without memory; raises as that does."""
     own = model.state_dict()
     taken: dict[str, Tensor] = {}
     by_source: dict[str, list[str]] = {}
@@ -91,15 +99,21 @@ def init_from(model: Transfusion, paths: Sequence[str | Path]) -> Started:
         by_source[source.name] = names
     copied = _text_for_images(taken, own)
     taken |= copied
-    for name in TABLES:
-        if name in taken:
-            taken[name] = _extended(taken[name], model.config.vocab_size, spread=name == "embed.weight")
     _check(taken, own)
-    model.load_state_dict(own | taken)
     fresh = sorted(own.keys() - taken.keys())
     lines = [f"from {s.name}: {_layers(by_source[s.name], 3) or 'nothing'}{_left_behind(s.left)}" for s in sources]
     lines += [f"copied from the text's stream: {_layers(copied, 3)}"] if copied else []
-    return Started(by_source, fresh, [*lines, f"starts fresh: {_layers(fresh) or 'nothing'}"])
+    return Started(by_source, fresh, [*lines, f"starts fresh: {_layers(fresh) or 'nothing'}"], taken)
+
+
+def extend_tables(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with as many rows in their tables as a trunk's `own` have.
+
+    New rows of the embedding are drawn from the normal distribution of its rows, per channel; new rows of the head are
+    the mean of its rows, which bounds the probability of a new token (Hewitt 2021).
+    """
+    tables = [name for name in TABLES if name in tensors]
+    return {**tensors} | {name: _extended(tensors[name], own[name].shape[0], name == "embed.weight") for name in tables}
 
 
 def text_parameters(model: Transfusion) -> dict[str, nn.Parameter]:
@@ -189,8 +203,6 @@ def _text_for_images(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 def _extended(rows: Tensor, num: int, spread: bool) -> Tensor:
     """A table extended to `num` rows; spread: new rows have the distribution of the others, else they are the mean."""
-    if len(rows) > num:
-        raise ValueError(f"vocab_size is {num}, but there are {len(rows)} tokens to take: set it to at least that")
     more = num - len(rows)
     rows = rows.float()
     mean, std = rows.mean(0, keepdim=True), rows.std(0, keepdim=True)
@@ -199,11 +211,14 @@ def _extended(rows: Tensor, num: int, spread: bool) -> Tensor:
 
 
 def _check(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    rows = max((len(taken[name]) for name in TABLES if name in taken), default=0)
+    if rows > (num := len(own[TABLES[0]])):
+        raise ValueError(f"vocab_size is {num}, but there are {rows} tokens to take: set it to at least that")
     unknown = [name for name in taken if name not in own]
     shapes = [
         f"{name} {tuple(x.shape)} for {tuple(own[name].shape)}"
         for name, x in taken.items()
-        if name in own and x.shape != own[name].shape
+        if name in own and x.shape[name in TABLES :] != own[name].shape[name in TABLES :]
     ]
     if unknown or shapes:
         listed = ", ".join([*unknown, *shapes][:4])

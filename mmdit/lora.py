@@ -9,7 +9,7 @@ written three times; three of theirs become one of three times the rank, with a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from mmdit.blocks import Modulation
 from mmdit.layouts import DIFFUSERS
 from mmdit.mapped import read_metadata, read_weights
 from mmdit.model import MMDiT
-from mmdit.weights_io import save_weights
+from mmdit.weights_io import save_weights, whole
 
 TARGETS = {"attention": "qkv|out", "all": "qkv|out|fc1|fc2"}
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -48,15 +48,40 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def draw_adapters(model: nn.Module) -> None:
+    """Draw adapters that have no values yet, as `add_lora` draws them, with the same random numbers."""
+    for _, layer in lora_layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part["default"].reset_parameters()  # as their constructor does
+        layer.reset_lora_parameters("default", True)
+
+
 def lora_pairs(model: nn.Module) -> Pairs:
-    """A and B of each adapted layer, on the CPU, with the scale multiplied into B."""
+    """A and B of each adapted layer, on the CPU, with the scale multiplied into B. Of a sharded model all processes
+    have to ask for them.
+    """
     return {
         name: (
-            layer.lora_A["default"].weight.detach().cpu(),
-            layer.scaling["default"] * layer.lora_B["default"].weight.detach().cpu(),
+            whole(layer.lora_A["default"].weight).detach().cpu(),
+            layer.scaling["default"] * whole(layer.lora_B["default"].weight).detach().cpu(),
         )
         for name, layer in lora_layers(model)
     }
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without adapters, by the names that it would have without them."""
+    return {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items() if ".lora_" not in name}
+
+
+def merging(pairs: Pairs) -> Callable[[str, Tensor], Tensor]:
+    """A function that adds the adapter of the layer that has one to a tensor on the CPU, given its name."""
+
+    def merged(name: str, x: Tensor) -> Tensor:
+        pair = pairs.get(name.removesuffix(".weight"))
+        return x if pair is None else x + (pair[1] @ pair[0]).to(x)
+
+    return merged
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -75,18 +100,16 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     the CPU, for the model's device may have no room for them.
     """
     pairs = lora_pairs(model)
-    state = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, (a, b) in pairs.items():
-        weight = state[f"{name}.weight"].cpu()
-        state[f"{name}.weight"] = weight + (b @ a).to(weight)
-    return state
+    merged, adapted = merging(pairs), {f"{name}.weight" for name in pairs}
+    return {name: merged(name, x.cpu()) if name in adapted else x for name, x in base_state(model).items()}
 
 
-def save_lora(model: MMDiT, path: str | Path) -> None:
-    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError if there are none."""
-    pairs = lora_pairs(model)
+def save_lora(model: MMDiT, path: str | Path, pairs: Pairs | None = None) -> None:
+    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError if there are none.
+
+    pairs: those of `lora_pairs`, where they are at hand.
+    """
+    pairs = lora_pairs(model) if pairs is None else pairs
     if not pairs:
         raise ValueError("the model has no adapters: add_lora first")
     names, out = dict(_names(model)), {}

@@ -21,6 +21,7 @@ from mmdit.sampling import is_number
 from mmdit.text import LearnedText
 from mmdit.weights_io import (
     check_dtype,
+    gather_in_order,
     read_config,
     read_json,
     save_weights,
@@ -73,13 +74,23 @@ def save_defaults(pipe: TextToImage, folder: Path) -> None:
 
 def save_pipeline_weights(pipe: TextToImage, folder: Path) -> None:
     """Write the weights of trunk and text encoder, with LoRA adapters merged, and beside these the adapters alone."""
-    from mmdit.lora import lora_pairs, plain_state, save_lora
+    from mmdit.lora import base_state, lora_pairs, merging, save_lora
 
     trunk = pipe.model.transformer
-    save_weights(plain_state(trunk), folder / "transformer" / "model.safetensors")
-    if lora_pairs(trunk):
-        save_lora(trunk, folder / "transformer" / "lora.safetensors")
+    pairs = lora_pairs(trunk)
+    save_weights(base_state(trunk), folder / "transformer" / "model.safetensors", None, merging(pairs))
+    if pairs:
+        save_lora(trunk, folder / "transformer" / "lora.safetensors", pairs)
     pipe.model.conditioner.save_weights(folder / "text")
+
+
+def gather_pipeline_weights(pipe: TextToImage) -> None:
+    """Take part in gathering a sharded pipeline's weights, which another process writes (`save_pipeline_weights`)."""
+    from mmdit.lora import base_state, lora_pairs
+
+    lora_pairs(pipe.model.transformer)
+    gather_in_order(base_state(pipe.model.transformer))
+    gather_in_order(pipe.model.conditioner.state_dict())
 
 
 def load_pipeline(

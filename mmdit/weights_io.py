@@ -60,11 +60,16 @@ def json_writer(value: Any) -> Callable[[Path], object]:
     return lambda path: path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], object]:
+def weights_writer(
+    state: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    finish: Callable[[str, Tensor], Tensor] = lambda name, x: x,
+) -> Callable[[Path], object]:
     """For `write_all_aside`: write tensors as one safetensors file, each brought to the CPU when its turn comes.
 
-    A sharded one is gathered then, for which the other processes call `gather_in_order`. Raises ValueError for a type
-    that `read_weights` does not take.
+    A sharded one is gathered then, for which the other processes call `gather_in_order`. finish: what is written for a
+    name and its tensor on the CPU, of the same shape and type. Raises ValueError for a type that `read_weights` does
+    not take.
     """
     names, end = file_order(state), 0
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -80,7 +85,7 @@ def weights_writer(state: Mapping[str, Tensor], metadata: dict[str, str] | None 
             with path.open("wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
                 for name in names:
-                    x = whole(state[name]).detach().cpu().contiguous()
+                    x = finish(name, whole(state[name]).detach().cpu()).contiguous()
                     file.write(x.flatten().view(torch.uint8).numpy().data)
         except OSError as error:  # such as a full disk, without the file's name
             raise OSError(f"cannot write {path.parent}: {error}") from error
@@ -135,9 +140,9 @@ def write_json(path: Path, value: Any) -> None:
     write_aside(path, json_writer(value))
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file."""
-    write_aside(path, weights_writer(state, metadata))
+def save_weights(state: Mapping[str, Tensor], path: Path, *how: Any) -> None:
+    """Write tensors as one safetensors file; how: see `weights_writer`."""
+    write_aside(path, weights_writer(state, *how))
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmdit.weights_io import check_fit, read_json, read_weights, save_weights, write_json
 from training.parallel import ALONE, Ranks
-from training.sharding import copy_weights, shard_like
+from training.sharding import copy_tensors, shard_like
 from training.signed import fsync, read_signed, sha256, sha256_of
 
 
@@ -149,7 +149,7 @@ def averaged(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy full tensors into a module, which may be sharded. Raises ValueError where they do not fit it."""
     check_fit(module.state_dict(), tensors, source)
-    copy_weights(module, tensors)
+    copy_tensors(module.state_dict(), tensors)
 
 
 COUNTERS = ("k", "weight_sum", "lr_max")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import mmdit.config
 from mmdit.autoencoder import Autoencoder
@@ -223,14 +224,14 @@ def build_model(
     resumed: bool,
     corpus: Iterable[str] | None = None,
     ranks: Ranks = ALONE,
-) -> CaptionedMMDiT | CaptionedTransfusion:
+) -> tuple[CaptionedMMDiT | CaptionedTransfusion, dict[str, Tensor]]:
     """A fresh model for the latents and captions of a source; its tokenizer is made for it, or a resumed run's own.
 
     The trunk of a resumed run, whose weights will be loaded, is on the meta device; so is a new one that will be
-    sharded, whose weights will be drawn (`draw_weights`), unless they come from `init`.
+    sharded: it comes with the tensors that it begins with, for `fill_weights`.
     """
     base_width, sharded = config.optimizer.base_width, is_sharded(config.parallel, ranks)
-    later = resumed or (sharded and not config.init_paths)
+    later = resumed or sharded or bool(config.init_paths)
     height, width = (side // autoencoder.factor for side in source.image_size)
     largest = max(side for size in source.layout.sizes for side in size) // autoencoder.factor
     if isinstance(source, CachedSource):
@@ -241,15 +242,15 @@ def build_model(
         form = text_form(config, run, resumed)
         with shape_alone() if later else nullcontext():
             trunk = _transfusion(config, text, autoencoder, (height, width), largest, form)
+        trunk, given = start_transfusion(config, run, trunk, resumed, sharded)
         model = CaptionedTransfusion(trunk, text)
-        start_transfusion(config, run, trunk, resumed)
     else:
-        with shape_alone() if later or config.init_paths else nullcontext():
+        with shape_alone() if later else nullcontext():
             fresh = _mmdit(config, text, autoencoder, (height, width), largest)
         model = CaptionedMMDiT(fresh, text)
         model.packed = config.training.packing
-        model.transformer = start_mmdit(config, run, model, resumed)
-    if base_width is not None and not (later or config.init_paths):
+        model.transformer, given = start_mmdit(config, run, model, resumed, sharded)
+    if base_width is not None and not later:
         scale_start(model.transformer, base_width)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -259,7 +260,7 @@ def build_model(
         f"of width {model.transformer.config.width}, {height * width // config.model.patch_size**2} image tokens, "
         f"up to {config.text.max_length} text tokens"
     )
-    return model
+    return model, given
 
 
 def _text(config: TrainConfig, run: RunFolder, source: Data, texts: Iterable[str], resumed: bool) -> Conditioner:

@@ -99,11 +99,11 @@ def parallelize(
     ranks: Ranks,
     device: torch.device,
     precision: torch.dtype,
-    draw: Callable[[Any], object] | None = None,
+    fill: Callable[[Any], object] | None = None,
 ) -> Parallelized:
     """Move a fresh model to the device, copy it for the average, and shard both where the strategy says so.
 
-    A trunk on the meta device gets memory here; `draw` then gives it its weights, without it they will be loaded.
+    A trunk on the meta device gets memory here; `fill` then gives it its weights, without it they will be loaded.
     Weights that are not trained have no copy: the average has the model's own, or shards of its own.
     """
     sharded, empty = is_sharded(config.parallel, ranks), model.transformer.device.type == "meta"
@@ -117,9 +117,9 @@ def parallelize(
         shard(learner, average, config.parallel, mesh_of(config.parallel, ranks, device), precision)
         for part in (model, average):
             _take_memory(part, device, torch.device("cpu") if config.parallel.cpu_offload else device)
-        if empty and draw is not None:
-            draw(model.transformer)
-        copy_weights(average, model.state_dict())
+        if empty and fill is not None:
+            fill(model.transformer)
+        copy_tensors(average.state_dict(), model.state_dict())
     else:  # FSDP2 moves each unit when it shards it
         _take_memory(model, device, device)
         model.to(device)
@@ -139,10 +139,10 @@ def _take_memory(model: nn.Module, device: torch.device, home: torch.device) -> 
 
 
 @torch.no_grad()
-def copy_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors of a module's names and shapes into it, of which either may be sharded."""
-    for name, x in module.state_dict().items():
-        local(x).copy_(local(shard_like(tensors[name], x)))
+def copy_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy the tensors in `given` into those of their names and shapes, of which either may be sharded."""
+    for name, x in given.items():
+        local(own[name]).copy_(local(shard_like(x, own[name])))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -6,20 +6,21 @@ A resumed run loads its own weights later; here only its modules get their shape
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdit.config
 from mmdit.config import LlamaConfig, MMDiTConfig
 from mmdit.features import FrozenText
 from mmdit.files import find, load
-from mmdit.init_from import init_from, is_language_model, needs, text_parameters
-from mmdit.lora import add_lora
+from mmdit.init_from import extend_tables, is_language_model, needs, text_parameters, weights_for
+from mmdit.lora import add_lora, base_state, draw_adapters
 from mmdit.model import MMDiT
 from mmdit.text import LearnedText
 from mmdit.text_to_image import CaptionedMMDiT
@@ -30,8 +31,9 @@ from training.mup import scale_start
 from training.parallel import Ranks
 from training.run import RunFolder
 from training.settings import as_override
-from training.sharding import local, shard_like
+from training.sharding import copy_tensors, local, shard_like
 
+T = TypeVar("T", MMDiT, Transfusion)
 SHAPE = ("patch_size", "depth", "num_heads", "head_dim", "mlp_ratio", "positions", "dual_attention_layers")
 TEXT_IN = ("context_in.", "pooled_in.")  # layers that a trunk for another text encoder learns afresh
 NEW_NORMS = (".q_norm.weight", ".k_norm.weight")
@@ -62,19 +64,24 @@ class DrawnInFull(TorchDispatchMode):
 
 
 @torch.no_grad()
-def draw_weights(trunk: Any, base_width: int | None, ranks: Ranks) -> None:
-    """Give a sharded trunk, built by `shape_alone`, the weights that its constructor draws, bit for bit.
+def fill_weights(trunk: Any, given: Mapping[str, Tensor], base_width: int | None, ranks: Ranks) -> None:
+    """Give a sharded trunk, built by `shape_alone`, the weights that one process gives it, bit for bit: those in
+    `given`, by name, and all others as its constructor draws them; and its adapters theirs.
 
     base_width: see `scale_start`. Called by all processes, of which each has one tensor in full at a time. Raises
     ConfigError, in all of them, where one draws other numbers.
     """
+    own = base_state(trunk)
     with DrawnInFull() as drawn:
-        for module in trunk.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        trunk.init_weights()
+        if own.keys() - given.keys():
+            for module in trunk.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            trunk.init_weights()
+        draw_adapters(trunk)
     ranks.agree(weights=drawn.digest.hexdigest())
-    if base_width is not None:
+    copy_tensors(own, extend_tables(given, own))
+    if base_width is not None and not given:
         scale_start(trunk, base_width)
 
 
@@ -95,31 +102,39 @@ def tokenizer_to_start_from(config: TrainConfig) -> Path | None:
 
 
 @torch.no_grad()
-def start_mmdit(config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resumed: bool) -> MMDiT:
-    """The trunk with the weights that `init` names, and with adapters where only those are trained.
+def start_mmdit(
+    config: TrainConfig, run: RunFolder, model: CaptionedMMDiT, resumed: bool, sharded: bool
+) -> tuple[MMDiT, dict[str, Tensor]]:
+    """The trunk with the weights that `init` names, and with adapters where only those are trained. One that will be
+    sharded is without memory, and comes with these weights, for `fill_weights`.
 
     Layers that read the text start afresh where the text encoder is another; QK-norm may be added. Raises ConfigError,
     which names the settings to change, where [model] does not have the shape of the weights.
     """
-    trunk = model.transformer
+    trunk, given = model.transformer, dict[str, Tensor]()
     if config.init_paths and resumed:
         with shape_alone():
             trunk = MMDiT(read_config(MMDiTConfig, run.path / "pipeline" / "transformer" / "config.json"))
     elif config.init_paths:
-        trunk = _adapted_trunk(config, run, trunk, _reads_another(config.init_paths[0], model.conditioner))
+        trunk, given = _adapted_trunk(config, run, trunk, _reads_another(config.init_paths[0], model.conditioner))
+        if not sharded:
+            trunk, given = _filled(trunk, given), {}
         text = _text_folder(config.init_paths[0])
         if text is not None and isinstance(model.conditioner, LearnedText):
             load_weights(model.conditioner, text / "model.safetensors")
             run.log(f"text encoder and tokenizer from {config.init_paths[0]}")
     if config.lora.rank:
-        add_lora(trunk, config.lora.rank, config.lora.alpha, config.lora.targets)
+        with torch.random.fork_rng(devices=[], enabled=sharded):
+            add_lora(trunk, config.lora.rank, config.lora.alpha, config.lora.targets)
         model.conditioner.requires_grad_(False)
-    return trunk
+    return trunk, given
 
 
-def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text: bool) -> MMDiT:
-    """A trunk of the shape of `fresh`, with the weights that `init` names wherever they fit. other_text: but for the
-    layers that read the text.
+def _adapted_trunk(
+    config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text: bool
+) -> tuple[MMDiT, dict[str, Tensor]]:
+    """A trunk of the shape of `fresh`, without memory, and by name the weights that `init` names wherever they fit.
+    other_text: but for the layers that read the text.
     """
     path = config.init_paths[0]
     found = load(path)
@@ -150,23 +165,22 @@ def _adapted_trunk(config: TrainConfig, run: RunFolder, fresh: MMDiT, other_text
     with shape_alone():
         trunk = MMDiT(shape)
     own, given = trunk.state_dict(), found.state_dict()
-    afresh = [
+    norms = [name for name in own.keys() - given.keys() if name.endswith(NEW_NORMS)]
+    drawn = [
         name
         for name, tensor in own.items()
-        if (name not in given and name.endswith(NEW_NORMS))
-        or (name.startswith(TEXT_IN) and (other_text or given[name].shape != tensor.shape))
+        if name.startswith(TEXT_IN) and (other_text or given[name].shape != tensor.shape)
     ]
-    if config.lora.rank and any(name.startswith(TEXT_IN) for name in afresh):
+    if config.lora.rank and drawn:
         raise ConfigError(
             f"{path} reads another text encoder than {config.text.encoder}, and adapters alone would leave the layers "
             "that read it as they begin: name its own in text.encoder, or leave out lora.rank"
         )
-    trunk = MMDiT(shape) if afresh else trunk.to_empty(device="cpu")
-    own = trunk.state_dict()
-    trunk.load_state_dict({name: own[name] if name in afresh else given[name] for name in own})
-    rest = f"; new: {', '.join(afresh[:4])}{', ...' if len(afresh) > 4 else ''}" if afresh else ", none new"
-    run.log(f"weights from {path}: {len(own) - len(afresh)} tensors{rest}")
-    return trunk
+    new = [name for name in own if name in drawn or name in norms]
+    rest = f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ", none new"
+    run.log(f"weights from {path}: {len(own) - len(new)} tensors{rest}")
+    given |= {name: torch.ones(own[name].shape) for name in norms}
+    return trunk, {name: given[name] for name in own if name not in drawn}
 
 
 def _reads_another(path: str, text: nn.Module) -> bool:
@@ -207,14 +221,18 @@ def text_form(config: TrainConfig, run: RunFolder, resumed: bool) -> LlamaConfig
     return wanted.get("llama")
 
 
-def start_transfusion(config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool) -> None:
-    """Load the weights that `init` names, unless the run is resumed, and freeze the text's if transfusion.freeze_text.
+@torch.no_grad()
+def start_transfusion(
+    config: TrainConfig, run: RunFolder, trunk: Transfusion, resumed: bool, sharded: bool
+) -> tuple[Transfusion, dict[str, Tensor]]:
+    """The trunk with the weights that `init` names, and its text's frozen if transfusion.freeze_text. One that will be
+    sharded is without memory, and comes with these weights, for `fill_weights`.
 
     Raises ConfigError where text is to be frozen and `init` has not given all of its weights.
     """
-    frozen = config.transfusion.freeze_text
+    frozen, given = config.transfusion.freeze_text, dict[str, Tensor]()
     if config.init_paths and not resumed:
-        started = init_from(trunk, config.init_paths)
+        started = weights_for(trunk, config.init_paths)
         for line in started.lines:
             run.log(f"weights {line}")
         own = sorted(text_parameters(trunk).keys() & set(started.fresh)) if frozen else []
@@ -223,6 +241,19 @@ def start_transfusion(config: TrainConfig, run: RunFolder, trunk: Transfusion, r
                 f"transfusion.freeze_text is set, but {' and '.join(config.init_paths)} did not give what is to be "
                 f"frozen, {own[0]} for one: name a language model in init"
             )
+        trunk, given = (trunk, started.tensors) if sharded else (_filled(trunk, started.tensors), {})
     if frozen:
         for parameter in text_parameters(trunk).values():
             parameter.requires_grad_(False)
+    return trunk, given
+
+
+def _filled(trunk: T, given: Mapping[str, Tensor]) -> T:
+    """A trunk like this one, which is without memory, with the weights in `given`, and all others as its constructor
+    draws them.
+    """
+    missing = trunk.state_dict().keys() - given.keys()
+    trunk = type(trunk)(trunk.config) if missing else trunk.to_empty(device="cpu")
+    own = trunk.state_dict()
+    copy_tensors(own, extend_tables(given, own))
+    return trunk

@@ -22,9 +22,10 @@ from PIL import Image
 
 from mmdit.attention import attention_backend, why_not
 from mmdit.autoencoder import open_autoencoder
+from mmdit.pipeline_files import gather_pipeline_weights
 from mmdit.text_and_images import TransfusionPipeline
 from mmdit.text_to_image import TextToImage
-from mmdit.weights_io import gather_in_order, whole
+from mmdit.weights_io import whole
 from training.alike import check_alike
 from training.boards import open_boards
 from training.checkpoint import (
@@ -68,7 +69,7 @@ from training.sharding import (
     unsharded,
 )
 from training.share import Share
-from training.start import draw_weights
+from training.start import fill_weights
 from training.telemetry import Profiler, Telemetry, shared_state
 from training.workers import naming_dead_workers
 from training.writing import Writer
@@ -108,8 +109,9 @@ class Trainer:
         source = ranks.after_first(lambda: open_data(config, run, self.autoencoder.factor))
         corpus = open_corpus(config, run)
         self.data = data_digests(source, corpus)
-        self.model = build_model(config, run, source, self.autoencoder, resumed, corpus, ranks)
-        self._build(source.image_size, resumed)
+        self.model, given = build_model(config, run, source, self.autoencoder, resumed, corpus, ranks)
+        self._build(source.image_size, resumed, given)
+        del given
         if resumed:
             self._load()
         self._open_feeds(source, corpus)
@@ -133,14 +135,14 @@ class Trainer:
         for line in [*idle_warnings(self.config), *filter(None, [warming])]:
             self.run.log(f"warning: {line}")
 
-    def _build(self, image_size: tuple[int, int], resumed: bool) -> None:
+    def _build(self, image_size: tuple[int, int], resumed: bool, given: dict[str, torch.Tensor]) -> None:
         """Place the fresh model on its devices; make the optimiser, the average and the pipeline that samples it."""
         config, run, ranks = self.config, self.run, self.ranks
         check_alike(config, self.data, self.model, self.autoencoder, ranks)
         precision = str(self.precision).removeprefix("torch.")
         run.log(f"computing on {self.device} in {precision}{strategy_text(config.parallel, ranks)}")
-        draw = None if resumed else lambda trunk: draw_weights(trunk, config.optimizer.base_width, ranks)
-        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision, draw)
+        fill = None if resumed else lambda trunk: fill_weights(trunk, given, config.optimizer.base_width, ranks)
+        made = parallelize(self.model, self.objective, config, ranks, self.device, self.precision, fill)
         self.learner, self.ema, self.sharded, self._skeleton = made
         self.optimizer = make_optimizer(self.model, config.optimizer, None if self.sharded else ranks.device_group)
         self.average = make_average(self.ema, self.model, self.optimizer, config.training)
@@ -463,14 +465,12 @@ class Trainer:
 
     def _save_pipe(self, save: Callable[[TextToImage], object]) -> None:
         """Call `save` with the pipeline in process 0. All processes call this: a sharded average is gathered tensor by
-        tensor as they are written, and in memory where adapters are merged into it.
+        tensor as they are written.
         """
-        merged = gathered(self.ema, self.ranks.first) if self.sharded and self.config.lora.rank else None
         if self.ranks.first:
-            save(self.pipe if merged is None else self._pipe_of(merged))
-        elif self.sharded and merged is None:
-            for part in (self.ema.transformer, self.ema.conditioner):  # as `save_pipeline_weights` writes them
-                gather_in_order(part.state_dict())
+            save(self.pipe)
+        elif self.sharded:
+            gather_pipeline_weights(self.pipe)
 
     def _pipe_of(self, state: dict[str, torch.Tensor]) -> TextToImage:
         """A pipeline with these tensors, which it does not copy."""

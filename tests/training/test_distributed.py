@@ -11,6 +11,7 @@ import torch
 import mmdit
 import training
 from mmdit.weights_io import read_weights
+from tests.mmdit.test_language_models import language_model
 from tests.mmdit.tiny_sd3 import t5, t5_tokenizer
 from tests.training.pictures import folder_of, members
 from tests.training.processes import free_port, together
@@ -18,6 +19,7 @@ from tests.training.runs import TRANSFUSION, config_for, metrics
 from tests.training.test_mixed_sizes import SIZES
 from tests.training.tiny_networks import save_dino
 from training.checkpoint import list_checkpoints, read_checkpoint, verify
+from training.config import load_config
 from training.run import RunFolder
 from training.trainer import Trainer
 
@@ -66,25 +68,48 @@ with ranks_of(load_config("pixels-tiny", ["training.device=cpu"])) as ranks:
 """
 
 
-DRAWN = """
-import sys, torch
+BEGUN = """
+import json, os, sys, torch
 from training.config import ConfigError, load_config
 from training.parallel import ranks_of
 from training.run import RunFolder
-from training.start import draw_weights
+from training.start import fill_weights
 from training.trainer import Trainer
 
-config = load_config("pixels-tiny", sys.argv[1:])
-with ranks_of(config) as ranks:
-    run = RunFolder(ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path), ranks.rank)
-    trunk = Trainer(config, run, ranks=ranks).model.transformer
-    print("then", torch.rand(2).tolist(), flush=True)
-    torch.manual_seed(ranks.rank)
-    try:
-        draw_weights(trunk, None, ranks)
-    except ConfigError as error:
-        print(error)
+for port, settings in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    config = load_config("pixels-tiny", settings)
+    with ranks_of(config) as ranks:
+        run = RunFolder(ranks.from_first(lambda: RunFolder.create(config.run_folder, config).path), ranks.rank)
+        trunk = Trainer(config, run, ranks=ranks).model.transformer
+        print("then", torch.rand(2).tolist(), flush=True)
+        torch.manual_seed(ranks.rank)
+        try:
+            fill_weights(trunk, {}, None, ranks)
+        except ConfigError as error:
+            print(error)
 """
+
+
+def begun(world: int, *settings: list[str]) -> tuple[list[list[str]], list[str]]:
+    """Runs that `world` processes begin one after another: of each process two random numbers after each, and all that
+    it says.
+    """
+    said = together(world, "-c", BEGUN, json.dumps([[free_port(), own] for own in settings]))
+    return [[part.splitlines()[0] for part in text.split("then ")[1:]] for text in said], said
+
+
+def begin(*settings: str) -> str:
+    """A run that one process begins, here: two random numbers after it."""
+    config = load_config("pixels-tiny", [*settings])
+    Trainer(config, RunFolder.create(config.run_folder, config))
+    return str(torch.rand(2).tolist())
+
+
+def assert_same_pipeline(run: Path, other: Path) -> None:
+    one, parts = ({path.relative_to(folder): path.read_bytes() for path in (folder / "pipeline").rglob("*.*")}
+                  for folder in (run, other))  # fmt: skip
+    assert len(one) > 3 and [str(file) for file, data in one.items() if parts.get(file) != data] == []
 
 
 def trained(*jobs: tuple[Path | None, list[str]], world: int = 2) -> None:
@@ -119,14 +144,36 @@ def test_processes_draw_the_parts_of_what_one_draws(way, tmp_path):
     """Bit for bit, in the first pipeline, where their number does not divide that of rows; and all that comes after."""
     own = ("model.num_heads=4", "optimizer.base_width=16", "training.batch_size=12")
     world = 3 if way == (FSDP,) else 4
-    said = together(world, "-c", DRAWN, *settings(tmp_path / "parts", *own, *way))
-    config = config_for(tmp_path / "one", *own)
-    Trainer(config, RunFolder.create(config.run_folder, config))
-    assert [text.split("then ")[1].splitlines()[0] for text in said] == [str(torch.rand(2).tolist())] * world
+    then, said = begun(world, settings(tmp_path / "parts", *own, *way))
+    assert then == [[begin(*settings(tmp_path / "one", *own))]] * world
     assert all("has other weights than process 0" in text for text in said)
-    one, parts = ({path.relative_to(run): path.read_bytes() for path in (run / "pipeline").rglob("*.*")}
-                  for run in (tmp_path / "one", tmp_path / "parts"))  # fmt: skip
-    assert len(one) > 4 and [str(file) for file, data in one.items() if parts.get(file) != data] == []
+    assert_same_pipeline(tmp_path / "one", tmp_path / "parts")
+
+
+def test_processes_begin_with_the_parts_of_the_weights_that_one_begins_with(tmp_path):
+    """Of another run with norms added, with layers drawn for another text encoder, or with adapters; in half precision
+    and diffusers' form; of a language model with fewer words, and of an image model beside it.
+    """
+    tokenizer = t5_tokenizer()
+    t5(tokenizer, 32).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    language_model("llama", tmp_path / "words", hidden_size=32, num_attention_heads=2)
+    begin(*settings(tmp_path / "base", "model.qk_norm=none"))
+    mmdit.save(mmdit.load(tmp_path / "base").bfloat16(), tmp_path / "half", "diffusers")
+    base, mixed = f"init={tmp_path / 'base'}", (*TRANSFUSION, "transfusion.weights=separate", "transfusion.time=image")
+    both = f"init=['{tmp_path / 'words'}', '{tmp_path / 'base'}']"
+    starts = {
+        "drawn": (base, f"text.encoder={tmp_path / 't5'}"),
+        "adapters": (base, "lora.rank=2"),
+        "diffusers": (f"init={tmp_path / 'half'}", "seed=1"),
+        "mixed": (both, *mixed, "model.qk_norm=none"),
+    }
+    ways = [settings(tmp_path / f"{name}-parts", *own, FSDP) for name, own in starts.items()]
+    expected = [begin(*settings(tmp_path / name, *own)) for name, own in starts.items()]
+    then, said = begun(2, *ways)
+    assert then == [expected] * 2
+    for name in starts:
+        assert_same_pipeline(tmp_path / name, tmp_path / f"{name}-parts")
 
 
 @pytest.fixture(scope="module", autouse=True)

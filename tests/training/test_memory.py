@@ -79,7 +79,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("how", "needed"),
-    [((), 8), (("training.ema=power",), 12), (("init",), 8), (("init", "lora.rank=2"), 4.5)],
+    [((), 8), (("training.ema=power",), 12), (("init",), 8), (("init", "lora.rank=2"), 4)],
     ids=["fresh", "two averages", "init", "adapters"],
 )
 def test_a_run_begins_with_its_weights_and_averages_alone(base, tmp_path, how, needed):
@@ -166,11 +166,15 @@ with ranks_of(config) as ranks:
 
 
 @pytest.mark.slow
-def test_a_model_in_parts_was_never_whole(tmp_path):
-    """Each of four processes has 1 for its weights and 1 for their average, and draws a tensor at a time; so does the
-    first one gather it for the pipeline.
+@pytest.mark.parametrize("how", [(), ("init",), ("init", "lora.rank=2")], ids=["drawn", "init", "adapters"])
+def test_a_model_in_parts_was_never_whole(how, tmp_path):
+    """Each of four processes has 1 for its weights and 1 for their average, and draws a tensor at a time, or reads it;
+    so does the first one gather it for the pipeline, and merge adapters into it.
     """
-    own = ("model.depth=6", "training.batch_size=4", f"training.out={tmp_path}", "parallel.strategy=fsdp")
+    own = ["model.depth=6", "training.batch_size=4", "parallel.strategy=fsdp", f"training.out={tmp_path / 'run'}"]
+    if how:
+        start = training.train(config_for(tmp_path / "start", *WIDE, own[0]))
+        own += [f"init={start}" if word == "init" else word for word in how]
     said = together(4, "-c", PARTS, *WIDE, *own)
     assert all(2 < float(text.split("most ")[1].split()[0]) < 2 + SLACK for text in said), said
 

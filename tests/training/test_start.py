@@ -24,7 +24,7 @@ from training.mup import scale_start
 from training.parallel import ALONE
 from training.run import RunFolder
 from training.sharding import local
-from training.start import draw_weights, shape_alone
+from training.start import fill_weights, shape_alone
 from training.trainer import Trainer
 
 LANGUAGE = dict(vocab_size=390, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -350,7 +350,7 @@ def test_a_sharded_trunk_is_drawn_as_by_its_constructor(kind, base_width, group)
     for x in parts.state_dict().values():
         local(x).fill_(7)
     torch.manual_seed(0)
-    draw_weights(parts, base_width, ALONE)
+    fill_weights(parts, {}, base_width, ALONE)
     assert torch.equal(torch.rand(4), after)
     drawn = parts.state_dict()
     assert [name for name, x in whole.state_dict().items() if not torch.equal(x, local(drawn[name]))] == []
