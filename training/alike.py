@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.text import Tokenizer
 from training.config import TrainConfig
@@ -33,8 +33,13 @@ def weights_digest(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         found.update(f"{name} {tuple(p.shape)}".encode())
         if not p.is_meta:  # what will be loaded has no values yet
-            found.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
+            found.update(first_values(p))
     return found.hexdigest()
+
+
+def first_values(x: Tensor) -> bytes:
+    """The first 256 values of a tensor, by which processes check that they have the same."""
+    return x.detach().flatten()[:256].float().cpu().numpy().tobytes()
 
 
 def tokenizer_digest(model: Any) -> str:

@@ -26,6 +26,7 @@ from mmdit.text import LearnedText
 from mmdit.text_to_image import CaptionedMMDiT
 from mmdit.transfusion import Transfusion
 from mmdit.weights_io import load_weights, read_config, read_json
+from training.alike import first_values
 from training.config import ConfigError, TrainConfig
 from training.mup import scale_start
 from training.parallel import Ranks
@@ -58,7 +59,7 @@ class DrawnInFull(TorchDispatchMode):
             return op(*args, **(kwargs or {}))
         x, *how = args
         full = op(torch.empty(x.shape, dtype=x.dtype), *how, **(kwargs or {}))
-        self.digest.update(full.flatten()[:256].numpy().tobytes())
+        self.digest.update(first_values(full))
         local(x).copy_(local(shard_like(full, x)))
         return x
 
@@ -69,7 +70,7 @@ def fill_weights(trunk: Any, given: Mapping[str, Tensor], base_width: int | None
     `given`, by name, and all others as its constructor draws them; and its adapters theirs.
 
     base_width: see `scale_start`. Called by all processes, of which each has one tensor in full at a time. Raises
-    ConfigError, in all of them, where one draws other numbers.
+    ConfigError, in all of them, where one has or draws other numbers.
     """
     own = base_state(trunk)
     with DrawnInFull() as drawn:
@@ -79,6 +80,8 @@ def fill_weights(trunk: Any, given: Mapping[str, Tensor], base_width: int | None
                     module.reset_parameters()
             trunk.init_weights()
         draw_adapters(trunk)
+    for name, x in given.items():
+        drawn.digest.update(name.encode() + first_values(x))
     ranks.agree(weights=drawn.digest.hexdigest())
     copy_tensors(own, extend_tables(given, own))
     if base_width is not None and not given:
