@@ -72,13 +72,8 @@ def read_sharded(
     into: tensors to read into, by the same names, which may be sharded; those of other names are read in full. Raises
     ValueError where a shape differs.
     """
-    from torch.distributed.checkpoint import load
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    reader, given = HuggingFaceStorageReader(str(folder)), _flat(into or {})
-    metadata = ranks.from_first(reader.read_metadata)  # from all files: not in each process, and once more by `load`
-    reader.read_metadata = lambda: metadata  # type: ignore[method-assign]
-    found: dict[str, Any] = metadata.state_dict_metadata
+    reader, found = _open(folder, ranks)
+    given = _flat(into or {})
     tensors: dict[str, Any] = {}
     for name, about in found.items():
         like = given.get(name)
@@ -89,9 +84,66 @@ def read_sharded(
         if like is not None and like.shape != about.size:
             raise ValueError(f"{folder.name} has {name} of {tuple(about.size)}, the model {tuple(like.shape)}")
         tensors[name] = torch.empty(about.size, dtype=about.properties.dtype) if like is None else like
+    _load(tensors, reader)
+    return _grouped(tensors)
+
+
+class Stored(Tensor):
+    """A tensor in a checkpoint, which `full_tensor` reads, as that of a sharded tensor gathers it."""
+
+    @staticmethod
+    def __new__(cls, like: Any, read: Callable[[], Tensor]) -> Any:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    def __init__(self, like: Any, read: Callable[[], Tensor]) -> None:
+        self.read = read
+
+    def full_tensor(self) -> Tensor:
+        return self.read()
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if op is torch.ops.aten.detach.default:
+            return cls(args[0], args[0].read)
+        raise NotImplementedError(f"{op} of a tensor that has not been read")
+
+
+def stored(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a sharded checkpoint, by group and name, each of which one process can read by itself."""
+    reader, found = _open(folder)
+
+    def tensor(name: str, about: Any) -> Stored:
+        like = torch.empty(about.size, dtype=about.properties.dtype, device="meta")
+
+        def read() -> Tensor:
+            x = torch.empty_like(like, device="cpu")
+            _load({name: x}, reader, no_dist=True)
+            return x
+
+        return Stored(like, read)
+
+    return _grouped({name: tensor(name, about) for name, about in found.items()})
+
+
+def _open(folder: Path, ranks: Ranks = ALONE) -> tuple[Any, dict[str, Any]]:
+    """The reader of a checkpoint, and torch's metadata of its tensors by name, which process 0 reads for all."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    metadata = ranks.from_first(reader.read_metadata)  # from all files: not in each process, and once more by `load`
+    reader.read_metadata = lambda: metadata  # type: ignore[method-assign]
+    return reader, metadata.state_dict_metadata
+
+
+def _load(tensors: dict[str, Any], reader: Any, **how: Any) -> None:
+    from torch.distributed.checkpoint import load
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it reads without a process group, as one process may
-        load(tensors, storage_reader=reader)
+        load(tensors, storage_reader=reader, **how)
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {}
     for name, x in tensors.items():
         group, _, own = name.partition("/")

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mmdit.weights_io import whole
 from training.config import ConfigError, ParallelConfig, TrainConfig
 from training.objectives import Loss
 from training.parallel import Ranks
@@ -252,16 +251,6 @@ def skeleton(model: Any) -> Any:
 def local(x: Tensor) -> Tensor:
     """This process's shard of a tensor; the tensor itself where it is not sharded."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def gathered(model: nn.Module, first: bool) -> dict[str, Tensor]:
-    """The full tensors of a sharded model in the CPU's memory, where `first`; all processes call this."""
-    state = {}
-    for name, x in model.state_dict().items():
-        x = whole(x).detach()  # one at a time, for every process gathers it
-        if first:
-            state[name] = x.to("cpu", copy=True)
-    return state
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:

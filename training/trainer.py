@@ -61,7 +61,6 @@ from training.setup import build_model, grid_prompts, open_corpus, open_data, op
 from training.sharding import (
     Learner,
     check_parallel,
-    gathered,
     gradient_sync,
     parallelize,
     replicated,
@@ -444,9 +443,8 @@ class Trainer:
             state["loss_scale"] = [self.scaler.scale, self.scaler.good]
         self.writer.wait()  # so that memory holds the copies of one checkpoint, not of two
         if self.config.training.async_checkpoint:
-            full = gathered(self.ema, self.ranks.first) if self.sharded else None
             self.writer.write(
-                state, self._tensors(), lambda written: self._save_weights(self._pipe_of(full or averaged(written)))
+                state, self._tensors(), lambda written: self._save_weights(self._pipe_of(averaged(written)))
             )
         else:
             self.writer.write(state, self._tensors())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.checkpoint import save_checkpoint
 from training.parallel import Ranks
-from training.sharded_checkpoint import save_sharded
+from training.sharded_checkpoint import save_sharded, stored
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -33,7 +33,9 @@ class Writer:
     def write(
         self, state: Mapping[str, Any], weights: Weights, after: Callable[[Weights], object] | None = None
     ) -> None:
-        """Write one checkpoint, then call `after` in process 0, with the tensors that were written."""
+        """Write one checkpoint, then call `after` in process 0, with the tensors that were written: `stored` ones, if
+        sharded.
+        """
         self.wait()
         if self.background and not self.sharded and self.ranks.first:
             weights = {
@@ -42,9 +44,9 @@ class Writer:
         finish = self._begin(state, weights)
 
         def complete() -> None:
-            finish()
-            if after is not None and self.ranks.first:
-                after(weights)
+            folder = finish()
+            if after is not None and folder is not None and self.ranks.first:
+                after(stored(folder) if self.sharded else weights)
 
         if self.background:
             self._thread = Thread(target=self._keep_error, args=(complete,), name="checkpoint")
@@ -52,7 +54,7 @@ class Writer:
         else:
             complete()
 
-    def _begin(self, state: Mapping[str, Any], weights: Weights) -> Callable[[], object]:
+    def _begin(self, state: Mapping[str, Any], weights: Weights) -> Callable[[], Path | None]:
         """The function that writes it. Of sharded tensors that a thread will write, copy them."""
         if self.sharded:
             return save_sharded(self.run, state, weights, self.keep, self.ranks, self.background)

@@ -162,21 +162,30 @@ with ranks_of(config) as ranks:
     with most_per_parameter(lambda: trainer.model) as most:
         trainer = Trainer(config, run, ranks=ranks)
     print("most", most(), flush=True)
+    with most_per_parameter(lambda: trainer.model) as most:
+        trainer._checkpoint()
+        trainer.writer.wait()
+    print("saved", most(), flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("init",), ("init", "lora.rank=2")], ids=["drawn", "init", "adapters"])
-def test_a_model_in_parts_was_never_whole(how, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "copies"),
+    [((), 0), (("init",), 0), (("init", "lora.rank=2"), 0), (("training.async_checkpoint=true",), 2)],
+    ids=["drawn", "init", "adapters", "async"],
+)
+def test_a_model_in_parts_was_never_whole(how, copies, tmp_path):
     """Each of four processes has 1 for its weights and 1 for their average, and draws a tensor at a time, or reads it;
-    so does the first one gather it for the pipeline, and merge adapters into it.
+    so does the first one gather it for the pipeline, and merge adapters into it; or read it, where a thread saves.
     """
     own = ["model.depth=6", "training.batch_size=4", "parallel.strategy=fsdp", f"training.out={tmp_path / 'run'}"]
-    if how:
+    if "init" in how:
         start = training.train(config_for(tmp_path / "start", *WIDE, own[0]))
-        own += [f"init={start}" if word == "init" else word for word in how]
+    own += [f"init={start}" if word == "init" else word for word in how]
     said = together(4, "-c", PARTS, *WIDE, *own)
     assert all(2 < float(text.split("most ")[1].split()[0]) < 2 + SLACK for text in said), said
+    assert all(copies < float(text.split("saved ")[1].split()[0]) < copies + SLACK for text in said), said
 
 
 def test_a_checkpoint_in_parts_is_read_once_into_its_place(tmp_path, group, monkeypatch):
