@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.mapped import read_metadata
-from mmdit.weights_io import read_weights, save_weights, whole
+from mmdit.weights_io import gather_in_order, read_weights, save_weights
 from training.checkpoint import assign, averaged, load_latest
 from training.config import TrainingConfig
 from training.sharding import local, shard_like
@@ -179,13 +179,16 @@ class Power(Exponential):
         first: dict[str, Tensor] = {name: self.ema.get_parameter(name).detach() for name in self.second}
         for width, average in zip(self.config.ema_sigma_rel, (first, self.second), strict=True):
             path = run / "ema" / f"step-{step:08d}-sigma-{width!r}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for name, value in average.items():
-                full = whole(value)  # one at a time, and kept by the one that writes alone
-                if write:
-                    tensors[name] = full.to("cpu", kind)
+            kept = {name: _narrowed(x, kind) for name, x in average.items() if write or hasattr(x, "full_tensor")}
             if write:
-                save_weights(tensors, path, {"updates": str(updates)})
+                save_weights(kept, path, {"updates": str(updates)})
+            else:
+                gather_in_order(kept)
+
+
+def _narrowed(x: Tensor, kind: torch.dtype) -> Tensor:
+    """A tensor in another type, on the CPU; each shard of a sharded one where it is."""
+    return x.to(kind) if hasattr(x, "full_tensor") else x.to("cpu", kind)
 
 
 def make_average(

@@ -20,6 +20,7 @@ from tests.training.test_mixed_sizes import SIZES
 from tests.training.tiny_networks import save_dino
 from training.checkpoint import list_checkpoints, read_checkpoint, verify
 from training.config import load_config
+from training.ema import snapshots
 from training.run import RunFolder
 from training.trainer import Trainer
 
@@ -34,6 +35,7 @@ TOLD = """
 import os, threading, time, torch
 from pathlib import Path
 from training.config import load_config
+from training.ema import snapshots
 from training.parallel import ToldByFirst, ranks_of
 
 def fail():
@@ -294,6 +296,20 @@ def test_each_process_holds_half(runs):
     parts = [path.stat().st_size for path in list_checkpoints(runs / "image-fsdp")[-1].glob("shard-*.safetensors")]
     whole = sum(path.stat().st_size for path in list_checkpoints(runs / "image-ddp")[-1].glob("*.safetensors"))
     assert all(0.45 * whole < size < 0.65 * whole for size in parts)
+
+
+def test_snapshots_of_averages_are_those_of_one_process(tmp_path):
+    own = (*SAME, "training.ema=power", "training.ema_snapshot_every=2", "training.ema_snapshot_dtype=bf16")
+    training.train(config_for(tmp_path / "one", *own))
+    ways = {"ddp": DDP, "fsdp": FSDP}
+    trained(*((None, settings(tmp_path / name, *own, way)) for name, way in ways.items()))
+    for step, width, path in snapshots(tmp_path / "one"):
+        alone = read_weights(path)
+        for name in ways:
+            parts = read_weights(tmp_path / name / "ema" / path.name)
+            assert parts.keys() == alone.keys() and len(snapshots(tmp_path / name)) == 4, (name, step, width)
+            for key, x in alone.items():
+                torch.testing.assert_close(parts[key], x, rtol=1e-2, atol=1e-5)
 
 
 def test_runs_go_on_with_another_number_of_processes(runs, tmp_path):
