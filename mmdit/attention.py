@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,27 +55,63 @@ class Packed:
         return (flat if self.ordered else flat[self.places])[None]
 
 
+class BySample(NamedTuple):
+    """The S tokens of a row in the order of samples, as torch's variable-length kernel wants them.
+
+    order (S,): the tokens sample by sample; places (S,): its inverse, the place of each token; ends (B + 1,) int32: the
+    cumulative lengths of the samples; longest: the length of the longest.
+    """
+
+    order: Tensor
+    places: Tensor
+    ends: Tensor
+    longest: int
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The mask of image-text pairs packed without padding into one row, first the image tokens of all samples and then
     their text tokens: each sample attends to its own image and text.
 
-    images, texts: the number of image and of text tokens of each sample.
+    images, texts: the number of image and of text tokens of each sample. On CUDA compiled blocks take the tensors of
+    `by_sample` instead: for other numbers they would be compiled anew.
     """
 
     images: tuple[int, ...]
     texts: tuple[int, ...]
+    device: torch.device = torch.device("cpu")
+    by_sample: BySample = field(init=False, compare=False, repr=False)
+    images_alone: Pairs | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        alone = Pairs(self.images, (0,) * len(self.images), self.device) if any(self.texts) else None
+        object.__setattr__(self, "by_sample", _by_sample(self.images, self.texts, self.device))
+        object.__setattr__(self, "images_alone", alone)
 
     def without_text(self) -> Pairs:
         """The mask of a row of the image tokens alone."""
-        return Pairs(self.images, (0,) * len(self.images))
+        return self.images_alone or self
 
-    @torch.compiler.disable  # the lengths differ from batch to batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (1, H, S, d) to (1, S, H*d); q may hold the queries of the images alone."""
-        queries = self if q.shape[2] == k.shape[2] else self.without_text()
-        if _serves(q.device.type, q.dtype, q.shape[-1]):
-            return self._varlen(q, k, v, queries)
+        if in_one_call(q.device.type, q.dtype, q.shape[-1]):
+            return self._together(q, k, v)
+        return self._one_by_one(q, k, v)
+
+    def _of_queries(self, q: Tensor, k: Tensor) -> Pairs:
+        return self if q.shape[2] == k.shape[2] else self.without_text()
+
+    def _together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All samples in one call of torch's variable-length kernel."""
+        to_q, to_kv = self._of_queries(q, k).by_sample, self.by_sample
+        q, k, v = (_scatter_rows(x[0].transpose(0, 1), to.places) for x, to in ((q, to_q), (k, to_kv), (v, to_kv)))
+        out = _of_any_length(q, k, v, to_q.ends, to_kv.ends, to_q.longest, to_kv.longest)
+        return _scatter_rows(out, to_q.order).flatten(1)[None]
+
+    @torch.compiler.disable  # the lengths differ from batch to batch
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each sample by itself, or on a CPU side by side where they are short."""
+        queries = self._of_queries(q, k)
         if q.device.type == "cpu" and self._is_short:
             to_q, to_kv = _as_documents(queries), _as_documents(self)
             return to_q.pack(attention(to_q.unpack(q), to_kv.unpack(k), to_kv.unpack(v), to_kv.mask))
@@ -94,22 +130,17 @@ class Pairs:
         lengths = [image + text for image, text in zip(self.images, self.texts, strict=True)]
         return max(lengths) <= SHORT and len(lengths) * max(lengths) ** 2 <= 2 * sum(n * n for n in lengths)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, queries: Pairs) -> Tensor:
-        """All samples in one call of torch's variable-length kernel."""
-        q_order, q_places, q_ends, q_longest = _by_sample(queries, q.device)
-        _, places, ends, longest = _by_sample(self, q.device)
-        q, k, v = (_scatter_rows(x[0].transpose(0, 1), to) for x, to in ((q, q_places), (k, places), (v, places)))
-        return _scatter_rows(_of_any_length(q, k, v, q_ends, ends, q_longest, longest), q_order).flatten(1)[None]
 
-
-def _serves(kind: str, dtype: torch.dtype, width: int) -> bool:
+def in_one_call(kind: str, dtype: torch.dtype, width: int) -> bool:
     """Whether torch's variable-length kernel can compute the attention of `Pairs`: on CUDA, in half precision, where no
-    other kernel has been chosen. Where it cannot, the chosen kernel is called for each sample.
+    other kernel has been chosen. Where it cannot, the chosen kernel is called for each sample, which torch's compiler
+    does not see into. width: of a head.
     """
-    fits = dtype in HALF_DTYPES and width % 8 == 0 and width <= 256
-    return kind == "cuda" and fits and _current in ("sdpa", "varlen") and _has_varlen()
+    fits = kind == "cuda" and dtype in HALF_DTYPES and width % 8 == 0 and width <= 256
+    return fits and _current in ("sdpa", "varlen") and _has_varlen()
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -119,28 +150,25 @@ def _scatter_rows(x: Tensor, places: Tensor) -> Tensor:
     """Row i of x (S, ...) becomes row places[i]. The gradient is a gather; that of indexing, `x[rows]`, is slower: it
     sorts the indices and accumulates.
     """
-    return x.new_empty(x.shape).index_copy(0, places, x)
+    return x.new_empty(x.shape).index_copy_(0, places, x)
 
 
-@lru_cache(maxsize=4)  # all blocks of a step ask for the same, and the last one for images alone besides
+@lru_cache(maxsize=4)  # in sampling all steps ask for the same: of images with their texts, and alone
 @torch.inference_mode(False)  # cached tensors are used in training too
-def _by_sample(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The order that puts the tokens of a row sample by sample, (S,); its inverse, the place of each token, (S,); the
-    cumulative lengths of the samples (B + 1,); and the length of the longest.
-    """
-    n = len(pairs.images)
-    sample = torch.repeat_interleave(torch.arange(n).repeat(2), torch.tensor([*pairs.images, *pairs.texts]))
-    lengths = torch.tensor(pairs.images) + torch.tensor(pairs.texts)
+def _by_sample(images: tuple[int, ...], texts: tuple[int, ...], device: torch.device) -> BySample:
+    image, text = (torch.tensor(counts, device="cpu") for counts in (images, texts))  # else, in a context, on "meta"
+    sample = torch.arange(len(images), device="cpu").repeat(2).repeat_interleave(torch.cat([image, text]))
+    lengths = image + text
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     order = sample.argsort(stable=True)
-    return order.to(device), order.argsort().to(device), ends.to(device), int(lengths.max())
+    return BySample(order.to(device), order.argsort().to(device), ends.to(device), int(lengths.max()))
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def _as_documents(pairs: Pairs) -> Packed:
     """The same packing as a `Packed` mask, on the CPU, with each sample one document."""
-    order, _, ends, longest = _by_sample(pairs, torch.device("cpu"))
+    order, _, ends, longest = pairs.by_sample
     sample = torch.repeat_interleave(torch.arange(len(pairs.images)), ends.diff().long())
     at = sample * longest + torch.arange(len(order)) - ends[sample]
     rows = torch.zeros(len(pairs.images) * longest, dtype=torch.int64).index_copy(0, at, order)

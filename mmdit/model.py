@@ -109,7 +109,7 @@ class MMDiT(nn.Module):
             img, rotary = self._embed_row(latents)
         img_c: Any = silu_c if one_size else _per_token(silu_c, counts)
         conditions = [img_c, _per_token(silu_c, lengths)]
-        mask = Pairs(tuple(counts), tuple(lengths))
+        mask = Pairs(tuple(counts), tuple(lengths), txt.device)
         img = self._run_blocks([img, txt], conditions, mask, [rotary, None], skip_layers)
         patches, p = self._patches_out(img, img_c), self.config.patch_size
         if one_size:

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 
+from mmdit.attention import attention_backend, in_one_call
 from training.config import TrainConfig
 
+MOST_GRAPHS = 64  # blocks share one function, of which torch compiles 8 graphs: what comes beyond would run uncompiled
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs of at least so many steps: compiling takes as long as 150 on a CPU
 
 
@@ -63,10 +66,11 @@ def compiled(
     if asked.compile == "auto" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         log("no C++ compiler found: the model runs uncompiled, a little slower")
         return model
-    if asked.packing and asked.recompute == "selective":
+    broken = asked.packing and not _packs_in_one_call(model, config, device)
+    if broken and asked.recompute == "selective":
         log(
             'warning: blocks that are recomputed (training.recompute = "selective") run uncompiled with '
-            'training.packing, whose attention torch\'s compiler does not see into; "full" is compiled'
+            'training.packing here, whose attention torch\'s compiler does not see into; "full" is compiled'
         )
         if asked.recompute_every == 1:
             return model
@@ -74,8 +78,9 @@ def compiled(
     several = in_rows or bool(config.data.buckets)  # shapes of batches
     when = "steps, which may take some minutes" if several else "step, which takes a minute or two"
     log(f"compiling the model in the first {when}; meanwhile the progress stands still")
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     if in_rows or blocks_alone:
-        inside = asked.packing and asked.recompute == "full"  # packed attention breaks the graph, a checkpoint may not
+        inside = asked.packing and asked.recompute == "full"  # packed attention may break the graph, a checkpoint not
         for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced
             compile_it = getattr(block.forward, "compile", block.compile) if inside else block.compile
             compile_it(dynamic=True if in_rows else None)
@@ -84,6 +89,13 @@ def compiled(
         model.transformer.compile()
         return model
     return torch.compile(model)
+
+
+def _packs_in_one_call(model: Any, config: TrainConfig, device: torch.device) -> bool:
+    """Whether the attention of packed batches is one kernel's, and so part of a compiled graph."""
+    precision = pick_precision(config.training.precision, device)
+    with attention_backend(config.training.attention):
+        return in_one_call(device.type, precision, model.transformer.config.head_dim)
 
 
 @contextmanager

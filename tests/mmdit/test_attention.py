@@ -10,13 +10,13 @@ from mmdit.attention import (
     SHORT,
     WITHOUT_PLANS,
     Pairs,
-    _serves,
     _varlen,
     any_shape,
     attention,
     attention_backend,
     attention_backends,
     current_backend,
+    in_one_call,
     key_mask,
     why_not,
 )
@@ -130,13 +130,13 @@ def test_flex_says_the_same_of_packed_documents():
 )
 def test_samples_in_one_row_take_one_kernel_only_where_it_can_serve(kind, dtype, width, name, serves):
     with attention_backend(name):
-        assert _serves(kind, dtype, width) == serves
+        assert in_one_call(kind, dtype, width) == serves
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_samples_in_one_row_are_as_one_by_one_on_cuda(dtype):
-    pairs = Pairs((4, 6, 3), (2, 0, 5))
+    pairs = Pairs((4, 6, 3), (2, 0, 5), torch.device("cuda"))
     q, k, v = (x[:1] for x in qkv(20, "cuda", dtype, 64))
     sample = torch.tensor([*[0] * 4, *[1] * 6, *[2] * 3, *[0] * 2, *[2] * 5], device="cuda")
     expected = attention(q.float(), k.float(), v.float(), (sample[:, None] == sample[None])[None, None])
@@ -173,7 +173,7 @@ def test_varlen_leaves_out_the_padding(varlen, mask):
 
 def test_varlen_takes_samples_that_stand_in_one_row(varlen, monkeypatch):
     monkeypatch.setattr(
-        "mmdit.attention._serves", lambda *asked: asked == ("cpu", torch.float64, 16) or pytest.fail(str(asked))
+        "mmdit.attention.in_one_call", lambda *asked: asked == ("cpu", torch.float64, 16) or pytest.fail(str(asked))
     )
     pairs = Pairs((4, 6, 3), (2, 0, 5))
     q, k, v = (x[:1].requires_grad_() for x in qkv(20, dtype=torch.float64))
@@ -248,7 +248,7 @@ def test_rows_of_any_length_make_no_plans_on_cuda(documents):
                 ).states.sum().backward()
             else:
                 q, k, v = (x[:1].requires_grad_() for x in qkv(n + 40, "cuda", torch.bfloat16, 64))
-                attention(q, k, v, Pairs((n - 150, 150), (10, 30))).sum().backward()
+                attention(q, k, v, Pairs((n - 150, 150), (10, 30), q.device)).sum().backward()
     used = {event.key for event in profile.key_averages() if "attention" in event.key}
     assert used and not {name for name in used if "cudnn" in name.lower()}
 

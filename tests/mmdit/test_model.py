@@ -9,7 +9,7 @@ from mmdit.attention import attention
 from mmdit.blocks import Modulation, PerToken
 from mmdit.config import MMDiTConfig, preset, preset_names
 from mmdit.model import MMDiT
-from tests.mmdit.tiny_mmdit import TINY, VARIANTS, alive, assert_close, inputs
+from tests.mmdit.tiny_mmdit import TINY, VARIANTS, alive, assert_close, in_one_call, inputs
 
 # --- what each option changes -------------------------------------------------------------------------------------
 
@@ -321,6 +321,29 @@ def test_packed_is_one_by_one(positions, one_size):
     sums = [sum(x.square().mean() for x in parts) for parts in (together, alone)]
     for x, y in zip(gradients(sums[0]), gradients(sums[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_packed_blocks_are_one_graph_for_all_lengths(monkeypatch):
+    """Where one kernel attends: without a break, and none anew for other lengths, sizes or numbers of samples."""
+    torch.manual_seed(0)
+    config = replace(TINY, qk_norm="rms_norm", positions="both", dual_attention_layers=(0,))
+    model, graphs = alive(config), []
+    batches = []
+    for batch, tokens in ((3, 7), (5, 9), (2, 8), (4, 30)):
+        x = [torch.randn(4, 4 + 2 * (i % 3), 8 + 2 * batch) for i in range(batch)]
+        real = torch.arange(tokens) < torch.randint(1, tokens, (batch, 1))
+        batches.append((x, torch.rand(batch), torch.randn(batch, tokens, 24), torch.randn(batch, 20), real))
+    expected = [model(*batch) for batch in batches]
+    in_one_call(monkeypatch)
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True, fullgraph=True)
+    num_graphs = []
+    for batch, right in zip(batches, expected, strict=True):
+        for x, y in zip(model(*batch), right, strict=True):
+            assert_close(x, y)
+        num_graphs.append(len(graphs))
+    assert num_graphs == [3] * 4  # a block with dual attention, a plain one and the last
 
 
 def test_gradients_of_the_tokens_of_a_sample_add_up_in_fp32():

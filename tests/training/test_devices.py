@@ -7,6 +7,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from mmdit import MMDiT, MMDiTConfig
+from tests.mmdit.tiny_mmdit import in_one_call
 from tests.training.runs import config_for
 from training.config import load_config
 from training.devices import compiled, multiplies_bf16, pick_device, pick_precision, repeatable
@@ -67,8 +69,23 @@ def test_packed_blocks_that_are_recomputed_in_part_are_said_to_run_uncompiled(ev
     assert "run uncompiled with training.packing" in first and [line.split()[0] for line in others] == rest
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
-def test_packed_blocks_that_are_recomputed_are_compiled_where_they_can_be(how, tmp_path, monkeypatch):
+def test_where_one_kernel_attends_to_packed_samples_they_are_compiled(monkeypatch):
+    """In half precision on CUDA, with torch's own kernel."""
+    monkeypatch.setattr("mmdit.attention._has_varlen", lambda: True)
+    own = ("training.compile=on", "training.packing=true", "training.recompute=selective")
+    for change in ("training.precision=bf16", "training.precision=fp32", "training.attention=flex"):
+        config, said, model = load_config("pixels-tiny", [*own, "training.precision=bf16", change]), [], MagicMock()
+        model.transformer.config.head_dim = 64
+        compiled(model, config, torch.device("cuda"), said.append)
+        assert ("uncompiled" in said[0]) == (change != "training.precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("how", "one_call", "expected_graphs"), [("full", False, 6), ("selective", False, 3), ("selective", True, 2)]
+)
+def test_packed_blocks_that_are_recomputed_are_compiled_where_they_can_be(
+    how, one_call, expected_graphs, tmp_path, monkeypatch
+):
     """If torch compiles those of "selective" one day, the warning can go."""
     own = ("training.packing=true", f"training.recompute={how}", "training.recompute_every=2", "model.depth=2")
     config = config_for(tmp_path / "run", *own, "training.compile=on")
@@ -83,11 +100,31 @@ def test_packed_blocks_that_are_recomputed_are_compiled_where_they_can_be(how, t
     expected = gradients()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.compiler.reset()
+    if one_call:
+        in_one_call(monkeypatch)
+        monkeypatch.setattr("training.devices.in_one_call", lambda *_: True)
     compiled(trainer.model, config, trainer.device, lambda line: None)
     torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(gradients(), expected)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == {"full": 4, "selective": 2}[how]  # of each block what is before its attention, and after
+    assert graphs == expected_graphs  # of each block what is before, within (nothing) and after its attention; or all
+
+
+def test_blocks_and_batches_of_many_forms_stay_compiled(monkeypatch):
+    """Blocks share one function, and what is beyond torch's limit of graphs for it would run uncompiled."""
+    shape = MMDiTConfig(
+        in_channels=4, depth=3, num_heads=2, head_dim=16, context_dim=8, pooled_dim=8, dual_attention_layers=(0,)
+    )
+    model = SimpleNamespace(transformer=MMDiT(shape))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    config = load_config("pixels-tiny", ["training.compile=on", "training.packing=true"])
+    compiled(model, config, torch.device("cpu"), lambda line: None)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for sizes in ([8, 8], [8, 12, 16], [16, 16, 16], [12, 8, 8, 16], [24]):
+            n, real = len(sizes), torch.arange(6) < torch.arange(1, 1 + len(sizes))[:, None]
+            latents = [torch.randn(4, side, 8) for side in sizes]
+            model.transformer(latents, torch.rand(n), torch.randn(n, 6, 8), torch.randn(n, 8), real)
 
 
 def test_compiled_gradients_of_an_embedding_repeat_bit_for_bit():
