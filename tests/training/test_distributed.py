@@ -35,7 +35,6 @@ TOLD = """
 import os, threading, time, torch
 from pathlib import Path
 from training.config import load_config
-from training.ema import snapshots
 from training.parallel import ToldByFirst, ranks_of
 
 def fail():
