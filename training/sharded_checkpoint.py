@@ -138,9 +138,9 @@ def _open(folder: Path, ranks: Ranks = ALONE) -> tuple[Any, dict[str, Any]]:
 def _load(tensors: dict[str, Any], reader: Any, **how: Any) -> None:
     from torch.distributed.checkpoint import load
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it reads without a process group, as one process may
-        load(tensors, storage_reader=reader, **how)
+    # One process may read by itself. Not in `catch_warnings`, which holds for other threads too.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    load(tensors, storage_reader=reader, **how)
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

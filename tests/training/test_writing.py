@@ -5,10 +5,12 @@ import os
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import training
 from tests.training.processes import PATIENCE, python
@@ -16,7 +18,7 @@ from tests.training.runs import assert_bit_equal, config_for, spoil
 from training.checkpoint import list_checkpoints, load_checkpoint, load_latest, newest_whole, save_checkpoint
 from training.parallel import ALONE
 from training.run import RunFolder
-from training.sharded_checkpoint import save_sharded
+from training.sharded_checkpoint import save_sharded, stored
 from training.trainer import Diverged, Trainer
 from training.writing import Writer
 
@@ -108,6 +110,21 @@ def test_a_run_that_fails_still_ends_the_checkpoint_that_it_had_begun(tmp_path, 
         training.train(config_for(tmp_path / "run", *how))
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     assert load_latest(tmp_path / "run", pytest.fail)[0]["step"] == 1
+
+
+def test_a_thread_that_reads_parts_hides_no_warnings_of_others(tmp_path, monkeypatch, recwarn):
+    """What filters warnings does so in all threads: pictures may be read meanwhile."""
+    read_data = HuggingFaceStorageReader.read_data
+
+    def reading(self, *words):
+        warnings.warn("of another thread", UserWarning, stacklevel=1)
+        return read_data(self, *words)
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", reading)
+    read = stored(in_parts(tmp_path, 3)())["model"]["w"].full_tensor()
+    assert torch.equal(read, torch.full((64, 8), 3.0))
+    said = [str(warning.message) for warning in recwarn]
+    assert "of another thread" in said and not any("the intent is to load" in text for text in said)
 
 
 KILLED = """
