@@ -204,6 +204,8 @@ def _text_for_images(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 def _extended(rows: Tensor, num: int, spread: bool) -> Tensor:
     """A table extended to `num` rows; spread: new rows have the distribution of the others, else they are the mean."""
     more = num - len(rows)
+    if not more:
+        return rows
     rows = rows.float()
     mean, std = rows.mean(0, keepdim=True), rows.std(0, keepdim=True)
     new = mean + std * torch.randn(more, rows.shape[1]) if spread else mean.expand(more, -1)
