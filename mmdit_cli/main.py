@@ -137,10 +137,19 @@ def _one_progress_bar() -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
+def _compile_quietly() -> None:
+    """Compile for a CPU without a warning of torch that there is no GPU, where a CUDA toolkit is installed.
+
+    torch and the processes in which it compiles read this when they start; "-" leaves errors.
+    """
+    os.environ.setdefault("TORCH_LOGS", "-torch.utils.cpp_extension")
+
+
 def main() -> None:
     """Entry point of the `mmdit` script. Ctrl-C outside of training ends with status 130, as in a shell."""
     _spin_less()
     _one_progress_bar()
+    _compile_quietly()
     threading.excepthook = errors.of_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # so that no caption fails to print

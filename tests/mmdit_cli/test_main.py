@@ -363,6 +363,18 @@ def test_waiting_threads_soon_leave_their_core_to_others(given, spins):
     assert loaded == "False" and ast.literal_eval(found).get("GOMP_SPINCOUNT") == spins
 
 
+@pytest.mark.skipif(not torch.version.cuda, reason="this torch is built without CUDA")
+@pytest.mark.parametrize("given", [{}, {"TORCH_LOGS": "+dynamo"}])
+def test_a_cuda_toolkit_without_a_gpu_is_no_warning(given, tmp_path):
+    code = (
+        "import mmdit_cli.main as m\ndef app(): import torch._dynamo, torch.utils.cpp_extension\nm.app = app; m.main()"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TORCH_LOGS"}
+    env |= {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+    assert ("No CUDA runtime" in done.stderr) is bool(given)  # the user's own word stands
+
+
 @pytest.mark.parametrize("rank, shown", [("0", True), ("1", False)])
 def test_of_several_processes_the_first_alone_shows_bars_of_what_is_loaded(rank, shown):
     code = (
