@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from benchmarks.beside_diffusers import call_ours, call_theirs, inputs, ours, theirs
 from benchmarks.timing import hardware, seconds
+from mmdit.blocks import allow_graphs
 from mmdit.config import MMDiTConfig
 from samplers import Field, RectifiedFlow, cfg_batched, sample, shift_time, uniform
 
@@ -63,7 +63,7 @@ def speed(repeats: int) -> list[str]:
         " diffusers, s | ratio |",
         "|---" * 10 + "|",
     ]
-    torch._dynamo.config.recompile_limit = 64  # the blocks share one function, which is compiled for many shapes
+    allow_graphs()
     for how in ("eager", "compiled"):
         both = models()
         if how == "compiled":

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.beside_diffusers import caption_lengths, ours, theirs
 from benchmarks.forward import CONFIG
 from benchmarks.timing import hardware, on_cpu, seconds
+from mmdit.blocks import allow_graphs
 from mmdit.memory import keeping_memory
 from training.config import OptimizerConfig
 from training.ema import update_ema
@@ -183,7 +183,7 @@ def loop(name: str, compiled: bool, real_lengths: bool) -> Iterator[Connection]:
 
 
 def _answer(asked: Connection, name: str, compiled: bool, real_lengths: bool) -> None:
-    torch._dynamo.config.recompile_limit = 64  # the blocks share one function, which is compiled for many shapes
+    allow_graphs()
     given = batches(real_lengths)
     step = our_step(compiled, real_lengths) if name == "ours" else their_step(compiled)
     with nullcontext() if name == "diffusers" else keeping_memory(torch.device("cpu")):

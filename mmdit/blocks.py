@@ -22,6 +22,15 @@ from mmdit.linear import Linear, linear_gelu
 EPS = 1e-6  # of every norm in SD3
 
 
+def allow_graphs(most: int = 64) -> None:
+    """Let torch compile up to `most` graphs of one function, as all blocks share one: beyond torch's 8 they would run
+    uncompiled.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(most, torch._dynamo.config.recompile_limit)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D), or (D,)."""
     if shift.ndim == 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import samplers
+from mmdit.blocks import allow_graphs
 from mmdit.generate import ImageSampling, Written, generate, velocity
 from mmdit.pictures import as_shown
 from mmdit.pipeline_files import load_trunk
@@ -88,6 +89,7 @@ class TransfusionPipeline(TextToImage):
 
     def compile(self, **options: Any) -> TextToImage:
         """Compile the trunk's blocks at their first call, for any number of tokens. options: torch.compile's."""
+        allow_graphs()
         for block in self.model.transformer.blocks:
             block.compile(**({"dynamic": True} | options))
         return self

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from mmdit.attention import attention_backend, in_one_call
+from mmdit.blocks import allow_graphs
 from training.config import TrainConfig
 
-MOST_GRAPHS = 64  # blocks share one function, of which torch compiles 8 graphs: what comes beyond would run uncompiled
 COMPILE_MIN_STEPS = 1000  # "auto" compiles runs of at least so many steps: compiling takes as long as 150 on a CPU
 
 
@@ -78,7 +77,7 @@ def compiled(
     several = in_rows or bool(config.data.buckets)  # shapes of batches
     when = "steps, which may take some minutes" if several else "step, which takes a minute or two"
     log(f"compiling the model in the first {when}; meanwhile the progress stands still")
-    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    allow_graphs()
     if in_rows or blocks_alone:
         inside = asked.packing and asked.recompute == "full"  # packed attention may break the graph, a checkpoint not
         for block in model.transformer.blocks:  # packed batches have any length, and packing cannot be traced

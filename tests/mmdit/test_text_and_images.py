@@ -209,6 +209,18 @@ def test_compiled_it_writes_and_draws_the_same():
             assert x == y if isinstance(x, str) else np.abs(pixels([x]) - pixels([y])).max() <= 1
 
 
+def test_all_that_it_writes_and_draws_stays_compiled():
+    """A block has more graphs than torch's 8: of its readings of a cache, with and without a mask, of some rows, ..."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        pipe = pipeline(TINY, Tokenizer.train(PROMPTS, 280, 8, images=True)).compile(backend="eager")
+        for size in ({}, {"height": 16, "width": 8}):
+            pipe(PROMPTS, **size)
+        picture = Image.new("RGB", (8, 8))
+        for prompts in ([["a red"]], [["a red"], ["two"]], [["a red circle", picture, "two"]]):
+            pipe.generate(prompts, max_tokens=12, max_images=1)
+
+
 def test_a_chosen_size_is_drawn_with_the_shift_of_that_size(pipe):
     """As one that is asked for; and a text of no tokens is no prompt."""
     assert pipe.image_sampling(free=True).size == (8, 12)  # it has no tokens to say one
