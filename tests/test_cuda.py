@@ -106,6 +106,17 @@ def test_bf16_and_compiling_run_and_resume(tmp_path, optimizer):
     assert len(losses(again)) == 9
 
 
+@pytest.mark.parametrize("how", ["training.precision=bf16", "optimizer.name=muon", "training.compile=on"])
+def test_weights_in_the_cpus_memory_learn_the_same(tmp_path, how):
+    """Also when the run goes on."""
+    there = ("parallel.strategy=fsdp", "parallel.cpu_offload=true")
+    run = train(tiny(tmp_path, "run", how, *there, "training.device=cuda"))
+    plain = train(tiny(tmp_path, "plain", how, "training.device=cuda"))
+    assert losses(resume(run, ["training.num_steps=9"])) == pytest.approx(
+        losses(resume(plain, ["training.num_steps=9"])), rel=0.01
+    )
+
+
 def test_the_model_is_the_same_on_both_devices_and_in_bf16():
     shape = MMDiTConfig(depth=2, num_heads=4, head_dim=32, sample_size=16, pos_embed_max_size=16, qk_norm="rms_norm")
     for config in (shape, replace(shape, positions="rope"), replace(shape, dual_attention_layers=(0,))):

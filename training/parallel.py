@@ -2,7 +2,7 @@
 
 Small values go over a process group of their own on the CPU (gloo), so that exchanging one does not wait for the GPU;
 gradients and weights go over the device's group (nccl on CUDA). Without torchrun a run is one process, `ALONE`, for
-which every collective returns at once.
+which every collective returns at once; with `parallel.cpu_offload` it has a group too, since FSDP2 wants one.
 
     with ranks_of(config) as ranks:
         path = ranks.from_first(lambda: make_folder())     # called in process 0 alone; all get what it returns
@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -207,7 +207,8 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     Raises ConfigError where several were started and the config wants one, ProcessLost when one of them ends early.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield ALONE
+        with _group_of_one(config) if config.parallel.cpu_offload else nullcontext():
+            yield ALONE
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1 and config.parallel.strategy == "none":
@@ -215,15 +216,15 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
     if world > 1 and config.training.device == "mps":
         raise ConfigError(f'training.device is "mps", which is one GPU, but {world} processes were started: start one')
     _allow_many_files()
-    on_cuda = pick_device(config.training.device).type == "cuda"
-    if on_cuda:
+    if pick_device(config.training.device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = timedelta(seconds=config.parallel.timeout)
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     store = _store(timeout)
     answering = Answering(store, min(timeout, MEET))
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_to_connect(timeout))
+        dist.init_process_group(
+            _backend(config), store=store, rank=rank, world_size=world, timeout=_to_connect(timeout)
+        )
         _set_timeout(timeout, dist.group.WORLD)
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         group = _group(timeout, backend="gloo")
@@ -245,6 +246,22 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks]:
                 answering.set(ENDED, "")
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _backend(config: TrainConfig) -> str:
+    return "cpu:gloo,cuda:nccl" if pick_device(config.training.device).type == "cuda" else "gloo"
+
+
+@contextmanager
+def _group_of_one(config: TrainConfig) -> Iterator[None]:
+    if dist.is_initialized():  # by the program that calls
+        yield
+        return
+    dist.init_process_group(_backend(config), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass

@@ -413,8 +413,8 @@ class ParallelConfig(Settings):
     reshard: bool = True
     """Free a block's gathered weights after its forward pass, and gather them again for the backward pass."""
     cpu_offload: bool = False
-    """With "fsdp" and "hsdp", keep weights, gradients, optimiser and average in the CPU's memory; the device holds the
-    block being computed."""
+    """With "fsdp" and "hsdp", keep weights, gradients, optimiser and average in the CPU's memory; the GPU holds the
+    block being computed. Also for one process with one GPU."""
     timeout: Count = 1800
     """Seconds to wait for a process that does not respond."""
 

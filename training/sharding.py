@@ -62,8 +62,10 @@ class Learner(nn.Module):
 
 
 def strategy(config: ParallelConfig, ranks: Ranks) -> str:
-    """ "none", "ddp", "fsdp" or "hsdp": what the config asks for, or "none" where there is one process."""
-    if ranks.world == 1:
+    """ "none", "ddp", "fsdp" or "hsdp": what the config asks for, or "none" where there is one process, unless its
+    weights stay in the CPU's memory.
+    """
+    if ranks.world == 1 and not config.cpu_offload:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
 
@@ -76,8 +78,10 @@ def is_sharded(config: ParallelConfig, ranks: Ranks) -> bool:
 def strategy_text(config: ParallelConfig, ranks: Ranks) -> str:
     """The strategy in words, to follow the device in a line of the log; "" where there is nothing to say."""
     kind = strategy(config, ranks)
-    if kind != "none":
+    if ranks.world > 1:
         return f", {ranks.world} processes, {kind}"
+    if config.cpu_offload:
+        return ", weights in the CPU's memory"
     idle = config.strategy not in ("auto", "none")
     return f"; parallel.strategy is {config.strategy}: it takes effect under torchrun" if idle else ""
 

@@ -1,9 +1,12 @@
 """What is computed again, and what a sharded model holds; the processes: test_parallel.py, test_distributed.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import training
@@ -81,6 +84,21 @@ def test_one_process_alone_says_that_there_is_nothing_to_share(tmp_path):
         Trainer(config, RunFolder.create(config.run_folder, config))
         line = f"parallel.strategy is {way}: it takes effect under torchrun"
         assert (tmp_path / way / "log.txt").read_text().count(line) == told
+
+
+def test_one_process_may_keep_its_weights_in_the_cpus_memory(tmp_path, monkeypatch):
+    """Without torchrun; also when it goes on. On a CPU, where it is refused, it is what it is without."""
+    monkeypatch.setattr("training.trainer.check_parallel", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.fsdp.CPUOffloadPolicy", partial(CPUOffloadPolicy, pin_memory=False))
+    there = ["parallel.strategy=fsdp", "parallel.cpu_offload=true"]
+    runs = []
+    for name, how in (("there", there), ("plain", [])):
+        runs.append(training.train(config_for(tmp_path / name, *how, "training.num_steps=2")))
+        training.resume(runs[-1], ["training.num_steps=4"])
+    assert "weights in the CPU's memory" in (runs[0] / "log.txt").read_text()
+    assert list(list_checkpoints(runs[0])[-1].glob("shard-00001-model-*"))
+    assert metrics(runs[0], "loss") == [(step, pytest.approx(loss)) for step, loss in metrics(runs[1], "loss")]
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(
