@@ -12,6 +12,7 @@ from mmdit.lora import add_lora, lora_pairs, plain_state
 from samplers import SOLVERS, Brownian, Field, RectifiedFlow, SDESolver, sample, time_grid
 from samplers.solvers import make_solver
 from tests.samplers.common import normal
+from tests.training.runs import TRANSFUSION
 from training import preset, resume, train
 from training.config import apply_overrides
 from training.run import RunFolder
@@ -115,6 +116,17 @@ def test_weights_in_the_cpus_memory_learn_the_same(tmp_path, how):
     assert losses(resume(run, ["training.num_steps=9"])) == pytest.approx(
         losses(resume(plain, ["training.num_steps=9"])), rel=0.01
     )
+
+
+@pytest.mark.parametrize("how", ["training.attention=sdpa", "training.attention=flex", "training.recompute=full"])
+def test_text_and_images_are_learnt_compiled_and_in_bf16(tmp_path, how):
+    """As in float32 on the CPU; and the model writes and draws with its cache."""
+    fast = (how, "training.device=cuda", "training.compile=on", "training.precision=bf16")
+    run = train(tiny(tmp_path, "run", *TRANSFUSION, *fast))
+    plain = train(tiny(tmp_path, "plain", *TRANSFUSION, "training.device=cpu"))
+    assert losses(run) == pytest.approx(losses(plain), rel=0.05)
+    [written] = TextToImage.load(run, "cuda").generate([["a red circle"]], max_tokens=4, max_images=1)
+    assert written.parts
 
 
 def test_the_model_is_the_same_on_both_devices_and_in_bf16():
