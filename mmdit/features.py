@@ -115,8 +115,9 @@ class FrozenText(nn.Module, ABC):
         """Write source and fingerprint, for `load_encoder`; the weights stay where they are."""
         write_json(Path(folder) / "config.json", self.about())
 
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing to write: frozen weights stay where they are."""
+    def weights_writers(self, folder: Path) -> dict[Path, Callable[[Path], object]]:
+        """None: frozen weights stay where they are."""
+        return {}
 
 
 class KnownText(FrozenText):

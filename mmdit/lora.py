@@ -21,7 +21,7 @@ from mmdit.blocks import Modulation
 from mmdit.layouts import DIFFUSERS
 from mmdit.mapped import read_metadata, read_weights
 from mmdit.model import MMDiT
-from mmdit.weights_io import save_weights, whole
+from mmdit.weights_io import weights_writer, whole, write_aside
 
 TARGETS = {"attention": "qkv|out", "all": "qkv|out|fc1|fc2"}
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -104,20 +104,22 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: merged(name, x.cpu()) if name in adapted else x for name, x in base_state(model).items()}
 
 
-def save_lora(model: MMDiT, path: str | Path, pairs: Pairs | None = None) -> None:
-    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError if there are none.
-
-    pairs: those of `lora_pairs`, where they are at hand.
-    """
-    pairs = lora_pairs(model) if pairs is None else pairs
+def save_lora(model: MMDiT, path: str | Path) -> None:
+    """Write the adapters as one safetensors file in diffusers' layout. Raises ValueError if there are none."""
+    pairs = lora_pairs(model)
     if not pairs:
         raise ValueError("the model has no adapters: add_lora first")
+    write_aside(Path(path), lora_writer(model, pairs))
+
+
+def lora_writer(model: MMDiT, pairs: Pairs) -> Callable[[Path], object]:
+    """For `write_all_aside`: what writes the adapters `lora_pairs` as `save_lora` does."""
     names, out = dict(_names(model)), {}
     for name, (a, b) in pairs.items():
         for key, part in zip(names[name], b.chunk(len(names[name])), strict=True):
             out[f"transformer.{key}.lora_A.weight"] = a.clone()
             out[f"transformer.{key}.lora_B.weight"] = part
-    save_weights(out, Path(path), {"format": "pt"})
+    return weights_writer(out, {"format": "pt"})
 
 
 def load_lora(model: MMDiT, path: str | Path) -> None:

@@ -24,7 +24,8 @@ from mmdit.weights_io import (
     gather_in_order,
     read_config,
     read_json,
-    save_weights,
+    weights_writer,
+    write_all_aside,
     write_folder_aside,
     write_json,
 )
@@ -73,15 +74,18 @@ def save_defaults(pipe: TextToImage, folder: Path) -> None:
 
 
 def save_pipeline_weights(pipe: TextToImage, folder: Path) -> None:
-    """Write the weights of trunk and text encoder, with LoRA adapters merged, and beside these the adapters alone."""
-    from mmdit.lora import base_state, lora_pairs, merging, save_lora
+    """Write the weights of trunk and text encoder, with LoRA adapters merged, and beside these the adapters alone.
 
-    trunk = pipe.model.transformer
+    Those that are there are replaced when all are written: a trunk and a text encoder of two steps are no model.
+    """
+    from mmdit.lora import base_state, lora_pairs, lora_writer, merging
+
+    trunk, at = pipe.model.transformer, folder / "transformer"
     pairs = lora_pairs(trunk)
-    save_weights(base_state(trunk), folder / "transformer" / "model.safetensors", None, merging(pairs))
+    writes = {at / "model.safetensors": weights_writer(base_state(trunk), None, merging(pairs))}
     if pairs:
-        save_lora(trunk, folder / "transformer" / "lora.safetensors", pairs)
-    pipe.model.conditioner.save_weights(folder / "text")
+        writes[at / "lora.safetensors"] = lora_writer(trunk, pairs)
+    write_all_aside(writes | pipe.model.conditioner.weights_writers(folder / "text"))
 
 
 def gather_pipeline_weights(pipe: TextToImage) -> None:
@@ -167,7 +171,7 @@ def load_captioned(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_text(folder: Path) -> LearnedText | TextEncoder | SD3Text:
-    """The text encoder whose `save_config` and `save_weights` wrote a folder."""
+    """The text encoder in a folder of `save_pipeline`."""
     about = read_json(folder / "config.json")
     if isinstance(about, dict) and "encoder" in about:
         from mmdit.text_encoders import load_encoder

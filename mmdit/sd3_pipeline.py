@@ -30,7 +30,7 @@ from mmdit.sd3_text import ENCODERS, FOLDERS, SD3Text, names, open_sd3_text
 from mmdit.text import LearnedText
 from mmdit.text_encoders import TextEncoder
 from mmdit.text_to_image import CaptionedMMDiT, TextToImage, as_captions, as_negatives
-from mmdit.weights_io import read_json, write_json
+from mmdit.weights_io import read_json, write_all_aside, write_json
 
 Text = LearnedText | TextEncoder | SD3Text
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
@@ -162,7 +162,7 @@ def write_sd3(pipe: TextToImage, folder: Path) -> None:
         present = [encoder is not None for encoder in text.encoders]
     else:
         text.save_config(folder / "text")
-        text.save_weights(folder / "text")
+        write_all_aside(text.weights_writers(folder / "text"))
         present = [False] * len(ENCODERS)
     for end, has, model, tokenizer in zip(("", "_2", "_3"), present, _MODELS, _TOKENIZERS, strict=True):
         about[f"text_encoder{end}"] = ["transformers", model] if has else [None, None]

@@ -3,7 +3,7 @@ trained together with the model.
 
 A *conditioner* turns captions into the trunk's inputs: `context`, `pooled` and the mask of real tokens. This one is
 learnt; frozen encoders (text_encoders.py) have the same `tokenize`, `forward`, `num_encoders`, `context_dim`,
-`pooled_dim`, `save_config` and `save_weights`.
+`pooled_dim`, `save_config` and `weights_writers`.
 
 Shape letters: B batch, L tokens, D width, H heads, d head width.
 """
@@ -24,7 +24,7 @@ from mmdit.attention import attention
 from mmdit.blocks import EPS, MLP
 from mmdit.config import check_numbers
 from mmdit.embeddings import rotate
-from mmdit.weights_io import load_built, read_config, read_json, save_weights, write_aside, write_json
+from mmdit.weights_io import load_built, read_config, read_json, weights_writer, write_aside, write_json
 
 PAD, EOS = "<pad>", "<eos>"
 IMAGE = ("<image>", "</image>")  # around an image, in vocabularies of text and images
@@ -333,9 +333,9 @@ class LearnedText(nn.Module):
         write_json(Path(folder) / "config.json", self.config.to_dict())
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
-    def save_weights(self, folder: str | Path) -> None:
-        """Write the weights beside them."""
-        save_weights(self.state_dict(), Path(folder) / "model.safetensors")
+    def weights_writers(self, folder: Path) -> dict[Path, Callable[[Path], object]]:
+        """For `write_all_aside`: what writes the weights beside them."""
+        return {folder / "model.safetensors": weights_writer(self.state_dict())}
 
     @classmethod
     def load(cls, folder: str | Path) -> LearnedText:

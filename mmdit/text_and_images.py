@@ -50,8 +50,9 @@ class Words(nn.Module):
         write_json(Path(folder) / "config.json", self.config.to_dict())
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
-    def save_weights(self, folder: str | Path) -> None:
-        """Nothing to write: there are no parameters."""
+    def weights_writers(self, folder: Path) -> dict[Path, Callable[[Path], object]]:
+        """None: there are no parameters."""
+        return {}
 
 
 class CaptionedTransfusion(nn.Module):

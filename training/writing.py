@@ -29,6 +29,7 @@ class Writer:
         self.ranks = ranks.with_own_group() if background else ranks
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+        self._writing = ""  # what is being written, in words
 
     def write(
         self, state: Mapping[str, Any], weights: Weights, after: Callable[[Weights], object] | None = None
@@ -41,10 +42,12 @@ class Writer:
             weights = {
                 group: {k: x.detach().to("cpu", copy=True) for k, x in some.items()} for group, some in weights.items()
             }
+        self._writing = "last checkpoint was"
         finish = self._begin(state, weights)
 
         def complete() -> None:
             folder = finish()
+            self._writing = "last checkpoint is whole, but its pipeline was"
             if after is not None and folder is not None and self.ranks.first:
                 after(stored(folder) if self.sharded else weights)
 
@@ -79,7 +82,7 @@ class Writer:
         self.join()
         if self._error is not None:
             with suppress(OSError):  # the log may be on the same full disk
-                log(f"warning: the last checkpoint was not written: {self._error}")
+                log(f"warning: the {self._writing} not written: {self._error}")
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun is written. Raises the thread's error."""

@@ -409,11 +409,19 @@ def test_files_that_do_not_fit_are_named(pipe, tmp_path, file, change, message):
 def test_a_save_that_fails_leaves_nothing_and_what_was_there(pipe, tmp_path, monkeypatch):
     pipe.save(tmp_path / "old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(LearnedText, "save_weights", lambda *args: (_ for _ in ()).throw(OSError("no room")))
+
+    def full(path):
+        raise OSError("no room")
+
+    monkeypatch.setattr(LearnedText, "weights_writers", lambda self, folder: {folder / "model.safetensors": full})
+    other = TextToImage(make_model(3, 4), PixelSpace(), (8, 8))
+    torch.nn.init.ones_(other.model.transformer.patch_out.bias)
     for layout in ("mmdit", "diffusers"):
         for name in ("old", "new/folder")[layout == "diffusers" :]:
             with pytest.raises(OSError, match="no room"):
-                TextToImage(make_model(3, 4), PixelSpace(), (8, 8)).save(tmp_path / name, layout)
+                other.save(tmp_path / name, layout)
+    with pytest.raises(OSError, match="no room"):
+        other.save_weights(tmp_path / "old")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="holds a pipeline in the layout 'mmdit': save this one in another folder"):

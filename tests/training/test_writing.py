@@ -212,7 +212,14 @@ def test_a_run_that_is_interrupted_where_it_ends_still_ends_its_checkpoint_and_i
     assert boards == [tmp_path / "run"]
 
 
-def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ("training.writing.save_checkpoint", "the last checkpoint was not written: "),
+        ("mmdit.TextToImage.save_weights", "the last checkpoint is whole, but its pipeline was not written: "),
+    ],
+)
+def test_what_could_not_be_written_is_told_where_another_error_ends_the_run(tmp_path, monkeypatch, capsys, fails, told):
     """Or one would look for it: the writer beside the training says so at the next checkpoint, which does not come."""
     real = Trainer._train_step
 
@@ -225,7 +232,7 @@ def test_a_checkpoint_that_could_not_be_written_is_told_where_another_error_ends
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr(Trainer, "_train_step", train_step)
-    monkeypatch.setattr("training.writing.save_checkpoint", save)
+    monkeypatch.setattr(fails, save)
     with pytest.raises(ValueError, match="something else"):
         training.train(config_for(tmp_path / "run", "training.checkpoint_every=2", "training.async_checkpoint=true"))
-    assert "warning: the last checkpoint was not written: " in capsys.readouterr().out
+    assert f"warning: {told}" in capsys.readouterr().out
