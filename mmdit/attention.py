@@ -28,12 +28,10 @@ class Packed:
     """The attention mask of n documents packed into one row of S tokens. They are unpacked into a batch, padded to the
     longest (L), so that each attends to itself alone.
 
-    rows (n, L) int64: the token at each place of that batch, any token where there is padding; mask (n, 1, L, L): True
-    where a query may see a key; places (S,): the place of each token in the flattened batch, n * L. ordered: token s is
-    at place s, so that unpacking is a view.
+    mask (n, 1, L or 1, L): True where a query may see a key; places (S,) int64: the place of each token in the
+    flattened batch, n * L. ordered: token s is at place s, so that unpacking is a view.
     """
 
-    rows: Tensor
     mask: Tensor
     places: Tensor
     ordered: bool = False
@@ -45,9 +43,9 @@ class Packed:
 
     def unpack(self, x: Tensor) -> Tensor:
         """Packed tokens (1, H, S, d) to a padded batch of documents (n, H, L, d)."""
-        if self.ordered:
-            return x[0].unflatten(1, self.rows.shape).transpose(0, 1)
-        return x[0][:, self.rows].transpose(0, 1)
+        n, longest = self.mask.shape[0], self.mask.shape[-1]
+        padded = x[0] if self.ordered else _scatter_rows(x[0], self.places, n * longest, dim=1)
+        return padded.unflatten(1, (n, longest)).transpose(0, 1)
 
     def pack(self, x: Tensor) -> Tensor:
         """A padded batch (n, L, H*d) to packed tokens (1, S, H*d)."""
@@ -146,11 +144,13 @@ def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-def _scatter_rows(x: Tensor, places: Tensor) -> Tensor:
-    """Row i of x (S, ...) becomes row places[i]. The gradient is a gather; that of indexing, `x[rows]`, is slower: it
-    sorts the indices and accumulates.
+def _scatter_rows(x: Tensor, places: Tensor, num: int | None = None, dim: int = 0) -> Tensor:
+    """Row i of x along `dim` becomes row places[i] of `num`, of which others are 0; None: as many as x has. The
+    gradient is a gather; that of indexing, `x[rows]`, is slower: it sorts the indices and accumulates.
     """
-    return x.new_empty(x.shape).index_copy_(0, places, x)
+    if num is None:
+        return x.new_empty(x.shape).index_copy_(dim, places, x)
+    return x.new_zeros(*x.shape[:dim], num, *x.shape[dim + 1 :]).index_copy_(dim, places, x)
 
 
 @lru_cache(maxsize=4)  # in sampling all steps ask for the same: of images with their texts, and alone
@@ -171,10 +171,9 @@ def _as_documents(pairs: Pairs) -> Packed:
     order, _, ends, longest = pairs.by_sample
     sample = torch.repeat_interleave(torch.arange(len(pairs.images)), ends.diff().long())
     at = sample * longest + torch.arange(len(order)) - ends[sample]
-    rows = torch.zeros(len(pairs.images) * longest, dtype=torch.int64).index_copy(0, at, order)
     real = torch.arange(longest) < ends.diff()[:, None]
     places = torch.empty_like(order).index_copy(0, order, at)
-    return Packed(rows.view(-1, longest), real[:, None, None], places)
+    return Packed(real[:, None, None], places)
 
 
 @dataclass(frozen=True)
@@ -294,13 +293,21 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return _flex_kernel(q.device.type)(q, k, v, block_mask=blocks)
 
 
-@cache
 def _flex_kernel(kind: str) -> Callable[..., Any]:
     """FlexAttention, compiled on CUDA, where uncompiled it would write out all scores; on a CPU that does no harm."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    if torch.compiler.is_compiling() or kind != "cuda":
+        return flex_attention
+    return _compiled_flex()
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     flex: Any = flex_attention
-    return torch.compile(flex, dynamic=True) if kind == "cuda" else flex
+    return torch.compile(flex, dynamic=True)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -31,6 +31,15 @@ def allow_graphs(most: int = 64) -> None:
     torch._dynamo.config.recompile_limit = max(most, torch._dynamo.config.recompile_limit)
 
 
+def unviewed(xs: list[Tensor]) -> list[Tensor]:
+    """The streams for the first block, as later ones have them: none is a view. Of a view torch's compiler also guards
+    the shape of what is viewed, so that it would compile the first block apart from the others.
+    """
+    if torch.compiler.is_compiling():  # the whole model
+        return xs
+    return [x.clone() if x._is_view() else x for x in xs]
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift: x (B, S, D), shift and scale (B, 1 or S, D), or (D,)."""
     if shift.ndim == 1:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.attention import Pairs, key_mask
-from mmdit.blocks import JointBlock, Modulation, PerToken, Stream, init_linear, modulate
+from mmdit.blocks import JointBlock, Modulation, PerToken, Stream, init_linear, modulate, unviewed
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import (
     TimeEmbedding,
@@ -150,6 +150,7 @@ class MMDiT(nn.Module):
         self, streams: list[Tensor], conditions: list[Any], mask: Any, rotaries: list[Any], skip: Collection[int]
     ) -> Tensor:
         """The image stream after all blocks."""
+        streams = unviewed(streams)
         for i, block in enumerate(self.blocks):
             if i not in skip:
                 streams = block(streams, conditions, mask, rotaries)

@@ -170,7 +170,7 @@ class Layout:
         places = torch.empty_like(self.document)
         places[rows[rows >= 0]] = (rows >= 0).flatten().nonzero()[:, 0]
         ordered = torch.equal(places, torch.arange(rows.numel(), device=rows.device))
-        return Packed(rows.clamp(min=0), mask[:, None], places, ordered)
+        return Packed(mask[:, None], places, ordered)
 
     def mask_mod(self, rule: Rule = "transfusion") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same rule as a mask_mod of FlexAttention, over all documents."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.attention import Mask, current_backend
-from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_linear, modulate
+from mmdit.blocks import EPS, JointBlock, Modulation, PerToken, Stream, init_linear, modulate, unviewed
 from mmdit.cache import Cache, Reading
 from mmdit.codecs import CODECS, Skips
 from mmdit.config import TransfusionConfig
@@ -157,6 +157,7 @@ class Transfusion(nn.Module):
             streams = [img[None], txt[None]]
             rotaries = [None, None] if rotary is None else [(rotary[0][:cut], rotary[1][:cut]),
                                                             (rotary[0][cut:], rotary[1][cut:])]  # fmt: skip
+        streams = unviewed(streams)
         for block, mask in zip(self.blocks, self._masks(layout, past), strict=True):
             streams = block(streams, conditions, mask, rotaries)
         x = torch.cat([stream[0] for stream in streams])

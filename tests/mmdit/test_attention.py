@@ -1,14 +1,18 @@
 """Attention kernels: one number whichever computes it, and a clear word from those that cannot run here."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdit
 from mmdit.attention import (
     SHORT,
     WITHOUT_PLANS,
+    Blocks,
     Pairs,
     _varlen,
     any_shape,
@@ -114,6 +118,43 @@ def test_flex_says_the_same_of_packed_documents():
     model = Transfusion(TransfusionConfig(vocab_size=40, in_channels=3, depth=1, num_heads=2, head_dim=16))
     with attention_backend("flex"), pytest.raises(ValueError, match="no backward.*here there are sdpa"):
         model(pack([[torch.tensor([5, 6])]]))
+
+
+@torch.no_grad()
+def test_flex_is_compiled_without_a_warning():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = Blocks(create_block_mask(lambda b, h, query, key: key <= query, None, None, 9, 9, device="cpu"))
+    torch.compiler.reset()
+    attend = torch.compile(attention, fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(*qkv(9), mask)
+
+
+def test_documents_are_padded_with_zeros_and_their_gradient_adds_nothing_up():
+    """Sums over equal indices, of which padding would have many, are slow on a GPU."""
+    packed = pack([[torch.arange(5, 7), torch.zeros(1, 2, 2)], [torch.arange(4, 8)]]).layout(1).attending()
+    x = torch.randn(1, 2, len(packed.places), 8, requires_grad=True)
+    padded = packed.unpack(x)
+    assert padded.shape == (2, 2, 8, 8) and not packed.ordered
+    assert torch.equal(packed.pack(padded.transpose(1, 2).flatten(2)), x.transpose(1, 2).flatten(2))
+    assert not padded[1, :, 4:].any()
+    with Operators() as used:
+        (padded * torch.randn(padded.shape)).sum().backward()
+    assert not any(name in op for op in used.names for name in ("index_put", "index_add", "scatter", "sort"))
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run within."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_its_three_faces_agree(given_documents, rule):
         real = row >= 0
         assert torch.equal(packed.mask[d, 0][real][:, real], dense[row[real]][:, row[real]])
         assert not packed.mask[d, 0][real][:, ~real].any() and packed.mask[d, 0].any(-1).all()
-    assert torch.equal(packed.rows.flatten()[packed.places], index)
+    assert torch.equal(layout.rows.flatten()[packed.places], index)
     order = layout.rows[layout.rows >= 0]
     drawn = [line[2:] for line in layout.picture(rule).splitlines()[1:]]
     assert drawn == ["".join(".#"[s] for s in line) for line in dense[order][:, order].tolist()]

@@ -216,6 +216,20 @@ def test_blocks_may_be_narrower_than_what_they_read(model):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+def test_all_blocks_and_batches_share_one_compiled_graph(weights):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Transfusion(replace(TINY, weights=weights, depth=3))
+    for block in model.blocks:
+        block.compile(dynamic=True, backend="eager")
+    for sides in [(4, 6), (6, 6, 8), (8, 4, 4, 6)]:
+        model(
+            pack([[text(5, 6, 7), torch.randn(3, side, 8)] for side in sides]), torch.rand(len(sides))
+        ).states.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_presets():
     model = Transfusion(preset("transfusion-tiny"))
     assert (model.config.vocab_size, model.config.in_channels, model.config.patch_size) == (512, 16, 1)
