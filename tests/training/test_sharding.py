@@ -1,5 +1,6 @@
 """What is computed again, and what a sharded model holds; the processes: test_parallel.py, test_distributed.py."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -42,6 +43,7 @@ def step(out, *overrides) -> tuple[int, list[torch.Tensor]]:
         for p in trainer.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     batch, _ = trainer.learner.objective.prepared(trainer.model, next(trainer.feed.batches(4, 0)), generator_for(0))
+    gc.collect()  # else what an earlier step has left is freed within the profile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as memory:
         loss = trainer.learner(batch, generator_for(1)).total
     loss.backward()
