@@ -29,6 +29,8 @@ BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
 Part = Tensor  # of a document: int64 (n,) token ids, or a float (C, h, w) latent
 Rule = Literal["transfusion", "causal", "full"]
 RULES = ("transfusion", "causal", "full")
+BLOCK = 128  # tokens in a block of FlexAttention's mask
+PAIRS = 4096  # pairs of blocks looked at together: 64 MiB for each mask
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,25 @@ class Layout:
         return lambda b, h, query, key: sees(self, query, key, rule)
 
     def blocks(self, rule: Rule = "transfusion") -> Blocks:
-        """The same rule as a block mask of FlexAttention."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """The same rule as a block mask of FlexAttention, equal to that of torch's `create_block_mask`, which computes
+        the mask of all pairs of tokens, S x S: here it is of those pairs of blocks that may share a document.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
-        n = len(self.document)
-        return Blocks(create_block_mask(self.mask_mod(rule), None, None, n, n, device=str(self.document.device)))
+        n, device = len(self.document), self.document.device
+        index = torch.arange(-(-n // BLOCK) * BLOCK, device=device).view(-1, BLOCK)
+        tokens, real = index.clamp(max=n - 1), index < n
+        first, last = self.document[tokens].aminmax(dim=1)
+        pairs = ((first[:, None] <= last) & (first <= last[:, None])).nonzero()
+        found = []
+        for query, key in (some.unbind(1) for some in pairs.split(PAIRS)):
+            seen = sees(self, tokens[query][:, :, None], tokens[key][:, None, :], rule)
+            seen = seen & real[query][:, :, None] & real[key][:, None, :]
+            found.append(torch.stack([seen.flatten(1).any(1), seen.flatten(1).all(1)]))
+        some, full = torch.zeros(2, len(index), len(index), dtype=torch.bool, device=device)
+        some[pairs[:, 0], pairs[:, 1]], full[pairs[:, 0], pairs[:, 1]] = torch.cat(found, dim=1)
+        how = {"BLOCK_SIZE": BLOCK, "mask_mod": self.mask_mod(rule), "seq_lengths": (n, n)}
+        return Blocks(BlockMask.from_kv_blocks(*_listed(some & ~full), *_listed(full), **how))  # type: ignore[arg-type]
 
     def picture(self, rule: Rule = "transfusion") -> str:
         """The mask as text, a row per query in reading order: `#` is a key that it sees, `.` one that it does not."""
@@ -190,6 +206,12 @@ class Layout:
         names = ["t" if s < 0 else str(s % 10) for s in self.span[order].tolist()]
         lines = ["  " + "".join(names)]
         return "\n".join(lines + [f"{n} " + "".join(".#"[k] for k in row) for n, row in zip(names, mask, strict=True)])
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many, which) columns are chosen in each row of a matrix, the chosen ones first, in FlexAttention's form."""
+    which = chosen.int().argsort(dim=1, descending=True, stable=True)
+    return chosen.sum(1).int()[None, None], which.int()[None, None]
 
 
 def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion") -> Tensor:
