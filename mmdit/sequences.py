@@ -243,26 +243,45 @@ def pack(
     ids: list[Tensor] = []
     latents: list[Tensor] = []
     lengths: list[int] = []
+    around: dict[tuple[int, ...], Tensor] = {}  # copied to the device once
     for d, document in enumerate(documents):
         length = 0
         for part in document:
             if part.is_floating_point():
                 latents.append(part)
-                part = torch.tensor([*_size_tokens(part, sizes, patch_size), boi, eoi], device=part.device)
+                tokens = (*_size_tokens(part, sizes, patch_size), boi, eoi)
+                if tokens not in around:
+                    around[tokens] = torch.tensor(tokens, device=part.device)
+                part = around[tokens]
             elif part.dtype != torch.int64 or part.ndim != 1:
                 raise ValueError(
                     f"document {d} holds {part.dtype} {tuple(part.shape)}: text is int64 (n,), an image float (C, h, w)"
                 )
-            elif torch.isin(part, torch.tensor([boi, eoi, *sizes], device=part.device)).any():
-                raise ValueError(f"document {d} has an image token ({boi} or {eoi}) inside its text: pack adds them")
             ids.append(part)
             length += len(part)
         if not length:
             raise ValueError(f"document {d} is empty")
         lengths.append(length)
+    _check_text(documents, [boi, eoi, *sizes])
     device = ids[0].device
     document_of = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths)).to(device)
     return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi, 2 if sizes else 0)
+
+
+def _check_text(documents: Sequence[Sequence[Part]], own: list[int]) -> None:
+    """Raises ValueError for text that holds one of our own tokens. All text is looked at together: on a GPU every look
+    waits for it.
+    """
+    texts = [(d, part) for d, document in enumerate(documents) for part in document if not part.is_floating_point()]
+    if not texts:
+        return
+    wrong = torch.isin(torch.cat([part for _, part in texts]), torch.tensor(own, device=texts[0][1].device))
+    if wrong.any():
+        numbers = torch.repeat_interleave(torch.tensor([d for d, _ in texts]), torch.tensor([len(x) for _, x in texts]))
+        raise ValueError(
+            f"document {int(numbers[wrong.cpu()][0])} has an image token ({own[0]} or {own[1]}) inside its text: "
+            "pack adds them"
+        )
 
 
 def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:

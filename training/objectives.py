@@ -276,14 +276,18 @@ def documents(
     """
     out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
-    for latent, ids, mask, image, alone in zip(batch.latents, *batch.tokens, first, without, strict=True):
-        words = ids[mask]
+    for latent, words, image, alone in zip(batch.latents, _texts(batch.tokens), first, without, strict=True):
         if alone:
             out.append([latent])
         else:
             out.append([latent, words] if image else [words[:-1], latent, words[-1:]])
-    out += [[ids[mask]] for ids, mask in zip(*batch.text, strict=True)] if batch.text else []
+    out += [[words] for words in _texts(batch.text)] if batch.text else []
     return pack(out)
+
+
+def _texts(tokens: Any) -> Sequence[Tensor]:
+    """The real tokens of each text; all are taken together, since on a GPU each look at a mask waits for it."""
+    return tokens.ids[tokens.mask].split(tokens.mask.sum(1).tolist())
 
 
 def opens_text(batch: MixedBatch) -> Tensor:
