@@ -81,7 +81,11 @@ def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> l
     noise for another. num: samples of all processes.
     """
     seeds = share.of(seeds_for(num, draws)) if isinstance(draws, torch.Generator) else draws
-    return [randn(x.shape, torch.Generator().manual_seed(s), x.dtype).to(x) for x, s in zip(like, seeds, strict=True)]
+    noise = [randn(x.shape, torch.Generator().manual_seed(s), x.dtype) for x, s in zip(like, seeds, strict=True)]
+    if not noise or like[0].device.type == "cpu":
+        return noise
+    row = _in_row(noise).to(like[0].device)  # one copy: the host waits for the device at each
+    return [part.view(x.shape) for part, x in zip(row.split([x.numel() for x in noise]), noise, strict=True)]
 
 
 @dataclass(frozen=True)
