@@ -29,6 +29,8 @@ BOI, EOI = 2, 3  # ids of the tokens around an image, after <pad> and <eos>
 Part = Tensor  # of a document: int64 (n,) token ids, or a float (C, h, w) latent
 Rule = Literal["transfusion", "causal", "full"]
 RULES = ("transfusion", "causal", "full")
+BLOCK = 128  # tokens in a block of FlexAttention's mask
+PAIRS = 4096  # pairs of blocks looked at together: 64 MiB for each mask
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,25 @@ class Layout:
         return lambda b, h, query, key: sees(self, query, key, rule)
 
     def blocks(self, rule: Rule = "transfusion") -> Blocks:
-        """The same rule as a block mask of FlexAttention."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """The same rule as a block mask of FlexAttention, equal to that of torch's `create_block_mask`, which computes
+        the mask of all pairs of tokens, S x S: here it is of those pairs of blocks that may share a document.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
-        n = len(self.document)
-        return Blocks(create_block_mask(self.mask_mod(rule), None, None, n, n, device=str(self.document.device)))
+        n, device = len(self.document), self.document.device
+        index = torch.arange(-(-n // BLOCK) * BLOCK, device=device).view(-1, BLOCK)
+        tokens, real = index.clamp(max=n - 1), index < n
+        first, last = self.document[tokens].aminmax(dim=1)
+        pairs = ((first[:, None] <= last) & (first <= last[:, None])).nonzero()
+        found = []
+        for query, key in (some.unbind(1) for some in pairs.split(PAIRS)):
+            seen = sees(self, tokens[query][:, :, None], tokens[key][:, None, :], rule)
+            seen = seen & real[query][:, :, None] & real[key][:, None, :]
+            found.append(torch.stack([seen.flatten(1).any(1), seen.flatten(1).all(1)]))
+        some, full = torch.zeros(2, len(index), len(index), dtype=torch.bool, device=device)
+        some[pairs[:, 0], pairs[:, 1]], full[pairs[:, 0], pairs[:, 1]] = torch.cat(found, dim=1)
+        how = {"BLOCK_SIZE": BLOCK, "mask_mod": self.mask_mod(rule), "seq_lengths": (n, n)}
+        return Blocks(BlockMask.from_kv_blocks(*_listed(some & ~full), *_listed(full), **how))  # type: ignore[arg-type]
 
     def picture(self, rule: Rule = "transfusion") -> str:
         """The mask as text, a row per query in reading order: `#` is a key that it sees, `.` one that it does not."""
@@ -190,6 +206,12 @@ class Layout:
         names = ["t" if s < 0 else str(s % 10) for s in self.span[order].tolist()]
         lines = ["  " + "".join(names)]
         return "\n".join(lines + [f"{n} " + "".join(".#"[k] for k in row) for n, row in zip(names, mask, strict=True)])
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many, which) columns are chosen in each row of a matrix, the chosen ones first, in FlexAttention's form."""
+    which = chosen.int().argsort(dim=1, descending=True, stable=True)
+    return chosen.sum(1).int()[None, None], which.int()[None, None]
 
 
 def sees(layout: Layout, query: Tensor, key: Tensor, rule: Rule = "transfusion") -> Tensor:
@@ -221,26 +243,45 @@ def pack(
     ids: list[Tensor] = []
     latents: list[Tensor] = []
     lengths: list[int] = []
+    around: dict[tuple[int, ...], Tensor] = {}  # copied to the device once
     for d, document in enumerate(documents):
         length = 0
         for part in document:
             if part.is_floating_point():
                 latents.append(part)
-                part = torch.tensor([*_size_tokens(part, sizes, patch_size), boi, eoi], device=part.device)
+                tokens = (*_size_tokens(part, sizes, patch_size), boi, eoi)
+                if tokens not in around:
+                    around[tokens] = torch.tensor(tokens, device=part.device)
+                part = around[tokens]
             elif part.dtype != torch.int64 or part.ndim != 1:
                 raise ValueError(
                     f"document {d} holds {part.dtype} {tuple(part.shape)}: text is int64 (n,), an image float (C, h, w)"
                 )
-            elif torch.isin(part, torch.tensor([boi, eoi, *sizes], device=part.device)).any():
-                raise ValueError(f"document {d} has an image token ({boi} or {eoi}) inside its text: pack adds them")
             ids.append(part)
             length += len(part)
         if not length:
             raise ValueError(f"document {d} is empty")
         lengths.append(length)
+    _check_text(documents, [boi, eoi, *sizes])
     device = ids[0].device
     document_of = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths)).to(device)
     return MixedBatch(torch.cat(ids), document_of, tuple(latents), boi, eoi, 2 if sizes else 0)
+
+
+def _check_text(documents: Sequence[Sequence[Part]], own: list[int]) -> None:
+    """Raises ValueError for text that holds one of our own tokens. All text is looked at together: on a GPU every look
+    waits for it.
+    """
+    texts = [(d, part) for d, document in enumerate(documents) for part in document if not part.is_floating_point()]
+    if not texts:
+        return
+    wrong = torch.isin(torch.cat([part for _, part in texts]), torch.tensor(own, device=texts[0][1].device))
+    if wrong.any():
+        numbers = torch.repeat_interleave(torch.tensor([d for d, _ in texts]), torch.tensor([len(x) for _, x in texts]))
+        raise ValueError(
+            f"document {int(numbers[wrong.cpu()][0])} has an image token ({own[0]} or {own[1]}) inside its text: "
+            "pack adds them"
+        )
 
 
 def check_parts(documents: Sequence[Sequence[Part]], what: str) -> None:

@@ -81,7 +81,11 @@ def noise_for(num: int, like: Sequence[Tensor], draws: Draws, share: Share) -> l
     noise for another. num: samples of all processes.
     """
     seeds = share.of(seeds_for(num, draws)) if isinstance(draws, torch.Generator) else draws
-    return [randn(x.shape, torch.Generator().manual_seed(s), x.dtype).to(x) for x, s in zip(like, seeds, strict=True)]
+    noise = [randn(x.shape, torch.Generator().manual_seed(s), x.dtype) for x, s in zip(like, seeds, strict=True)]
+    if not noise or like[0].device.type == "cpu":
+        return noise
+    row = _in_row(noise).to(like[0].device)  # one copy: the host waits for the device at each
+    return [part.view(x.shape) for part, x in zip(row.split([x.numel() for x in noise]), noise, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -276,14 +280,18 @@ def documents(
     """
     out: list[list[Tensor]] = []
     first, without = (x.tolist() if x is not None else [False] * len(batch.latents) for x in (image_first, dropped))
-    for latent, ids, mask, image, alone in zip(batch.latents, *batch.tokens, first, without, strict=True):
-        words = ids[mask]
+    for latent, words, image, alone in zip(batch.latents, _texts(batch.tokens), first, without, strict=True):
         if alone:
             out.append([latent])
         else:
             out.append([latent, words] if image else [words[:-1], latent, words[-1:]])
-    out += [[ids[mask]] for ids, mask in zip(*batch.text, strict=True)] if batch.text else []
+    out += [[words] for words in _texts(batch.text)] if batch.text else []
     return pack(out)
+
+
+def _texts(tokens: Any) -> Sequence[Tensor]:
+    """The real tokens of each text; all are taken together, since on a GPU each look at a mask waits for it."""
+    return tokens.ids[tokens.mask].split(tokens.mask.sum(1).tolist())
 
 
 def opens_text(batch: MixedBatch) -> Tensor:

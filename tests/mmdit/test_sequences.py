@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mmdit.sequences import BOI, EOI, MixedBatch, pack, sees
+from mmdit.sequences import BOI, EOI, RULES, MixedBatch, pack, sees
 
 TEXT, IMAGE = torch.tensor([5, 6, 7]), torch.zeros(4, 4, 6)
 
@@ -84,6 +86,42 @@ def test_the_picture():
     assert layout.picture() == "\n".join(
         ["  tt00tt", "t #.....", "t ##....", "0 ####..", "0 ####..", "t #####.", "t ######"]
     )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("lengths", [[300, 7, 90], [5], [128], [64] * 9, [1000]])
+def test_its_blocks_are_those_that_flex_attention_would_find(rule, lengths, monkeypatch):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    monkeypatch.setattr("mmdit.sequences.PAIRS", 5)
+    texts = [torch.full((n,), 7) for n in lengths]
+    layout = pack([[text, torch.zeros(1, 12, 8 + 2 * (i % 3))] for i, text in enumerate(texts)]).layout(1)
+    n = len(layout.document)
+    found, expected = layout.blocks(rule).mask, create_block_mask(layout.mask_mod(rule), 1, 1, n, n, device="cpu")
+    assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+        for one in (name, f"full_{name}"):
+            a, b = getattr(found, one), getattr(expected, one)
+            assert a.dtype == b.dtype and torch.equal(a, b), one
+
+
+def test_the_mask_of_many_documents_is_never_whole():
+    """What is computed at a time is far smaller than tokens x tokens."""
+    layout = pack([[torch.full((40,), 7), torch.zeros(1, 8, 8)] for _ in range(64)]).layout(1)
+    with Sizes() as sizes:
+        layout.blocks()
+    assert sizes.largest < len(layout.document) ** 2 / 4
+
+
+class Sizes(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made within."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+        return made
 
 
 def test_flex_attention_takes_the_rule():

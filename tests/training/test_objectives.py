@@ -3,12 +3,21 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdit.sequences import pack
 from tests.training.batches import DOCUMENTS, Given, batch, generator, noise_of, picture, piece, trunk
 from training.config import load_config
-from training.objectives import Batch, FlowMatching, TextAndImages, make_objective, next_token_loss, seeds_for
-from training.share import Share
+from training.objectives import (
+    Batch,
+    FlowMatching,
+    TextAndImages,
+    make_objective,
+    next_token_loss,
+    noise_for,
+    seeds_for,
+)
+from training.share import WHOLE, Share
 from training.time_density import LogitNormal, Shifted, Uniform
 
 
@@ -25,6 +34,25 @@ class Spy(nn.Module):
     def forward(self, x_t, t, tokens, drop=None):
         self.calls.append((x_t.detach(), t, tokens, drop))
         return self.gain * x_t
+
+
+def test_the_noise_of_a_batch_is_one_copy_to_the_device():
+    """The host waits for the device at each copy. That the values are those of the CPU: tests/test_second_device.py."""
+    latents = [torch.empty(3, 4, side, device="meta") for side in (4, 6, 4)]
+    with Copies() as copies:
+        noise = noise_for(3, latents, [1, 2, 3], WHOLE)
+    assert copies.count == 1
+    assert [(x.shape, x.device.type) for x in noise] == [(x.shape, "meta") for x in latents]
+
+
+class Copies(TorchDispatchMode):
+    """How many tensors are copied to another device or type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten._to_copy.default
+        return op(*args, **(kwargs or {}))
 
 
 def test_loss_is_the_formula():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdit.sequences import pack
 from mmdit.text import Tokens
@@ -157,6 +158,30 @@ def test_captioned_images_become_documents():
     assert data.predicting.tolist() == [0, 1, 2, 4, 7, 8]  # after an image alone nothing is said, least of all the end
     plain = documents(captions())
     assert [int(x) for x in plain.document.diff().nonzero()[:, 0]] == [5, 9]
+
+
+def test_larger_batches_wait_no_more_often_for_the_device():
+    """To be made into documents, a batch has to be looked at, and on a GPU each look waits for it."""
+
+    def looks(num):
+        tokens = Tokens(torch.arange(5, 9).expand(num, 4), torch.arange(4) < torch.arange(2, 2 + num)[:, None])
+        batch = Batch(torch.zeros(num, 3, 4, 4), tokens, tokens)
+        with Looks() as looked:
+            TextAndImages(Uniform()).prepared(trunk(), batch, generator())
+        return looked.count
+
+    assert looks(3) == looks(12)
+
+
+class Looks(TorchDispatchMode):
+    """How often the values of a tensor are looked at, or decide on a shape, and how often one is made of numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "index.Tensor", "lift_fresh", "isin", "equal")
+        self.count += any(name in str(op) for name in names)
+        return op(*args, **(kwargs or {}))
 
 
 def test_orders_are_drawn_as_asked():
