@@ -22,7 +22,6 @@ from mmdit.text import TextLayer
 
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250, 75),
-    ("GH200", 989, 67),
     ("H200", 989, 67),
     ("H100 NVL", 835, 60),
     ("H100 PCIe", 756, 51),
@@ -35,7 +34,6 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
     ("A10", 125, 31.2),
     ("RTX 6000 Ada", 364, 91.1),
     ("RTX A6000", 154.8, 38.7),
-    ("RTX 5090", 209.5, 104.8),
     ("RTX 4090", 165.2, 82.6),
     ("RTX 3090", 71, 35.6),
     ("MI300X", 1307, 163.4),
